@@ -1,0 +1,87 @@
+"""clframe: continual learning with methods you can install, compose and trust.
+
+The public names are loaded when first used (PEP 562): importing clframe does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clframe.api import Trained, load, resume, run
+    from clframe.context import Run
+    from clframe.data import (
+        Arrays,
+        Batch,
+        Experience,
+        ImageData,
+        Scenario,
+        Transform,
+        change_domains,
+        split_classes,
+        suits,
+    )
+    from clframe.errors import ClframeError, DataError, Interrupted, RunFailed, WrongUse
+    from clframe.evaluate import Predictor
+    from clframe.hooks import hookimpl
+    from clframe.model import IncrementalNet, Outputs, snapshot
+    from clframe.plugin import Plugin
+    from clframe.results import Results
+    from clframe.training import Phase
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Arrays",
+    "Batch",
+    "ClframeError",
+    "DataError",
+    "Experience",
+    "ImageData",
+    "IncrementalNet",
+    "Interrupted",
+    "Outputs",
+    "Phase",
+    "Plugin",
+    "Predictor",
+    "Results",
+    "Run",
+    "RunFailed",
+    "Scenario",
+    "Trained",
+    "Transform",
+    "WrongUse",
+    "change_domains",
+    "hookimpl",
+    "load",
+    "resume",
+    "run",
+    "snapshot",
+    "split_classes",
+    "suits",
+]
+
+_HOMES = {
+    "api": "Trained load resume run",
+    "context": "Run",
+    "data": "Arrays Batch Experience ImageData Scenario Transform change_domains split_classes suits",
+    "errors": "ClframeError DataError Interrupted RunFailed WrongUse",
+    "evaluate": "Predictor",
+    "hooks": "hookimpl",
+    "model": "IncrementalNet Outputs snapshot",
+    "plugin": "Plugin",
+    "results": "Results",
+    "training": "Phase",
+}
+_HOME_OF = {name: f"clframe.{home}" for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'clframe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

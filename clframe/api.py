@@ -1,0 +1,521 @@
+"""A run from Python: `run`, `resume` and `load`, which the command line uses too."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from clframe import checkpoint, metrics, registry, state
+from clframe.config import Config, TrainSettings, parse_yaml, resolve, to_yaml
+from clframe.context import Listener, Run
+from clframe.data import Scenario, Transform
+from clframe.engine import Engine, learn
+from clframe.errors import ClframeError, DataError, RunFailed, WrongUse
+from clframe.evaluate import Readings
+from clframe.folder import RunFolder, environment, environment_changes, read_model
+from clframe.model import IncrementalNet, evaluating, masked
+from clframe.options import explain
+from clframe.plugin import Plugin
+from clframe.results import FORMAT, Results
+
+OBJECT = "python object"  # the option under which a configuration names what only Python can give
+
+
+def run(
+    scenario: str | Mapping[str, Any] | Scenario = "split-digits",
+    model: str | Mapping[str, Any] | nn.Module | None = None,
+    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] = (),
+    *,
+    train: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+    listeners: Sequence[Listener] = (),
+) -> Results:
+    """Learn a scenario and give the results.
+
+    Args:
+        scenario: a name, a mapping with ``name`` and options, or a scenario of one's own (`clframe.split_classes`,
+            `clframe.change_domains`, `clframe.Scenario`).
+        model: likewise; or a backbone of one's own, a module with ``features(x) -> [B, D]`` and ``width`` = D.
+        plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling.
+        train: training settings (`clframe.config.TrainSettings`).
+        run: settings of the run (`clframe.config.RunSettings`). Without ``output`` nothing is written to the disk.
+        listeners: called with each record of the run's progress.
+
+    Raises:
+        WrongUse: with one sentence for each mistake, before any training.
+        DataError: if data or the run folder are missing, damaged or in use.
+        RunFailed: if a loss is not finite, memory or disk is full, or a plugin raised.
+        Interrupted: after SIGINT or SIGTERM; the run is saved.
+    """
+    run = dict(run or {})
+    run.setdefault("tensorboard", run.get("output") is not None)
+    config, objects = _config_of(scenario, model, plugins, train, run)
+    return run_config(config, listeners=listeners, **objects)
+
+
+def run_config(
+    config: Config,
+    *,
+    scenario: Scenario | None = None,
+    model: nn.Module | None = None,
+    plugins: Sequence[Plugin] = (),
+    listeners: Sequence[Listener] = (),
+) -> Results:
+    """The run that `config` defines; what it names as Python objects is given here. Errors are those of `run`."""
+    with _environment(config) as device:
+        folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
+        try:
+            engine = _build(config, device, folder, scenario, model, plugins, listeners)
+            if folder:
+                config.run.device = str(device)
+                config.train.threads = torch.get_num_threads()
+                found = environment(device, config.run.seed, engine.stream.checksum)
+                folder.begin(to_yaml(config), found, _split(engine.stream))
+            return _go(engine, None)
+        finally:
+            if folder:
+                folder.close()
+
+
+def resume(
+    folder: str | Path,
+    *,
+    scenario: Scenario | None = None,
+    model: nn.Module | None = None,
+    plugins: Sequence[Plugin] = (),
+    allow_env_change: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> Results:
+    """Go on with the run in `folder` after a crash, a kill or a signal, to the same results, bit for bit.
+
+    What the run was given as Python objects is given again. In another environment (torch, device, threads) the last
+    bits may differ, so that is refused unless `allow_env_change`.
+
+    Raises:
+        DataError: if there is nothing to resume, or the folder is damaged, edited or in use.
+        RunFailed, Interrupted: as `run`.
+    """
+    path = Path(folder).expanduser()
+    opened = RunFolder(path, new=False)
+    try:
+        if opened.finished:
+            raise DataError(f"The run in {path} is finished: its figures are in {path / 'results.json'}.")
+        config = _read_config(path)
+        with _environment(config) as device:
+            before = opened.environment()
+            now = environment(device, config.run.seed, before.get("data_sha256", ""))
+            changes = environment_changes(before, now)
+            if changes and not allow_env_change:
+                raise DataError(
+                    f"This environment is not the one of the run in {path} ({'; '.join(changes)}), so its last bits may "
+                    "differ: resume it there, or with `--allow-env-change`."
+                )
+            loaded = checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
+            config.run.output = str(path)
+            engine = _build(config, device, opened, scenario, model, plugins, listeners)
+            if engine.stream.checksum != before.get("data_sha256"):
+                raise DataError(
+                    f"The data of `{engine.stream.name}` is not what the run in {path} began with; put it back."
+                )
+            return _go(engine, loaded)
+    finally:
+        opened.close()
+
+
+def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequence[Plugin] = ()) -> Trained:
+    """The trained model of a finished run, ready to predict.
+
+    What the run was given as Python objects (the backbone, plugins) is given again, with any weights.
+
+    Raises:
+        DataError: if the run is not finished or its model is damaged.
+    """
+    path = Path(folder).expanduser()
+    description, packed, tensors = read_model(path)
+    config = _read_config(path)
+    scenario = _scenario_of(description["scenario"])
+    config.run.tensorboard = False
+    engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, ())
+    engine.hook.before_run(run=engine.run)
+    for index in range(len(scenario)):
+        engine.run.experience = scenario[index]
+        engine.grow(engine.run.experience)
+    entries = dict(packed["dict"])
+    engine.run.model.load_state_dict(checkpoint.unpack(entries["model"], tensors))
+    saved = dict(entries["plugins"]["dict"])
+    for plugin in engine.run.plugins:
+        if plugin.name in saved:
+            state.into_plugin(plugin, saved[plugin.name], tensors, engine.run)
+    return Trained(engine.predictor(), scenario, engine.readings)
+
+
+class Trained(nn.Module):
+    """The predictor of a finished run.
+
+    Attributes:
+        class_names: for each column of the scores the name of its class.
+        predictor: the module behind it, which takes normalised images.
+    """
+
+    def __init__(self, predictor: nn.Module, scenario: Scenario, readings: Readings) -> None:
+        super().__init__()
+        self.predictor = predictor.eval()
+        self.class_names = scenario.class_names
+        self._transform = scenario.transform
+        self._classes = scenario.classes
+        self._names = readings.names(predictor)
+
+    def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
+        """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
+
+        Raises `WrongUse` if the run has no reading without a task and none is given.
+        """
+        if task is None and self._names == ["task"]:
+            raise WrongUse("This model answers within a task only: give `task`, one number or one for each image.")
+        if isinstance(task, int):
+            task = torch.full((len(images),), task, device=images.device)
+        with evaluating(self), torch.no_grad():
+            scores: Tensor = self.predictor(self._transform.normalize(images), task)
+        if task is None or "domain" in self._names:
+            return scores
+        allowed = torch.zeros(len(self._classes), scores.shape[1], dtype=torch.bool, device=scores.device)
+        for row, classes in zip(allowed, self._classes, strict=True):
+            row[list(classes)] = True
+        return masked(scores, allowed[task])
+
+
+# ------------------------------------------------------------------------------------------------------- from config to run
+
+
+def _config_of(
+    scenario: str | Mapping[str, Any] | Scenario,
+    model: str | Mapping[str, Any] | nn.Module | None,
+    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin],
+    train: Mapping[str, Any] | None,
+    run: Mapping[str, Any],
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run from Python, and the objects that it can only name."""
+    built = [plugin for plugin in plugins if isinstance(plugin, Plugin)]
+    own_scenario = scenario if isinstance(scenario, Scenario) else None
+    own_model = model if isinstance(model, nn.Module) else None
+    config = resolve(
+        scenario=None if isinstance(scenario, Scenario) else scenario,
+        model=None if isinstance(model, nn.Module) else model or ("mlp" if own_scenario else None),
+        plugins=[plugin for plugin in plugins if not isinstance(plugin, Plugin)],
+        train=train,
+        run=run,
+    )
+    if own_scenario:
+        config.scenario = {"name": own_scenario.name, OBJECT: True}
+        config.train = TrainSettings(**(train or {}))  # without what suits the default scenario
+    if own_model:
+        config.model = {"name": type(own_model).__name__, OBJECT: True}
+    named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
+    config.plugins = {name: named[name] for name in map(_name, plugins)}
+    return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
+
+
+def _name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
+    if isinstance(plugin, Plugin):
+        return plugin.name or type(plugin).__name__
+    return plugin if isinstance(plugin, str) else next(iter(plugin))
+
+
+def _read_config(path: Path) -> Config:
+    """The resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
+    file = path / "config.yaml"
+    try:
+        return Config.model_validate(parse_yaml(file.read_text(encoding="utf-8"), str(file)))
+    except (OSError, UnicodeDecodeError, WrongUse, ValidationError) as error:
+        problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
+        raise DataError(f"{file} cannot be read, so the run cannot go on: {' '.join(problems)}") from error
+
+
+@contextmanager
+def _environment(config: Config) -> Iterator[torch.device]:
+    """The device of the run, its threads and its seed in place; afterwards all of it as it was."""
+    device = _device(config.run.device)
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            if config.train.threads is not None:
+                torch.set_num_threads(config.train.threads)
+            torch.backends.cudnn.deterministic = True
+            torch.manual_seed(config.run.seed)
+            yield device
+        finally:
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.deterministic = deterministic
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise WrongUse(f"`run.device` is {name!r}; choices: auto, cpu, cuda, cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise WrongUse(
+            f"`run.device` is {name!r}, but torch finds {count or 'no'} CUDA device(s) here; use `cpu` or `auto`."
+        )
+    return device
+
+
+def _build(
+    config: Config,
+    device: torch.device,
+    folder: RunFolder | None,
+    scenario: Scenario | None,
+    model: nn.Module | None,
+    plugins: Sequence[Plugin],
+    listeners: Sequence[Listener],
+) -> Engine:
+    """Scenario, network, plugins and the engine of the run, all of which may still refuse it."""
+    if scenario is None:
+        scenario = registry.build_scenario(_by_name(config.scenario, "scenario"), config.run)
+    given = {_name(plugin): plugin for plugin in plugins}
+    members = [
+        given[name] if name in given else registry.build_plugin(name, _by_name(options, "plugin", name))
+        for name, options in config.plugins.items()
+    ]
+    if config.run.tensorboard and folder and "tensorboard" not in config.plugins:
+        members.append(registry.build_plugin("tensorboard", {}))
+    if model is None:
+        model = registry.build_backbone(_by_name(config.model, "model"), scenario.input_shape)
+    scenario.hold_out(config.train.val, config.run.seed)
+    scenario.to(device)
+    run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
+    engine = Engine(run, scenario, folder)
+    problems = [
+        f"The plugin `{plugin.name}` cannot serve the setting `{scenario.setting}` of `{scenario.name}`; it serves "
+        + " and ".join(f"`{setting}`" for setting in plugin.settings)
+        + ": choose with `--setting`."
+        for plugin in members
+        if scenario.setting not in plugin.settings
+    ]
+    if run.logits == "own" and scenario.setting == "domain":
+        problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
+    problems += [problem for plugin in members for problem in plugin.problems(run)]
+    if problems:
+        raise WrongUse(*problems)
+    return engine
+
+
+def _by_name(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str, Any]:
+    if OBJECT in spec:
+        name = name or spec["name"]
+        raise DataError(
+            f"The {kind} `{name}` of this run is an object of a Python program: give it again, with `clframe.resume` or "
+            "`clframe.load` from Python."
+        )
+    return spec
+
+
+# ------------------------------------------------------------------------------------------------------- from start to end
+
+
+def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Results:
+    """Run the engine from its start, or from a loaded checkpoint, to the results."""
+    run = engine.run
+    if engine.folder:
+        run.listeners.append(_metrics_writer(engine.folder))
+    try:
+        with engine.stoppable():
+            try:
+                engine.hook.before_run(run=run)
+                if loaded is not None:
+                    state.put_back(engine, *loaded)
+                learn(engine)
+                results = _finish(engine)
+            finally:
+                engine.hook.after_run(run=run)
+    except ClframeError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunFailed(
+            f"Out of memory on {run.device} in experience {run.experience.index}: a smaller `train.batch_size` or "
+            f"`run.eval_batch_size` needs less.{_how_to_go_on(engine)}"
+        ) from error
+    except Exception as error:
+        if blamed := _blame(engine, error):
+            raise RunFailed(f"{blamed}: {type(error).__name__}: {error}.{_how_to_go_on(engine)}") from error
+        raise
+    run.emit("end", folder=str(run.folder) if run.folder else None)
+    return results
+
+
+def _blame(engine: Engine, error: Exception) -> str | None:
+    """Which plugin raised `error`, and in which hook: the first frame whose `self` is one; noted on the error too."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        plugin = frame.f_locals.get("self")
+        if isinstance(plugin, Plugin) and frame.f_code.co_name in registry.hooks_of(type(plugin)):
+            blamed = f"The plugin `{plugin.name}` raised in its hook `{frame.f_code.co_name}`"
+            error.add_note(f"in plugin '{plugin.name}', hook '{frame.f_code.co_name}'")
+            return blamed
+    return None
+
+
+def _how_to_go_on(engine: Engine) -> str:
+    kept = checkpoint.newest(engine.folder.checkpoints) if engine.folder else None
+    return f" The last good checkpoint is kept: `clframe resume {engine.run.folder}` starts from there." if kept else ""
+
+
+def _metrics_writer(folder: RunFolder) -> Listener:
+    def write(record: dict[str, Any]) -> None:
+        if record["kind"] in ("step", "within", "eval", "log"):
+            folder.append_metrics(record)
+
+    return write
+
+
+def _tell(listeners: Sequence[Listener], text: str) -> None:
+    for listener in listeners:
+        listener({"kind": "message", "text": text})
+
+
+def _finish(engine: Engine) -> Results:
+    """The results of a run that has learnt everything; written, with the trained model, if it has a folder."""
+    run, stream = engine.run, engine.stream
+    run.experience = stream[len(stream) - 1].for_training()
+    row = engine.row or engine.evaluated(keep_scores=True)
+    counts = [len(labels) for labels in row.labels]
+    methods = [plugin for plugin in run.plugins if not plugin.observer]
+    data = {
+        "format": FORMAT,
+        "scenario": stream.name,
+        "setting": stream.setting,
+        "plugins": [plugin.name for plugin in methods],
+        "seed": run.config.run.seed,
+        "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
+        "accuracy": run.accuracy,
+        "measures": {
+            reading: {
+                name: asdict(measure)
+                for name, measure in metrics.measures(matrix, counts, None, engine.baseline.get(reading)).items()
+            }
+            for reading, matrix in run.accuracy.items()
+        },
+        "baseline": engine.baseline,
+        "test_images": counts,
+        "calibration": {
+            reading: {
+                name: asdict(m) for name, m in _calibration(engine, reading, row.scores[reading], row.labels).items()
+            }
+            for reading in row.accuracy
+            if row.kind == "logits"
+        },
+        "storage": {plugin.name: _storage(plugin) for plugin in methods},
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    timings = {
+        "experiences": [
+            {**timing, "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None}
+            for timing in engine.timings
+        ],
+        "peak_memory_bytes": peak,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+    }
+    results = Results(data, timings, run.folder)
+    if engine.folder:
+        trained = {
+            "model": dict(run.model.state_dict()),
+            "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
+        }
+        engine.folder.finish(results, trained, {"format": FORMAT, "scenario": _described(stream, run)})
+    return results
+
+
+def _calibration(
+    engine: Engine, reading: Any, scores: Sequence[Tensor | None], labels: Sequence[Tensor]
+) -> dict[str, metrics.Measure]:
+    """Calibration over all experiences together, each image's choices being those of the reading."""
+    last = len(labels) - 1
+    rows = []
+    for on, given in enumerate(scores):
+        if given is None:
+            return {}
+        allowed = torch.zeros(given.shape[1], dtype=torch.bool)
+        allowed[list(engine.readings.choices(reading, last, on))] = True
+        rows.append(masked(given, allowed))
+    return metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
+
+
+def _in_words(reading: str, logits: str) -> str:
+    if reading == "class":
+        return "class-incremental: no task is given, the answer is among all classes seen"
+    if reading == "domain":
+        return "domain-incremental: no task is given, all experiences share their classes"
+    head = "multi-head" if logits in ("own", "current") else "masked single head"
+    return f"task-incremental ({head}): the task is given, the answer is among its classes"
+
+
+def _storage(plugin: Plugin) -> dict[str, int]:
+    """Bytes and numbers that a method keeps between experiences."""
+    tensors: dict[str, Tensor] = {}
+    checkpoint.pack(state.of_plugin(plugin, plugin.state), tensors)
+    return {
+        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- descriptions
+
+
+def _split(scenario: Scenario) -> dict[str, Any]:
+    """What `split.json` holds: who learns what, when; the validation images by their positions."""
+    return {
+        "class_order": list(scenario.class_order),
+        "class_names": list(scenario.class_names),
+        "data_sha256": scenario.checksum,
+        "experiences": [
+            {"index": e.index, "task": e.task, "classes": list(e.classes), "val": sorted(e.val.index.tolist())}
+            for e in scenario
+        ],
+    }
+
+
+def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
+    """What `load` needs to know of the scenario."""
+    return {
+        "name": scenario.name,
+        "setting": scenario.setting,
+        "classes": [list(classes) for classes in scenario.classes],
+        "class_names": list(scenario.class_names),
+        "input_shape": list(scenario.input_shape),
+        "transform": asdict(scenario.transform),
+        "blocks": run.model.blocks,
+    }
+
+
+def _scenario_of(described: Mapping[str, Any]) -> Scenario:
+    transform = dict(described["transform"])
+    transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
+    empty = Scenario(
+        described["name"],
+        described["setting"],
+        described["classes"],
+        described["class_names"],
+        described["input_shape"],
+        lambda index, part: _no_images(),
+        transform=Transform(**transform),
+    )
+    return empty.described()
+
+
+def _no_images() -> Any:
+    raise WrongUse("A loaded model has no images.")

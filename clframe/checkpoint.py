@@ -1,0 +1,230 @@
+"""Checkpoints: a tree of plain values and tensors as JSON and safetensors, written whole or not at all.
+
+A checkpoint is a folder of three files: ``tree.json``, ``tensors.safetensors``, and ``manifest.json`` with the SHA-256
+of the other two, as neither format notices a flipped bit. It is written beside, synced and renamed into place; the two
+newest are kept. Nothing here reads or writes a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clframe.data import ImageData
+from clframe.errors import DataError, RunFailed
+from clframe.model import IncrementalNet, snapshot
+
+FORMAT = 1
+FILES = ("tree.json", "tensors.safetensors")
+KEPT = 2
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """`value` as JSON-able data, its tensors moved to `tensors` under their paths.
+
+    Takes None, numbers, strings, tensors, lists, tuples, dicts with string or number keys, `ImageData`, modules and
+    optimizers (by their state dicts). Raises `TypeError` for anything else.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, list | tuple):
+        return {
+            "tuple" if isinstance(value, tuple) else "list": [
+                pack(v, tensors, f"{path}/{i}") for i, v in enumerate(value)
+            ]
+        }
+    if isinstance(value, Mapping):
+        return {"dict": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
+    if isinstance(value, ImageData):
+        return {"images": pack(vars(value), tensors, path)}
+    if isinstance(value, IncrementalNet):
+        return {"net": pack(dict(value.state_dict()), tensors, path), "blocks": value.blocks}
+    if isinstance(value, nn.Module):
+        return {"module": pack(dict(value.state_dict()), tensors, path)}
+    if isinstance(value, torch.optim.Optimizer):
+        return {"optimizer": pack(value.state_dict(), tensors, path)}
+    raise TypeError(
+        f"`{path}` is a {type(value).__name__}; a checkpoint holds tensors, plain containers, modules, optimizers"
+    )
+
+
+def unpack(data: Any, tensors: Mapping[str, Tensor], like: Any = None, model: IncrementalNet | None = None) -> Any:
+    """The value that `pack` was given. Modules and optimizers are loaded into the one that `like` is.
+
+    A network of `IncrementalNet`'s kind, a teacher, is rebuilt as a snapshot of `model` with its own values.
+    """
+    if not isinstance(data, dict):
+        return data
+    if "tensor" in data:
+        # a copy of its own: a view into the file's buffer is aligned otherwise, and another kernel might run on it
+        tensor = tensors[data["tensor"]].clone()
+        return tensor.to(like.device) if isinstance(like, Tensor) else tensor
+    if "list" in data or "tuple" in data:
+        kind, given = next(iter(data.items()))
+        items = [unpack(v, tensors, _at(like, i), model) for i, v in enumerate(given)]
+        return items if kind == "list" else tuple(items)
+    if "dict" in data:
+        return {k: unpack(v, tensors, _at(like, k), model) for k, v in data["dict"]}
+    if "images" in data:
+        columns = unpack(data["images"], tensors)
+        return ImageData(columns.pop("x"), columns.pop("y"), **columns)
+    if "net" in data:
+        if model is None:
+            raise DataError("The checkpoint holds a network where none was expected.")
+        teacher = snapshot(model, blocks=len(data["blocks"]))
+        teacher.load_state_dict(unpack(data["net"], tensors))
+        return teacher
+    if "module" in data:
+        like.load_state_dict(unpack(data["module"], tensors))
+        return like
+    like.load_state_dict(unpack(data["optimizer"], tensors))
+    return like
+
+
+def _at(container: Any, key: Any) -> Any:
+    if isinstance(container, Mapping):
+        return container.get(key)
+    if isinstance(container, list | tuple) and isinstance(key, int) and key < len(container):
+        return container[key]
+    return None
+
+
+def save(folder: Path, tree: Mapping[str, Any]) -> Path:
+    """Write `tree` as the newest checkpoint in `folder`, whole or not at all, and keep the one before it.
+
+    Raises `RunFailed` if the disk is full or cannot be written; the checkpoints that were there remain.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max((int(p.name) for p in _checkpoints(folder)), default=0) + 1
+    target, beside = folder / f"{number:06d}", folder / f".{number:06d}"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps({"format": FORMAT, "tree": pack(tree, tensors)})
+        (beside / FILES[0]).write_text(text, encoding="utf-8")
+        # one storage may stand under two names, which safetensors refuses: the second is copied
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() in seen:
+                tensors[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        save_file(tensors, beside / FILES[1])
+        sums = {name: _sha256(beside / name) for name in FILES}
+        (beside / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
+        for file in beside.iterdir():
+            sync(file)
+        sync(beside)
+        beside.rename(target)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        kept = newest(folder)
+        raise RunFailed(
+            f"The checkpoint {target} could not be written ({error}); "
+            + (f"{kept} is kept: make room and resume." if kept else "there is none yet: make room and start again.")
+        ) from error
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tensor]]:
+    """The packed tree and the tensors of the newest checkpoint in `folder` that is whole; `tell` hears of damaged ones.
+
+    Raises `DataError` if there is none.
+    """
+    problems = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            loaded = _read(path)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            tell(f"{problem} The older checkpoint {path.name} is used.")
+        return loaded
+    if problems:
+        raise DataError(" ".join(problems) + " No other checkpoint is left, and a resume never starts afresh.")
+    raise DataError(
+        f"There is no checkpoint in {folder}, so nothing to resume; start the run again with another folder."
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`, unverified."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    strange = sorted(p.name for p in path.iterdir() if p.name not in (*FILES, "manifest.json"))
+    if strange:
+        raise DataError(
+            f"Checkpoint {path} is refused as untrusted: it holds `{strange[0]}`, which clframe did not write."
+        )
+    try:
+        sums = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name in FILES:
+            if _sha256(path / name) != sums[name]:
+                raise DataError(f"Checkpoint {path} is damaged: {name} is not what was written.")
+        data = json.loads((path / FILES[0]).read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise DataError(f"Checkpoint {path} has format {data['format']}; this clframe reads format {FORMAT}.")
+        return data["tree"], load_file(path / FILES[1])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(f"Checkpoint {path} is damaged: {error}.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    beside.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` as safetensors to `path` whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    sync(beside)
+    beside.replace(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `DataError` if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing or damaged: {error}.") from error
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []

@@ -1,0 +1,438 @@
+"""YAML and flags to one resolved, validated configuration, with all errors told at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clframe import registry
+from clframe.errors import WrongUse, did_you_mean
+from clframe.options import (
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    explain,
+    public_name,
+    unknown,
+    validated,
+)
+
+SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, validate_assignment=True)
+
+
+class TrainSettings(BaseModel):
+    """How each experience is trained (``train.*``)."""
+
+    model_config = SETTINGS
+
+    epochs: Count | None = Field(None, description="passes over the data of each experience")
+    iterations: Count | None = Field(None, description="steps per experience, of complete batches, instead of epochs")
+    batch_size: Count = Field(32, description="images of a step, replay not counted")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("adam", description="torch's optimizer of that name")
+    lr: Positive = Field(1e-3, description="learning rate")
+    head_lr: Positive | None = Field(None, description="learning rate of the head; null: as the rest")
+    schedule: Literal["constant", "steps", "cosine"] = Field("constant", description="of the learning rate, per phase")
+    milestones: list[Positive] = Field(
+        [],
+        description="where schedule `steps` multiplies, in epochs (in steps where `iterations` is set)",
+    )
+    factor: Positive = Field(0.1, description="what schedule `steps` multiplies by")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum of sgd")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], description="of adam and adamw")
+    eps: Positive = Field(1e-8, description="of adam and adamw")
+    weight_decay: NonNegative = Field(0.0, description="as the optimizer defines it")
+    decay: Literal["weights", "all"] = Field(
+        "weights", description="which parameters decay: weights only, or biases and norms too"
+    )
+    keep_optimizer: bool = Field(False, description="keep the optimizer's state from one experience to the next")
+    clip: NonNegative = Field(1.0, description="largest norm of the gradient; 0: no clipping")
+    logits: Literal["all", "seen", "current", "own"] | None = Field(
+        None,
+        description="which take part in the loss: of all classes from the start, of those seen, of the "
+        "experience's, of the row's task; null: `own` in the task setting, else `seen`",
+    )
+    val: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the training images held out")
+    threads: Count | None = Field(None, description="CPU threads; null: as torch chooses")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("`train.epochs` and `train.iterations` exclude each other; set one of them")
+        if self.nesterov and not self.momentum:
+            raise ValueError("`train.nesterov` needs a `train.momentum` above 0")
+        if len(self.betas) != 2:
+            raise ValueError("`train.betas` must be two numbers")
+        if self.milestones and self.schedule != "steps":
+            raise ValueError("`train.milestones` needs `train.schedule=steps`")
+        return self
+
+
+class RunSettings(BaseModel):
+    """How the run itself goes (``run.*``)."""
+
+    model_config = SETTINGS
+
+    seed: CountOrZero = Field(0, description="of everything random")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    data_root: str | None = Field(
+        None, description="folder of the data sets; null: CLFRAME_DATA, else the user's cache"
+    )
+    output: str | None = Field(None, description="folder of this run; null: a new one under runs/")
+    eval_every: Literal["experience", "epoch"] = Field("experience", description="how often to evaluate")
+    eval_batch_size: Count = Field(512, description="images at a time in evaluation")
+    checkpoint_every: NonNegative = Field(60.0, description="seconds between checkpoints within an experience")
+    log_every: Count = Field(50, description="steps between two records of the losses")
+    tensorboard: bool = Field(True, description="write curves for TensorBoard")
+    predictions: bool = Field(True, description="keep the scores of every test image")
+
+
+class Config(BaseModel):
+    """Everything that defines a run; what `config.yaml` of its folder holds.
+
+    `scenario` and `model` hold their `name` and options, `plugins` maps names to options, in calling order.
+    """
+
+    model_config = SETTINGS
+
+    scenario: dict[str, Any]
+    model: dict[str, Any]
+    plugins: dict[str, dict[str, Any]]
+    train: TrainSettings
+    run: RunSettings
+
+
+DATA_ROOT = "CLFRAME_DATA"
+
+
+def data_root(given: str | None) -> Path:
+    """The folder of the data sets: as given, else the environment's, else the user's cache folder."""
+    import os
+
+    import platformdirs
+
+    return Path(given or os.environ.get(DATA_ROOT) or platformdirs.user_cache_dir("clframe")).expanduser()
+
+
+DEFAULT_SCENARIO = "split-digits"
+DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
+LARGEST_FILE = 1_000_000  # bytes of a configuration
+SECTIONS = ("scenario", "model", "plugins", "train", "run")
+LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
+Given = Mapping[str, Any]
+Named = str | Given | None  # a name, or a mapping with ``name`` and options, or options alone
+Settings = TypeVar("Settings", TrainSettings, RunSettings)
+
+
+def resolve(
+    *,
+    scenario: Named = None,
+    model: Named = None,
+    plugins: Given | Sequence[str | Given] = (),
+    yaml_file: str | Path | None = None,
+    sets: Sequence[str] = (),
+    train: Given | None = None,
+    run: Given | None = None,
+) -> Config:
+    """The whole configuration, every option with its value.
+
+    From weak to strong: defaults, what suits the scenario, the YAML file, `sets` (each ``a.b=value``), and
+    the other arguments. A model or scenario of another name takes no options from a weaker place; plugins
+    that are given here replace the file's, of which those named again keep their options.
+
+    Raises:
+        WrongUse: with one sentence for each mistake.
+    """
+    problems: list[str] = []
+    file = _read_file(Path(yaml_file), problems) if yaml_file is not None else {}
+    changes = _parse_sets(sets, problems)
+    by_file = _plugin_options(file.get("plugins"), problems)
+    by_call = _plugin_options(plugins, problems)
+    chosen = by_call or by_file
+    problems += _strangers(changes, chosen)
+
+    def layers(section: str, given: Named) -> list[dict[str, Any]]:
+        return [_named(layer, section, problems) for layer in (file.get(section), changes.get(section), given)]
+
+    def section(section: str, given: Given | None) -> list[dict[str, Any]]:
+        of_file = _mapping(file.get(section), section, problems)
+        return [of_file, {**changes.get(section, {}), **(given or {})}]
+
+    resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
+    suited = _named(getattr(build, "backbone", None), "model", problems)
+    resolved_model = _resolve_model(layers("model", model), suited, problems)
+    resolved_plugins = {
+        name: _resolve_plugin(name, {**by_file.get(name, {}), **changes.get(name, {}), **options}, problems)
+        for name, options in chosen.items()
+    }
+    train_layers = [dict(getattr(build, "train", {})), *section("train", train)]
+    resolved_train = _settings(TrainSettings, _length(train_layers), "train", problems)
+    of_file, given = section("run", run)
+    resolved_run = _settings(RunSettings, {**of_file, **given}, "run", problems)
+    if problems or resolved_train is None or resolved_run is None:
+        raise WrongUse(*dict.fromkeys(problems))
+    return Config(
+        scenario=resolved_scenario,
+        model=resolved_model,
+        plugins=resolved_plugins,
+        train=resolved_train,
+        run=resolved_run,
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as a file that `resolve` reads back as it is, without ``run.output``: a repeat has its own."""
+    data = config.model_dump()
+    data["run"]["output"] = None
+    return yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that strict YAML `text` holds: no repeated key, anchor, alias or tag; ``1e-3`` is a number.
+
+    Raises `WrongUse` that names `where`, and the line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise WrongUse(f"{where}{place}: {error.problem or error.context}.") from error
+    except yaml.YAMLError as error:
+        raise WrongUse(f"{where}: not YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError:
+        raise WrongUse(f"{where}: nested too deeply.") from None
+
+
+# ----------------------------------------------------------------------------------------------- the sections
+
+
+def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
+    """The scenario with all its options, and the function that builds it (None if it is not known)."""
+    name, options = _merge(layers, DEFAULT_SCENARIO)
+    try:
+        build = registry.builder("scenario", name)
+    except WrongUse as error:
+        problems += error.problems
+        return {}, None
+    return {"name": name, **_checked(build, options, "scenario", name, problems)}, build
+
+
+def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[str]) -> dict[str, Any]:
+    """The model with all its options: the one that suits the scenario, if no other is named."""
+    name, options = _merge(layers, "")
+    if not name:
+        name, options = _merge([dict(suited), options], DEFAULT_MODEL)
+    try:
+        build = registry.builder("model", name)
+    except WrongUse as error:
+        problems += error.problems
+        return {}
+    return {"name": name, **_checked(build, options, "model", name, problems)}
+
+
+def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str, Any]:
+    """All options of the plugin; it is built on the way, as its constructor may refuse a combination."""
+    try:
+        resolved = registry.build_plugin(name, options).public_options()
+    except WrongUse as error:
+        problems += error.problems
+        return {}
+    if ":" in name:
+        del resolved["variant"]
+    return resolved
+
+
+def _checked(build: Any, options: Given, section: str, name: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        values = validated(build, options, section, skip=registry.SUPPLIED, owner=f"the {section} `{name}`")
+    except WrongUse as error:
+        problems += error.problems
+        return {}
+    return {public_name(option): value for option, value in values.items()}
+
+
+def _settings(kind: type[Settings], given: Given, where: str, problems: list[str]) -> Settings | None:
+    strangers = unknown(given, kind.model_fields, where, f"`{where}`")
+    problems += strangers
+    try:
+        return kind(**{name: value for name, value in given.items() if name in kind.model_fields})
+    except ValidationError as error:
+        problems += explain(error, where)
+        return None
+
+
+def _length(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The layers merged; a stronger choice of epochs or iterations ends the weaker; by default one epoch."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, other in LENGTH.items():
+            if layer.get(name) is not None:
+                merged.pop(other, None)
+        merged |= {name: value for name, value in layer.items() if not (name in LENGTH and value is None)}
+    if not LENGTH.keys() & merged.keys():
+        merged["epochs"] = 1
+    return merged
+
+
+def _merge(layers: list[dict[str, Any]], default: str) -> tuple[str, dict[str, Any]]:
+    """The strongest name, and the options of all layers that name it, or name nothing."""
+    name = next((layer["name"] for layer in reversed(layers) if "name" in layer), default)
+    options: dict[str, Any] = {}
+    for layer in layers:
+        if layer.get("name", name) == name:
+            options |= {public_name(option): value for option, value in layer.items() if option != "name"}
+    return name, options
+
+
+# ----------------------------------------------------------------------------------------- what the user gave
+
+
+def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise WrongUse(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise WrongUse(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
+    if len(content) > LARGEST_FILE:
+        raise WrongUse(f"The configuration {path} is larger than {LARGEST_FILE:,} bytes.")
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise WrongUse(f"{path} must hold a mapping with some of: {', '.join(SECTIONS)}.")
+    problems += [
+        f"{path}: there is no section `{name}`." + did_you_mean(name, SECTIONS) for name in data if name not in SECTIONS
+    ]
+    return data
+
+
+def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Values by section and option."""
+    changes: dict[str, dict[str, Any]] = {}
+    for text in sets:
+        target, equals, value = text.partition("=")
+        section, dot, option = (part.strip() for part in target.partition("."))
+        if not (equals and dot and section and option):
+            problems.append(f"`--set {text}` is not of the form `section.option=value`, such as `train.lr=0.1`.")
+            continue
+        if public_name(option) in changes.get(section, {}):
+            problems.append(f"`--set {section}.{public_name(option)}` is given twice.")
+        try:
+            changes.setdefault(section, {})[public_name(option)] = parse_yaml(value, f"`--set {text}`")
+        except WrongUse as error:
+            problems += error.problems
+    return changes
+
+
+def _strangers(changes: Given, chosen: Given) -> list[str]:
+    """One sentence for each section of ``--set`` that is neither a section nor a plugin of the run."""
+    problems = []
+    for name in changes:
+        if name in registry.RESERVED or name in chosen:
+            continue
+        plugins = registry.names("plugin")
+        if name.partition(":")[0] in plugins:
+            problems.append(f"`--set {name}...`: the plugin `{name}` is not in the run; add `--plugin {name}`.")
+        else:
+            guess = did_you_mean(name, [*registry.RESERVED, *chosen, *plugins])
+            problems.append(f"`--set {name}...`: there is no plugin `{name}`.{guess}")
+    return problems
+
+
+def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Options by plugin, in the order of naming, of a mapping or of a list of names and mappings."""
+    options: dict[str, dict[str, Any]] = {}
+    for item in [given] if isinstance(given, Mapping) else given or []:
+        if isinstance(given, str) or not isinstance(item, str | Mapping):
+            problems.append(f"`plugins` is {given!r}; it must be a mapping of names to options, or a list of names.")
+            break
+        for name, values in {item: {}}.items() if isinstance(item, str) else item.items():
+            if name in options:
+                problems.append(f"The plugin `{name}` is named twice; name it once.")
+            options[name] = _mapping(values, f"plugins.{name}", problems)
+    return options
+
+
+def _named(given: Any, section: str, problems: list[str]) -> dict[str, Any]:
+    """`given` as a mapping with or without a ``name``."""
+    if isinstance(given, str):
+        return {"name": given}
+    spec = _mapping(given, section, problems)
+    if not isinstance(spec.get("name", ""), str):
+        problems.append(f"`{section}.name` is {spec.pop('name')!r}; it must be a text.")
+    return spec
+
+
+def _mapping(given: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    if given is None or isinstance(given, Mapping):
+        return dict(given or {})
+    problems.append(f"`{where}` is {given!r}; it must be a mapping of options to values.")
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------------- YAML
+
+RESOLVERS = (  # those of YAML 1.2: words such as `no` are texts, 1e-3 is a number
+    ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"^(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, strict."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - filled below
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse anchors, aliases and tags."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", event.start_mark)
+        if getattr(event, "tag", None):
+            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read here", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse keys that are repeated, or are no text."""
+        places: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key.start_mark)
+            if key.value in places:
+                problem = f"the key `{key.value}` stands in line {places[key.value]} already"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            places[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `_Loader`, or a YAML 1.1 reader, would take for something else."""
+
+
+for _tag, _pattern, _first in RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that YAML has."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

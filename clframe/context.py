@@ -1,0 +1,159 @@
+"""`Run`: the context that every hook is given."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clframe.config import Config, TrainSettings
+from clframe.data import Batch, Experience, ImageData, Scenario
+from clframe.model import IncrementalNet, Outputs, class_mask, masked
+from clframe.plugin import Plugin
+from clframe.training import Phase, Sampler
+
+Record = dict[str, Any]
+Listener = Callable[[Record], None]
+
+
+class Run:
+    """The context of a run: what hooks may read, and what they may ask for.
+
+    Attributes:
+        model: the network.
+        scenario: its description; it holds no images.
+        experience: the one being learnt, without test images.
+        earlier: the experiences learnt before it; only for plugins that declare ``keeps_experiences``.
+        phase: the stretch of training under way.
+        optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built anew.
+        accuracy: for each reading the rows of R[i][j] so far, from 0 to 1, None where empty.
+        losses: detached scalars of the latest step, by the name of the term.
+        task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.
+        step, steps_in_phase, epoch: the step under way and its epoch, from 0, and the number of steps of the phase.
+        total_steps: steps of the whole run so far.
+        settings: the training settings.
+        config: the whole configuration.
+        folder: the run folder; None if the run keeps none.
+        device: where model and data are.
+        plugins: in the order of calling.
+        listeners: called with each record (a dict with a ``kind``) that the run emits; see `log`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        scenario: Scenario,
+        model: IncrementalNet,
+        plugins: Sequence[Plugin],
+        device: torch.device,
+        listeners: Sequence[Listener] = (),
+        folder: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.settings: TrainSettings = config.train
+        self.scenario = scenario.described()
+        self.model = model.to(device)
+        self.device = device
+        self.plugins = tuple(plugins)
+        self.listeners = list(listeners)
+        self.folder = folder
+        self.experience: Experience = self.scenario[0]
+        self.earlier: list[Experience] = []
+        self.phase = Phase("train")
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.accuracy: dict[str, list[list[float | None]]] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.task_gradients: dict[str, Tensor] = {}
+        self.total_steps = 0
+        self.logits = config.train.logits or ("own" if scenario.setting == "task" else "seen")
+        self.generators: dict[str, torch.Generator] = {}
+        self.sampler: Sampler | None = None
+        self.tick_done: dict[str, int] = {}  # of the hook call under way
+        self.pause: Callable[[], None] = lambda: None  # the engine's: save if it is time, stop if a signal asked for it
+        self._classes_of_task = torch.stack(
+            [class_mask(classes, len(scenario.class_names), device) for classes in scenario.classes]
+        )
+
+    @property
+    def step(self) -> int:
+        """The step of the phase under way, from 0."""
+        return self.sampler.step - 1 if self.sampler else 0
+
+    @property
+    def steps_in_phase(self) -> int:
+        """Steps of the phase under way."""
+        return self.sampler.steps if self.sampler else 0
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the step under way, from 0."""
+        return self.step // self.sampler.batches_per_epoch if self.sampler else 0
+
+    def rng(self, name: str) -> torch.Generator:
+        """The generator (on the CPU) of that name: a plugin's only source of randomness, saved in checkpoints."""
+        if name not in self.generators:
+            digest = hashlib.sha256(f"{self.config.run.seed}/{name}".encode()).digest()
+            self.generators[name] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return self.generators[name]
+
+    def batch(self, rows: ImageData, augment: torch.Generator | None = None) -> Batch:
+        """`rows` as the model takes them, on the device; augmented if a generator is given."""
+        return self.scenario.transform.batch(rows.to(self.device), augment)
+
+    def mask(self, task: Tensor) -> Tensor | None:
+        """The logits that take part in the loss (``train.logits``) of rows of these tasks [B].
+
+        [C] or [B, C] bool for a head of C classes; None: all of them.
+        """
+        if self.logits == "own":
+            return self._classes_of_task[:, : self.model.n_classes][task]
+        if self.logits == "current":
+            return self._classes_of_task[self.experience.index, : self.model.n_classes]
+        return None
+
+    def loss(self, batch: Batch, outputs: Outputs) -> Tensor:
+        """Cross-entropy over the logits that take part, weighted: sum(w * l) / sum(w)."""
+        losses = functional.cross_entropy(masked(outputs.logits, self.mask(batch.task)), batch.y, reduction="none")
+        return torch.dot(losses, batch.weight.to(losses.dtype)) / batch.weight.sum()
+
+    def ticks(self, name: str, n: int, *, resumable: bool = False) -> Ticks:
+        """Iterate over ``range(n)`` in a long piece of work of a hook: with progress, and a stop by Ctrl-C.
+
+        Where `resumable`, the run may be saved between two ticks, and after a resume the iteration goes on at
+        `Ticks.start`; partial results must be in the plugin's declared state. Else the hook's work is done again.
+        """
+        return Ticks(self, name, n, resumable)
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Record named values: in `metrics.jsonl`, in TensorBoard, with every other listener."""
+        self.emit("log", experience=self.experience.index, total_step=self.total_steps, values=dict(values))
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Give the record of that kind to all listeners."""
+        for listener in self.listeners:
+            listener({"kind": kind, **fields})
+
+
+class Ticks:
+    """The iterations of one long piece of work; see `Run.ticks`.
+
+    Attributes:
+        start: the first iteration that is left to do: 0, unless the run was resumed within this work.
+    """
+
+    def __init__(self, run: Run, name: str, n: int, resumable: bool) -> None:
+        self.start = run.tick_done.get(name, 0)
+        self._run, self._name, self._n, self._resumable = run, name, n, resumable
+
+    def __iter__(self) -> Iterator[int]:
+        for i in range(self.start, self._n):
+            yield i
+            self._run.emit("tick", name=self._name, i=i + 1, n=self._n)
+            if self._resumable:
+                self._run.tick_done[self._name] = i + 1
+                self._run.pause()

@@ -1,0 +1,583 @@
+"""Images in memory, batches of them, and scenarios: the streams of experiences that a run learns from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clframe.errors import DataError, WrongUse
+
+Setting = Literal["class", "task", "domain"]
+Part = Literal["train", "test"]
+COLUMNS = ("x", "y", "index", "task", "weight", "origin")  # the per-row tensors of `Batch` and `ImageData`
+Builder = TypeVar("Builder", bound=Callable[..., "Scenario"])
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows of one step, ready for the model.
+
+    Attributes:
+        x: [B, ...] float, normalised and augmented.
+        y: [B] int64 labels; a label is the column of its class in the head.
+        index: [B] int64 positions in the data set's training images, or test images for a test batch
+            (-1: from neither).
+        task: [B] int64 index of each row's task.
+        weight: [B] float32 weight of each row in the base loss.
+        origin: [B] int64; 0 = the experience itself, k = added by the k-th plugin of the run.
+        targets: named per-row tensors, such as stored logits; rows that came without one hold zeros.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    task: Tensor
+    weight: Tensor
+    origin: Tensor
+    targets: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+def join(parts: Sequence[Batch]) -> Batch:
+    """One batch of the rows of all `parts`, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return Batch(**columns, targets=_join_targets(parts))
+
+
+class ImageData:
+    """Images with labels, held in memory as the data set has them (uint8, or float as a user gave them).
+
+    Attributes are those of `Batch`, except that `x` is raw: neither normalised nor augmented. `task`,
+    `weight` and `origin` may be given as one number for all rows; `index` defaults to -1.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        index: Tensor | None = None,
+        task: Tensor | int = 0,
+        weight: Tensor | float = 1.0,
+        origin: Tensor | int = 0,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if len(x) != len(y):
+            raise DataError(f"{len(x)} images came with {len(y)} labels; there must be one label for each image.")
+
+        def column(value: Tensor | float, dtype: torch.dtype) -> Tensor:
+            if isinstance(value, Tensor):
+                return value.to(x.device, dtype)
+            return torch.full((len(y),), value, dtype=dtype, device=x.device)
+
+        self.x = x
+        self.y = column(y, torch.int64)
+        self.index = column(-1 if index is None else index, torch.int64)
+        self.task = column(task, torch.int64)
+        self.weight = column(weight, torch.float32)
+        self.origin = column(origin, torch.int64)
+        self.targets = dict(targets or {})
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def rows(self, where: Tensor | slice) -> ImageData:
+        """The rows at the positions, under the boolean mask, or in the slice `where`."""
+        picked = object.__new__(ImageData)  # columns that are valid already: no checks, this runs every step
+        for name in COLUMNS:
+            setattr(picked, name, getattr(self, name)[where])
+        picked.targets = {name: target[where] for name, target in self.targets.items()}
+        return picked
+
+    def marked(self, origin: int) -> ImageData:
+        """The same rows with that origin."""
+        rest = {n: getattr(self, n) for n in ("index", "task", "weight")}
+        return ImageData(self.x, self.y, **rest, origin=origin, targets=self.targets)
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """This data on `device`; itself if it is there already."""
+        if self.x.device == torch.device(device):
+            return self
+        targets = {name: target.to(device) for name, target in self.targets.items()}
+        rest = {n: getattr(self, n) for n in ("index", "task", "weight", "origin")}
+        return ImageData(self.x.to(device), self.y, **rest, targets=targets)
+
+    @staticmethod
+    def concat(parts: Sequence[ImageData]) -> ImageData:
+        """The rows of all `parts`, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
+        return ImageData(**columns, targets=_join_targets(parts))
+
+
+def _join_targets(parts: Sequence[Batch] | Sequence[ImageData]) -> dict[str, Tensor]:
+    joined = {}
+    for name in dict.fromkeys(name for part in parts for name in part.targets):
+        like = next(part.targets[name] for part in parts if name in part.targets)
+        rows = [part.targets.get(name, like.new_zeros(len(part), *like.shape[1:])) for part in parts]
+        joined[name] = torch.cat(rows)
+    return joined
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From raw images to the model's input, on whole batches and on their device.
+
+    Attributes:
+        scale: the raw value that becomes 1 (255 for 8-bit images, 16 for scikit-learn's digits, 1: floats).
+        mean, std: per channel, subtracted and divided by after scaling; empty for none.
+        pad: augmentation crops the image at random from itself padded with this many zeros on each side.
+        flip: augmentation mirrors each image left to right with probability 1/2.
+    """
+
+    scale: float = 255.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    pad: int = 0
+    flip: bool = False
+
+    @property
+    def augments(self) -> bool:
+        """Whether there is any augmentation."""
+        return self.pad > 0 or self.flip
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Raw images [B, ...] to float32 inputs [B, ...]."""
+        out = x.to(torch.float32)
+        if self.mean:
+            factor, shift = _affine(self, x.dim() - 2, x.device)
+            return (out * factor).add_(shift)
+        if self.scale == 1:
+            return out
+        return out / self.scale if out is x else out.div_(self.scale)  # never in place on the caller's images
+
+    def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A random crop and flip of each raw image [B, C, H, W].
+
+        `generator` is on the CPU, so that all devices augment alike. Images of another form stay as they are.
+        """
+        if x.dim() != 4 or not self.augments:
+            return x
+        count, channels, height, width = x.shape
+        crop = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
+        flip = torch.randint(1 + self.flip, (1, count, 1), generator=generator)
+        top, left, mirrored = torch.cat([crop, flip]).to(x.device, non_blocking=True)
+        x = functional.pad(x, (self.pad,) * 4)
+        rows = top + torch.arange(height, device=x.device)
+        columns = torch.arange(width, device=x.device)
+        columns = left + torch.where(mirrored == 1, width - 1 - columns, columns)
+        # one gather from the flattened image for all channels: faster than windows, slices or two gathers
+        where = (rows[:, :, None] * x.shape[3] + columns[:, None, :]).view(count, 1, height * width)
+        return x.flatten(2).gather(2, where.expand(-1, channels, -1)).view(count, channels, height, width)
+
+    def batch(self, rows: ImageData, generator: torch.Generator | None = None) -> Batch:
+        """`rows` as the model takes them; augmented if a generator is given."""
+        x = rows.x if generator is None else self.augment(rows.x, generator)
+        return Batch(
+            self.normalize(x),
+            rows.y,
+            rows.index,
+            rows.task,
+            rows.weight,
+            rows.origin,
+            targets=dict(rows.targets),
+        )
+
+
+@lru_cache(maxsize=64)
+def _affine(transform: Transform, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and shift [C, 1, ...], with `dims` ones, from raw values to ((value / scale) - mean) / std."""
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        constants = torch.tensor((transform.mean, transform.std), dtype=torch.float64)
+        mean, std = constants.view(2, -1, *[1] * dims)
+        factor, shift = 1 / (transform.scale * std), -mean / std
+        return factor.to(device, torch.float32), shift.to(device, torch.float32)
+
+
+class Experience:
+    """One step of a scenario: its training, validation and test images, loaded when first asked for.
+
+    Attributes:
+        index: position in the stream, from 0.
+        task: index of the task (the same as `index` in all built-in scenarios).
+        classes: labels that occur in it.
+    """
+
+    def __init__(self, index: int, task: int, classes: tuple[int, ...], load: Callable[[str], ImageData]) -> None:
+        self.index = index
+        self.task = task
+        self.classes = classes
+        self._load = load
+
+    def __repr__(self) -> str:
+        return f"Experience(index={self.index}, task={self.task}, classes={self.classes})"
+
+    @cached_property
+    def train(self) -> ImageData:
+        """The images to learn from."""
+        return self._load("train")
+
+    @cached_property
+    def val(self) -> ImageData:
+        """The share of the training images that is held out for model selection; empty unless asked for."""
+        return self._load("val")
+
+    @cached_property
+    def test(self) -> ImageData:
+        """The test images; an experience that a plugin is given has none."""
+        return self._load("test")
+
+    def for_training(self) -> Experience:
+        """This experience as plugins get it: asking for its test images raises `WrongUse`."""
+
+        def load(part: str) -> ImageData:
+            if part == "test":
+                raise WrongUse("A plugin asked for test images; a run hands it training and validation data only.")
+            loaded: ImageData = getattr(self, part)
+            return loaded
+
+        return Experience(self.index, self.task, self.classes, load)
+
+
+class Scenario:
+    """A stream of experiences, described without loading its images.
+
+    Labels are columns of the head: the classes of the first experience are 0, 1, ..., and classes that a
+    later experience brings follow in order.
+
+    Args:
+        name: as the command line calls it, or any name for a scenario of one's own.
+        setting: ``class`` (which class, of all seen), ``task`` (the task is told), ``domain`` (same classes,
+            new look).
+        classes: for each experience its labels.
+        class_names: for each label its name.
+        input_shape: of one image, such as (3, 32, 32).
+        load: gives the "train" or "test" images of experience i.
+        transform: from raw images to the model's input.
+        class_order: the data set's class numbers in the order of learning, where that has a meaning.
+        checksum: SHA-256 of the data, so that two runs can be compared.
+        move: moves the underlying arrays to a device, once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setting: Setting,
+        classes: Sequence[Sequence[int]],
+        class_names: Sequence[str],
+        input_shape: Sequence[int],
+        load: Callable[[int, Part], ImageData],
+        *,
+        transform: Transform | None = None,
+        class_order: Sequence[int] = (),
+        checksum: str = "",
+        move: Callable[[torch.device], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.setting: Setting = setting
+        self.classes = tuple(tuple(group) for group in classes)
+        self.class_names = tuple(class_names)
+        self.input_shape = tuple(input_shape)
+        self.transform = transform or Transform()
+        self.class_order = tuple(class_order)
+        self.checksum = checksum
+        self._load = load
+        self._move = move
+        self._val_share = 0.0
+        self._val_seed = 0
+        seen = 0
+        for i, group in enumerate(self.classes):
+            new = [label for label in group if label >= seen]
+            if new != list(range(seen, seen + len(new))):
+                raise WrongUse(
+                    f"Experience {i} of scenario `{name}` brings the labels {new}; "
+                    f"new labels must continue from {seen}."
+                )
+            seen += len(new)
+        if not self.classes or seen > len(self.class_names):
+            raise WrongUse(f"Scenario `{name}` has {seen} labels, but {len(self.class_names)} class names.")
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __iter__(self) -> Iterator[Experience]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Experience:
+        """A fresh experience: its images are loaded when asked for and freed with it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Scenario `{self.name}` has {len(self)} experiences, none with number {index}.")
+
+        def load(part: str) -> ImageData:
+            return self._load(index, "test") if part == "test" else self._train_or_val(index, part)
+
+        return Experience(index, index, self.classes[index], load)
+
+    def __repr__(self) -> str:
+        return f"Scenario({self.name!r}, {self.setting!r}, {len(self)} experiences of {self.classes})"
+
+    def hold_out(self, share: float, seed: int) -> None:
+        """Set aside `share` of each class's training images for validation, as a function of `seed`.
+
+        Of every class at least one image stays for training.
+        """
+        self._val_share, self._val_seed = share, seed
+
+    def described(self) -> Scenario:
+        """This scenario as plugins and a loaded model get it: asking for any images raises `WrongUse`."""
+
+        def load(index: int, part: Part) -> ImageData:
+            raise WrongUse(
+                f"The {part} images of experience {index} were asked for; `run.scenario` only describes them."
+            )
+
+        return Scenario(
+            self.name,
+            self.setting,
+            self.classes,
+            self.class_names,
+            self.input_shape,
+            load,
+            transform=self.transform,
+            class_order=self.class_order,
+            checksum=self.checksum,
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Hold the images on `device` from now on, where the scenario can."""
+        if self._move:
+            self._move(device)
+
+    def _train_or_val(self, index: int, part: str) -> ImageData:
+        data = self._load(index, "train")
+        held = torch.zeros(len(data), dtype=torch.bool)
+        if self._val_share:
+            generator = torch.Generator().manual_seed(self._val_seed * 10_007 + index)
+            labels = data.y.cpu()
+            for label in sorted(set(labels.tolist())):
+                where = (labels == label).nonzero().flatten()
+                count = min(round(self._val_share * len(where)), len(where) - 1)
+                held[where[torch.randperm(len(where), generator=generator)[:count]]] = True
+        elif part == "train":
+            return data
+        return data.rows((held if part == "val" else ~held).nonzero().flatten().to(data.x.device))
+
+
+def suits(*, backbone: str | Mapping[str, Any], train: Mapping[str, Any]) -> Callable[[Builder], Builder]:
+    """Mark a function that builds a scenario with the backbone and the training settings that suit it.
+
+    They are what a run uses where the user set nothing else, and are known without loading any data.
+    `backbone` is a name, or a name with options: ``{"name": "mlp", "hidden": [256, 256]}``.
+    """
+
+    def mark(builder: Builder) -> Builder:
+        builder.backbone, builder.train = backbone, dict(train)  # type: ignore[attr-defined]
+        return builder
+
+    return mark
+
+
+@dataclass
+class Arrays:
+    """A labelled image data set in memory, from which scenarios are cut.
+
+    Attributes:
+        x_train, x_test: [N, C, H, W] uint8, or any float tensor [N, ...].
+        y_train, y_test: [N] labels 0 .. len(class_names) - 1, of any integer type; held as int64.
+        class_names: one for each label.
+        transform: from these raw values to the model's input.
+
+    Raises:
+        DataError: if images and labels do not fit each other or the class names.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    class_names: tuple[str, ...]
+    transform: Transform = field(default_factory=Transform)
+
+    def __post_init__(self) -> None:
+        self.y_train = self._checked("training", self.x_train, self.y_train)
+        self.y_test = self._checked("test", self.x_test, self.y_test)
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise DataError(
+                f"The training images of `{self.name}` are {list(self.x_train.shape[1:])}, the test images "
+                f"{list(self.x_test.shape[1:])}; they must have one shape."
+            )
+
+    def _checked(self, part: str, x: Tensor, y: Tensor) -> Tensor:
+        if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+            raise DataError(
+                f"The {part} labels of `{self.name}` are {y.dtype} {list(y.shape)}, but must be integers [N]."
+            )
+        if len(x) != len(y):
+            raise DataError(
+                f"`{self.name}` has {len(x)} {part} images and {len(y)} labels; there must be one label for each image."
+            )
+        if not len(y):
+            raise DataError(f"`{self.name}` has no {part} images; there must be at least one.")
+        y = y.to(torch.int64)
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"The {part} labels of `{self.name}` go from {low} to {high}; "
+                f"for {len(self.class_names)} classes they must lie in 0 to {len(self.class_names) - 1}."
+            )
+        return y
+
+    def checksum(self) -> str:
+        """SHA-256 over all images and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(tensor.contiguous().cpu().numpy().data)
+        return digest.hexdigest()
+
+    def limited(self, per_class: int | None) -> Arrays:
+        """The first `per_class` images of each class, of training and test data alike; all if None."""
+        if per_class is None:
+            return self
+
+        def first(y: Tensor) -> Tensor:
+            return torch.cat([(y == c).nonzero().flatten()[:per_class] for c in sorted(set(y.tolist()))]).sort().values
+
+        train, test = first(self.y_train), first(self.y_test)
+        return replace(
+            self,
+            x_train=self.x_train[train],
+            y_train=self.y_train[train],
+            x_test=self.x_test[test],
+            y_test=self.y_test[test],
+        )
+
+    def move(self, device: torch.device) -> None:
+        """Hold all tensors on `device`."""
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Images and labels of ``train`` or ``test``."""
+        return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
+
+
+def split_classes(
+    name: str,
+    arrays: Arrays,
+    *,
+    experiences: int,
+    setting: Setting = "class",
+    first: int | None = None,
+    order: Sequence[int] | None = None,
+) -> Scenario:
+    """A scenario whose experiences bring disjoint groups of classes.
+
+    Args:
+        name: of the scenario.
+        arrays: the data set.
+        experiences: how many groups.
+        setting: in ``domain`` the label is the class's place within its group.
+        first: classes in the first group; by default all groups are of one size.
+        order: permutation of the class numbers; by default as the data set numbers them.
+
+    Raises:
+        WrongUse: if the classes cannot be divided so, or `order` is no permutation.
+    """
+    total = len(arrays.class_names)
+    order = list(order) if order is not None else list(range(total))
+    if sorted(order) != list(range(total)):
+        raise WrongUse(f"`scenario.order` is {order}; it must hold each of the class numbers 0 to {total - 1} once.")
+    rest = experiences - (first is not None)
+    left = total - (first or 0)
+    if experiences < 1 or left < rest or (rest and left % rest) or (not rest and left):
+        raise WrongUse(
+            f"`scenario.experiences` is {experiences}"
+            + (f" with `scenario.first` {first}" if first is not None else "")
+            + f": {total} classes of {arrays.name} cannot be divided so evenly."
+        )
+    sizes = ([first] if first is not None else []) + [left // rest] * rest
+    if setting == "domain" and sizes[0] < max(sizes):
+        raise WrongUse(
+            f"`scenario.first` is {first}; in the domain setting it must be at least {max(sizes)}, "
+            "the number of classes of the other groups."
+        )
+    groups = list(torch.split(torch.tensor(order), sizes))
+
+    def load(i: int, part: Part) -> ImageData:
+        x, y = arrays.part(part)
+        start = 0 if setting == "domain" else sum(sizes[:i])
+        label = torch.full((total,), -1, dtype=torch.int64)
+        label[groups[i]] = torch.arange(sizes[i]) + start
+        y = label.to(y.device)[y]
+        where = (y >= 0).nonzero().flatten()
+        return ImageData(x[where], y[where], index=where, task=i)
+
+    names = [arrays.class_names[c] for c in order]
+    if setting == "domain":
+        classes: Iterable[Sequence[int]] = [range(size) for size in sizes]
+        names = [f"place {place}" for place in range(max(sizes))]
+    else:
+        classes = [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(experiences)]
+    return Scenario(
+        name,
+        setting,
+        list(classes),
+        names,
+        arrays.x_train.shape[1:],
+        load,
+        transform=arrays.transform,
+        class_order=order,
+        checksum=arrays.checksum(),
+        move=arrays.move,
+    )
+
+
+def change_domains(
+    name: str,
+    arrays: Arrays,
+    change: Callable[[int, Tensor], Tensor],
+    *,
+    experiences: int,
+    setting: Setting = "domain",
+) -> Scenario:
+    """A scenario whose experiences show all classes, each time changed in another way.
+
+    Args:
+        name: of the scenario.
+        arrays: the data set.
+        change: ``change(i, x)`` gives the raw images `x` as experience i shows them.
+        experiences: how many.
+        setting: in ``domain`` all experiences share their labels; else each brings labels of its own.
+    """
+    total = len(arrays.class_names)
+    apart = setting != "domain"
+
+    def load(i: int, part: Part) -> ImageData:
+        x, y = arrays.part(part)
+        return ImageData(change(i, x), y + total * i * apart, index=torch.arange(len(y)), task=i)
+
+    return Scenario(
+        name,
+        setting,
+        [range(total * i * apart, total * (i * apart + 1)) for i in range(experiences)],
+        [f"{c} ({i})" if apart else c for i in range(experiences if apart else 1) for c in arrays.class_names],
+        arrays.x_train.shape[1:],
+        load,
+        transform=arrays.transform,
+        class_order=range(total),
+        checksum=arrays.checksum(),
+        move=arrays.move,
+    )

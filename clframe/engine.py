@@ -1,0 +1,465 @@
+"""The loop, on one page, with every hook call of the program; below it what the loop is made of."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clframe import checkpoint, registry, state
+from clframe.context import Run
+from clframe.data import Batch, Experience, ImageData, Scenario, join
+from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
+from clframe.evaluate import ModelPredictor, Readings, Row, evaluate
+from clframe.folder import RunFolder
+from clframe.hooks import Hooks
+from clframe.training import (
+    Phase,
+    Sampler,
+    extend_optimizer,
+    make_optimizer,
+    rate_factor,
+    trained_by,
+    training_only,
+)
+
+PULSE = 0.25  # seconds between two records of progress
+
+
+def learn(engine: Engine) -> None:
+    """All experiences that are left."""
+    run = engine.run
+    for experience in engine.enter_each():  # the head has grown for it, and `grow` was called
+        engine.each("before_experience", experience=run.experience)
+        extra = engine.each("extra_data", experience=run.experience)
+        phases = engine.in_order(engine.each("phases", experience=run.experience))
+        data = ImageData.concat([experience.train.to(run.device), *extra.values()])
+        for phase in phases:
+            with engine.training(phase, data) as batches:
+                for batch in batches:
+                    step(engine, batch)
+        engine.each("after_experience", experience=run.experience)
+        engine.evaluate()  # through what `predictor` gives
+        engine.each("after_eval", experience=run.experience)
+        engine.leave()
+
+
+def step(engine: Engine, batch: Batch) -> None:
+    """One step of the optimizer."""
+    run, hook = engine.run, engine.hook
+    batch = engine.join_replay(batch, {name: call(run=run, batch=batch) for name, call in engine.replays})
+    outputs = run.model(batch.x, batch.task)
+    base = hook.base_loss(run=run, batch=batch, outputs=outputs)
+    terms = {"base": run.loss(batch, outputs) if base is None else base}
+    for named in cast(list[dict[str, Tensor]], hook.penalty(run=run, batch=batch, outputs=outputs)):
+        terms.update(named)
+    engine.backward(terms)
+    hook.after_backward(run=run, batch=batch)
+    engine.update()
+    hook.after_step(run=run, batch=batch)
+    engine.finish_step(batch)
+
+
+@dataclass
+class Position:
+    """Where a run stands, to the hook and the tick: what a checkpoint needs to go on at the same place."""
+
+    experience: int = 0
+    entered: bool = False  # the head has grown for it
+    done: list[list[str]] = field(default_factory=list)  # [hook, plugin]: what is finished in this experience
+    phase: int = 0  # phases that are finished in this experience
+    steps: int = 0  # of this experience
+
+
+class Engine:
+    """What the loop is made of: the course of one run, and its state.
+
+    Args:
+        run: the context that hooks are given.
+        stream: the scenario, with its images.
+        folder: the open run folder; None: nothing is kept.
+    """
+
+    def __init__(self, run: Run, stream: Scenario, folder: RunFolder | None) -> None:
+        self.run = run
+        self.stream = stream
+        self.folder = folder
+        self.manager = registry.manager(run.plugins)
+        self.hook = cast(Hooks, self.manager.hook)
+        self.readings = Readings(stream.setting, stream.classes)
+        self.position = Position()
+        self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin
+        self.baseline: dict[str, list[float | None]] = {}  # the untrained network's accuracy
+        self.timings: list[dict[str, float]] = []  # of each experience
+        self.row: Row | None = None  # the latest
+        self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
+        # one caller for each plugin's own part of a hook, as who answered and what is done already must be known
+        self.callers = {
+            hook: [
+                (p.name, self.manager.subset_hook_caller(hook, [q for q in run.plugins if q is not p]))
+                for p in run.plugins
+                if any(caller.name == hook for caller in self.manager.get_hookcallers(p) or ())
+            ]
+            for hook in ("before_experience", "extra_data", "phases", "extra_batch", "after_experience", "after_eval")
+        }
+        self.replays = self.callers["extra_batch"]
+        self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}
+        self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
+        self.trained: dict[str, nn.Parameter] = {}
+        self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
+        self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
+        self.replay_checked = False
+        self.terms: dict[str, Tensor] = {}
+        self.watch: dict[
+            str, Tensor
+        ] = {}  # 0 for each loss term and the gradient; not a number once one was not finite
+        self.signal = 0
+        self.in_step_since = self.last_save = self.last_pulse = time.monotonic()
+        self.images_since = 0
+        run.pause = self.pause
+
+    # ------------------------------------------------------------------------------------- the course of an experience
+
+    def enter_each(self) -> Iterator[Experience]:
+        """The experiences that are left, each when the head has grown for it."""
+        run = self.run
+        run.emit("start", scenario=self.stream.name, n_experiences=len(self.stream), total_step=run.total_steps)
+        if self.oracle:
+            run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
+        for index in range(self.position.experience, len(self.stream)):
+            experience = self.stream[index]
+            run.experience = experience.for_training()
+            run.emit("experience", index=index, task=experience.task, classes=list(experience.classes))
+            if not self.position.entered:
+                self.grow(run.experience)
+                self.position = Position(index, entered=True)
+                self.timings.append({"seconds": 0.0, "images": 0})
+                if index == 0:
+                    self.evaluate_untrained()
+            self.clock = time.monotonic()
+            yield experience
+
+    def grow(self, experience: Experience) -> None:
+        """Grow the head by what `experience` brings and call ``grow``; replayed on resume and load.
+
+        New weights depend on the seed and on the size of the head alone.
+        """
+        run = self.run
+        coming = self.stream.classes if run.logits == "all" else self.stream.classes[: experience.index + 1]
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            for classes in coming:
+                new = max(classes) + 1 - run.model.n_classes
+                if new > 0:
+                    torch.manual_seed(run.config.run.seed * 1_000_003 + run.model.n_classes + 1)
+                    run.model.grow(new)
+        self.hook.grow(run=run, experience=experience)
+
+    def each(self, hook: str, **arguments: Any) -> dict[str, Any]:
+        """Call `hook` of one plugin after the other, but not again what was done before a resume; answers by plugin."""
+        run = self.run
+        answers = self.collected.setdefault(hook, {})
+        for name, call in self.callers[hook]:
+            if [hook, name] in self.position.done:
+                continue
+            answer = call(run=run, **arguments)
+            if isinstance(answer, ImageData):
+                answers[name] = answer.to(run.device).marked(self.origins[name])
+            elif answer is not None:
+                answers[name] = answer
+            self.position.done.append([hook, name])
+            run.tick_done.clear()
+            self.pause()
+        return {plugin.name: answers[plugin.name] for plugin in run.plugins if plugin.name in answers}
+
+    def in_order(self, answers: Mapping[str, list[Phase]]) -> list[Phase]:
+        """The phases that are left of this experience: the plugins' before and after the one named ``train``."""
+        owners: dict[str, str] = {}
+        for plugin, phases in answers.items():
+            for phase in phases:
+                if phase.name in owners:
+                    raise WrongUse(
+                        f"Both `{owners[phase.name]}` and `{plugin}` bring a phase `{phase.name}`; name one of them."
+                    )
+                owners[phase.name] = plugin
+        given = [phase for phases in answers.values() for phase in phases]
+        before = [p for p in given if p.place == "before" and p.name != "train"]
+        after = [p for p in given if p.place == "after" and p.name != "train"]
+        train = [p for p in given if p.name == "train"] or [Phase("train")]
+        return [*before, *train, *after][self.position.phase :]
+
+    @contextmanager
+    def training(self, phase: Phase, data: ImageData) -> Iterator[Iterator[Batch]]:
+        """The batches of `phase` that are left, with its optimizer in place and all that it does not train frozen."""
+        run = self.run
+        data = data if phase.data is None else phase.data.to(run.device)
+        if not len(data):
+            raise DataError(f"Experience {run.experience.index} of `{self.stream.name}` has no training images.")
+        run.phase = phase
+        self.trained = trained_by(phase, run.model)
+        self.trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
+        self.check_labels(data, "the training data")
+        self.replay_checked = False
+        length = phase.length(run.settings)
+        run.sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
+        run.emit("phase", name=phase.name, steps=run.sampler.steps, experience=run.experience.index)
+        with training_only(run.model, self.trained.values()):
+            if self.resumed is not None:  # the optimizer was restored with it
+                run.sampler.load(self.resumed)
+                self.resumed = None
+            elif run.optimizer is not None:
+                extend_optimizer(run.optimizer, self.trained, run.settings)
+            elif run.sampler.steps:
+                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr)
+            self.in_step_since, self.images_since = time.monotonic(), 0
+            yield self.batches(data)
+            self.check_finite()
+        self.trainable = run.sampler = None
+        self.position.phase += 1
+        if not (phase.name == "train" and run.settings.keep_optimizer):
+            run.optimizer = None
+        self.pause()
+
+    def batches(self, data: ImageData) -> Iterator[Batch]:
+        """The batches of the phase under way, at the learning rate of each step."""
+        run, sampler = self.run, self.run.sampler
+        if sampler is None or not sampler.steps:
+            return
+        augment = run.rng("loader") if run.scenario.transform.augments else None
+        optimizer = cast(torch.optim.Optimizer, run.optimizer)
+        for where in sampler:
+            if run.settings.schedule != "constant":
+                factor = rate_factor(run.settings, run.step, sampler)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+            yield run.scenario.transform.batch(data.rows(where), augment)
+
+    def leave(self) -> None:
+        """The experience is finished: the next one begins with a checkpoint."""
+        if self.oracle:
+            self.run.earlier.append(self.run.experience)
+        self.position = Position(self.position.experience + 1)
+        self.collected.clear()
+        self.save()
+        self.pause()
+
+    # --------------------------------------------------------------------------------------------------- parts of a step
+
+    def join_replay(self, batch: Batch, answers: Mapping[str, Batch | None]) -> Batch:
+        """`batch` and the rows that plugins add to it, each marked with its origin."""
+        extra = []
+        for name, rows in answers.items():
+            if rows is not None:
+                rows.origin = torch.full_like(rows.y, self.origins[name])
+                extra.append(rows)
+                if not self.replay_checked:
+                    self.check_labels(rows, f"what `{name}` adds to a batch")
+        self.replay_checked = bool(extra)
+        return join([batch, *extra])
+
+    def backward(self, terms: dict[str, Tensor]) -> None:
+        """Gradients of the sum of all terms; in two parts where a plugin wants the base loss's own."""
+        run = self.run
+        if run.optimizer is not None:
+            run.optimizer.zero_grad()
+        if self.two_backwards:
+            terms["base"].backward(retain_graph=len(terms) > 1)  # type: ignore[no-untyped-call]
+            run.task_gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
+            rest = [term for name, term in terms.items() if name != "base"]
+            if rest:
+                torch.stack(rest).sum().backward()  # type: ignore[no-untyped-call]
+        else:
+            total = terms["base"]
+            for name, term in terms.items():
+                total = total if name == "base" else total + term
+            total.backward()  # type: ignore[no-untyped-call]
+        run.losses = {name: term.detach() for name, term in terms.items()}
+        for name, loss in run.losses.items():
+            self.note_finite(f"loss term `{name}`", loss)
+
+    def update(self) -> None:
+        """Clip the gradient and step."""
+        run = self.run
+        if run.settings.clip:
+            norm = nn.utils.clip_grad_norm_(self.trained.values(), run.settings.clip)
+            self.note_finite("gradient", norm)
+        if run.optimizer is not None:
+            run.optimizer.step()
+
+    def finish_step(self, batch: Batch) -> None:
+        """Count, record, evaluate and save when it is time."""
+        run = self.run
+        self.position.steps += 1
+        run.total_steps += 1
+        self.images_since += len(batch)
+        self.timings[-1]["images"] += len(batch)
+        if run.total_steps % run.config.run.log_every == 0:
+            self.check_finite()
+            run.emit("step", **self.progress())
+        now = time.monotonic()
+        if now - self.last_pulse >= PULSE:
+            self.last_pulse = now
+            rate = self.images_since / (now - self.in_step_since)
+            left = (run.steps_in_phase - run.step - 1) * len(batch) / rate
+            run.emit("progress", **self.progress(), images_per_second=rate, seconds_left=left)
+        sampler = cast(Sampler, run.sampler)
+        if run.config.run.eval_every == "epoch" and sampler.step % sampler.batches_per_epoch == 0:
+            self.evaluate_within()
+        self.pause()
+
+    def progress(self) -> dict[str, Any]:
+        """The fields of a record about the step that was taken."""
+        run = self.run
+        return {
+            "experience": run.experience.index,
+            "phase": run.phase.name,
+            "epoch": run.epoch,
+            "step": run.step + 1,
+            "steps": run.steps_in_phase,
+            "total_step": run.total_steps,
+            "losses": {name: loss.item() for name, loss in run.losses.items()},
+            "lr": run.optimizer.param_groups[0]["lr"] if run.optimizer else 0.0,
+        }
+
+    # --------------------------------------------------------------------------------------------------------- refusals
+
+    def check_labels(self, data: ImageData | Batch, what: str) -> None:
+        """Refuse rows whose label the chosen logits mask: their loss would be infinite."""
+        mask = self.run.mask(data.task)
+        n_classes = self.run.model.n_classes
+        inside = data.y < n_classes
+        if mask is not None:
+            column = data.y.clamp(max=n_classes - 1)
+            inside &= mask[column] if mask.dim() == 1 else mask.gather(1, column[:, None]).squeeze(1)
+        if not inside.all():
+            label = int(data.y[~inside][0])
+            raise WrongUse(
+                f"Label {label} in {what} of experience {self.run.experience.index} is masked by "
+                f"`train.logits={self.run.logits}`: choose `seen` or `all`."
+            )
+
+    def note_finite(self, name: str, value: Tensor) -> None:
+        """Remember on the device whether `value` was ever not finite; nothing is copied from the device."""
+        if name not in self.watch:
+            self.watch[name] = torch.zeros((), device=value.device, dtype=value.dtype)
+        self.watch[name].add_(value.detach(), alpha=0)  # 0 * inf and 0 * nan are nan, and stay
+
+    def check_finite(self) -> None:
+        """Raise `RunFailed` naming what was not finite since the run began."""
+        for name, value in self.watch.items():
+            if value.item() != 0:
+                kept = checkpoint.newest(self.folder.checkpoints) if self.folder else None
+                raise RunFailed(
+                    f"The {name} became infinite or not a number in experience {self.run.experience.index}, phase "
+                    f"`{self.run.phase.name}`, within the {self.run.config.run.log_every} steps before step {self.run.step + 1}"
+                    + (f"; the last good checkpoint is {kept}." if kept else ".")
+                    + " A smaller `train.lr`, or a weaker method, may keep it finite."
+                )
+
+    # ------------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self) -> None:
+        """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers."""
+        run, index = self.run, self.run.experience.index
+        self.timings[-1]["seconds"] += time.monotonic() - self.clock
+        if ["evaluate", ""] not in self.position.done:
+            self.row = self.evaluated(keep_scores=True)
+            if not self.position.steps:  # nothing was trained, so there is nothing to say of it
+                self.row = self.row.emptied()
+            for reading, accuracy in self.row.accuracy.items():
+                run.accuracy.setdefault(reading, []).append(accuracy)
+            if self.folder and run.config.run.predictions:
+                self.folder.keep_scores(index, self.row)
+            self.position.done.append(["evaluate", ""])
+            run.emit("eval", experience=index, total_step=run.total_steps, rows=dict(self.row.accuracy))
+        self.clock = time.monotonic()
+
+    def evaluated(self, keep_scores: bool) -> Row:
+        """One evaluation of everything that the head covers, through the predictor."""
+        run = self.run
+        return evaluate(
+            self.predictor(),
+            self.stream,
+            self.readings,
+            run.experience.index,
+            run.model.n_classes,
+            run.device,
+            run.config.run.eval_batch_size,
+            keep_scores,
+        )
+
+    def predictor(self) -> nn.Module:
+        """What answers for the run: a plugin's predictor, else the model itself."""
+        answer = self.hook.predictor(run=self.run)
+        return ModelPredictor(self.run.model) if answer is None else answer
+
+    def evaluate_within(self) -> None:
+        """A row after an epoch, which is only recorded."""
+        run = self.run
+        began = time.monotonic()
+        for reading, accuracy in self.evaluated(keep_scores=False).accuracy.items():
+            run.emit(
+                "within",
+                experience=run.experience.index,
+                phase=run.phase.name,
+                epoch=run.epoch,
+                total_step=run.total_steps,
+                reading=reading,
+                row=accuracy,
+            )
+        self.clock += time.monotonic() - began
+
+    def evaluate_untrained(self) -> None:
+        """The untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
+        last, n_classes = len(self.stream) - 1, self.run.model.n_classes
+        names = [r for r in self.readings.names(self.predictor()) if self.readings.covered(r, 0, last, n_classes)]
+        if last and names:
+            accuracy = self.evaluated(keep_scores=False).accuracy
+            self.baseline = {name: accuracy[name] for name in names}
+
+    # ------------------------------------------------------------------------------------------------ saving and stopping
+
+    def pause(self) -> None:
+        """Between two pieces of work: stop if a signal asked for it, save if it is time."""
+        if self.signal:
+            self.save()
+            name = signal.Signals(self.signal).name
+            how = (
+                f"`clframe resume {self.folder.path}` goes on from here" if self.folder else "this run keeps no folder"
+            )
+            raise Interrupted(f"Stopped by {name} in experience {self.run.experience.index}; {how}.", self.signal)
+        if time.monotonic() - self.last_save >= self.run.config.run.checkpoint_every:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, if the run has a folder and everything is finite."""
+        if self.folder:
+            self.check_finite()
+            checkpoint.save(self.folder.checkpoints, state.take(self))
+        self.last_save = time.monotonic()
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """SIGINT and SIGTERM finish the step, save and stop; a second SIGINT stops at once, without saving."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal == number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can be told of signals
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,150 @@
+"""Accuracy rows, one per reading that the run has, through the predictor and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clframe.data import Scenario, Setting
+from clframe.model import IncrementalNet, class_mask, evaluating, masked
+
+Reading = Literal["class", "task", "domain"]
+
+
+class Predictor(nn.Module):
+    """Base of the modules that the hook ``predictor`` returns; any module with these attributes will do.
+
+    ``forward(x, task)`` maps normalised images [B, ...], and their tasks [B] or None, to scores [B, C] of all classes of
+    the head. Classes that a reading rules out are masked by the caller.
+
+    Attributes:
+        scores: ``logits``, or ``distances`` (negated), of which no NLL and no calibration error is computed.
+        uses_task: the scores depend on the task that is given.
+        needs_task: there are no scores without a task, so the run has no class-incremental reading.
+    """
+
+    scores: ClassVar[Literal["logits", "distances"]] = "logits"
+    uses_task: ClassVar[bool] = True
+    needs_task: ClassVar[bool] = False
+
+
+class ModelPredictor(Predictor):
+    """The model's own logits: the predictor of a run whose plugins bring none."""
+
+    uses_task = False
+
+    def __init__(self, model: IncrementalNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Logits [B, C]."""
+        logits: Tensor = self.model(x, task).logits
+        return logits
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Which classes count as possible answers in each reading of a run.
+
+    Attributes:
+        setting: of the scenario.
+        classes: of each experience of the scenario.
+    """
+
+    setting: Setting
+    classes: Sequence[Sequence[int]]
+
+    def names(self, predictor: nn.Module) -> list[Reading]:
+        """The readings of a run with this predictor."""
+        if self.setting == "class":
+            return ["task"] if getattr(predictor, "needs_task", False) else ["class", "task"]
+        return [self.setting]
+
+    def choices(self, reading: Reading, after: int, on: int) -> Sequence[int]:
+        """The classes to choose from after experience `after` for images of experience `on`."""
+        if reading == "task":
+            return self.classes[on]
+        return sorted({c for group in self.classes[: after + 1] for c in group})
+
+    def covered(self, reading: Reading, after: int, on: int, n_classes: int) -> bool:
+        """Whether a head of `n_classes` can answer for experience `on`: earlier ones, and later ones it has classes for."""
+        return on <= after or (
+            max(self.classes[on]) < n_classes and set(self.classes[on]) <= set(self.choices(reading, after, on))
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation.
+
+    Attributes:
+        accuracy: for each reading, from 0 to 1 on each experience; None where the head does not cover it.
+        scores: for each reading [N, C] float32, on the CPU, of each experience; None where there are none.
+        labels: [N] int64, on the CPU, of each experience.
+        kind: ``logits`` or ``distances``, as the predictor declares its scores.
+    """
+
+    accuracy: dict[Reading, list[float | None]]
+    scores: dict[Reading, list[Tensor | None]]
+    labels: list[Tensor]
+    kind: str
+
+    def emptied(self) -> Row:
+        """A row of the same shape that says nothing."""
+        accuracy: dict[Reading, list[float | None]] = {r: [None] * len(row) for r, row in self.accuracy.items()}
+        return Row(accuracy, {r: [None] * len(row) for r, row in self.scores.items()}, self.labels, self.kind)
+
+
+def evaluate(
+    predictor: nn.Module,
+    scenario: Scenario,
+    readings: Readings,
+    after: int,
+    n_classes: int,
+    device: torch.device,
+    batch_size: int,
+    keep_scores: bool,
+) -> Row:
+    """Evaluate on the test images of all experiences of `scenario` that the head covers after experience `after`."""
+    row = Row({}, {}, [], getattr(predictor, "scores", "logits"))
+    names = readings.names(predictor)
+    for name in names:
+        row.accuracy[name], row.scores[name] = [], []
+    uses_task = getattr(predictor, "uses_task", True)
+    with evaluating(predictor), torch.no_grad():
+        for on, experience in enumerate(scenario):
+            covered = [name for name in names if readings.covered(name, after, on, n_classes)]
+            data = experience.test.to(device) if covered else None
+            row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())
+            shared: Tensor | None = None  # scores that do not depend on the task serve every reading
+            for name in names:
+                if data is None or name not in covered:
+                    row.accuracy[name].append(None)
+                    row.scores[name].append(None)
+                    continue
+                tell = uses_task and name == "task"
+                if shared is None or tell:
+                    scores = torch.cat(
+                        [
+                            predictor(scenario.transform.normalize(part.x), part.task if tell else None)
+                            for part in (data.rows(where) for where in _slices(len(data), batch_size))
+                        ]
+                    )
+                    shared = shared if tell else scores
+                else:
+                    scores = shared
+                answer = masked(scores, class_mask(readings.choices(name, after, on), scores.shape[1], device)).argmax(
+                    1
+                )
+                row.accuracy[name].append((answer == data.y).sum().item() / len(data))
+                row.scores[name].append(scores.float().cpu() if keep_scores else None)
+    return row
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,0 +1,188 @@
+"""The run folder: what a run leaves on the disk, and whose it is while the run lasts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor
+
+from clframe import checkpoint
+from clframe.errors import DataError, WrongUse
+from clframe.evaluate import Row
+from clframe.results import FILE as RESULTS
+from clframe.results import Results, to_json
+
+PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
+BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
+
+
+class RunFolder:
+    """One run's folder, locked for as long as this object is open.
+
+    Args:
+        path: of the folder.
+        new: make it; refuse one that is there already. Else open the folder of an earlier run.
+
+    Raises:
+        WrongUse: if `new` and the folder exists.
+        DataError: if it cannot be written, is no run folder, or another process works on it.
+    """
+
+    def __init__(self, path: Path, *, new: bool) -> None:
+        self.path = path
+        if new and path.exists() and any(path.iterdir()):
+            raise WrongUse(
+                f"The run folder {path} exists already: name another with `--output`, or go on with `clframe resume {path}`."
+            )
+        if not new and not (path / "config.yaml").is_file():
+            raise DataError(f"{path} is not a run folder: it has no config.yaml.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(path / ".lock")
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
+        except OSError as error:
+            raise DataError(
+                f"The run folder {path} cannot be written: {error.strerror}; name another with `--output`."
+            ) from error
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its results."""
+        return (self.path / RESULTS).is_file()
+
+    def begin(self, config: str, environment: Mapping[str, Any], split: Mapping[str, Any]) -> None:
+        """Write what is known before training: the resolved configuration, the environment, the split."""
+        checkpoint.write_text(self.path / "config.yaml", config)
+        checkpoint.write_text(self.path / "environment.json", to_json(environment))
+        checkpoint.write_text(self.path / "split.json", to_json(split))
+
+    def config_sum(self) -> str:
+        """SHA-256 of `config.yaml`: a checkpoint remembers it, so that an edit is noticed."""
+        return hashlib.sha256((self.path / "config.yaml").read_bytes()).hexdigest()
+
+    def environment(self) -> dict[str, Any]:
+        """What `begin` wrote of the environment."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.path} is not a whole run folder: environment.json cannot be read ({error})."
+            ) from error
+        return found
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes of `metrics.jsonl`."""
+        file = self.path / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Forget the lines that were written after the checkpoint that a resume starts from."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            with file.open("r+b") as stream:
+                stream.truncate(size)
+
+    def keep_scores(self, after: int, row: Row) -> None:
+        """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N]."""
+        tensors = {
+            f"{reading}/{after}/{on}": scores
+            for reading, given in row.scores.items()
+            for on, scores in enumerate(given)
+            if scores is not None
+        }
+        tensors |= {f"labels/{on}": labels for on, labels in enumerate(row.labels) if len(labels)}
+        (self.path / "predictions").mkdir(exist_ok=True)
+        checkpoint.write_tensors(self.path / "predictions" / f"{after:04d}.safetensors", tensors)
+
+    def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> None:
+        """Write the trained model, the predictions, and last the results, whose presence says that the run is finished."""
+        tensors: dict[str, Tensor] = {}
+        state = checkpoint.pack(model, tensors)
+        checkpoint.write_tensors(self.path / "model.safetensors", tensors)
+        checkpoint.write_text(self.path / "model.json", to_json({**description, "state": json.dumps(state)}))
+        parts = sorted((self.path / "predictions").glob("*.safetensors"))
+        if parts:
+            scores: dict[str, Tensor] = {}
+            for part in parts:
+                scores |= checkpoint.read_tensors(part)
+            checkpoint.write_tensors(self.path / "predictions.safetensors", scores)
+        checkpoint.write_text(self.path / "timings.json", to_json(results.timings))
+        checkpoint.write_text(self.path / RESULTS, to_json(results.data))
+        for part in parts:
+            part.unlink()
+        if parts:
+            (self.path / "predictions").rmdir()
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
+    """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError` if there is none."""
+    try:
+        description = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        return description, json.loads(description.pop("state")), checkpoint.read_tensors(path / "model.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} holds no trained model ({error}); a run that was stopped can be resumed.") from error
+
+
+def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:
+    """Versions, device, threads, state of the working folder's git repository, and the data's checksum."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **versions,
+        "torch": torch.__version__,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "data_sha256": checksum,
+        "git": _git_state(),
+        "command": sys.argv,
+    }
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One phrase for each difference that can change the last bits of the figures."""
+    return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in BINDING if before.get(key) != now.get(key)]
+
+
+def _git_state() -> str | None:
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")

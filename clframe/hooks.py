@@ -1,0 +1,116 @@
+"""The fourteen hooks: every place where a method can act on a run, in the order in which the engine calls them.
+
+    before_run
+    for each experience:
+        grow, before_experience, extra_data, phases
+        for each phase, for each batch:
+            extra_batch, base_loss, penalty, after_backward, after_step
+        after_experience
+        predictor, after_eval
+    after_run
+
+A plugin implements any of them as methods marked with ``@hookimpl``, with the argument names given here, or fewer of
+them, and without default values. ``run`` is the `clframe.context.Run` that calls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from clframe.context import Run
+    from clframe.data import Batch, Experience, ImageData
+    from clframe.model import Outputs
+    from clframe.training import Phase
+
+hookspec = pluggy.HookspecMarker("clframe")
+hookimpl = pluggy.HookimplMarker("clframe")
+
+
+class Hooks:
+    """The hook specifications. All calls stand in `clframe.engine`."""
+
+    @hookspec
+    def before_run(self, run: Run) -> None:
+        """Once per process, before any state is loaded: check the model and the scenario, install forward hooks.
+
+        Raise `clframe.errors.WrongUse` to refuse the run. Called again by `clframe resume`.
+        """
+
+    @hookspec
+    def grow(self, run: Run, experience: Experience) -> None:
+        """The head has grown for `experience`: add structure (masks, gates, norms, heads).
+
+        Also replayed on resume and load, before state is loaded. No data, and no randomness that lasts.
+        """
+
+    @hookspec
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """After `grow`, once per experience, never replayed: teachers, values, ``requires_grad``."""
+
+    @hookspec
+    def extra_data(self, run: Run, experience: Experience) -> ImageData | None:
+        """Images that join the experience's own for all of its epochs: exemplars, dreamed images. None: nothing."""
+
+    @hookspec
+    def phases(self, run: Run, experience: Experience) -> list[Phase] | None:
+        """Phases before or after the one named ``train``: warm-up, head tuning. None: nothing.
+
+        A phase that is itself named ``train`` stands in for the experience's own; two of those are refused.
+        """
+
+    @hookspec
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """Rows that join this step's batch, with their weights: replay. None: nothing.
+
+        Every plugin sees the original batch, not the others' rows.
+        """
+
+    @hookspec(firstresult=True)
+    def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
+        """A scalar that replaces the weighted cross-entropy `run.loss`. None from all: the default stands.
+
+        A run has at most one owner of this hook.
+        """
+
+    @hookspec
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """Scalars to add to the loss, named ``plugin`` or ``plugin/term``. None: nothing to add."""
+
+    @hookspec
+    def after_backward(self, run: Run, batch: Batch) -> None:
+        """The gradients are there, clipping comes next: edit gradients.
+
+        A plugin with ``needs_task_gradient`` finds the gradients of the base loss alone in `run.task_gradients`.
+        """
+
+    @hookspec
+    def after_step(self, run: Run, batch: Batch) -> None:
+        """The optimizer has stepped: path integrals, own networks, restoring frozen rows."""
+
+    @hookspec
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Training is over, evaluation comes next: importance, herding, pruning, snapshots."""
+
+    @hookspec(firstresult=True)
+    def predictor(self, run: Run) -> nn.Module | None:
+        """A module that maps (images, task or None) to scores of all classes of the head. None: the model itself.
+
+        Called before each evaluation, and when a run is loaded. A run has at most one owner of this hook. See
+        `clframe.evaluate.Predictor` for what it may declare.
+        """
+
+    @hookspec
+    def after_eval(self, run: Run, experience: Experience) -> None:
+        """A row was added to `run.accuracy`: curves, logs."""
+
+    @hookspec
+    def after_run(self, run: Run) -> None:
+        """Always, at the end, also after an error: remove what only training needed, close writers."""
+
+
+HOOKS: tuple[str, ...] = tuple(name for name in vars(Hooks) if not name.startswith("_"))

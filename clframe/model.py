@@ -1,0 +1,138 @@
+"""The network that grows: a backbone, a head of blocks, and copies of both."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from clframe.errors import WrongUse
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What a backbone offers: features [B, width] of images [B, ...]. Any `nn.Module` with both will do."""
+
+    width: int
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features [B, width] of the images `x`."""
+        ...
+
+
+class Outputs:
+    """What the network says of a batch.
+
+    Attributes:
+        features: [B, D] penultimate features.
+        logits: [B, C] of all classes of the head; the column is the label.
+    """
+
+    __slots__ = ("_ends", "features", "logits")
+
+    def __init__(self, features: Tensor, logits: Tensor, ends: Sequence[int]) -> None:
+        self.features = features
+        self.logits = logits
+        self._ends = ends
+
+    def head(self, k: int) -> Tensor:
+        """Logits [B, c] of the k-th block of the head."""
+        return self.logits[:, self._ends[k - 1] if k else 0 : self._ends[k]]
+
+
+class IncrementalNet(nn.Module):
+    """A backbone and a head that is a list of linear blocks, one per growth; column = label.
+
+    Whole tensors, one block each, carry anchors, freezing and optimizer state.
+
+    Args:
+        backbone: a module with ``features(x) -> [B, D]`` and ``width`` (= D).
+        blocks: number of classes of each block that the head has from the start.
+    """
+
+    def __init__(self, backbone: nn.Module, blocks: Sequence[int] = ()) -> None:
+        super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise WrongUse(
+                f"`{type(backbone).__name__}` cannot be a backbone: it needs a method `features(x)` that "
+                "returns [B, D] and an attribute `width` that is D."
+            )
+        self.backbone = backbone
+        self.head = nn.ModuleList()
+        for size in blocks:
+            self.grow(size)
+
+    @property
+    def n_classes(self) -> int:
+        """Classes that the head has."""
+        return sum(self.blocks)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Classes of each block."""
+        return [block.out_features for block in self.head]  # type: ignore[misc]
+
+    def grow(self, size: int) -> nn.Linear:
+        """Add a block for `size` new classes, initialised as `nn.Linear` is, on the model's device."""
+        like = next(self.backbone.parameters(), torch.empty(0))
+        block = nn.Linear(self.backbone.width, size, device=like.device, dtype=like.dtype)
+        self.head.append(block)
+        return block
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features [B, D] of the images `x`."""
+        return self.backbone.features(x)
+
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Outputs:
+        """Outputs for normalised images `x` [B, ...]; `task` [B] is for structure that plugins install."""
+        features = self.features(x)
+        scores = [block(features) for block in self.head]
+        ends = [0]
+        for score in scores:
+            ends.append(ends[-1] + score.shape[1])
+        return Outputs(features, torch.cat(scores, dim=1) if len(scores) > 1 else scores[0], ends[1:])
+
+
+def class_mask(classes: Sequence[int], n_classes: int, device: torch.device | None = None) -> Tensor:
+    """[n_classes] bool, true at `classes` (those that the head does not have are left out)."""
+    mask = torch.zeros(n_classes, dtype=torch.bool, device=device)
+    mask[[c for c in classes if c < n_classes]] = True
+    return mask
+
+
+def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """`logits` [B, C], -inf where `mask` ([C] or [B, C], true = takes part) is false; None: all take part."""
+    return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+
+
+def snapshot(model: IncrementalNet, blocks: int | None = None) -> IncrementalNet:
+    """A frozen copy in eval mode without hooks, with the first `blocks` blocks of the head (None: all)."""
+    # a hook may be a method of a plugin, which would be copied with all that it holds: have none to copy
+    memo: dict[int, Any] = {
+        id(hooks): OrderedDict()
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith(("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"))
+    }
+    copied = copy.deepcopy(model, memo)
+    if blocks is not None:
+        copied.head = copied.head[:blocks]
+    return copied.eval().requires_grad_(False)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode inside; afterwards every sub-module is in the mode that it had."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode

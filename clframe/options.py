@@ -1,0 +1,177 @@
+"""Constructors as schemas: what a plugin, scenario or backbone can be told, by signature and docstring."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+
+from clframe.errors import WrongUse, did_you_mean
+
+# Types for the signatures of plugins, scenarios and backbones.
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+STRICT = ConfigDict(allow_inf_nan=False, strict=True, arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: public name, type in words, default (`REQUIRED` if none) and documentation."""
+
+    name: str
+    type: str
+    default: object
+    doc: str
+
+
+REQUIRED: Any = inspect.Parameter.empty
+
+
+def public_name(parameter: str) -> str:
+    """The name outside Python: ``lambda_`` is ``lambda``; the underscore only dodges a reserved word."""
+    return parameter.rstrip("_")
+
+
+def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> list[Option]:
+    """The options of a class or function in the order of its signature, but for those named in `skip`."""
+    docs = _documented(factory)
+    hints = _hints(factory)
+    return [
+        Option(public_name(p.name), _type_in_words(hints.get(p.name, Any)), p.default, docs.get(p.name, ""))
+        for p in _parameters(factory, skip)
+    ]
+
+
+def validated(
+    factory: Callable[..., object],
+    given: Mapping[str, object],
+    where: str,
+    skip: tuple[str, ...] = (),
+    owner: str = "",
+) -> dict[str, Any]:
+    """`given` (by public or parameter name) checked against the signature of `factory`, by parameter name.
+
+    Every parameter is present in the answer, defaults included. `owner` is how errors call the thing that has
+    the options, by default `where`. Raises `WrongUse` with one sentence for each problem, each naming the
+    option as ``where.option``.
+    """
+    parameters = {public_name(p.name): p for p in _parameters(factory, skip)}
+    hints = _hints(factory)
+    named = {public_name(name): value for name, value in given.items()}
+    problems = unknown(named, parameters, where, owner or f"`{where}`")
+    values: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if name in named:
+            try:
+                adapter = TypeAdapter(_lenient(hints.get(parameter.name, Any)), config=STRICT)
+                values[parameter.name] = adapter.validate_python(named[name])
+            except ValidationError as error:
+                problems += explain(error, f"{where}.{name}")
+        elif parameter.default is REQUIRED:
+            problems.append(f"`{where}.{name}` is required.")
+        else:
+            values[parameter.name] = copy.deepcopy(parameter.default)
+    if problems:
+        raise WrongUse(*problems)
+    return values
+
+
+def unknown(given: Iterable[str], known: Iterable[str], where: str, owner: str) -> list[str]:
+    """One sentence for each name in `given` that is not among the `known` options of `owner`."""
+    known = list(known)
+    return [
+        f"`{where}.{name}` is not an option of {owner}." + (did_you_mean(name, known) or " It has no options.")
+        for name in given
+        if name not in known
+    ]
+
+
+def explain(error: ValidationError, where: str) -> list[str]:
+    """One sentence for each value that pydantic refused, with the option's full name and the value."""
+    reasons: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        # pydantic adds the tried member of a union to the place; what a person wrote ends before it
+        parts = [str(part) for part in problem["loc"] if not re.search(r"[\[(]|^(int|float|str|bool)$", str(part))]
+        reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
+        if problem["type"] == "value_error" and not parts:
+            reasons[reason] = []  # about a group of settings as a whole: it names them itself
+            continue
+        told = reasons.setdefault(f"`{'.'.join(filter(None, [where, *parts]))}` is {problem['input']!r}", [])
+        told.append(reason.removeprefix("it should be ") if told else reason)
+    return [": ".join([place, *filter(None, [" or ".join(told)])]) + "." for place, told in reasons.items()]
+
+
+def _parameters(factory: Callable[..., object], skip: tuple[str, ...]) -> list[inspect.Parameter]:
+    signature = inspect.signature(factory.__init__ if inspect.isclass(factory) else factory)
+    return [
+        p
+        for p in signature.parameters.values()
+        if p.name not in ("self", *skip) and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+
+
+def _hints(factory: Callable[..., object]) -> dict[str, Any]:
+    try:
+        return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory, include_extras=True)
+    except NameError as error:
+        raise WrongUse(
+            f"The options of `{factory.__name__}` cannot be read: {error}; "
+            "the types of options must be imported when the module runs, not only for type checking."
+        ) from error
+
+
+def _lenient(hint: Any) -> Any:
+    """`hint` with tuples that a list may fill and paths that a string may fill: YAML has neither."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return Union[tuple(_lenient(part) for part in arguments)]  # noqa: UP007 - the members are computed
+    if origin is Annotated:
+        return Annotated[_lenient(arguments[0]), *arguments[1:]]
+    if origin is tuple or (inspect.isclass(hint) and issubclass(hint, (tuple, Path))):
+        return Annotated[hint, Strict(False)]
+    return hint
+
+
+def _documented(factory: Callable[..., object]) -> dict[str, str]:
+    """The lines ``name: text`` under ``Options:`` in the docstring; deeper lines continue the text."""
+    doc = inspect.getdoc(factory) or ""
+    _, found, section = doc.partition("\nOptions:\n")
+    entries: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines() if found else []:
+        if line and not line.startswith(" "):
+            break
+        if start := re.match(r" {4}(\w+): (.*)", line):
+            name = public_name(start[1])
+            entries[name] = start[2]
+        elif name and line.strip():
+            entries[name] += " " + line.strip()
+    return entries
+
+
+def _type_in_words(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [limit for field in arguments[1:] for limit in getattr(field, "metadata", [])]
+        words = {"Gt": "> {0.gt}", "Ge": ">= {0.ge}", "Lt": "< {0.lt}", "Le": "<= {0.le}"}
+        bounds = [words[type(limit).__name__].format(limit) for limit in limits if type(limit).__name__ in words]
+        return " ".join([_type_in_words(arguments[0]), *([", ".join(bounds)] if bounds else [])])
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else _type_in_words(part) for part in arguments)
+    if origin in (list, tuple):
+        return "list of " + _type_in_words(arguments[0]) if arguments else "list"
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,69 @@
+"""The base class of all plugins: options, declared state, and what a plugin needs of the run it joins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from clframe.options import public_name, validated
+
+if TYPE_CHECKING:
+    from clframe.context import Run
+
+
+class Plugin:
+    """A method, or an observer, that takes part in a run through hooks (`clframe.hooks`).
+
+    The constructor is the schema of its options: typed parameters with defaults, documented under ``Options:`` in the
+    class's docstring. They are validated before ``__init__`` sees them, also when a plugin is built in Python.
+
+    Class attributes that a plugin declares:
+
+    - ``name``: how the command line, loss terms and errors call it.
+    - ``state``: names of the attributes that a checkpoint must hold: tensors, plain containers of them, modules and
+      optimizers. The structure (a module, an optimizer) is built in ``before_run`` or ``grow``, the values are loaded
+      afterwards; a teacher made by `clframe.model.snapshot` is rebuilt from its state.
+    - ``predictor_state``: those of them that the plugin's ``predictor`` needs, so that a finished run can be loaded.
+    - ``settings``: the scenario settings that it can serve.
+    - ``conflicts``: names of plugins that it cannot run beside.
+    - ``needs_task_gradient``: the engine goes backward through the base loss first, see ``after_backward``.
+    - ``keeps_images``: it stores training images; a method that does not say so must not.
+    - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
+    - ``observer``: it changes nothing that is learnt; results do not depend on it.
+    - ``citation``: the paper.
+    """
+
+    name: ClassVar[str] = ""
+    state: ClassVar[tuple[str, ...]] = ()
+    predictor_state: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    needs_task_gradient: ClassVar[bool] = False
+    keeps_images: ClassVar[bool] = False
+    keeps_experiences: ClassVar[bool] = False
+    observer: ClassVar[bool] = False
+    citation: ClassVar[str] = ""
+
+    options: dict[str, Any]  # as validated, by parameter name
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Validate the options, raising `clframe.errors.WrongUse`, before ``__init__`` sees them."""
+        if args:
+            raise TypeError(f"{cls.__name__} takes its options by name only")
+        plugin = super().__new__(cls)
+        plugin.options = validated(cls, kwargs, cls.name or cls.__name__)
+        return plugin
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+    def public_options(self) -> dict[str, Any]:
+        """The options by the names that YAML and ``--set`` use."""
+        return {public_name(name): value for name, value in self.options.items()}
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """One sentence for each reason why this plugin cannot serve the run; called before training.
+
+        `run.scenario` describes the whole scenario and `run.model` stands as built, before its head grows.
+        """
+        return ()

@@ -1,0 +1,131 @@
+"""The state of a run in progress, as one tree: taken for a checkpoint, and put back by a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clframe.checkpoint import unpack
+from clframe.errors import DataError
+from clframe.plugin import Plugin
+from clframe.training import Phase, optimizer_of
+
+if TYPE_CHECKING:
+    from clframe.context import Run
+    from clframe.engine import Engine
+
+
+def take(engine: Engine) -> dict[str, Any]:
+    """Everything that decides how the run goes on."""
+    run = engine.run
+    trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    keep_nothing = {plugin.name for plugin in run.plugins if plugin.keeps_experiences}  # they are asked again
+    return {
+        "position": {
+            **asdict(engine.position),
+            "done": [d for d in engine.position.done if not (d[0] == "extra_data" and d[1] in keep_nothing)],
+        },
+        "ticks": dict(run.tick_done),
+        "total_steps": run.total_steps,
+        "model": dict(run.model.state_dict()),
+        "trainable": trainable if engine.trainable is None else engine.trainable,
+        "optimizer": run.optimizer,
+        "sampler": run.sampler.state() if run.sampler else None,
+        "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
+        "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
+        "rng": {name: generator.get_state() for name, generator in run.generators.items()},
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+        "accuracy": run.accuracy,
+        "baseline": engine.baseline,
+        "timings": engine.timings,
+        "plugins": {plugin.name: of_plugin(plugin, plugin.state) for plugin in run.plugins},
+        "config": engine.folder.config_sum() if engine.folder else None,
+        "metrics": engine.folder.metrics_size() if engine.folder else 0,
+    }
+
+
+def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Bring a new engine to where `take` was called. ``before_run`` has been called, ``grow`` is replayed here."""
+    run, position = engine.run, engine.position
+    entries = dict(packed["dict"])
+
+    def value(name: str) -> Any:
+        return unpack(entries[name], tensors)
+
+    if engine.folder:
+        if value("config") != engine.folder.config_sum():
+            raise DataError(
+                f"{engine.folder.path / 'config.yaml'} was edited since the checkpoint; put it back, or start a new run."
+            )
+        engine.folder.cut_metrics(value("metrics"))
+    for name, item in value("position").items():
+        setattr(position, name, item)
+    for index in range(position.experience + position.entered):
+        engine.grow(engine.stream.described()[index])
+    run.tick_done.update(value("ticks"))
+    run.total_steps = value("total_steps")
+    run.model.load_state_dict(value("model"))
+    trainable = set(value("trainable"))
+    for name, parameter in run.model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    run.optimizer = _optimizer(run, entries["optimizer"], tensors)
+    engine.resumed = value("sampler")
+    engine.collected = {
+        "extra_data": value("extra_data"),
+        "phases": {name: [Phase(**given) for given in phases] for name, phases in value("phases").items()},
+    }
+    run.accuracy, engine.baseline, engine.timings = value("accuracy"), value("baseline"), value("timings")
+    saved = dict(entries["plugins"]["dict"])
+    for plugin in run.plugins:
+        into_plugin(plugin, saved[plugin.name], tensors, run)
+    for name, generator_state in value("rng").items():
+        run.rng(name).set_state(generator_state)
+    torch.set_rng_state(value("torch_rng"))
+    if run.device.type == "cuda":
+        torch.cuda.set_rng_state(value("cuda_rng"), run.device)
+
+
+def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
+    """The attributes of `plugin` that it declares under `names`."""
+    return {name: getattr(plugin, name) for name in names}
+
+
+def into_plugin(plugin: Plugin, packed: Any, tensors: Mapping[str, Tensor], run: Run) -> None:
+    """Set the attributes that `of_plugin` gave; tensors go to the run's device, teachers are rebuilt from the model."""
+    for name, data in packed["dict"]:
+        before = getattr(plugin, name, None)
+        try:
+            after = unpack(data, tensors, before, run.model)
+        except AttributeError as error:
+            raise DataError(
+                f"State `{name}` of plugin `{plugin.name}` is a module or an optimizer that does not exist yet; "
+                "a plugin builds those in `before_run` or `grow`."
+            ) from error
+        setattr(plugin, name, _on(run.device, after))
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """`value` with its tensors on `device`, save generators' states and the like, which a plugin keeps on the CPU itself."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_on(device, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _on(device, item) for key, item in value.items()}
+    return value
+
+
+def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer | None:
+    if packed is None:
+        return None
+    parameters = dict(run.model.named_parameters())
+    saved = unpack(packed["optimizer"], tensors)
+    groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
+    optimizer = optimizer_of(groups, run.settings)
+    optimizer.load_state_dict(saved)
+    return optimizer

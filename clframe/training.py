@@ -1,0 +1,188 @@
+"""What a phase of training is made of: its length, its order of images, its optimizer and learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clframe.config import TrainSettings
+from clframe.data import ImageData
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with an optimizer of its own.
+
+    Attributes:
+        name: unique within the experience; ``train`` stands in for the experience's own phase.
+        place: before or after the one named ``train``.
+        epochs, iterations: its length, at most one of them; neither: as the run's settings say.
+        lr: learning rate of all that it trains; None: as the run's settings say.
+        only: patterns (as in shells) of the names of the parameters that it trains; empty: all that require gradients.
+        data: images to train on in place of the experience's.
+    """
+
+    name: str
+    place: Literal["before", "after"] = "before"
+    epochs: int | None = None
+    iterations: int | None = None
+    lr: float | None = None
+    only: tuple[str, ...] = ()
+    data: ImageData | None = None
+
+    def length(self, settings: TrainSettings) -> dict[str, int | None]:
+        """``epochs`` and ``iterations`` of this phase in a run with these settings; one of them is None."""
+        if self.epochs is None and self.iterations is None:
+            one = 1 if settings.iterations is None else None
+            return {"epochs": settings.epochs or one, "iterations": settings.iterations}
+        return {"epochs": self.epochs, "iterations": self.iterations}
+
+
+class Sampler:
+    """The order in which a phase meets its images; its state is part of a checkpoint.
+
+    By epochs, every image is met once an epoch and the last batch may be smaller. By iterations, batches are complete
+    and the rest of an epoch is left out, as is usual where steps are counted (unless there are fewer images than a batch).
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        generator: torch.Generator,
+        device: torch.device,
+        *,
+        epochs: int | None,
+        iterations: int | None,
+    ) -> None:
+        whole = iterations is not None
+        self.batches_per_epoch = max(1, n // batch_size) if whole else math.ceil(n / batch_size)
+        self.steps = iterations if iterations is not None else (epochs or 0) * self.batches_per_epoch
+        self.step = 0
+        self._n, self._batch_size = n, batch_size
+        self._generator, self._device = generator, device
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to, from 0."""
+        return self.step // self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Positions [B] of each remaining step, on the device."""
+        while self.step < self.steps:
+            place = self.step % self.batches_per_epoch
+            if place == 0:
+                self._order = torch.randperm(self._n, generator=self._generator).to(self._device)
+            start = place * self._batch_size
+            self.step += 1
+            yield self._order[start : start + self._batch_size]
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on at the same image."""
+        return {"step": self.step, "order": self._order.cpu()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.step, self._order = state["step"], state["order"].to(self._device)
+
+
+def trained_by(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `phase` trains, by name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (not phase.only or any(fnmatchcase(name, p) for p in phase.only))
+    }
+
+
+@contextmanager
+def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The model in train mode, all but `parameters` frozen; afterwards ``requires_grad`` is as it was.
+
+    A module none of whose own parameters is trained is put into eval mode: a frozen batch norm must not move its
+    running statistics either.
+    """
+    trained = {id(p) for p in parameters}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    try:
+        model.train()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(id(p) in trained for p in own):
+                module.eval()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], settings: TrainSettings, lr: float | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer over `parameters`, grouped by learning rate and weight decay; `lr` goes before the settings' rates."""
+    return optimizer_of(group_parameters(parameters, settings, lr), settings)
+
+
+def optimizer_of(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, over these parameter groups."""
+    common: dict[str, Any] = {"lr": settings.lr}
+    if all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"]):
+        common["fused"] = True  # one kernel for all tensors: several times faster than a loop over them
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov, **common)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, betas=(settings.betas[0], settings.betas[1]), eps=settings.eps, **common)
+
+
+def group_parameters(
+    parameters: dict[str, nn.Parameter], settings: TrainSettings, lr: float | None
+) -> list[dict[str, Any]]:
+    """Parameter groups, each with its ``base_lr``, its ``weight_decay`` and the ``names`` of what it holds."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        rate = settings.head_lr if settings.head_lr is not None and name.startswith("head.") else settings.lr
+        rate = rate if lr is None else lr
+        decay = settings.weight_decay if settings.decay == "all" or parameter.dim() > 1 else 0.0
+        new: dict[str, Any] = {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
+        group = groups.setdefault((rate, decay), new)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def extend_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], settings: TrainSettings
+) -> None:
+    """Let a kept optimizer train exactly `parameters`: new ones join, those no longer trained leave with their state."""
+    for group in optimizer.param_groups:
+        stay = [name in parameters for name in group["names"]]
+        for parameter, kept in zip(group["params"], stay, strict=True):
+            if not kept:
+                optimizer.state.pop(parameter, None)
+        for key in ("params", "names"):
+            group[key] = [item for item, kept in zip(group[key], stay, strict=True) if kept]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    known = {name for group in optimizer.param_groups for name in group["names"]}
+    new = {name: parameter for name, parameter in parameters.items() if name not in known}
+    for group in group_parameters(new, settings, None):
+        optimizer.add_param_group(group)
+
+
+def rate_factor(settings: TrainSettings, step: int, sampler: Sampler) -> float:
+    """What the base learning rate is multiplied by at `step` of a phase (cosine: Loshchilov & Hutter, ICLR 2017)."""
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / sampler.steps))
+    if settings.schedule == "steps":
+        done = step if settings.iterations is not None else step / sampler.batches_per_epoch
+        return settings.factor ** sum(done >= milestone for milestone in settings.milestones)
+    return 1.0

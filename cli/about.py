@@ -1,0 +1,95 @@
+"""What `plugins show` and `scenarios show` tell."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from clframe import registry
+from clframe.cli import show
+from clframe.config import RunSettings
+from clframe.errors import ClframeError
+from clframe.options import options_of
+
+
+def about_plugin(name: str, json: bool) -> None:
+    """Description, citation, options, hooks, settings and state of a plugin."""
+    offer, _ = registry.find("plugin", name)
+    cls = registry.plugin_class(name)
+    options = options_of(cls, skip=("variant",))
+    facts: dict[str, Any] = {
+        "citation": cls.citation,
+        "package": f"{offer.package} {offer.version}",
+        "hooks": registry.hooks_of(cls),
+        "settings": list(cls.settings),
+        "state": list(cls.state),
+        "conflicts": list(cls.conflicts),
+        "keeps training images": cls.keeps_images,
+    }
+    description = _description(cls)
+    if json:
+        known = {key.replace(" ", "_"): value for key, value in facts.items()}
+        listed = [show.option_data(option) for option in options]
+        show.document({"name": offer.name, "description": description, **known, "options": listed})
+        return
+    show.line(f"{offer.name}: {description}")
+    show.line()
+    show.options(options)
+    for key, value in facts.items():
+        text = ", ".join(value) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+        show.line(f"{key.capitalize()}: {text or 'none'}")
+
+
+def about_scenario(name: str, data_root: str | None, json: bool) -> None:
+    """Description, options, what suits a scenario, and its experiences where its data is at hand."""
+    from clframe.scenarios import sources
+
+    offer, _ = registry.find("scenario", name)
+    build = registry.builder("scenario", name)
+    options = options_of(build, skip=registry.SUPPLIED)
+    description = _description(build)
+    model, train = getattr(build, "backbone", None), dict(getattr(build, "train", {}))
+    experiences: list[list[str]] = []
+    missing = setting = ""
+    try:
+        with sources.no_downloads():
+            built = registry.build_scenario({"name": name}, RunSettings(data_root=data_root))
+        setting = built.setting
+        experiences = [[built.class_names[label] for label in classes] for classes in built.classes]
+    except ClframeError as error:
+        missing = str(error)
+    if json:
+        show.document(
+            {
+                "name": offer.name,
+                "description": description,
+                "package": f"{offer.package} {offer.version}",
+                "options": [show.option_data(option) for option in options],
+                "model": model,
+                "train": train,
+                "setting": setting or None,
+                "experiences": experiences or None,
+                "missing": missing or None,
+            }
+        )
+        return
+    show.line(f"{offer.name}: {description}")
+    show.line()
+    show.options(options)
+    show.line(f"Package: {offer.package} {offer.version}")
+    show.line(f"Model that suits it: {show.value(model) if model else 'none named'}")
+    settings = ", ".join(f"{key}={show.value(value)}" for key, value in train.items())
+    show.line(f"Training that suits it: {settings or 'the defaults'}")
+    if missing:
+        show.line(f"Experiences: not known here. {missing}")
+    else:
+        show.line(f"Setting: {setting}-incremental")
+        show.line(f"Experiences: {len(experiences)}")
+        for i, names in enumerate(experiences, start=1):
+            show.line(f"  {i}: {', '.join(names)}")
+
+
+def _description(documented: object) -> str:
+    """The docstring up to its options, in one paragraph."""
+    doc = inspect.getdoc(documented) or "no description"
+    return " ".join(doc.partition("\nOptions:\n")[0].split())

@@ -1,0 +1,176 @@
+"""What a run shows while it lasts: a live table on a terminal, plain lines in a pipe; both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live as Screen
+from rich.table import Table
+from rich.text import Text
+
+from clframe.cli.show import READINGS, percent
+
+REDRAW = 0.25  # seconds
+AT_ONCE = ("experience", "phase", "eval", "end")  # kinds of records that are shown without waiting
+
+
+class Live:
+    """A listener of a run that shows its course; a context that leaves the terminal in order.
+
+    Args:
+        quiet: show nothing but messages.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.screen: Screen | None = None
+        if self.console.is_terminal and not quiet:
+            self.screen = Screen(console=self.console, auto_refresh=False, transient=True)
+        self.scenario = ""
+        self.n = 0
+        self.index = 0
+        self.classes: list[int] = []
+        self.phase = ""
+        self.step: dict[str, Any] = {}
+        self.tick: dict[str, Any] | None = None
+        self.rows: dict[str, dict[int, list[float | None]]] = {}
+        self.began = self.phase_began = time.monotonic()
+        self.took: float | None = None  # seconds of the latest finished experience
+        self.drawn = 0.0
+
+    def __enter__(self) -> Self:
+        if self.screen:
+            self.screen.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.screen:
+            self.screen.transient = error is None  # what was reached stays on the screen if the run did not finish
+            self.screen.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Take in one record of the run."""
+        kind = record["kind"]
+        if handle := getattr(self, f"_{kind}", None):
+            handle(record)
+        now = time.monotonic()
+        if self.screen and (kind in AT_ONCE or now - self.drawn >= REDRAW):
+            self.drawn = now
+            self.screen.update(self._drawing(), refresh=True)
+
+    # ------------------------------------------------------------------------------------------------- records
+
+    def _start(self, record: dict[str, Any]) -> None:
+        self.scenario, self.n = record["scenario"], record["n_experiences"]
+
+    def _experience(self, record: dict[str, Any]) -> None:
+        self.index, self.classes = record["index"], record["classes"]
+        self.began = time.monotonic()
+        self.step, self.tick = {}, None
+        self._plain(f"{self._place()}: {_listed(self.classes)}")
+
+    def _phase(self, record: dict[str, Any]) -> None:
+        self.phase, self.phase_began = record["name"], time.monotonic()
+        self.step, self.tick = {}, None
+
+    def _progress(self, record: dict[str, Any]) -> None:
+        self.step, self.tick = record, None
+
+    def _tick(self, record: dict[str, Any]) -> None:
+        self.tick = record
+
+    def _within(self, record: dict[str, Any]) -> None:
+        self._plain(f"{self._place()}, epoch {record['epoch'] + 1}: {_in_words(record['reading'], record['row'])}")
+
+    def _eval(self, record: dict[str, Any]) -> None:
+        self.took = time.monotonic() - self.began
+        self.tick = None
+        for reading, row in record["rows"].items():
+            self.rows.setdefault(reading, {})[record["experience"]] = row
+        rows = "; ".join(_in_words(reading, row) for reading, row in record["rows"].items())
+        self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
+
+    def _message(self, record: dict[str, Any]) -> None:
+        self.console.print(record["text"], markup=False, soft_wrap=True)
+
+    def _plain(self, text: str) -> None:
+        if not (self.screen or self.quiet):
+            print(text, file=sys.stderr, flush=True)
+
+    # ------------------------------------------------------------------------------------------------- drawing
+
+    def _place(self) -> str:
+        return f"experience {self.index + 1} of {self.n}"
+
+    def _drawing(self) -> Group:
+        step, tick = self.step, self.tick
+        now = [self._place()]
+        if self.phase not in ("", "train"):
+            now.append(self.phase)
+        if step:
+            now += [f"epoch {step['epoch'] + 1}", f"step {step['step']:,} of {step['steps']:,}"]
+            now += [f"{step['images_per_second']:,.0f} images/s", f"{_duration(self._left())} left"]
+        parts: list[Any] = [Text(f"{self.scenario}: " + "  ".join(now), style="bold")]
+        if step:
+            losses = [f"{name} {loss:.4g}" for name, loss in step["losses"].items()]
+            parts.append(Text("  ".join(["loss:", *losses, f" learning rate {step['lr']:.3g}"])))
+        if tick:
+            parts.append(Text(f"{tick['name']}: {tick['i']:,} of {tick['n']:,}"))
+        parts += [self._accuracy(reading) for reading in self.rows]
+        return Group(*parts)
+
+    def _accuracy(self, reading: str) -> Table:
+        """The rows so far; with many experiences the latest ones, and of their columns the latest."""
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        drawn.add_column(f"{READINGS.get(reading, reading)}, %")
+        rows = self.rows[reading]
+        room = max(1, (self.console.width - 28) // 7)
+        first = max(0, max(map(len, rows.values())) - room)
+        columns = range(first, max(map(len, rows.values())))
+        for j in columns:
+            drawn.add_column(f"on {j + 1}", justify="right")
+        drawn.add_column("mean", justify="right")
+        tallest = max(1, (self.console.height - 4) // len(self.rows) - 4)
+        for i, row in list(rows.items())[-tallest:]:
+            shown = [percent(row[j]) if j < len(row) else "" for j in columns]
+            drawn.add_row(f"after {i + 1}", *shown, percent(_mean(row[: i + 1])))
+        return drawn
+
+    def _left(self) -> float:
+        """Seconds to the end of the run, if each experience to come takes as long as this one."""
+        left: float = self.step["seconds_left"]
+        so_far = time.monotonic() - self.phase_began
+        return left + (self.n - self.index - 1) * (self.took or so_far + left)
+
+
+def _mean(row: list[float | None]) -> float | None:
+    known = [share for share in row if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _in_words(reading: str, row: list[float | None]) -> str:
+    known = " ".join(percent(share) for share in row)
+    return f"{READINGS.get(reading, reading)} accuracy {percent(_mean(row))} % ({known})"
+
+
+def _listed(classes: list[int]) -> str:
+    if len(classes) == 1:
+        return f"class {classes[0]}"
+    if classes == list(range(classes[0], classes[-1] + 1)):
+        return f"classes {classes[0]} to {classes[-1]}"
+    return "classes " + ", ".join(map(str, classes))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h" if minutes >= 60 else f"{minutes}:{rest:02} min"

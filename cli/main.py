@@ -1,0 +1,303 @@
+"""The command line. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clframe import __version__, registry
+from clframe.cli import show
+from clframe.errors import ClframeError
+
+if TYPE_CHECKING:
+    from clframe.config import Config
+    from clframe.results import Results
+
+INTERRUPTED = 130
+BUG = 70
+
+app = typer.Typer(
+    help="Continual learning with methods you can install, compose and trust.",
+    epilog="First steps: clframe run --scenario permuted-digits --plugin ewc",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it reads the same in a pipe, and in a third of the time
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+plugins_app = typer.Typer(help="Methods that a run can name with --plugin.", no_args_is_help=True)
+scenarios_app = typer.Typer(help="Scenarios that a run can name with --scenario.", no_args_is_help=True)
+app.add_typer(plugins_app, name="plugins")
+app.add_typer(scenarios_app, name="scenarios")
+
+
+def _completed(kind: registry.Kind) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in registry.names(kind) if name.startswith(incomplete)]
+
+    return complete
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Folder of the data sets [default: CLFRAME_DATA, or the user's cache]."),
+]
+
+
+@app.callback()
+def _clframe(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass  # `main` takes these two out of the arguments, so that they work in every place
+
+
+@app.command()
+def run(
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            "--scenario", "-s", help="What to learn [default: split-digits].", autocompletion=_completed("scenario")
+        ),
+    ] = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            "-p",
+            help="A method that takes part; repeatable [default: plain fine-tuning].",
+            autocompletion=_completed("plugin"),
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE.yaml", help="Settings, such as a run's config.yaml.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="One setting, such as ewc.lambda=50 or train.clip=0; repeatable."
+        ),
+    ] = None,
+    setting: Annotated[
+        str | None, typer.Option(metavar="class|task|domain", help="What is told at test time, and what is asked.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Backbone [default: what suits the scenario].", autocompletion=_completed("model")
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data of each experience.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps per experience, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images of a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random [default: 0].")] = None,
+    limit: Annotated[int | None, typer.Option(help="Images per class, of training and of test data.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute [default: auto].")
+    ] = None,
+    data_root: DataRoot = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of this run [default: a new one under runs/].")
+    ] = None,
+    eval_every: Annotated[
+        str | None, typer.Option(metavar="experience|epoch", help="How often to evaluate [default: experience].")
+    ] = None,
+    no_tensorboard: Annotated[bool, typer.Option("--no-tensorboard", help="Write no curves.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn a scenario, experience after experience, and print how much of it is remembered."""
+    from clframe.config import resolve, to_yaml
+
+    resolved = resolve(
+        scenario=_given(name=scenario, setting=setting, limit=limit),
+        model=model,
+        plugins=plugin or (),
+        yaml_file=config,
+        sets=set_ or (),
+        train=_given(epochs=epochs, iterations=iterations, batch_size=batch_size, lr=lr),
+        run=_given(
+            seed=seed,
+            device=device,
+            data_root=data_root,
+            output=output,
+            eval_every=eval_every,
+            tensorboard=False if no_tensorboard else None,
+        ),
+    )
+    if dry_run:
+        registry.manager([registry.build_plugin(name, options) for name, options in resolved.plugins.items()])
+        if json:
+            show.document(resolved.model_dump())
+        else:
+            print(to_yaml(resolved), end="")
+        return
+    if resolved.run.output is None:
+        resolved.run.output = str(_new_folder(resolved))
+    from clframe.api import run_config
+
+    _shown(lambda listeners: run_config(resolved, listeners=listeners), quiet, json)
+
+
+@app.command()
+def resume(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    allow_env_change: Annotated[
+        bool,
+        typer.Option("--allow-env-change", help="Go on with another torch, device or number of threads."),
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a run after a crash, a kill or Ctrl-C, to the same figures."""
+    from clframe.api import resume as go_on
+
+    _shown(lambda listeners: go_on(folder, allow_env_change=allow_env_change, listeners=listeners), quiet, json)
+
+
+@app.command()
+def doctor(data_root: DataRoot = None, json: Json = False) -> None:
+    """Check the installation: versions, device, free disk, data, plugins that cannot be imported."""
+    from clframe.cli.doctor import examine, report
+
+    found = examine(data_root)
+    if json:
+        show.document(found)
+    else:
+        report(found)
+
+
+@plugins_app.command("list")
+def list_plugins(json: Json = False) -> None:
+    """List all plugins, of other packages too; nothing of them is imported."""
+    _list("plugin", json)
+
+
+@plugins_app.command("show")
+def show_plugin(name: Annotated[str, typer.Argument(autocompletion=_completed("plugin"))], json: Json = False) -> None:
+    """Show what a plugin does, its options and its hooks."""
+    from clframe.cli.about import about_plugin
+
+    about_plugin(name, json)
+
+
+@scenarios_app.command("list")
+def list_scenarios(json: Json = False) -> None:
+    """List all scenarios, of other packages too; nothing of them is imported."""
+    _list("scenario", json)
+
+
+@scenarios_app.command("show")
+def show_scenario(
+    name: Annotated[str, typer.Argument(autocompletion=_completed("scenario"))],
+    data_root: DataRoot = None,
+    json: Json = False,
+) -> None:
+    """Show what a scenario brings, its options and what suits it; nothing is downloaded."""
+    from clframe.cli.about import about_scenario
+
+    about_scenario(name, data_root, json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give the exit code; every error ends here, as a sentence."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        if given[:1] == ["--version"]:
+            show.line(f"clframe {__version__}")
+            code = 0
+        else:
+            code = app(args=given or ["--help"], prog_name="clframe", standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            show.note("Interrupted.")
+        sys.stdout.flush()
+        return code
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            # the reader has gone; what is still buffered must not fail again when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        if debug:
+            import traceback
+
+            traceback.print_exception(error)
+        code, sentences = _explained(error)
+        for sentence in sentences:
+            show.note(f"clframe: {sentence}")
+        return code
+
+
+def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
+    """The exit code of an error and what to tell of it."""
+    usage: Any = typer.BadParameter.__base__  # typer's error of wrong use has no public name
+    if isinstance(error, ClframeError):
+        return error.code, str(error).splitlines()
+    if isinstance(error, usage):
+        command = error.ctx.command_path if error.ctx else "clframe"
+        return 2, [f"{error.format_message().rstrip('.')}. See `{command} --help`."]
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED, ["Interrupted."]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, [f"The disk is full{_at(error)}: free some space, or write elsewhere with `--output`."]
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return 1, [f"{error.strerror}{_at(error)}: change the permissions, or name another place."]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 1, ["Out of memory: a smaller `--batch-size`, `--limit` or model may fit."]
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return BUG, [
+        f"A bug of clframe, please report it: {type(error).__name__}: {error}{notes}",
+        "The same command with `--debug` shows where it happened.",
+    ]
+
+
+def _at(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+def _given(**options: object) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _new_folder(config: Config) -> Path:
+    """A folder under runs/ that is not there yet."""
+    from datetime import datetime
+
+    methods = "+".join(config.plugins)[:80] or "finetuning"
+    name = f"{config.scenario['name']}-{methods}-{config.run.seed}-{datetime.now():%Y%m%d-%H%M%S}".replace(":", "-")
+    folder, count = Path("runs", name), 1
+    while folder.exists():
+        count += 1
+        folder = Path("runs", f"{name}-{count}")
+    return folder
+
+
+def _shown(work: Callable[[Sequence[Any]], Results], quiet: bool, json: bool) -> None:
+    """Do the work of a run, showing its course, and print its results."""
+    from clframe.cli.live import Live
+
+    with Live(quiet) as live:
+        finished = work([live])
+    show.results(finished, json)
+
+
+def _list(kind: registry.Kind, json: bool) -> None:
+    found = registry.offers(kind)
+    if json:
+        show.document(
+            [{"name": o.name, "package": o.package, "version": o.version, "description": o.description} for o in found]
+        )
+    else:
+        show.table(["name", "package", "description"], [[o.name, o.package, o.description] for o in found])

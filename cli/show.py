@@ -1,0 +1,124 @@
+"""How commands print: tables on a terminal, plain lines in a pipe, one JSON document if asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clframe.options import Option
+    from clframe.results import Results
+
+READINGS = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
+Rows = Sequence[Sequence[str]]
+
+
+def line(text: str = "") -> None:
+    """One line to stdout."""
+    print(text)
+
+
+def note(text: str) -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr)
+
+
+def document(data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """`data` as the one JSON document of a command."""
+    line(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
+    """A table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`)."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, header in enumerate(headers):
+            drawn.add_column(header, justify="right" if numbers and i else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*(Text(cell) for cell in row))
+        Console().print(drawn)
+    elif numbers:
+        widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+        for row in [headers, *rows]:
+            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            line("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    else:
+        for row in rows:
+            line("\t".join(row))
+
+
+def options(found: Sequence[Option]) -> None:
+    """The table of a plugin's, or a scenario's, options."""
+    if not found:
+        line("Options: none")
+        return
+    line("Options:")
+    table(
+        ["name", "type", "default", "meaning"],
+        [[option.name, option.type, default(option), option.doc] for option in found],
+    )
+
+
+def default(option: Option) -> str:
+    """The default of an option as YAML and ``--set`` write it."""
+    from clframe.options import REQUIRED
+
+    return "(required)" if option.default is REQUIRED else value(option.default)
+
+
+def value(given: object) -> str:
+    """A value as YAML and ``--set`` write it."""
+    return given if isinstance(given, str) else json.dumps(given, default=str)
+
+
+def option_data(option: Option) -> dict[str, Any]:
+    """An option as JSON has it."""
+    from clframe.options import REQUIRED
+
+    known = {} if option.default is REQUIRED else {"default": option.default}
+    return {"name": option.name, "type": option.type, **known, "doc": option.doc}
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent; a dash if there is none."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def results(finished: Results, as_json: bool) -> None:
+    """What a run ends with: the accuracy matrices, the measures, and where everything is."""
+    folder = str(finished.folder) if finished.folder else None
+    curves = folder and finished.folder and (finished.folder / "tensorboard").is_dir()
+    command = f"tensorboard --logdir {folder}" if curves else None
+    if as_json:
+        document({"folder": folder, "tensorboard": command, **finished.data, "timings": finished.timings})
+        return
+    for reading, matrix in finished.accuracy.items():
+        line(f"Accuracy in percent, {READINGS.get(reading, reading)}:")
+        columns = range(1, max(map(len, matrix), default=0) + 1)
+        table(
+            ["", *(f"on {j}" for j in columns)],
+            [[f"after {i}", *map(percent, row)] for i, row in enumerate(matrix, start=1)],
+            numbers=True,
+        )
+        if not sys.stdout.isatty():
+            line()
+    measures = finished.measures
+    names = list(dict.fromkeys(name for of in measures.values() for name, v in of.items() if v is not None))
+    table(
+        ["Measure, in percent", *(READINGS.get(reading, reading) for reading in measures)],
+        [[name.replace("_", " "), *(percent(of.get(name)) for of in measures.values())] for name in names],
+        numbers=True,
+    )
+    if folder:
+        if not sys.stdout.isatty():
+            line()
+        line(f"Run folder: {folder}")
+    if command:
+        line(f"Curves: {command}")

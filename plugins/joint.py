@@ -1,0 +1,74 @@
+"""Joint training, the oracle: all data at once, or all data so far after each experience.
+
+The upper bound that methods are compared with. It keeps every experience, so it is no continual learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor
+
+from clframe import Experience, ImageData, Phase, Plugin, hookimpl
+from clframe.context import Run
+from clframe.errors import WrongUse
+
+
+class Joint(Plugin):
+    """Joint training: the oracle that keeps all data.
+
+    Options:
+        form: `once` trains once, at the last experience, on everything, with the iterations (or epochs) that all
+            experiences have together; rows of earlier experiences stay empty. `cumulative` trains after each experience
+            on all data so far, with the iterations of all experiences so far.
+        restart: begin each cumulative training from the run's initial weights instead of going on.
+    """
+
+    name = "joint"
+    state = ("initial",)
+    keeps_experiences = True
+    keeps_images = True
+    citation = "the upper bound in e.g. van de Ven, Tuytelaars, Tolias, Three types of incremental learning, 2022"
+
+    def __init__(self, form: Literal["once", "cumulative"] = "once", restart: bool = False) -> None:
+        if restart and form == "once":
+            raise WrongUse("`joint.restart` needs `joint.form=cumulative`: the form `once` trains only once.")
+        self.form = form
+        self.restart = restart
+        self.initial: dict[str, Tensor] = {}
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Nothing is forgotten where everything is trained on: methods beside it would only blur the bound."""
+        others = [p.name for p in run.plugins if p is not self and not p.observer]
+        if others:
+            yield f"`joint` trains on all data and cannot run beside `{others[0]}`; run them one by one."
+
+    def waits(self, run: Run, experience: Experience) -> bool:
+        """Whether this experience's data is only put aside."""
+        return self.form == "once" and experience.index < len(run.scenario) - 1
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Go back to the initial weights, those of new heads included, where each training restarts."""
+        if self.restart:
+            for name, value in run.model.state_dict().items():
+                self.initial.setdefault(name, value.clone())
+            run.model.load_state_dict(self.initial)
+            run.optimizer = None
+
+    @hookimpl
+    def extra_data(self, run: Run, experience: Experience) -> ImageData | None:
+        """All earlier experiences, each row with its own task."""
+        if self.waits(run, experience) or not run.earlier:
+            return None
+        return ImageData.concat([earlier.train for earlier in run.earlier])
+
+    @hookimpl
+    def phases(self, run: Run, experience: Experience) -> list[Phase] | None:
+        """Epochs grow with the data by themselves; iterations are added up."""
+        if self.waits(run, experience):
+            return [Phase("train", iterations=0)]
+        if run.settings.iterations is not None:
+            return [Phase("train", iterations=run.settings.iterations * (experience.index + 1))]
+        return None

@@ -1,0 +1,95 @@
+"""Scenarios of the 1,797 real 8x8 digits that scikit-learn is packaged with: nothing to download."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clframe.data import Arrays, Scenario, Setting, Transform, suits
+from clframe.errors import DataError
+from clframe.options import Count, CountOrZero, Positive
+from clframe.scenarios.streams import Order, documented, permuted, rotated, split
+
+IMAGES = 1797
+TRAIN_IMAGES = 1297  # the other 500 are the test images
+
+# A new Adam for each experience, and long enough for a network without help to forget.
+DOMAINS: dict[str, Any] = {
+    "backbone": {"name": "mlp", "hidden": [256, 256]},
+    "train": {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "epochs": 10},
+}
+
+
+def digits() -> Arrays:
+    """The digits, uint8 [N, 1, 8, 8] of 0 to 16: 1,297 training and 500 test images.
+
+    Which are which is fixed: the first 1,297 of ``numpy.random.RandomState(0).permutation(1797)`` train.
+
+    Raises:
+        DataError: if scikit-learn's file is missing or damaged.
+    """
+    spec = importlib.util.find_spec("sklearn")  # finds the folder without importing it, which takes seconds
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    path = Path(*folders[:1], "datasets", "data", "digits.csv.gz")
+    try:
+        with gzip.open(path) as file:
+            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        if table.shape != (IMAGES, 65):
+            raise ValueError(f"it is a table of {table.shape}")
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise DataError(f"The digits cannot be read from {path} ({error}); install scikit-learn again.") from error
+    x, y = torch.from_numpy(table[:, :64].reshape(-1, 1, 8, 8)), torch.from_numpy(table[:, 64])
+    order = torch.from_numpy(np.random.RandomState(0).permutation(IMAGES))
+    train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
+    return Arrays("digits", x[train], y[train], x[test], y[test], tuple("0123456789"), Transform(scale=16))
+
+
+# One Adam for all experiences, as most published split-digit protocols have it; 300 steps learn two classes.
+@suits(
+    backbone="mlp-100",
+    train={"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "iterations": 300, "keep_optimizer": True},
+)
+@documented
+def split_digits(
+    *,
+    setting: Setting = "class",
+    experiences: Count = 5,
+    first: Count | None = None,
+    order: Order = "natural",
+    seed: CountOrZero | None = None,
+    limit: Count | None = None,
+) -> Scenario:
+    """The ten digits, 8x8, a few at a time."""
+    return split("split-digits", digits(), setting, experiences, first, order, seed, limit)
+
+
+@suits(**DOMAINS)
+@documented
+def permuted_digits(
+    *,
+    setting: Setting = "domain",
+    experiences: Count = 5,
+    seed: CountOrZero | None = None,
+    limit: Count | None = None,
+) -> Scenario:
+    """All ten digits, 8x8, in each experience with their pixels in another random order."""
+    return permuted("permuted-digits", digits(), setting, experiences, seed, limit)
+
+
+@suits(**DOMAINS)
+@documented
+def rotated_digits(
+    *,
+    setting: Setting = "domain",
+    experiences: Count = 5,
+    max_angle: Positive = 180.0,
+    limit: Count | None = None,
+) -> Scenario:
+    """All ten digits, 8x8, in each experience turned further."""
+    return rotated("rotated-digits", digits(), setting, experiences, max_angle, limit)

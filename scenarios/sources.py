@@ -1,0 +1,300 @@
+"""Named image data sets under a data root: one ``.npz`` file, torchvision's layout, or a download."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clframe.data import Arrays
+from clframe.errors import DataError
+
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+PARTS = ("x_train", "y_train", "x_test", "y_test")  # the keys of an .npz file, in the order of IDX_FILES
+DIGITS = tuple("0123456789")
+FASHION = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+    can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+    lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+    pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table
+    tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+    worm
+"""
+NETWORK_TIMEOUT = 30.0  # seconds without an answer, after which a download is given up
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that can be named.
+
+    Attributes:
+        title: its name in sentences, which is also that of torchvision's class.
+        folder: where torchvision's layout keeps it, under the data root.
+        files: what that folder holds.
+        image: height, width and channels of an image.
+        class_names: in the order of the classes' numbers.
+    """
+
+    title: str
+    folder: str
+    files: tuple[str, ...]
+    image: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+
+SOURCES = {
+    "mnist": Source("MNIST", "MNIST/raw", IDX_FILES, (28, 28, 1), DIGITS),
+    "fmnist": Source("FashionMNIST", "FashionMNIST/raw", IDX_FILES, (28, 28, 1), FASHION),
+    "cifar10": Source(
+        "CIFAR10",
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        (32, 32, 3),
+        CIFAR10,
+    ),
+    "cifar100": Source("CIFAR100", "cifar-100-python", ("train", "test", "meta"), (32, 32, 3), tuple(CIFAR100.split())),
+}
+
+
+def load(name: str, data_root: Path) -> Arrays:
+    """The data set `name`, with 8-bit images [N, C, H, W].
+
+    It is looked for as ``data_root/<name>.npz`` (Keras's layout: `x_train`, `y_train`, `x_test`, `y_test`;
+    images [N, H, W] or [N, H, W, C], labels [N] or [N, 1]), then in torchvision's layout, then downloaded
+    into the latter. Only CIFAR in torchvision's layout is made of pickles: torchvision reads them, once their
+    checksums are those of the published files.
+
+    Raises:
+        DataError: if it is nowhere and cannot be downloaded, or if a file is damaged or holds something else.
+    """
+    source = SOURCES[name]
+    path = data_root / f"{name}.npz"
+    with _explained(path, "give permission to read it, or name another folder with --data-root"):
+        in_one_file = path.is_file()
+    if in_one_file:
+        parts = _from_npz(path)
+    else:
+        path = data_root / source.folder
+        if not path.exists():
+            _download(name, data_root)
+        if missing := [file for file in source.files if _file(path, file) is None]:
+            raise DataError(
+                f"{path} lacks {', '.join(missing)}; add what is missing, or remove the folder to have "
+                f"{source.title} downloaded again."
+            )
+        parts = _from_idx(path) if source.files == IDX_FILES else _from_cifar(source, path)
+    images = [_images(parts[key], key, source, path) for key in ("x_train", "x_test")]
+    labels = [_labels(parts[key], key, path) for key in ("y_train", "y_test")]
+    try:
+        return Arrays(name, images[0], labels[0], images[1], labels[1], source.class_names)
+    except DataError as error:
+        raise DataError(f"{path} does not hold {source.title}: {error}") from None
+
+
+def found(data_root: Path) -> list[tuple[str, Path | None]]:
+    """Each data set, and the file or complete folder under `data_root` that holds it or None; reads nothing."""
+
+    def where(name: str, source: Source) -> Path | None:
+        path, folder = data_root / f"{name}.npz", data_root / source.folder
+        if path.is_file():
+            return path
+        return folder if all(_file(folder, file) for file in source.files) else None
+
+    return [(name, where(name, source)) for name, source in SOURCES.items()]
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+@contextmanager
+def _explained(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what reading a damaged file may raise into a `DataError` that names the file and the remedy."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise DataError(f"{path} cannot be read ({_reason(error)}); {remedy}.") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, URLError):
+        return str(error.reason)
+    return str(error).partition("\n")[0].rstrip(".: ") or type(error).__name__
+
+
+def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
+    remedy = "it is damaged: remove it or put a whole copy in its place"
+    with _explained(path, remedy):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or no .npz file at all")
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [key for key in PARTS if key not in file]:
+                raise DataError(
+                    f"{path} lacks the arrays {', '.join(missing)} (it has {', '.join(file) or 'none'}); "
+                    f"save {', '.join(PARTS)} in it."
+                )
+            return {key: file[key] for key in PARTS}
+
+
+def _from_idx(folder: Path) -> dict[str, NDArray[Any]]:
+    return {key: _idx(folder, name) for key, name in zip(PARTS, IDX_FILES, strict=True)}
+
+
+def _idx(folder: Path, name: str) -> NDArray[Any]:
+    """A file in MNIST's own format: two zero bytes, 8 for bytes, number of dimensions, their sizes, data.
+
+    It is read here and not by torchvision, whose import takes seconds, and which would load a pickle of an
+    older version instead if one lay beside it.
+    """
+    path = _file(folder, name) or folder / name
+    with _explained(path, "it is damaged: remove it or put a whole copy in its place"):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = bytearray(file.read())
+        if content[:3] != b"\x00\x00\x08":
+            raise ValueError("it is not an idx file of bytes")
+        shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def _from_cifar(source: Source, folder: Path) -> dict[str, NDArray[Any]]:
+    from torchvision import datasets
+
+    remedy = "put the published files in its place, or remove it to have them downloaded again"
+    with _explained(folder, remedy):
+        try:
+            train, test = (getattr(datasets, source.title)(folder.parent, train=train) for train in (True, False))
+        except RuntimeError:
+            raise DataError(
+                f"{folder} does not hold {source.title} as it was published: a checksum differs; {remedy}."
+            ) from None
+        return dict(zip(PARTS, (train.data, train.targets, test.data, test.targets), strict=True))
+
+
+def _images(array: NDArray[Any], key: str, source: Source, path: Path) -> Tensor:
+    height, width, channels = source.image
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.shape[1:] != source.image:
+        raise DataError(
+            f"`{key}` of {path} is {array.dtype} {list(array.shape)}; {source.title} is uint8 "
+            f"[N, {height}, {width}, {channels}]: put the right data there."
+        )
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def _labels(array: NDArray[Any], key: str, path: Path) -> Tensor:
+    array = np.asarray(array)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"`{key}` of {path} is {array.dtype} {list(array.shape)}; labels are integers [N] or [N, 1]: "
+            "put the right data there."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _download(name: str, data_root: Path) -> None:
+    """Have torchvision download into a temporary folder, and move it into place once all of it is there."""
+    source = SOURCES[name]
+    npz, folder = data_root / f"{name}.npz", data_root / source.folder
+    with (
+        _writing(source.title, data_root),
+        _temporary(data_root) as temporary,
+        redirect_stdout(sys.stderr),
+        _patience(NETWORK_TIMEOUT),
+    ):
+        from torchvision import datasets
+
+        try:
+            getattr(datasets, source.title)(temporary, download=True)
+        except (
+            URLError,
+            HTTPException,
+            TimeoutError,
+            ConnectionError,
+            RuntimeError,
+            EOFError,
+            tarfile.TarError,
+        ) as e:
+            if "corrupted" in str(e):
+                raise DataError(
+                    f"{source.title} was downloaded, but a checksum differs from the published one, so "
+                    f"nothing was kept; try again, or put {npz} or {folder} in place."
+                ) from e
+            raise DataError(
+                f"{source.title} is not in {data_root} and cannot be downloaded ({_reason(e)}): put {npz} "
+                f"(arrays {', '.join(PARTS)}) or torchvision's {folder} in place, name another folder with "
+                "--data-root, or use split-digits, permuted-digits or rotated-digits, which need no file."
+            ) from e
+        folder.parent.mkdir(exist_ok=True)
+        try:
+            (Path(temporary) / source.folder).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # if it is, another process was quicker
+                raise
+
+
+def _temporary(data_root: Path) -> tempfile.TemporaryDirectory[str]:
+    data_root.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=data_root, prefix=".download-")
+
+
+@contextmanager
+def _writing(title: str, data_root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{title} cannot be downloaded to {data_root} ({_reason(error)}): make the folder writable, free "
+            "some space, or name another folder with --data-root."
+        ) from error
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Let connections that are opened inside give up after so long a silence: torchvision sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

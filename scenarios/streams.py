@@ -1,0 +1,107 @@
+"""What the built-in scenarios share: options and their documentation, orders, permutations, rotations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clframe.data import Arrays, Scenario, Setting, change_domains, split_classes
+
+Order = Literal["natural", "random"] | list[int]
+Builder = TypeVar("Builder", bound=Callable[..., Scenario])
+
+OPTIONS = {
+    "setting": "`class` (which class of all seen), `task` (the task is told) or `domain` (shared labels).",
+    "experiences": "number of experiences.",
+    "first": "classes in the first experience; none: as many as in each other one.",
+    "order": "of the classes: `natural` (as the data set numbers them), `random` (drawn from the seed) or a "
+    "list of all class numbers.",
+    "seed": "of everything random in the scenario; none: the run's seed.",
+    "limit": "images per class, of training and of test data; none: all.",
+    "normalize": "subtract the data set's mean and divide by its standard deviation, per channel.",
+    "augment": "crop training images at random after padding by 4 zeros, and mirror every other one.",
+    "max_angle": "in degrees; experience i of n, counted from 0, is turned by i/n of it.",
+}
+
+
+def documented(builder: Builder) -> Builder:
+    """Add to the docstring of `builder` what each of its options means, in the same words for all."""
+    names = [name for name in inspect.signature(builder).parameters if name in OPTIONS]
+    lines = "".join(f"    {name}: {OPTIONS[name]}\n" for name in names)
+    builder.__doc__ = f"{inspect.getdoc(builder)}\n\nOptions:\n{lines}"
+    return builder
+
+
+def split(
+    name: str,
+    arrays: Arrays,
+    setting: Setting,
+    experiences: int,
+    first: int | None,
+    order: str | list[int],
+    seed: int | None,
+    limit: int | None,
+) -> Scenario:
+    """`clframe.data.split_classes` of at most `limit` images of each class, in an order that may be named."""
+    if isinstance(order, str):
+        count = len(arrays.class_names)
+        order = random_of(seed).permutation(count).tolist() if order == "random" else list(range(count))
+    arrays = arrays.limited(limit)
+    return split_classes(name, arrays, experiences=experiences, setting=setting, first=first, order=order)
+
+
+def permuted(
+    name: str, arrays: Arrays, setting: Setting, experiences: int, seed: int | None, limit: int | None
+) -> Scenario:
+    """Experience i shows all classes with their pixels in an order that only the seed and i determine.
+
+    All experiences are permuted, the first one too, and the channels of a pixel move together.
+    """
+
+    def permute(i: int, x: Tensor) -> Tensor:
+        pixels = x.flatten(2)
+        order = torch.from_numpy(random_of(seed, i).permutation(pixels.shape[2])).to(x.device)
+        return pixels.index_select(2, order).view_as(x)
+
+    return change_domains(name, arrays.limited(limit), permute, experiences=experiences, setting=setting)
+
+
+def rotated(
+    name: str, arrays: Arrays, setting: Setting, experiences: int, max_angle: float, limit: int | None
+) -> Scenario:
+    """Experience i of n shows all classes turned by ``max_angle * i / n`` degrees; the first is upright."""
+
+    def turn(i: int, x: Tensor) -> Tensor:
+        return rotate(x, max_angle * i / experiences)
+
+    return change_domains(name, arrays.limited(limit), turn, experiences=experiences, setting=setting)
+
+
+def rotate(x: Tensor, degrees: float, *, chunk: int = 1024) -> Tensor:
+    """Square 8-bit images [N, C, H, H], turned counter-clockwise about their centre.
+
+    Pixels are interpolated bilinearly and rounded; what comes from outside is 0. `chunk` images are turned
+    at a time, so that the float copies stay small.
+    """
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = torch.tensor([[[cosine, -sine, 0.0], [sine, cosine, 0.0]]], device=x.device)
+    grid = functional.affine_grid(matrix, [1, 1, *x.shape[2:]], align_corners=False)
+    out = torch.empty_like(x)
+    for source, target in zip(torch.split(x, chunk), torch.split(out, chunk), strict=True):
+        # all images as the channels of one, for they share the grid
+        channels = source.flatten(0, 1)[None].to(torch.float32)
+        turned = functional.grid_sample(channels, grid, mode="bilinear", align_corners=False)
+        target.copy_(turned.round_().view_as(source))
+    return out
+
+
+def random_of(seed: int | None, *key: int) -> np.random.RandomState:
+    """A generator for `seed` and `key`, whose numbers numpy promises never to change (NEP 19)."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed or 0, *key])))

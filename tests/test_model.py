@@ -1,0 +1,155 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clframe.errors import WrongUse
+from clframe.model import IncrementalNet, class_mask, evaluating, masked, snapshot
+
+
+class Doubling(nn.Module):
+    """Features are twice the input, through a dropout and a norm that have modes."""
+
+    width = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.norm = nn.BatchNorm1d(3, affine=False)
+
+    def features(self, x):
+        return self.scale * x
+
+
+def test_the_head_grows_by_blocks_and_keeps_the_old_ones():
+    net = IncrementalNet(Doubling(), blocks=[2])
+    first = net.head[0].weight
+    before = first.detach().clone()
+    added = net.grow(3)
+    assert (net.blocks, net.n_classes) == ([2, 3], 5)
+    assert net.head[0].weight is first
+    assert torch.equal(first, before)
+    assert added is net.head[1]
+    assert added.weight.shape == (3, 3)
+
+
+def test_the_column_of_a_logit_is_its_label_and_head_k_gives_the_block():
+    net = IncrementalNet(Doubling(), blocks=[2, 1, 3])
+    x = torch.randn(4, 3)
+    outputs = net(x)
+    assert torch.equal(outputs.features, 2 * x)
+    assert outputs.logits.shape == (4, 6)
+    for k, columns in enumerate((slice(0, 2), slice(2, 3), slice(3, 6))):
+        assert torch.equal(outputs.head(k), outputs.logits[:, columns])
+        assert torch.equal(outputs.head(k), net.head[k](2 * x))
+
+
+def test_a_new_block_has_the_dtype_of_the_backbone():
+    net = IncrementalNet(Doubling().double())
+    assert net.grow(2).weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("missing", ["features", "width"])
+def test_a_backbone_that_lacks_something_is_refused_by_name(missing):
+    class Half(nn.Module):
+        if missing == "width":
+
+            def features(self, x):
+                return x
+
+        else:
+            width = 3
+
+    with pytest.raises(WrongUse, match=r"`Half` cannot be a backbone: .*`features\(x\)`.*`width`"):
+        IncrementalNet(Half())
+
+
+def test_class_mask_marks_classes_that_the_head_has():
+    assert class_mask([1, 3, 7], 4).tolist() == [False, True, False, True]
+    assert class_mask([], 2).tolist() == [False, False]
+
+
+def test_masked_logits_take_no_part_in_a_softmax():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+    assert masked(logits, None) is logits
+    one = masked(logits, torch.tensor([True, False, True]))
+    assert one[:, 1].tolist() == [-torch.inf, -torch.inf]
+    assert torch.equal(one[:, [0, 2]], logits[:, [0, 2]])
+    each = masked(logits, torch.tensor([[True, False, False], [True, True, False]]))
+    torch.testing.assert_close(each.softmax(1), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+
+
+def test_a_snapshot_is_equal_frozen_in_eval_mode_and_its_own():
+    net = IncrementalNet(Doubling(), blocks=[2, 3])
+    x = torch.randn(4, 3)
+    net(x).logits.sum().backward()
+    copied = snapshot(net)
+    assert torch.equal(copied(x).logits, net(x).logits)
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    assert all(parameter.grad is None for parameter in copied.parameters())
+    assert not any(module.training for module in copied.modules())
+    assert net.training
+    assert all(parameter.requires_grad and parameter.grad is not None for parameter in net.parameters())
+    kept = copied(x).logits.clone()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    assert torch.equal(copied(x).logits, kept)
+
+
+def test_a_snapshot_has_the_first_blocks_of_the_head():
+    net = IncrementalNet(Doubling(), blocks=[2, 3])
+    x = torch.randn(4, 3)
+    assert snapshot(net, blocks=1).blocks == [2]
+    assert torch.equal(snapshot(net, blocks=1)(x).logits, net(x).head(0))
+    assert net.blocks == [2, 3]
+
+
+def test_a_snapshot_has_no_hooks_and_does_not_copy_what_they_hold():
+    class Holder:
+        calls = 0
+
+        def note(self, *_):
+            self.calls += 1
+
+        def __deepcopy__(self, memo):
+            raise RuntimeError("what a hook belongs to must not be copied")
+
+    holder, net = Holder(), IncrementalNet(Doubling(), blocks=[2])
+    block = net.head[0]
+    block.register_forward_hook(holder.note)
+    block.register_forward_hook(holder.note, with_kwargs=True, always_call=True)
+    block.register_forward_pre_hook(holder.note)
+    block.register_full_backward_hook(holder.note)
+    block.register_full_backward_pre_hook(holder.note)
+    copied = snapshot(net)
+    copied(torch.randn(1, 3, requires_grad=True)).logits.sum().backward()
+    assert holder.calls == 0
+    net(torch.randn(1, 3)).logits.sum().backward()
+    assert holder.calls == 5
+
+
+def test_evaluating_restores_the_mode_of_every_module_even_after_an_error():
+    net = IncrementalNet(Doubling(), blocks=[2])
+    net.backbone.norm.eval()
+    other = nn.Dropout().eval()
+    modes = [module.training for module in net.modules()]
+
+    def fail():
+        with evaluating(net, other):
+            assert not any(module.training for module in net.modules())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [module.training for module in net.modules()] == modes
+    assert (net.training, net.backbone.norm.training, other.training) == (True, False, False)
+
+
+def test_a_pass_while_evaluating_moves_no_running_statistics():
+    backbone = Doubling()
+    before = copy.deepcopy(backbone.norm.state_dict())
+    with evaluating(backbone):
+        backbone.norm(torch.randn(8, 3))
+    assert all(torch.equal(before[name], value) for name, value in backbone.norm.state_dict().items())
