@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import os
 import resource
@@ -66,9 +67,9 @@ def with_clframe(data_root: Path, layout: Path, method: str, folder: Path) -> Fi
 
     start = time.perf_counter()
     results = clframe.run(
-        {"name": "split-mnist"},
+        {"name": "split-mnist", "normalize": True},
         {"name": "mlp"},
-        [{"ewc": {"lambda": LAMBDA, "labels": "empirical"}}] if method == "ewc" else [],
+        [{"ewc": {"lambda": LAMBDA, "labels": "empirical", "samples": None}}] if method == "ewc" else [],
         train={"epochs": 1, "batch_size": BATCH, "lr": 1e-3, "threads": THREADS},
         run={"data_root": str(data_root), "output": str(folder / "run")},
         listeners=[listen],
@@ -255,15 +256,13 @@ def work(variant: str, method: str, data_root: Path, layout: Path) -> None:
 
     torch.set_num_threads(THREADS)
     if variant == "clframe":
-        import clframe
-        import clframe.engine
-        import clframe.plugins.tensorboard  # noqa: F401
+        modules = ["clframe.api", "clframe.plugins.ewc", "clframe.plugins.tensorboard", "clframe.scenarios.mnist"]
     elif variant == "minimal":
-        import safetensors.torch
-        import torch.utils.tensorboard  # noqa: F401
+        modules = ["numpy", "safetensors.torch", "torch.utils.tensorboard"]
     else:
-        import avalanche.benchmarks
-        import avalanche.training  # noqa: F401
+        modules = ["avalanche.benchmarks", "avalanche.training", "avalanche.logging"]
+    for module in modules:
+        importlib.import_module(module)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for _ in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
@@ -380,12 +379,16 @@ def measure(
                 "MiB": f"{worker.first['MiB']:.0f}",
                 "steps": found[-1]["steps"],
                 "class-IL": f"{100 * statistics.fmean(run['class'] for run in found):.1f}",
-                "task-IL": f"{100 * statistics.fmean(run['task'] for run in found):.1f}" if "task" in found[-1] else None,
+                "task-IL": f"{100 * statistics.fmean(run['task'] for run in found):.1f}"
+                if "task" in found[-1]
+                else None,
             }
             lines.append(line)
         if {"clframe", "avalanche"} <= set(variants):
             ratio = medians["avalanche"] / medians["clframe"]
-            notes.append(f"{method}: clframe is {ratio:.2f} times as fast as Avalanche's usual way (target: at least 3).")
+            notes.append(
+                f"{method}: clframe is {ratio:.2f} times as fast as Avalanche's usual way (target: at least 3)."
+            )
         if {"clframe", "minimal"} <= set(variants):
             ratio = medians["clframe"] / medians["minimal"]
             notes.append(f"{method}: clframe takes {ratio:.3f} times the minimal loop's time (target: at most 1.10).")
@@ -402,7 +405,9 @@ def measure(
 def main() -> None:
     """The command line; workers are this file again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-root", type=Path, help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)")
+    parser.add_argument(
+        "--data-root", type=Path, help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)"
+    )
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
@@ -412,8 +417,9 @@ def main() -> None:
     if given.worker:
         work(*given.worker, data_root=given.data_root, layout=given.layout)
         return
-    from clframe.config import data_root
     from report import table
+
+    from clframe.config import data_root
 
     root = data_root(given.data_root and str(given.data_root))
     if not (root / "mnist.npz").exists():

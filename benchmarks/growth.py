@@ -81,7 +81,8 @@ def measure(data_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
     # the first experience has no penalty yet, and torch starts up in it
     early, late = statistics.median(seconds[2:10]), statistics.median(seconds[-8:])
     notes = [
-        f"An experience late in the run (43 to 50) takes {late / early:.2f} times as long as one early in it (3 to 10), "
+        f"An experience late in the run (43 to 50) takes {late / early:.2f} times as long as one early in it "
+        "(3 to 10), "
         f"and memory grows from {memory[4]:.0f} to {memory[-1]:.0f} MiB from experience 5 to 50 "
         f"({memory[-1] / memory[4]:.3f} times).",
         f"EWC with its default Fisher, {PER_CLASS * 10} images and {EPOCHS} epochs per experience, batches of 128.",
@@ -90,8 +91,9 @@ def measure(data_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 if __name__ == "__main__":
-    from clframe.config import data_root
     from report import table
+
+    from clframe.config import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root")

@@ -2,9 +2,10 @@
 
     python benchmarks/hook_cost.py
 
-The network and the batch are small, so that a step is short beside what is measured. The bare step is written out here
-and does what the engine's does: pick the rows, normalise, forward, cross-entropy, backward, clip, step. The three plugins
-implement all five hooks of a step. Times are medians over runs in turns, of steps after the first thousand.
+The network and the batch are small, so that a step is short beside what is measured. The bare step is written
+out here and does what the engine's does: pick the rows, normalise, forward, cross-entropy, backward, clip, step.
+The three plugins implement the hooks of a step. Times are medians over runs in turns, of steps after the first
+thousand.
 """
 
 from __future__ import annotations
@@ -43,6 +44,37 @@ def _backbone() -> Any:
     return Small()
 
 
+def idle_plugins(count: int) -> list[Any]:
+    """Plugins that implement the hooks of a step and do nothing; one of them also `base_loss`, which has one owner."""
+    from clframe import Plugin, hookimpl
+
+    class Idle(Plugin):
+        observer = True
+
+        @hookimpl
+        def extra_batch(self, run: Any, batch: Any) -> None:
+            return None
+
+        @hookimpl
+        def penalty(self, run: Any, batch: Any, outputs: Any) -> None:
+            return None
+
+        @hookimpl
+        def after_backward(self, run: Any, batch: Any) -> None:
+            return None
+
+        @hookimpl
+        def after_step(self, run: Any, batch: Any) -> None:
+            return None
+
+    class Owner(Idle):
+        @hookimpl
+        def base_loss(self, run: Any, batch: Any, outputs: Any) -> None:
+            return None
+
+    return [type(f"Idle{i}", (Idle if i else Owner,), {"name": f"idle-{i}"})() for i in range(count)]
+
+
 def bare() -> float:
     """Microseconds of a step by hand."""
     import torch
@@ -75,30 +107,7 @@ def bare() -> float:
 def in_engine(n_plugins: int) -> float:
     """Microseconds of a step in a run with `n_plugins` plugins that do nothing."""
     import clframe
-    from clframe import Arrays, Plugin, Transform, hookimpl, split_classes
-
-    class Idle(Plugin):
-        observer = True
-
-        @hookimpl
-        def extra_batch(self, run: Any, batch: Any) -> None:
-            return None
-
-        @hookimpl
-        def base_loss(self, run: Any, batch: Any, outputs: Any) -> None:
-            return None
-
-        @hookimpl
-        def penalty(self, run: Any, batch: Any, outputs: Any) -> None:
-            return None
-
-        @hookimpl
-        def after_backward(self, run: Any, batch: Any) -> None:
-            return None
-
-        @hookimpl
-        def after_step(self, run: Any, batch: Any) -> None:
-            return None
+    from clframe import Arrays, Transform, split_classes
 
     marks: list[float] = []
 
@@ -111,7 +120,7 @@ def in_engine(n_plugins: int) -> float:
     clframe.run(
         split_classes("noise", arrays, experiences=1),
         _backbone(),
-        [type(f"Idle{i}", (Idle,), {"name": f"idle-{i}"})() for i in range(n_plugins)],
+        idle_plugins(n_plugins),
         train={"iterations": WARM + TIMED, "batch_size": BATCH, "threads": 1},
         run={"log_every": WARM},
         listeners=[listen],
@@ -121,30 +130,9 @@ def in_engine(n_plugins: int) -> float:
 
 def dispatch(n_plugins: int) -> float:
     """Microseconds of the calls of a step's five hooks alone."""
-    from clframe import Plugin, hookimpl, registry
+    from clframe import registry
 
-    class Idle(Plugin):
-        @hookimpl
-        def extra_batch(self, run: Any, batch: Any) -> None:
-            return None
-
-        @hookimpl
-        def base_loss(self, run: Any, batch: Any, outputs: Any) -> None:
-            return None
-
-        @hookimpl
-        def penalty(self, run: Any, batch: Any, outputs: Any) -> None:
-            return None
-
-        @hookimpl
-        def after_backward(self, run: Any, batch: Any) -> None:
-            return None
-
-        @hookimpl
-        def after_step(self, run: Any, batch: Any) -> None:
-            return None
-
-    made = registry.manager([type(f"Idle{i}", (Idle,), {"name": f"idle-{i}"})() for i in range(n_plugins)])
+    made = registry.manager(idle_plugins(n_plugins))
     hook = made.hook
     best = float("inf")
     for _ in range(5):
@@ -172,7 +160,12 @@ def measure(repetitions: int = 9) -> tuple[list[dict[str, Any]], list[str]]:
         runs["engine, 3 idle plugins"].append(in_engine(3))
     medians = {name: statistics.median(values) for name, values in runs.items()}
     lines = [
-        {"loop": name, "us per step": f"{medians[name]:.0f}", "least": f"{min(values):.0f}", "most": f"{max(values):.0f}"}
+        {
+            "loop": name,
+            "us per step": f"{medians[name]:.0f}",
+            "least": f"{min(values):.0f}",
+            "most": f"{max(values):.0f}",
+        }
         for name, values in runs.items()
     ]
     none, three = dispatch(0), dispatch(3)
@@ -180,8 +173,8 @@ def measure(repetitions: int = 9) -> tuple[list[dict[str, Any]], list[str]]:
     notes = [
         f"Three idle plugins add {full - empty:.0f} us to a step of the engine; the calls of a step's five hooks alone "
         f"take {none:.1f} us without a plugin and {three:.1f} us with three (target for the hooks: at most 20 us).",
-        f"The engine as a whole, hooks, records and watch for values that are not finite included, adds {empty - step:.0f} us "
-        "to the bare step.",
+        "The engine as a whole, with hooks, records and the watch for values that are not finite, adds "
+        f"{empty - step:.0f} us to the bare step.",
         f"MLP {'-'.join(map(str, WIDTHS))}, batches of {BATCH}, 1 thread, {repetitions} repetitions in turns, medians.",
     ]
     return lines, notes

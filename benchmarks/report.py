@@ -62,7 +62,7 @@ def missing(rows: Iterable[Row], wanted: Iterable[Row]) -> list[Row]:
 
 
 def latest(rows: Iterable[Row], code: str | None = None) -> list[Row]:
-    """Of each protocol the rows of one version of the code and of its file: of `code` if there are any, else the newest.
+    """Of each protocol the rows of one version of code and file: of `code` if there are any, else the newest.
 
     A row that was measured twice counts as measured last.
     """
@@ -218,7 +218,9 @@ def _described(root: Path) -> str:
 # Parts, and the page that holds them all.
 
 
-def save_part(name: str, lines: Sequence[Mapping[str, Any]], command: str, notes: Sequence[str] = (), folder: Path | None = None) -> None:
+def save_part(
+    name: str, lines: Sequence[Mapping[str, Any]], command: str, notes: Sequence[str] = (), folder: Path | None = None
+) -> None:
     """Keep one part of RESULTS.md, replacing what was measured before, whole or not at all."""
     folder = folder or HERE / "results"
     folder.mkdir(exist_ok=True)
@@ -273,7 +275,10 @@ def page(
     sections = [INTRODUCTION]
     for name in [*(n for n in TITLES if n in parts), *(n for n in parts if n not in TITLES)]:
         part = parts[name]
-        sections.append(f"## {TITLES.get(name, name)}\n\n`{part['command']}`, {part['date']}, code {part['code']} ({part['commit']})  ")
+        sections.append(
+            f"## {TITLES.get(name, name)}\n\n"
+            f"`{part['command']}`, {part['date']}, code {part['code']} ({part['commit']})  "
+        )
         sections[-1] += f"\n{part['machine']}  \n{part['versions']}"
         if part["lines"]:
             sections.append(table(part["lines"]))

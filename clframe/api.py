@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import sys
 import traceback
@@ -147,15 +148,13 @@ def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequenc
     config.run.tensorboard = False
     engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, ())
     engine.hook.before_run(run=engine.run)
-    for index in range(len(scenario)):
-        engine.run.experience = scenario[index]
-        engine.grow(engine.run.experience)
+    structures = state.regrow(engine, len(scenario), packed)
     entries = dict(packed["dict"])
     engine.run.model.load_state_dict(checkpoint.unpack(entries["model"], tensors))
     saved = dict(entries["plugins"]["dict"])
     for plugin in engine.run.plugins:
         if plugin.name in saved:
-            state.into_plugin(plugin, saved[plugin.name], tensors, engine.run)
+            state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
     return Trained(engine.predictor(), scenario, engine.readings)
 
 
@@ -348,11 +347,13 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunFailed(
             f"Out of memory on {run.device} in experience {run.experience.index}: a smaller `train.batch_size` or "
-            f"`run.eval_batch_size` needs less.{_how_to_go_on(engine)}"
+            f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
         ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise RunFailed(f"{run.folder or 'A file'} could not be written: {error}.{engine.how_to_go_on()}") from error
         if blamed := _blame(engine, error):
-            raise RunFailed(f"{blamed}: {type(error).__name__}: {error}.{_how_to_go_on(engine)}") from error
+            raise RunFailed(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
         raise
     run.emit("end", folder=str(run.folder) if run.folder else None)
     return results
@@ -367,11 +368,6 @@ def _blame(engine: Engine, error: Exception) -> str | None:
             error.add_note(f"in plugin '{plugin.name}', hook '{frame.f_code.co_name}'")
             return blamed
     return None
-
-
-def _how_to_go_on(engine: Engine) -> str:
-    kept = checkpoint.newest(engine.folder.checkpoints) if engine.folder else None
-    return f" The last good checkpoint is kept: `clframe resume {engine.run.folder}` starts from there." if kept else ""
 
 
 def _metrics_writer(folder: RunFolder) -> Listener:

@@ -102,9 +102,7 @@ def resnet18(
     """
     channels = _channels(input_shape, "resnet18")
     widths = (64, 128, 256, 512)
-    return ResNet(
-        channels, widths=widths, blocks=2, shortcut="B", last_relu=last_relu, large=form == "imagenet"
-    )
+    return ResNet(channels, widths=widths, blocks=2, shortcut="B", last_relu=last_relu, large=form == "imagenet")
 
 
 class ResNet(nn.Module):
@@ -166,9 +164,7 @@ class ResNet(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm, beside a shortcut (see `ResNet`)."""
 
-    def __init__(
-        self, fan_in: int, fan_out: int, stride: int, shortcut: Literal["A", "B"], relu: bool
-    ) -> None:
+    def __init__(self, fan_in: int, fan_out: int, stride: int, shortcut: Literal["A", "B"], relu: bool) -> None:
         super().__init__()
         self.conv1 = _conv(fan_in, fan_out, stride)
         self.bn1 = nn.BatchNorm2d(fan_out)
@@ -201,9 +197,7 @@ class Subsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C + extra, H / stride, W / stride]."""
         front = self.extra // 2
-        return functional.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.extra - front)
-        )
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.extra - front))
 
 
 def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: bool | str = False) -> nn.Module:
@@ -231,16 +225,12 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
         chosen = _weights(models.get_model_weights(variant), "DEFAULT" if weights is True else weights, name)
     net = models.get_model(variant, weights=chosen)
     if hasattr(net, "aux_logits"):
-        raise WrongUse(
-            f"`{name}` has auxiliary classifiers, which a backbone cannot have: choose another model."
-        )
+        raise WrongUse(f"`{name}` has auxiliary classifiers, which a backbone cannot have: choose another model.")
     last, classifier = next(
         ((n, m) for n, m in reversed(list(net.named_modules())) if isinstance(m, nn.Linear)), ("", None)
     )
     if classifier is None:
-        raise WrongUse(
-            f"`{name}` has no linear layer at its end that could be replaced: choose another model."
-        )
+        raise WrongUse(f"`{name}` has no linear layer at its end that could be replaced: choose another model.")
     net.set_submodule(last, nn.Identity())
     width = classifier.in_features
     _check(net, input_shape, width, name)
@@ -250,9 +240,7 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
 def _weights(enum: type, weights: str, name: str) -> object:
     """The member `weights` of torchvision's `enum`, after making sure that its file holds tensors only."""
     if weights not in (choices := list(getattr(enum, "__members__", {}))):
-        raise WrongUse(
-            f"`model.weights` is {weights!r}, which `{name}` does not have.{did_you_mean(weights, choices)}"
-        )
+        raise WrongUse(f"`model.weights` is {weights!r}, which `{name}` does not have.{did_you_mean(weights, choices)}")
     chosen = getattr(enum, weights)
     try:
         # torchvision's own loading unpickles whatever a file holds; after this, the file is known to be safe
@@ -280,9 +268,7 @@ def _check(net: nn.Module, input_shape: tuple[int, ...], width: int, name: str) 
             out = net(torch.zeros(2, *input_shape))
     except Exception as error:  # what a network says of images that it cannot take is its own affair
         size = "x".join(map(str, input_shape[1:]))
-        raise WrongUse(
-            f"`{name}` cannot take images of {size} pixels ({error}): choose another model."
-        ) from error
+        raise WrongUse(f"`{name}` cannot take images of {size} pixels ({error}): choose another model.") from error
     net.train()
     if not isinstance(out, Tensor) or out.shape != (2, width):
         raise WrongUse(f"`{name}` does not end in a linear layer on features [B, D]: choose another model.")
@@ -290,9 +276,7 @@ def _check(net: nn.Module, input_shape: tuple[int, ...], width: int, name: str) 
 
 def _channels(input_shape: tuple[int, ...], name: str) -> int:
     if len(input_shape) != 3:
-        raise WrongUse(
-            f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}."
-        )
+        raise WrongUse(f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}.")
     return input_shape[0]
 
 

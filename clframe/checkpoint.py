@@ -38,7 +38,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value
         return {"tensor": path}
     if isinstance(value, list | tuple):
         return {
@@ -51,7 +51,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if isinstance(value, ImageData):
         return {"images": pack(vars(value), tensors, path)}
     if isinstance(value, IncrementalNet):
-        return {"net": pack(dict(value.state_dict()), tensors, path), "blocks": value.blocks}
+        return {"net": pack(dict(value.state_dict()), tensors, path), "grown": value.grown}
     if isinstance(value, nn.Module):
         return {"module": pack(dict(value.state_dict()), tensors, path)}
     if isinstance(value, torch.optim.Optimizer):
@@ -61,10 +61,13 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     )
 
 
-def unpack(data: Any, tensors: Mapping[str, Tensor], like: Any = None, model: IncrementalNet | None = None) -> Any:
-    """The value that `pack` was given. Modules and optimizers are loaded into the one that `like` is.
+def unpack(
+    data: Any, tensors: Mapping[str, Tensor], like: Any = None, structures: Mapping[int, IncrementalNet] | None = None
+) -> Any:
+    """The value that `pack` was given.
 
-    A network of `IncrementalNet`'s kind, a teacher, is rebuilt as a snapshot of `model` with its own values.
+    Modules and optimizers are loaded into the one that `like` is. A network of `IncrementalNet`'s kind, a teacher, is
+    loaded into a copy of the structure that stands in `structures` under the number of experiences it has grown for.
     """
     if not isinstance(data, dict):
         return data
@@ -74,17 +77,15 @@ def unpack(data: Any, tensors: Mapping[str, Tensor], like: Any = None, model: In
         return tensor.to(like.device) if isinstance(like, Tensor) else tensor
     if "list" in data or "tuple" in data:
         kind, given = next(iter(data.items()))
-        items = [unpack(v, tensors, _at(like, i), model) for i, v in enumerate(given)]
+        items = [unpack(v, tensors, _at(like, i), structures) for i, v in enumerate(given)]
         return items if kind == "list" else tuple(items)
     if "dict" in data:
-        return {k: unpack(v, tensors, _at(like, k), model) for k, v in data["dict"]}
+        return {k: unpack(v, tensors, _at(like, k), structures) for k, v in data["dict"]}
     if "images" in data:
         columns = unpack(data["images"], tensors)
         return ImageData(columns.pop("x"), columns.pop("y"), **columns)
     if "net" in data:
-        if model is None:
-            raise DataError("The checkpoint holds a network where none was expected.")
-        teacher = snapshot(model, blocks=len(data["blocks"]))
+        teacher = snapshot((structures or {})[data["grown"]])
         teacher.load_state_dict(unpack(data["net"], tensors))
         return teacher
     if "module" in data:
@@ -92,6 +93,15 @@ def unpack(data: Any, tensors: Mapping[str, Tensor], like: Any = None, model: In
         return like
     like.load_state_dict(unpack(data["optimizer"], tensors))
     return like
+
+
+def grown_in(data: Any) -> set[int]:
+    """For how many experiences the networks in packed `data` have grown: the keys that `unpack` needs of `structures`."""
+    if isinstance(data, list):
+        return {grown for item in data for grown in grown_in(item)}
+    if isinstance(data, dict):
+        return {data["grown"]} if "grown" in data else grown_in(list(data.values()))
+    return set()
 
 
 def _at(container: Any, key: Any) -> Any:
@@ -116,13 +126,7 @@ def save(folder: Path, tree: Mapping[str, Any]) -> Path:
         tensors: dict[str, Tensor] = {}
         text = json.dumps({"format": FORMAT, "tree": pack(tree, tensors)})
         (beside / FILES[0]).write_text(text, encoding="utf-8")
-        # one storage may stand under two names, which safetensors refuses: the second is copied
-        seen: set[int] = set()
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen:
-                tensors[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
-        save_file(tensors, beside / FILES[1])
+        save_file(_apart(tensors), beside / FILES[1])
         sums = {name: _sha256(beside / name) for name in FILES}
         (beside / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
         for file in beside.iterdir():
@@ -199,7 +203,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` as safetensors to `path` whole or not at all."""
     beside = path.with_name(f".{path.name}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file(_apart(tensors), beside)
     sync(beside)
     beside.replace(path)
 
@@ -219,6 +223,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, each in a storage of its own, as safetensors requires."""
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        owned = tensor.detach().cpu().contiguous()
+        storage = owned.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != owned.nbytes:
+            owned = owned.clone()
+        storages.add(owned.untyped_storage().data_ptr())
+        apart[name] = owned
+    return apart
 
 
 def _sha256(path: Path) -> str:

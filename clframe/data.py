@@ -508,7 +508,7 @@ def split_classes(
             + (f" with `scenario.first` {first}" if first is not None else "")
             + f": {total} classes of {arrays.name} cannot be divided so evenly."
         )
-    sizes = ([first] if first is not None else []) + [left // rest] * rest
+    sizes = ([first] if first is not None else []) + [left // max(rest, 1)] * rest
     if setting == "domain" and sizes[0] < max(sizes):
         raise WrongUse(
             f"`scenario.first` is {first}; in the domain setting it must be at least {max(sizes)}, "

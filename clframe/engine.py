@@ -117,7 +117,6 @@ class Engine:
         self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
         self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
         self.replay_checked = False
-        self.terms: dict[str, Tensor] = {}
         self.watch: dict[
             str, Tensor
         ] = {}  # 0 for each loss term and the gradient; not a number once one was not finite
@@ -161,6 +160,7 @@ class Engine:
                     torch.manual_seed(run.config.run.seed * 1_000_003 + run.model.n_classes + 1)
                     run.model.grow(new)
         self.hook.grow(run=run, experience=experience)
+        run.model.grown = experience.index + 1
 
     def each(self, hook: str, **arguments: Any) -> dict[str, Any]:
         """Call `hook` of one plugin after the other, but not again what was done before a resume; answers by plugin."""
@@ -169,11 +169,9 @@ class Engine:
         for name, call in self.callers[hook]:
             if [hook, name] in self.position.done:
                 continue
-            answer = call(run=run, **arguments)
-            if isinstance(answer, ImageData):
-                answers[name] = answer.to(run.device).marked(self.origins[name])
-            elif answer is not None:
-                answers[name] = answer
+            for answer in call(run=run, **arguments):  # at most one, as pluggy drops None
+                marked = isinstance(answer, ImageData)
+                answers[name] = answer.to(run.device).marked(self.origins[name]) if marked else answer
             self.position.done.append([hook, name])
             run.tick_done.clear()
             self.pause()
@@ -252,11 +250,11 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------- parts of a step
 
-    def join_replay(self, batch: Batch, answers: Mapping[str, Batch | None]) -> Batch:
+    def join_replay(self, batch: Batch, answers: Mapping[str, list[Batch]]) -> Batch:
         """`batch` and the rows that plugins add to it, each marked with its origin."""
         extra = []
-        for name, rows in answers.items():
-            if rows is not None:
+        for name, given in answers.items():
+            for rows in given:
                 rows.origin = torch.full_like(rows.y, self.origins[name])
                 extra.append(rows)
                 if not self.replay_checked:
@@ -281,15 +279,12 @@ class Engine:
                 total = total if name == "base" else total + term
             total.backward()  # type: ignore[no-untyped-call]
         run.losses = {name: term.detach() for name, term in terms.items()}
-        for name, loss in run.losses.items():
-            self.note_finite(f"loss term `{name}`", loss)
 
     def update(self) -> None:
         """Clip the gradient and step."""
         run = self.run
-        if run.settings.clip:
-            norm = nn.utils.clip_grad_norm_(self.trained.values(), run.settings.clip)
-            self.note_finite("gradient", norm)
+        clip = run.settings.clip
+        self.watch_finite(nn.utils.clip_grad_norm_(self.trained.values(), clip) if clip else None)
         if run.optimizer is not None:
             run.optimizer.step()
 
@@ -345,23 +340,32 @@ class Engine:
                 f"`train.logits={self.run.logits}`: choose `seen` or `all`."
             )
 
-    def note_finite(self, name: str, value: Tensor) -> None:
-        """Remember on the device whether `value` was ever not finite; nothing is copied from the device."""
-        if name not in self.watch:
-            self.watch[name] = torch.zeros((), device=value.device, dtype=value.dtype)
-        self.watch[name].add_(value.detach(), alpha=0)  # 0 * inf and 0 * nan are nan, and stay
+    def watch_finite(self, norm: Tensor | None) -> None:
+        """Count on the device, for each loss term and the gradient's norm, the steps at which it was not finite.
+
+        Nothing is copied from the device. The one that began has the most, as all others follow it.
+        """
+        values = [loss.float() for loss in self.run.losses.values()] + ([] if norm is None else [norm.float()])
+        names = (*(f"loss term `{name}`" for name in self.run.losses), *(() if norm is None else ("gradient",)))
+        counts = self.bad_steps.setdefault(names, torch.zeros(len(names), device=values[0].device))
+        counts += torch.stack(values).mul_(0).ne_(0)  # 0 * inf and 0 * nan are nan, which equals nothing
 
     def check_finite(self) -> None:
-        """Raise `RunFailed` naming what was not finite since the run began."""
-        for name, value in self.watch.items():
-            if value.item() != 0:
-                kept = checkpoint.newest(self.folder.checkpoints) if self.folder else None
-                raise RunFailed(
-                    f"The {name} became infinite or not a number in experience {self.run.experience.index}, phase "
-                    f"`{self.run.phase.name}`, within the {self.run.config.run.log_every} steps before step {self.run.step + 1}"
-                    + (f"; the last good checkpoint is {kept}." if kept else ".")
-                    + " A smaller `train.lr`, or a weaker method, may keep it finite."
-                )
+        """Raise `RunFailed` naming what was the first not to be finite."""
+        bad = [(n, name) for names, counts in self.bad_steps.items() for n, name in zip(counts.tolist(), names, strict=True)]
+        self.bad_steps.clear()
+        most, name = max(bad, key=lambda entry: entry[0], default=(0, ""))
+        if most:
+            raise RunFailed(
+                f"The {name} became infinite or not a number in experience {self.run.experience.index}, phase "
+                f"`{self.run.phase.name}`, {most:.0f} step(s) before step {self.run.step + 2}."
+                f"{self.how_to_go_on()} A smaller `train.lr`, or a weaker method, may keep it finite."
+            )
+
+    def how_to_go_on(self) -> str:
+        """A sentence on the checkpoint that is left, or nothing if there is none."""
+        kept = checkpoint.newest(self.folder.checkpoints) if self.folder else None
+        return f" The last good checkpoint is kept: `clframe resume {self.run.folder}` starts from it." if kept else ""
 
     # ------------------------------------------------------------------------------------------------------- evaluation
 
@@ -419,10 +423,9 @@ class Engine:
     def evaluate_untrained(self) -> None:
         """The untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
         last, n_classes = len(self.stream) - 1, self.run.model.n_classes
-        names = [r for r in self.readings.names(self.predictor()) if self.readings.covered(r, 0, last, n_classes)]
-        if last and names:
+        if last and self.readings.covered(self.readings.last, 0, last, n_classes):
             accuracy = self.evaluated(keep_scores=False).accuracy
-            self.baseline = {name: accuracy[name] for name in names}
+            self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
 
     # ------------------------------------------------------------------------------------------------ saving and stopping
 

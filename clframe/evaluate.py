@@ -65,6 +65,11 @@ class Readings:
             return ["task"] if getattr(predictor, "needs_task", False) else ["class", "task"]
         return [self.setting]
 
+    @property
+    def last(self) -> Reading:
+        """The reading that every run of this setting has."""
+        return "task" if self.setting == "class" else self.setting
+
     def choices(self, reading: Reading, after: int, on: int) -> Sequence[int]:
         """The classes to choose from after experience `after` for images of experience `on`."""
         if reading == "task":
@@ -121,30 +126,21 @@ def evaluate(
             covered = [name for name in names if readings.covered(name, after, on, n_classes)]
             data = experience.test.to(device) if covered else None
             row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())
-            shared: Tensor | None = None  # scores that do not depend on the task serve every reading
+            scores: Tensor | None = None  # where they do not depend on the task, they serve every reading
             for name in names:
                 if data is None or name not in covered:
                     row.accuracy[name].append(None)
                     row.scores[name].append(None)
                     continue
                 tell = uses_task and name == "task"
-                if shared is None or tell:
+                if scores is None or tell:
+                    parts = [data.rows(slice(start, start + batch_size)) for start in range(0, len(data), batch_size)]
                     scores = torch.cat(
-                        [
-                            predictor(scenario.transform.normalize(part.x), part.task if tell else None)
-                            for part in (data.rows(where) for where in _slices(len(data), batch_size))
-                        ]
-                    )
-                    shared = shared if tell else scores
-                else:
-                    scores = shared
-                answer = masked(scores, class_mask(readings.choices(name, after, on), scores.shape[1], device)).argmax(
-                    1
-                )
-                row.accuracy[name].append((answer == data.y).sum().item() / len(data))
-                row.scores[name].append(scores.float().cpu() if keep_scores else None)
+                        [predictor(scenario.transform.normalize(p.x), p.task if tell else None) for p in parts]
+                    ).float()
+                    kept = scores.cpu() if keep_scores else None
+                choices = class_mask(readings.choices(name, after, on), scores.shape[1], device)
+                correct = masked(scores, choices).argmax(1) == data.y
+                row.accuracy[name].append(correct.sum().item() / len(data))
+                row.scores[name].append(kept)
     return row
-
-
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -109,13 +109,17 @@ class RunFolder:
                 stream.truncate(size)
 
     def keep_scores(self, after: int, row: Row) -> None:
-        """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N]."""
-        tensors = {
-            f"{reading}/{after}/{on}": scores
-            for reading, given in row.scores.items()
-            for on, scores in enumerate(given)
-            if scores is not None
-        }
+        """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N].
+
+        A reading that only masks another one's scores has none of its own there.
+        """
+        tensors: dict[str, Tensor] = {}
+        kept: set[int] = set()
+        for reading, given in row.scores.items():
+            for on, scores in enumerate(given):
+                if scores is not None and id(scores) not in kept:
+                    kept.add(id(scores))
+                    tensors[f"{reading}/{after}/{on}"] = scores
         tensors |= {f"labels/{on}": labels for on, labels in enumerate(row.labels) if len(labels)}
         (self.path / "predictions").mkdir(exist_ok=True)
         checkpoint.write_tensors(self.path / "predictions" / f"{after:04d}.safetensors", tensors)

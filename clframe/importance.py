@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules import batchnorm
 
 from clframe.errors import WrongUse
 from clframe.model import IncrementalNet, evaluating, masked
@@ -76,10 +76,10 @@ class GradientSums:
         self._row_is_sample: set[nn.Module] | None = None
         self._vmap_works = True
         for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is None:
+            if isinstance(module, batchnorm._BatchNorm) and module.running_mean is None:
                 raise WrongUse(
                     f"Importance cannot be computed: the layer `{name}` normalises by the statistics of the batch "
-                    "(`track_running_stats=False`), so the gradient of one image depends on the others; let it track them."
+                    "(`track_running_stats=False`), so one image's gradient depends on the others; let it track them."
                 )
             # exactly these classes: a subclass, or a forward method of its own, may compute something else
             if type(module) in _CLOSED_FORMS and "forward" not in vars(module):
@@ -96,7 +96,8 @@ class GradientSums:
         """
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), evaluating(self._model):
             if self._row_is_sample is None:
-                with self._recorded() as calls:
+                # a layer that is given one row for one sample, and B for B, is given samples as rows
+                with torch.no_grad(), self._recorded() as calls:
                     self._model(x[:1], None if task is None else task[:1])
                 self._row_is_sample = {call.module for call in calls if call.rows == 1}
             with self._recorded() as calls:
@@ -119,7 +120,8 @@ class GradientSums:
             a = args[0] if args else kwargs["input"]
             # the edge, not the output: an activation that works in place changes what the output stands for
             edge = get_gradient_edge(output) if output.requires_grad else None
-            calls.append(_Call(module, a.detach(), a._version, edge, len(output) if output.dim() > 1 else 0))
+            batched = output.dim() > (3 if isinstance(module, nn.Conv2d) else 1)
+            calls.append(_Call(module, a.detach(), a._version, edge, len(output) if batched else 0))
 
         # first in line, so that the output is the layer's own whatever other hooks make of it
         hooks = [m.register_forward_hook(record, prepend=True, with_kwargs=True) for m in self._layers]
@@ -129,7 +131,7 @@ class GradientSums:
             for hook in hooks:
                 hook.remove()
 
-    def _divide(self, calls: Sequence[_Call], logits: Tensor) -> tuple[list[_Call], dict[str, Tensor]]:
+    def _divide(self, calls: Sequence[_Call], logits: Tensor) -> tuple[list[_Call], dict[str, nn.Parameter]]:
         """Calls that account for all of a parameter's gradient, and the parameters that none accounts for."""
         nodes, uses = _graph(logits)
         times = Counter(call.module for call in calls)
@@ -164,7 +166,7 @@ class GradientSums:
         for form in forms:
             form.finish()
 
-    def _add_rest(self, parameters: dict[str, Tensor], x: Tensor, task: Tensor | None, vectors: Tensor) -> None:
+    def _add_rest(self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor) -> None:
         """The same for `parameters` of any layer; `vectors` [B, K, C] holds the cotangents of each sample."""
         if self._vmap_works:
             try:
@@ -178,15 +180,15 @@ class GradientSums:
             self._sums[name] += value
 
     def _by_vmap(
-        self, parameters: dict[str, Tensor], x: Tensor, task: Tensor | None, vectors: Tensor
+        self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
     ) -> dict[str, Tensor]:
         def of_sample(x: Tensor, task: Tensor | None, vectors: Tensor) -> dict[str, Tensor]:
             def logits(values: dict[str, Tensor]) -> Tensor:
                 output = functional_call(self._model, values, (x[None], None if task is None else task[None]))
                 return output.logits[0]  # type: ignore[no-any-return]
 
-            _, pull = vjp(logits, {name: p.detach() for name, p in parameters.items()})
-            gradients = vmap(pull)(vectors)[0]
+            pull = vjp(logits, {name: p.detach() for name, p in parameters.items()})[1]
+            (gradients,) = vmap(pull)(vectors)
             return {name: self._f(g).sum(0) for name, g in gradients.items()}
 
         found = zeros_for(parameters)
@@ -200,7 +202,7 @@ class GradientSums:
         return found
 
     def _one_by_one(
-        self, parameters: dict[str, Tensor], x: Tensor, task: Tensor | None, vectors: Tensor
+        self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
     ) -> dict[str, Tensor]:
         found = zeros_for(parameters)
         for b in range(len(x)):
@@ -302,7 +304,7 @@ class _Linear(_ClosedForm):
 
 
 class _Conv2d(_ClosedForm):
-    """Unfolded, a convolution is a linear layer at every position of its output; the bound keeps it within the cache."""
+    """Unfolded, a convolution is a linear layer at every position of its output, and the gradient a sum over them."""
 
     def add(self, delta: Tensor) -> None:
         conv, groups = self.module, self.module.groups
@@ -323,7 +325,14 @@ class _Conv2d(_ClosedForm):
         n, channels, row, column = x.stride()
         windows = x.as_strided(
             (*x.shape[:2], *conv.kernel_size, *size),
-            (n, channels, row * conv.dilation[0], column * conv.dilation[1], row * conv.stride[0], column * conv.stride[1]),
+            (
+                n,
+                channels,
+                row * conv.dilation[0],
+                column * conv.dilation[1],
+                row * conv.stride[0],
+                column * conv.stride[1],
+            ),
         )
         return windows.reshape(len(x), conv.groups, -1, size[0] * size[1])
 
@@ -335,14 +344,17 @@ class _BatchNorm(_ClosedForm):
         super().__init__(call, f, max_elements)
         if "weight" in self.sums:
             m = self.module
-            self.normalized = functional.batch_norm(self.input, m.running_mean, m.running_var, eps=m.eps).flatten(2)
+            self.normalized = functional.batch_norm(self.input, m.running_mean, m.running_var, eps=m.eps)
 
     def add(self, delta: Tensor) -> None:
-        delta = delta.flatten(2) if delta.dim() > 2 else delta[..., None]
         if "weight" in self.sums:
-            self.sums["weight"] += self.f((delta * self.normalized.view_as(delta)).sum(2)).sum(0)
+            self.sums["weight"] += self.f(self._over_positions(delta * self.normalized)).sum(0)
         if "bias" in self.sums:
-            self.sums["bias"] += self.f(delta.sum(2)).sum(0)
+            self.sums["bias"] += self.f(self._over_positions(delta)).sum(0)
+
+    @staticmethod
+    def _over_positions(x: Tensor) -> Tensor:
+        return x.flatten(2).sum(2) if x.dim() > 2 else x
 
 
 _CLOSED_FORMS: dict[type[nn.Module], type[_ClosedForm]] = {
@@ -378,7 +390,7 @@ def label_cotangents(
         y: [B] labels, for ``empirical``.
         generator: on the CPU, for ``sampled``.
     """
-    p = masked(logits, mask).softmax(1)
+    p = masked(logits, mask).softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if labels == "exact":
         return _cholesky_columns(p)
     if labels == "sampled":
@@ -392,35 +404,108 @@ def label_cotangents(
 
 
 def _cholesky_columns(p: Tensor) -> list[Tensor]:
-    """Columns s_k of the factor of diag(p) - p p^T: s_k = sqrt(p_k q_k / (p_k + q_k)) (e_k - p_{>k} / q_k), q_k = sum p_{>k}."""
-    active = (p > 0).any(0).nonzero().flatten().tolist()
+    """Of diag(p) - p p^T: s_k = sqrt(p_k q_k / (p_k + q_k)) (e_k - p_{>k} / q_k), where q_k = sum of p_{>k}."""
+    active = (p != 0).any(0).nonzero().flatten().tolist()
     columns = []
     for k in active[:-1]:
         later = p.clone()
         later[:, : k + 1] = 0
         q = later.sum(1)
-        scale = (p[:, k] * (q / (p[:, k] + q)).nan_to_num(0.0)).sqrt()
-        column = later.mul_(-(scale / q).nan_to_num(0.0, posinf=0.0)[:, None])
+        scale = torch.where(q == 0, 0, (p[:, k] * q / (p[:, k] + q)).sqrt())
+        column = later * torch.where(q == 0, 0, -scale / q)[:, None]
         column[:, k] = scale
         columns.append(column)
     return columns
 
 
-class _Half(torch.autograd.Function):
-    """1/2 sum A (theta - m)^2 with its gradient A (theta - m), which autograd would take several passes more to find."""
+class Quadratic(nn.Module):
+    """A penalty ``1/2 sum_i A_i (theta_i - m_i)^2 + constant`` on named parameters, in float32 (or their float64).
+
+    Its size does not depend on how many penalties were added to it: a sum of quadratics is one quadratic. It is empty
+    at first; parameters that come later (blocks of the head) are not in it until it is told of them. A checkpoint holds
+    it as any module.
+
+    Attributes:
+        anchor: m, by name of the parameter.
+        precision: A >= 0, by name of the parameter.
+        constant: the value at the anchor: what the penalties that were added disagree on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor: dict[str, Tensor] = {}
+        self.precision: dict[str, Tensor] = {}
+        self.constant = 0.0
+
+    @torch.no_grad()
+    def add(self, precision: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
+        """Add ``1/2 sum_i F_i (theta_i - t_i)^2``, with F `precision` and t `anchor` (which may hold more names).
+
+        The new anchor is the mean of the old ones, weighted by their precisions: A' = A + F, m' = m + F/A' (t - m), and
+        the constant grows by 1/2 sum A F/A' (t - m)^2. No step subtracts what it has added before, so nothing cancels.
+        """
+        for name, added in precision.items():
+            self._join(added.device)
+            if name not in self.precision:
+                self.precision[name], self.anchor[name] = (
+                    added.clone(),
+                    anchor[name].detach().to(added.dtype, copy=True),
+                )
+                continue
+            old = self.precision[name]
+            away = anchor[name] - self.anchor[name]
+            self.precision[name] = old + added
+            share = torch.where(added > 0, added / self.precision[name], 0)
+            self.anchor[name] = self.anchor[name] + share * away
+            self.constant += 0.5 * (old * share * away.square()).sum(dtype=torch.float64).item()
+
+    @torch.no_grad()
+    def replace(self, precision: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
+        """Become ``1/2 sum_i F_i (theta_i - t_i)^2``, with F `precision` and t `anchor` (which may hold more names)."""
+        self.anchor, self.precision, self.constant = {}, {}, 0.0
+        self.add(precision, anchor)
+
+    def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The value at `parameters`, by name, with a gradient; names that it does not hold play no part."""
+        if not self.anchor:
+            return torch.zeros(())
+        theta = [parameters[name] for name in self.anchor]
+        self._join(theta[0].device)
+        value: Tensor = _HalfSquares.apply(len(theta), *theta, *self.anchor.values(), *self.precision.values())
+        return value + self.constant
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict holds."""
+        return {"anchor": self.anchor, "precision": self.precision, "constant": self.constant}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what `get_extra_state` gave."""
+        self.anchor, self.precision = dict(state["anchor"]), dict(state["precision"])
+        self.constant = state["constant"]
+
+    def _join(self, device: torch.device) -> None:
+        """Be on `device`: what a checkpoint gave back is on the CPU."""
+        for values in (self.anchor, self.precision):
+            if values and next(iter(values.values())).device != device:
+                values.update({name: value.to(device) for name, value in values.items()})
+
+
+class _HalfSquares(torch.autograd.Function):
+    """1/2 sum A (theta - m)^2 with its gradient A (theta - m), found in fewer passes over memory than autograd's."""
 
     @staticmethod
     def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:
-        parameters, anchors, precisions = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        with torch.autocast(parameters[0].device.type, enabled=False):
-            away = torch._foreach_sub(parameters, anchors)
-            gradients = torch._foreach_mul(away, precisions)
-            value = torch.stack([torch.dot(d.flatten(), g.flatten()) for d, g in zip(away, gradients, strict=True)]).sum()
+        values, gradients = [], []
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for theta, anchor, precision in zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], strict=True):
+                away = theta - anchor
+                gradients.append(away * precision)
+                values.append(torch.dot(away.flatten(), gradients[-1].flatten()))
         ctx.save_for_backward(*gradients)
-        return value / 2
+        return torch.stack(values).sum() / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch._foreach_mul(ctx.saved_tensors, grad)
+        gradients = [gradient * grad for gradient in ctx.saved_tensors]
         return None, *gradients, *[None] * (2 * len(gradients))

@@ -74,9 +74,7 @@ def measures(
             "(Chaudhry et al. compare with one that learnt 1 to j)",
             "Chaudhry et al. 2018 (RWalk)",
         ),
-        "learning_accuracy": Measure(
-            learning_accuracy(matrix), "mean over j of R[j,j]", "Riemer et al. 2019 (MER)"
-        ),
+        "learning_accuracy": Measure(learning_accuracy(matrix), "mean over j of R[j,j]", "Riemer et al. 2019 (MER)"),
     }
 
 
@@ -143,9 +141,7 @@ def calibration(scores: Tensor, labels: Tensor) -> dict[str, Measure]:
             f"sum over {BINS} equal bins of confidence of |B|/N |accuracy(B) - mean confidence(B)|",
             "Guo et al. 2017",
         ),
-        "nll": Measure(
-            negative_log_likelihood(scores, labels), "mean over images of -ln p(label)", "Guo et al. 2017"
-        ),
+        "nll": Measure(negative_log_likelihood(scores, labels), "mean over images of -ln p(label)", "Guo et al. 2017"),
         "confident_errors": Measure(
             confident_errors(scores, labels),
             f"share of errors among the predictions of confidence >= {CONFIDENT}",

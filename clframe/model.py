@@ -53,6 +53,9 @@ class IncrementalNet(nn.Module):
     Args:
         backbone: a module with ``features(x) -> [B, D]`` and ``width`` (= D).
         blocks: number of classes of each block that the head has from the start.
+
+    Attributes:
+        grown: number of experiences that it has grown for; a copy of it can be rebuilt by growing as often.
     """
 
     def __init__(self, backbone: nn.Module, blocks: Sequence[int] = ()) -> None:
@@ -64,6 +67,7 @@ class IncrementalNet(nn.Module):
             )
         self.backbone = backbone
         self.head = nn.ModuleList()
+        self.grown = 0
         for size in blocks:
             self.grow(size)
 
@@ -120,8 +124,6 @@ def snapshot(model: IncrementalNet, blocks: int | None = None) -> IncrementalNet
         if name.endswith(("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"))
     }
     copied = copy.deepcopy(model, memo)
-    if blocks is not None:
-        copied.head = copied.head[:blocks]
     return copied.eval().requires_grad_(False)
 
 

@@ -49,7 +49,9 @@ def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> li
     docs = _documented(factory)
     hints = _hints(factory)
     return [
-        Option(public_name(p.name), _type_in_words(hints.get(p.name, Any)), p.default, docs.get(p.name, ""))
+        Option(
+            public_name(p.name), _type_in_words(hints.get(p.name, Any)), p.default, docs.get(public_name(p.name), "")
+        )
         for p in _parameters(factory, skip)
     ]
 

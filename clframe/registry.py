@@ -139,7 +139,8 @@ def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
     found = plugin_class(name)
     given = _with_variant(offer, found, variant) | dict(options)
     with _blamed_on(offer):
-        return found(**given)
+        # by parameter name: what is `lambda` outside is `lambda_` in the constructor
+        return found(**_options(found, given, offer.name, f"the plugin `{name}`"))
 
 
 def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]:
@@ -166,7 +167,7 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
 
     offer, variant = find("scenario", spec["name"])
     build = builder("scenario", spec["name"])
-    options = _options(build, spec, "scenario", f"scenario `{spec['name']}`")
+    options = _options(build, spec, "scenario", f"the scenario `{spec['name']}`")
     if "data_root" in inspect.signature(build).parameters:
         options["data_root"] = data_root(run.data_root)
     if "seed" in options and options["seed"] is None:
@@ -182,7 +183,7 @@ def build_backbone(spec: Mapping[str, Any], input_shape: Sequence[int]) -> nn.Mo
     """A new backbone `spec` (its ``name`` and options) for images of `input_shape`. Raises `WrongUse`."""
     offer, variant = find("model", spec["name"])
     build = builder("model", spec["name"])
-    options = _options(build, spec, "model", f"model `{spec['name']}`")
+    options = _options(build, spec, "model", f"the model `{spec['name']}`")
     with _blamed_on(offer):
         built: nn.Module = build(tuple(input_shape), **_with_variant(offer, build, variant), **options)
     return built

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clframe.checkpoint import unpack
+from clframe.checkpoint import grown_in, unpack
 from clframe.errors import DataError
+from clframe.model import IncrementalNet, snapshot
 from clframe.plugin import Plugin
 from clframe.training import Phase, optimizer_of
 
@@ -65,8 +66,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
         engine.folder.cut_metrics(value("metrics"))
     for name, item in value("position").items():
         setattr(position, name, item)
-    for index in range(position.experience + position.entered):
-        engine.grow(engine.stream.described()[index])
+    structures = regrow(engine, position.experience + position.entered, packed)
     run.tick_done.update(value("ticks"))
     run.total_steps = value("total_steps")
     run.model.load_state_dict(value("model"))
@@ -82,7 +82,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     run.accuracy, engine.baseline, engine.timings = value("accuracy"), value("baseline"), value("timings")
     saved = dict(entries["plugins"]["dict"])
     for plugin in run.plugins:
-        into_plugin(plugin, saved[plugin.name], tensors, run)
+        into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
     for name, generator_state in value("rng").items():
         run.rng(name).set_state(generator_state)
     torch.set_rng_state(value("torch_rng"))
@@ -95,22 +95,39 @@ def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(plugin, name) for name in names}
 
 
-def into_plugin(plugin: Plugin, packed: Any, tensors: Mapping[str, Tensor], run: Run) -> None:
-    """Set the attributes that `of_plugin` gave; tensors go to the run's device, teachers are rebuilt from the model."""
+def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]:
+    """Replay the growth of the first `count` experiences; the structures on the way that teachers in `packed` have."""
+    structures = {}
+    needed = grown_in(packed)
+    for experience in list(engine.run.scenario)[:count]:
+        engine.grow(experience)
+        if engine.run.model.grown in needed:
+            structures[engine.run.model.grown] = snapshot(engine.run.model)
+    return structures
+
+
+def into_plugin(
+    plugin: Plugin,
+    packed: Any,
+    tensors: Mapping[str, Tensor],
+    structures: Mapping[int, IncrementalNet],
+    device: torch.device,
+) -> None:
+    """Set the attributes that `of_plugin` gave, on `device`; teachers are rebuilt in their `structures`."""
     for name, data in packed["dict"]:
         before = getattr(plugin, name, None)
         try:
-            after = unpack(data, tensors, before, run.model)
+            after = unpack(data, tensors, before, structures)
         except AttributeError as error:
             raise DataError(
                 f"State `{name}` of plugin `{plugin.name}` is a module or an optimizer that does not exist yet; "
                 "a plugin builds those in `before_run` or `grow`."
             ) from error
-        setattr(plugin, name, _on(run.device, after))
+        setattr(plugin, name, _on(device, after))
 
 
 def _on(device: torch.device, value: Any) -> Any:
-    """`value` with its tensors on `device`, save generators' states and the like, which a plugin keeps on the CPU itself."""
+    """`value` with its tensors on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, list | tuple):

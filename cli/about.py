@@ -53,7 +53,7 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
     missing = setting = ""
     try:
         with sources.no_downloads():
-            built = registry.build_scenario({"name": name}, RunSettings(data_root=data_root))
+            built = registry.build_scenario({"name": name}, RunSettings.model_validate({"data_root": data_root}))
         setting = built.setting
         experiences = [[built.class_names[label] for label in classes] for classes in built.classes]
     except ClframeError as error:

@@ -14,8 +14,10 @@ from clframe.cli import show
 from clframe.config import data_root as data_folder
 from clframe.errors import WrongUse
 
-PACKAGES = ("clframe", "torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "tensorboard")
-PACKAGES += ("scikit-learn", "avalanche-lib")
+PACKAGES = [
+    *("clframe", "torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "tensorboard"),
+    *("scikit-learn", "avalanche-lib"),
+]
 
 
 def examine(data_root: str | None) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Live:
         parts: list[Any] = [Text(f"{self.scenario}: " + "  ".join(now), style="bold")]
         if step:
             losses = [f"{name} {loss:.4g}" for name, loss in step["losses"].items()]
-            parts.append(Text("  ".join(["loss:", *losses, f" learning rate {step['lr']:.3g}"])))
+            parts.append(Text(f"loss: {', '.join(losses)}; learning rate {step['lr']:.3g}"))
         if tick:
             parts.append(Text(f"{tick['name']}: {tick['i']:,} of {tick['n']:,}"))
         parts += [self._accuracy(reading) for reading in self.rows]
@@ -157,16 +157,16 @@ def _mean(row: list[float | None]) -> float | None:
 
 
 def _in_words(reading: str, row: list[float | None]) -> str:
-    known = " ".join(percent(share) for share in row)
+    known = " ".join(percent(share) for share in row if share is not None)
     return f"{READINGS.get(reading, reading)} accuracy {percent(_mean(row))} % ({known})"
 
 
 def _listed(classes: list[int]) -> str:
     if len(classes) == 1:
         return f"class {classes[0]}"
-    if classes == list(range(classes[0], classes[-1] + 1)):
+    if len(classes) > 2 and classes == list(range(classes[0], classes[-1] + 1)):
         return f"classes {classes[0]} to {classes[-1]}"
-    return "classes " + ", ".join(map(str, classes))
+    return "classes " + ", ".join(map(str, classes[:-1])) + f" and {classes[-1]}"
 
 
 def _duration(seconds: float) -> str:

@@ -64,7 +64,11 @@ def run(
     scenario: Annotated[
         str | None,
         typer.Option(
-            "--scenario", "-s", help="What to learn [default: split-digits].", autocompletion=_completed("scenario")
+            "--scenario",
+            "-s",
+            metavar="NAME",
+            help="What to learn [default: split-digits].",
+            autocompletion=_completed("scenario"),
         ),
     ] = None,
     plugin: Annotated[
@@ -72,6 +76,7 @@ def run(
         typer.Option(
             "--plugin",
             "-p",
+            metavar="NAME",
             help="A method that takes part; repeatable [default: plain fine-tuning].",
             autocompletion=_completed("plugin"),
         ),
@@ -91,15 +96,23 @@ def run(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Backbone [default: what suits the scenario].", autocompletion=_completed("model")
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Backbone [default: what suits the scenario].",
+            autocompletion=_completed("model"),
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data of each experience.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Steps per experience, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images of a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random [default: 0].")] = None,
-    limit: Annotated[int | None, typer.Option(help="Images per class, of training and of test data.")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the data of each experience.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps per experience, instead of epochs.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images of a step.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random [default: 0].")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Images per class, of training and of test data.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute [default: auto].")
     ] = None,
@@ -214,9 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     try:
+        code = 0
         if given[:1] == ["--version"]:
             show.line(f"clframe {__version__}")
-            code = 0
+        elif given[:2] in (["plugins", "list"], ["scenarios", "list"]) and set(given[2:]) <= {"--json"}:
+            _list("plugin" if given[0] == "plugins" else "scenario", "--json" in given)  # typer takes twice the time
         else:
             code = app(args=given or ["--help"], prog_name="clframe", standalone_mode=False) or 0
         if code == INTERRUPTED:
@@ -257,8 +272,9 @@ def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, ["Out of memory: a smaller `--batch-size`, `--limit` or model may fit."]
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    text = " ".join(f"{error}{notes}".split())
     return BUG, [
-        f"A bug of clframe, please report it: {type(error).__name__}: {error}{notes}",
+        f"A bug of clframe, please report it: {type(error).__name__}: {text}",
         "The same command with `--debug` shows where it happened.",
     ]
 

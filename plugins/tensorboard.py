@@ -129,14 +129,14 @@ def layout(setting: str, within: bool) -> dict[str, dict[str, list[Any]]]:
     after, between = {}, {}
     for reading in readings(setting):
         title = TITLES[reading]
-        after[f"accuracy on each experience, {title} (x: experiences learnt)"] = curves(f"accuracy_{reading}/")
-        between[f"accuracy on each experience, {title} (x: steps)"] = curves(f"within_{reading}/")
-    after["average accuracy (x: experiences learnt)"] = curves("average_accuracy/")
-    after["forgetting (x: experiences learnt)"] = curves("forgetting/")
-    pages = {"After each experience": after}
+        after[f"accuracy on each experience, {title}"] = curves(f"accuracy_{reading}/")
+        between[f"accuracy on each experience, {title}"] = curves(f"within_{reading}/")
+    after["average accuracy"] = curves("average_accuracy/")
+    after["forgetting"] = curves("forgetting/")
+    pages = {"After each experience (x: experiences learnt)": after}
     if within:
-        pages["Within experiences"] = between
-    return {**pages, "Training": {"loss terms (x: steps)": curves("loss/")}}
+        pages["Within experiences (x: steps)"] = between
+    return {**pages, "Training (x: steps)": {"loss terms": curves("loss/")}}
 
 
 def curves(group: str) -> list[Any]:
@@ -154,7 +154,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     """What of a configuration can change the results, flat, by the names that ``--set`` uses."""
     sections = {**{n: config[n] for n in ("scenario", "model", "train")}, **config["plugins"]}
     flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    flat["plugins"] = ", ".join(config["plugins"]) or "none"
+    flat["plugins"] = ", ".join(name for name in config["plugins"] if name != TensorBoard.name) or "none"
     flat["seed"] = config["run"]["seed"]
     kept = {name: value for name, value in flat.items() if value is not None}
     return {name: v if type(v) in (int, float, str) else str(v) for name, v in kept.items()}
@@ -169,8 +169,12 @@ def draw(matrix: Matrix, title: str) -> Figure:
     percent += [[float("nan")] * n for _ in range(n - len(matrix))]
     annotated = n <= MOST_ANNOTATED
     side = max(n, 5) * (0.5 if annotated else 0.2)
-    figure = Figure(figsize=(side + 2.2, side + 1.2), dpi=120, layout="constrained")  # inches
-    axes = figure.add_subplot()
+    width, height = (
+        side + (0.9 if annotated else 1.7),
+        side + 1.0,
+    )  # inches; a scale stands beside cells without numbers
+    figure = Figure(figsize=(width, height), dpi=120)
+    axes = figure.add_axes((0.75 / width, 0.6 / height, side / width, side / height))
     axes.set_facecolor("0.92")
     image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis")
     for i, row in enumerate(percent if annotated else []):
@@ -184,7 +188,8 @@ def draw(matrix: Matrix, title: str) -> Figure:
     axes.set_xlabel("tested on experience")
     axes.set_ylabel("after learning experience")
     axes.set_title(f"Accuracy in %, {title}", fontsize=10)
-    figure.colorbar(image, ax=axes)
+    if not annotated:
+        figure.colorbar(image, cax=figure.add_axes(((side + 0.95) / width, 0.6 / height, 0.2 / width, side / height)))
     return figure
 
 

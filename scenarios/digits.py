@@ -35,8 +35,9 @@ def digits() -> Arrays:
         DataError: if scikit-learn's file is missing or damaged.
     """
     spec = importlib.util.find_spec("sklearn")  # finds the folder without importing it, which takes seconds
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    path = Path(*folders[:1], "datasets", "data", "digits.csv.gz")
+    if spec is None or spec.origin is None:
+        raise DataError("The digits come with scikit-learn, which is not installed; install it.")
+    path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
         with gzip.open(path) as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.uint8)

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -49,6 +50,7 @@ CIFAR100 = """
     worm
 """
 NETWORK_TIMEOUT = 30.0  # seconds without an answer, after which a download is given up
+_may_download = ContextVar("may_download", default=True)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,16 @@ def load(name: str, data_root: Path) -> Arrays:
         return Arrays(name, images[0], labels[0], images[1], labels[1], source.class_names)
     except DataError as error:
         raise DataError(f"{path} does not hold {source.title}: {error}") from None
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Inside, a data set that is not there raises `DataError` at once: for commands that only look."""
+    before = _may_download.set(False)
+    try:
+        yield
+    finally:
+        _may_download.reset(before)
 
 
 def found(data_root: Path) -> list[tuple[str, Path | None]]:
@@ -210,14 +222,13 @@ def _from_cifar(source: Source, folder: Path) -> dict[str, NDArray[Any]]:
 
 def _images(array: NDArray[Any], key: str, source: Source, path: Path) -> Tensor:
     height, width, channels = source.image
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.dtype != np.uint8 or array.shape[1:] != source.image:
+    images = array[..., None] if array.ndim == 3 else array
+    if images.dtype != np.uint8 or images.shape[1:] != source.image:
         raise DataError(
             f"`{key}` of {path} is {array.dtype} {list(array.shape)}; {source.title} is uint8 "
             f"[N, {height}, {width}, {channels}]: put the right data there."
         )
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def _labels(array: NDArray[Any], key: str, path: Path) -> Tensor:
@@ -236,6 +247,8 @@ def _download(name: str, data_root: Path) -> None:
     """Have torchvision download into a temporary folder, and move it into place once all of it is there."""
     source = SOURCES[name]
     npz, folder = data_root / f"{name}.npz", data_root / source.folder
+    if not _may_download.get():
+        raise DataError(f"{source.title} is not in {data_root}; a run downloads it, or put {npz} or {folder} in place.")
     with (
         _writing(source.title, data_root),
         _temporary(data_root) as temporary,

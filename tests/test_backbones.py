@@ -116,9 +116,7 @@ def test_building_twice_from_one_seed_gives_the_same_weights():
 
 @pytest.mark.parametrize("factory", [cnn_small, resnet32, resnet18])
 def test_a_convolutional_network_refuses_rows_of_a_table(factory):
-    with pytest.raises(
-        WrongUse, match=r"takes images \[channels, height, width\], and the scenario's shape is \(20,\)"
-    ):
+    with pytest.raises(WrongUse, match=r"takes images \[channels, height, width\], .* is \(20,\)"):
         factory((20,))
 
 
@@ -136,7 +134,7 @@ def test_options_are_documented_and_checked():
         validated(mlp, {"hidden": [5, 0]}, "model", skip=("input_shape",))
 
 
-# ------------------------------------------------------------------------------------------------ torchvision's networks
+# -------------------------------------------------------------------------------------------- torchvision's networks
 
 
 @pytest.mark.parametrize(
@@ -168,9 +166,7 @@ def test_an_unknown_classifier_of_torchvision_is_refused_with_the_nearest():
 
 
 def test_a_grey_scenario_is_refused_before_anything_is_built():
-    with pytest.raises(
-        WrongUse, match="`torchvision:vgg16` takes images of 3 channels, and the scenario's have 1"
-    ):
+    with pytest.raises(WrongUse, match="`torchvision:vgg16` takes images of 3 channels, and the scenario's have 1"):
         from_torchvision((1, 28, 28), "vgg16")
 
 
@@ -210,9 +206,7 @@ def test_weights_that_are_there_are_loaded(hub, weights):
 
 
 def test_weights_that_do_not_exist_are_refused_with_the_nearest():
-    with pytest.raises(
-        WrongUse, match=r"`model\.weights` is 'IMAGENET1K_V9'.* Did you mean `IMAGENET1K_V1`\?"
-    ):
+    with pytest.raises(WrongUse, match=r"`model\.weights` is 'IMAGENET1K_V9'.* Did you mean `IMAGENET1K_V1`\?"):
         from_torchvision((3, 64, 64), VARIANT, weights="IMAGENET1K_V9")
 
 

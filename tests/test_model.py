@@ -98,14 +98,6 @@ def test_a_snapshot_is_equal_frozen_in_eval_mode_and_its_own():
     assert torch.equal(copied(x).logits, kept)
 
 
-def test_a_snapshot_has_the_first_blocks_of_the_head():
-    net = IncrementalNet(Doubling(), blocks=[2, 3])
-    x = torch.randn(4, 3)
-    assert snapshot(net, blocks=1).blocks == [2]
-    assert torch.equal(snapshot(net, blocks=1)(x).logits, net(x).head(0))
-    assert net.blocks == [2, 3]
-
-
 def test_a_snapshot_has_no_hooks_and_does_not_copy_what_they_hold():
     class Holder:
         calls = 0

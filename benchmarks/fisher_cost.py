@@ -1,0 +1,110 @@
+"""What a Fisher information costs, with the square of the mean gradient as the measure.
+
+Peers square the gradient of the mean over a batch, which is one backward pass and something else than the Fisher
+information: it is smaller by about the size of the batch. Here stand beside it, interleaved in one process, the sums of
+each image's own squared gradient that `clframe.importance` computes, by label rule. Each is one pass over the same
+images, accumulated into the same tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clframe import backbones
+from clframe.importance import GradientSums, Labels, label_cotangents, zeros_for
+from clframe.model import IncrementalNet, evaluating
+
+CLASSES = 10
+MODELS: dict[str, tuple[Callable[[tuple[int, ...]], nn.Module], tuple[int, ...], int]] = {
+    "mlp": (backbones.mlp, (1, 28, 28), 128),
+    "cnn-small": (backbones.cnn_small, (1, 28, 28), 128),
+    "resnet32": (backbones.resnet32, (3, 32, 32), 128),
+}
+RULES: tuple[Labels, ...] = ("empirical", "sampled", "exact")
+BATCH_MEAN = "batch mean"
+
+
+def batch_mean(model: IncrementalNet, sums: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    """Add the square of the mean gradient over the batch."""
+    with evaluating(model):
+        loss = functional.cross_entropy(model(x).logits, y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for total, gradient in zip(sums.values(), gradients, strict=True):
+        total.addcmul_(gradient, gradient)
+
+
+def measure(repetitions: int = 9, images: int = 512, device: str = "cpu") -> list[dict[str, object]]:
+    """One row for each model and way: median seconds for `images` images, and the ratio to the batch mean's.
+
+    The ratio is the median of the ratios within each repetition, in which all ways run one after the other.
+    """
+    rows: list[dict[str, object]] = []
+    for name, (build, shape, batch_size) in MODELS.items():
+        torch.manual_seed(0)
+        model = IncrementalNet(build(shape), [CLASSES]).to(device)
+        x = torch.randn(images, *shape, device=device)
+        y = torch.randint(CLASSES, (images,), device=device)
+        generator = torch.Generator().manual_seed(0)
+
+        def one_pass(way: str) -> None:
+            sums = zeros_for(dict(model.named_parameters()))
+            statistics_of_gradients = GradientSums(model, sums)
+            for part_x, part_y in zip(x.split(batch_size), y.split(batch_size), strict=True):
+                if way == BATCH_MEAN:
+                    batch_mean(model, sums, part_x, part_y)
+                else:
+                    statistics_of_gradients.add(
+                        part_x, None, lambda logits: label_cotangents(logits, way, y=part_y, generator=generator)
+                    )
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        ways = (BATCH_MEAN, *RULES)
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for repetition in range(repetitions + 1):
+            for way in ways:
+                began = time.perf_counter()
+                one_pass(way)
+                if repetition:  # the first one warms up
+                    seconds[way].append(time.perf_counter() - began)
+        for way in ways:
+            ratios = [a / b for a, b in zip(seconds[way], seconds[BATCH_MEAN], strict=True)]
+            rows.append(
+                {
+                    "model": name,
+                    "way": way,
+                    "images": images,
+                    "seconds": statistics.median(seconds[way]),
+                    "ratio": statistics.median(ratios),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--images", type=int, default=512, help="images of a pass")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; by default as torch chooses")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.device}, medians of {given.repetitions}"
+    )
+    print(f"{'model':<12}{'way':<14}{'ms':>10}{'ratio':>8}")
+    for row in measure(given.repetitions, given.images, given.device):
+        print(f"{row['model']:<12}{row['way']:<14}{1000 * float(str(row['seconds'])):>10.1f}{row['ratio']:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()

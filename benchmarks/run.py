@@ -1,0 +1,180 @@
+"""All benchmarks, and the page of their results.
+
+    python benchmarks/run.py short          what `make bench` runs: at most 20 minutes
+    python benchmarks/run.py full           what `make bench-full` runs: hours with a cold cache; stop it, it goes on
+    python benchmarks/run.py page           RESULTS.md again, from what was measured before
+
+`short` measures speed; `--only` picks parts. `full` runs the protocols of `protocols/index.yaml`, one row per protocol,
+seed and version of the code in `rows.jsonl`, skips rows that are there, and then kills and resumes 50 times. Both end
+with the page, which `full` also renews after each protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+
+HERE = Path(__file__).resolve().parent
+PROTOCOLS = HERE / "protocols"
+ROWS = HERE / "rows.jsonl"
+PAGE = HERE / "RESULTS.md"
+Measured = tuple[list[dict[str, Any]], list[str]]
+
+
+def read_index() -> list[dict[str, Any]]:
+    """The entries of `protocols/index.yaml`."""
+    from clframe.config import parse_yaml
+
+    path = PROTOCOLS / "index.yaml"
+    entries: list[dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["protocols"]
+    return entries
+
+
+def wanted(index: Sequence[Mapping[str, Any]], code: str) -> list[report.Row]:
+    """What all rows of the index would be called; the first seed of each protocol comes first."""
+    rows = [
+        {"protocol": entry["name"], "config": report.digest(_file(entry)), "seed": seed, "code": code}
+        for entry in index
+        for seed in range(entry["seeds"])
+    ]
+    return sorted(rows, key=lambda row: row["seed"] > 0)
+
+
+def run_protocol(entry: Mapping[str, Any], seed: int, data_root: Path) -> tuple[float, float]:
+    """The measure of one run of a protocol, as a fraction, and the run's seconds."""
+    from clframe.api import run_config
+    from clframe.config import resolve
+
+    config = resolve(
+        yaml_file=_file(entry), run={"seed": seed, "data_root": str(data_root), "tensorboard": False, "output": None}
+    )
+    start = time.perf_counter()
+    results = run_config(config)
+    value = results.measures[entry["reading"]][entry["measure"]]
+    if value is None:
+        raise ValueError(f"{entry['name']}: the run has no {entry['measure']}")
+    return value, time.perf_counter() - start
+
+
+def _file(entry: Mapping[str, Any]) -> Path:
+    return PROTOCOLS / f"{entry['name']}.yaml"
+
+
+def write_page() -> None:
+    """RESULTS.md, whole or not at all."""
+    parts = report.load_parts(HERE / "results")
+    text = report.page(parts, read_index(), report.read_rows(ROWS), report.code_version()[0])
+    temporary = PAGE.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, PAGE)
+
+
+def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
+    """The parts that measure speed."""
+
+    def avalanche() -> Measured:
+        import avalanche_split_mnist
+
+        return avalanche_split_mnist.measure(data_root, repetitions)
+
+    def fisher_cost() -> Measured:
+        import fisher_cost
+
+        return fisher_cost.measure(), []
+
+    def growth() -> Measured:
+        import growth
+
+        return growth.measure(data_root)
+
+    def hook_cost() -> Measured:
+        import hook_cost
+
+        return hook_cost.measure(repetitions)
+
+    parts: dict[str, tuple[Callable[[], Measured], bool]] = {
+        "hook_cost": (hook_cost, False),
+        "fisher_cost": (fisher_cost, False),
+        "growth": (growth, True),
+        "avalanche": (avalanche, True),
+    }
+    for name, (measure, needs_mnist) in parts.items():
+        if only and name not in only:
+            continue
+        if needs_mnist and not _has_mnist(data_root):
+            print(f"{name}: skipped, as there is no mnist.npz in {data_root}; name its folder with --data-root")
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        lines, notes = measure()
+        report.save_part(name, lines, f"python benchmarks/run.py short --only {name}", notes)
+        print(report.table(lines))
+        for note in notes:
+            print(f"- {note}")
+        write_page()
+
+
+def full(data_root: Path, only: Sequence[str], kills: int) -> None:
+    """The protocols, row by row, then the kills."""
+    index = {entry["name"]: entry for entry in read_index()}
+    code, commit = report.code_version()
+    rows = report.read_rows(ROWS)
+    for row in report.missing(rows, wanted(list(index.values()), code)):
+        entry = index[row["protocol"]]
+        if only and entry["name"] not in only:
+            continue
+        if entry["needs"] == "mnist" and not _has_mnist(data_root):
+            print(
+                f"{entry['name']}: skipped, as there is no mnist.npz in {data_root}; name its folder with --data-root"
+            )
+            continue
+        value, seconds = run_protocol(entry, row["seed"], data_root)
+        about = {"commit": commit, "machine": report.machine(), "versions": report.versions()}
+        measured = {"value": value, "seconds": round(seconds, 2), "date": datetime.date.today().isoformat()}
+        report.append_row(ROWS, {**row, **measured, **about})
+        print(f"{entry['name']}, seed {row['seed']}: {100 * value:.2f} in {seconds:.0f} s", flush=True)
+    write_page()
+    print(report.table(report.protocol_table(list(index.values()), report.read_rows(ROWS), code)))
+    done = report.load_parts(HERE / "results").get("kill_resume", {})
+    if kills and not only and done.get("code") != code:
+        import kill_resume
+
+        lines, notes = kill_resume.measure(kills)
+        report.save_part("kill_resume", lines, f"python benchmarks/kill_resume.py {kills}", notes)
+        print(report.table(lines))
+        write_page()
+
+
+def _has_mnist(data_root: Path) -> bool:
+    return (data_root / "mnist.npz").is_file()
+
+
+def main() -> None:
+    """The command line."""
+    from clframe.config import data_root
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["short", "full", "page"])
+    parser.add_argument("--data-root", help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)")
+    parser.add_argument("--repetitions", type=int, default=9, help="of the parts that compare times")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, or protocols of `full`")
+    parser.add_argument("--kills", type=int, default=50, help="of `full`; 0: none")
+    given = parser.parse_args()
+    root = data_root(given.data_root)
+    if given.what == "short":
+        short(root, given.repetitions, given.only)
+    elif given.what == "full":
+        full(root, given.only, given.kills)
+    else:
+        write_page()
+
+
+if __name__ == "__main__":
+    main()

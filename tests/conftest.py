@@ -1,0 +1,61 @@
+"""Fixtures that several test files share. Tests run on one thread: small networks gain nothing from more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from clframe import Arrays, ImageData, Scenario, Transform, split_classes
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the data sets of the machine that it runs on."""
+    monkeypatch.setenv("CLFRAME_DATA", str(tmp_path / "no-data"))
+
+
+@pytest.fixture
+def tiny_arrays() -> Callable[..., Arrays]:
+    return make_arrays
+
+
+def make_arrays(classes: int = 6, per_class: int = 12, shape: Sequence[int] = (1, 4, 4)) -> Arrays:
+    """Images of a few classes that a small network can tell apart: one bright pixel a class, on noise."""
+    generator = torch.Generator().manual_seed(7)
+
+    def part(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.arange(classes).repeat(count)
+        x = torch.randint(0, 80, (len(y), *shape), generator=generator, dtype=torch.uint8)
+        x.view(len(y), -1)[torch.arange(len(y)), y] = 255
+        return x, y
+
+    return Arrays("tiny", *part(per_class), *part(4), tuple(f"class {c}" for c in range(classes)), Transform())
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Scenario]:
+    """Builds a scenario of 3 experiences of 2 classes each, 24 training images an experience; options of split_classes."""
+
+    def build(experiences: int = 3, **options: object) -> Scenario:
+        shape = options.pop("shape", (1, 4, 4))
+        arrays = make_arrays(shape=shape)  # type: ignore[arg-type]
+        return split_classes("tiny", arrays, experiences=experiences, **options)  # type: ignore[arg-type]
+
+    return build
+
+
+@pytest.fixture
+def rows() -> Callable[[int], ImageData]:
+    """`rows(n)`: n labelled images of the tiny scenario's shape."""
+    return lambda n: ImageData(torch.zeros(n, 1, 4, 4, dtype=torch.uint8), torch.arange(n) % 2)

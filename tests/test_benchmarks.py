@@ -1,0 +1,242 @@
+"""The benchmarks' own logic: rows, tables, the page, and protocol files that say what they mean."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the benchmarks, imported by its path, with its neighbours importable meanwhile."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for neighbour in ("report", "kill_resume", "run"):
+        monkeypatch.delitem(sys.modules, neighbour, raising=False)
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("report", monkeypatch)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("run", monkeypatch)
+
+
+def row(protocol: str = "p", seed: int = 0, code: str = "new", value: float = 0.5, config: str = "c") -> dict:
+    about = {"commit": "abc", "machine": "m", "versions": "v", "date": "2000-01-02", "seconds": 3.0}
+    return {"protocol": protocol, "config": config, "seed": seed, "code": code, "value": value, **about}
+
+
+def entry(name: str = "p", **changed: object) -> dict:
+    return {"name": name, "seeds": 2, "reading": "task", "expected": 50, "low": 40, "high": 60, **changed}
+
+
+def test_rows_come_back_as_they_were_appended(report: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [row(seed=seed, value=0.1 + seed / 3) for seed in range(3)]
+    assert report.read_rows(path) == []
+    for one in rows:
+        report.append_row(path, one)
+    assert report.read_rows(path) == rows
+
+
+def test_a_half_written_row_costs_only_itself(report: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    report.append_row(path, row(seed=0))
+    path.write_bytes(path.read_bytes() + b'{"protocol": "p", "se')
+    report.append_row(path, row(seed=1))
+    assert report.read_rows(path) == [row(seed=0), row(seed=1)]
+
+
+def test_what_is_measured_is_not_measured_again(report: ModuleType) -> None:
+    wanted = [row(seed=0), row(seed=1), row(seed=1), row("q", seed=0)]
+    have = [row(seed=0), row("q", seed=0, code="old"), row(seed=1, config="edited")]
+    assert report.missing(have, wanted) == [row(seed=1), row("q", seed=0)]
+    assert report.missing([*have, *wanted], wanted) == []
+
+
+def test_rows_of_the_present_code_go_before_all_others(report: ModuleType) -> None:
+    old, new, later = row(code="old"), row(code="new"), row(code="later")
+    assert report.latest([old, new, later], "new") == [new]
+    assert report.latest([new, old], "new") == [new]
+    assert report.latest([old, new], "absent") == [new]
+    assert report.latest([old, new]) == [new]
+
+
+def test_rows_of_an_edited_protocol_are_not_mixed(report: ModuleType) -> None:
+    before, after = row(config="1", seed=0), row(config="2", seed=1)
+    assert report.latest([before, after], "new") == [after]
+
+
+def test_a_row_measured_twice_counts_once(report: ModuleType) -> None:
+    assert report.latest([row(value=0.1), row(value=0.9)], "new") == [row(value=0.9)]
+
+
+def test_summary(report: ModuleType) -> None:
+    figures = report.summary([1.0, 2.0, 6.0])
+    assert figures == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7 / 3)), "min": 1.0, "max": 6.0, "n": 3}
+    assert math.isnan(report.summary([1.0])["sem"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "n", "said"),
+    [
+        (40.0, 2, "pass"),
+        (60.0, 2, "pass"),
+        (39.99, 2, "FAIL"),
+        (60.01, 1, "FAIL"),
+        (50.0, 1, "pass so far (1 of 2 seeds)"),
+    ],
+)
+def test_verdict(report: ModuleType, mean: float, n: int, said: str) -> None:
+    assert report.verdict({"mean": mean, "n": n}, 40, 60, 2) == said
+
+
+def test_protocol_table(report: ModuleType) -> None:
+    rows = [row("q", value=0.75), row("p", seed=0, value=0.5), row("p", seed=1, value=0.6), row("p", code="old")]
+    lines = report.protocol_table([entry("p"), entry("q"), entry("unmeasured")], rows, "new")
+    assert [line["protocol"] for line in lines] == ["p", "q"]
+    assert lines[0] == {
+        "protocol": "p",
+        "reading": "task",
+        "mean": "55.00",
+        "SEM": "5.00",
+        "min": "50.00",
+        "max": "60.00",
+        "seeds": "2",
+        "expected": "50 [40, 60]",
+        "result": "pass",
+        "seconds": "3",
+        "code": "new",
+    }
+    assert (lines[1]["SEM"], lines[1]["result"]) == ("-", "FAIL")
+
+
+def test_table(report: ModuleType) -> None:
+    text = report.table([{"name": "a|b", "x": 1.23456}, {"name": "c", "x": None, "more": 7}])
+    assert text.splitlines() == [
+        "| name | x | more |",
+        "| --- | ---: | ---: |",
+        "| a\\|b | 1.23 | - |",
+        "| c | - | 7 |",
+    ]
+    assert report.table([]) == ""
+
+
+def test_parts_are_replaced_one_by_one(report: ModuleType, tmp_path: Path) -> None:
+    report.save_part("growth", [{"a": 1}], "make bench", ["first"], tmp_path)
+    report.save_part("hook_cost", [{"b": 2}], "make bench", [], tmp_path)
+    report.save_part("growth", [{"a": 3}], "make bench", ["second"], tmp_path)
+    parts = report.load_parts(tmp_path)
+    assert {name: part["lines"] for name, part in parts.items()} == {"growth": [{"a": 3}], "hook_cost": [{"b": 2}]}
+    page = report.page(parts, [entry()], [row()], "new")
+    assert page.index("## Training time") < page.index("## Cost of the hooks") < page.index("## Protocols")
+    assert "- second" in page
+    assert "first" not in page
+    assert "| p | task | 50.00 |" in page
+
+
+def test_the_version_of_the_code_follows_its_files(report: ModuleType, tmp_path: Path) -> None:
+    for folder in report.CODE:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("x = 1\n")
+    before, commit = report.code_version(tmp_path)
+    assert commit == "not in git"
+    (tmp_path / "README.md").write_text("no code")
+    assert report.code_version(tmp_path)[0] == before
+    (tmp_path / "plugins" / "a.py").write_text("x = 2\n")
+    assert report.code_version(tmp_path)[0] != before
+
+
+def test_the_machine_is_described_without_its_name(report: ModuleType) -> None:
+    import platform
+
+    assert "cores" in report.machine()
+    assert not platform.node() or platform.node() not in report.machine()
+
+
+def test_every_protocol_file_stands_in_the_index_once(run: ModuleType) -> None:
+    names = [entry["name"] for entry in run.read_index()]
+    files = [path.stem for path in run.PROTOCOLS.glob("*.yaml") if path.stem != "index"]
+    assert sorted(names) == sorted(files)
+
+
+def test_ranges_are_well_formed(run: ModuleType) -> None:
+    for entry in run.read_index():
+        assert set(entry) == {"name", "seeds", "reading", "measure", "expected", "low", "high", "needs", "source"}
+        assert 0 <= entry["low"] <= entry["expected"] <= entry["high"] <= 100, entry["name"]
+        assert entry["high"] - entry["low"] <= 13, entry["name"]
+        assert entry["seeds"] >= 1
+        assert entry["needs"] in ("", "mnist")
+        assert entry["source"]
+
+
+def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType) -> None:
+    from clframe.config import resolve
+
+    for entry in run.read_index():
+        config = resolve(yaml_file=run.PROTOCOLS / f"{entry['name']}.yaml")
+        data, setting, method = entry["name"].split("-", 2)
+        assert config.scenario["name"] == f"split-{data}"
+        assert config.scenario["setting"] == setting == entry["reading"]
+        assert config.scenario["order"] == "random"
+        assert config.scenario["seed"] is None, "the order must follow the seed of the run"
+        assert config.train.logits == {"class": "all", "task": "own"}[setting]
+        assert config.train.keep_optimizer
+        assert config.train.clip == 0
+        assert (config.train.iterations, config.train.batch_size) == {"digits": (300, 32), "mnist": (2000, 128)}[data]
+        assert [*config.plugins] == ([] if method == "none" else ["joint" if method == "joint" else "ewc"])
+        if "ewc" in config.plugins:
+            options = config.plugins["ewc"]
+            assert options["lambda"] == float(method.rsplit("-", 1)[1])
+            assert options["form"] == ("online" if method.startswith("online") else "offline")
+            assert options["labels"] == "exact"
+
+
+def test_full_skips_what_it_has_and_keeps_each_row_at_once(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = [entry("a", needs="", measure="m", seeds=2), entry("b", needs="mnist", measure="m", seeds=1)]
+    calls: list[tuple[str, int]] = []
+
+    def pretend(entry: dict, seed: int, data_root: Path) -> tuple[float, float]:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append((entry["name"], seed))
+        return 0.5, 1.0
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("train: {}\n")
+    monkeypatch.setattr(run, "PROTOCOLS", tmp_path)
+    monkeypatch.setattr(run, "ROWS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(run, "PAGE", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "read_index", lambda: index)
+    monkeypatch.setattr(run, "run_protocol", pretend)
+    with pytest.raises(KeyboardInterrupt):
+        run.full(tmp_path, [], 0)
+    assert calls == [("a", 0)]
+    monkeypatch.setattr(
+        run, "run_protocol", lambda entry, seed, root: calls.append((entry["name"], seed)) or (0.5, 1.0)
+    )
+    run.full(tmp_path, [], 0)
+    assert calls == [("a", 0), ("a", 1)], "a is not run twice, and b needs data that is not there"
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(line["protocol"], line["seed"], line["value"]) for line in lines] == [("a", 0, 0.5), ("a", 1, 0.5)]
+    assert "| a | task | 50.00 |" in (tmp_path / "RESULTS.md").read_text()

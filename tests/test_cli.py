@@ -1,0 +1,418 @@
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import clframe
+from clframe import registry
+from clframe.cli import main as cli
+from clframe.cli.live import Live
+from clframe.cli.main import main
+from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
+
+SHORT = ["--limit", "6", "--iterations", "3", "--no-tensorboard", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLFRAME_DATA", str(tmp_path / "data"))
+
+
+def command(*arguments, check=True, **more):
+    """The command line in a process of its own."""
+    call = [sys.executable, "-c", "import sys; from clframe.cli.main import main; sys.exit(main())", *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=check, timeout=120, **more)
+
+
+def unstyled(text):
+    """`text` without the control sequences of a terminal."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def records(live, n=2):
+    """The records of a small run."""
+    live({"kind": "start", "scenario": "split-digits", "n_experiences": n})
+    for i in range(n):
+        live({"kind": "experience", "index": i, "task": i, "classes": [2 * i, 2 * i + 1]})
+        live({"kind": "phase", "name": "train", "steps": 30, "experience": i})
+        live(
+            {
+                "kind": "progress",
+                "experience": i,
+                "phase": "train",
+                "epoch": 1,
+                "step": 20,
+                "steps": 30,
+                "total_step": 20,
+                "losses": {"base": 0.25, "ewc": 0.5},
+                "lr": 0.001,
+                "images_per_second": 12345.6,
+                "seconds_left": 3.0,
+            }
+        )
+        live({"kind": "tick", "name": "fisher", "i": 3, "n": 7})
+        live({"kind": "within", "experience": i, "epoch": 1, "reading": "class", "row": [0.5] * (i + 1)})
+        row = [0.25] * i + [1.0] + [None] * (n - i - 1)
+        live({"kind": "eval", "experience": i, "total_step": 30, "rows": {"class": row, "task": row}})
+    live({"kind": "message", "text": "The older checkpoint [is] used."})
+    live({"kind": "end", "folder": None})
+
+
+# runs
+
+
+def test_run_writes_a_folder_and_prints_results_to_stdout_and_progress_to_stderr(capsys):
+    assert main(["run", *SHORT, "--output", "out"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "Accuracy in percent, class-incremental:"
+    assert lines[1].split() == ["on", "1", "on", "2", "on", "3", "on", "4", "on", "5"]
+    assert [line.split()[:2] for line in lines[2:7]] == [["after", str(i)] for i in range(1, 6)]
+    found = json.loads(Path("out/results.json").read_text())
+    assert lines[6].split()[2:] == [f"{100 * share:.1f}" for share in found["accuracy"]["class"][4]]
+    measure = found["measures"]["class"]["average_accuracy"]["value"]
+    assert re.search(rf"^average accuracy +{100 * measure:.1f} ", out, re.M)
+    assert lines[-1] == "Run folder: out"
+    assert err.splitlines()[0] == "experience 1 of 5: classes 0 and 1"
+    assert re.match(r"experience 1 of 5 learnt in \d+\.\d s: class-incremental accuracy ", err.splitlines()[1])
+    assert len(err.splitlines()) == 10
+
+
+def test_run_with_json_prints_one_document_and_quiet_shows_nothing_else(capsys):
+    assert main(["run", *SHORT, "--output", "out", "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert err == ""
+    assert document["folder"] == "out"
+    assert document["tensorboard"] is None
+    found = json.loads(Path("out/results.json").read_text())
+    assert {key: document[key] for key in found} == found
+    assert document["timings"] == json.loads(Path("out/timings.json").read_text())
+
+
+def test_a_run_folder_that_exists_is_refused_and_kept(capsys):
+    Path("out").mkdir()
+    Path("out/precious").write_text("x")
+    assert main(["run", *SHORT, "--output", "out"]) == 2
+    assert "clframe resume out" in capsys.readouterr().err
+    assert [path.name for path in Path("out").iterdir()] == ["precious"]
+
+
+def test_runs_get_folders_of_their_own(capsys):
+    for _ in range(2):
+        assert main(["run", *SHORT, "--seed", "4", "--quiet"]) == 0
+    names = sorted(path.name for path in Path("runs").iterdir())
+    assert len(names) == 2
+    assert all(re.fullmatch(r"split-digits-finetuning-4-\d{8}-\d{6}(-2)?", name) for name in names)
+
+
+def test_the_configuration_of_a_run_runs_again_to_the_same_figures(capsys):
+    assert main(["run", *SHORT, "--seed", "3", "--output", "one", "--quiet"]) == 0
+    assert main(["run", "--config", "one/config.yaml", "--output", "two", "--quiet"]) == 0
+    assert Path("one/results.json").read_bytes() == Path("two/results.json").read_bytes()
+
+
+def test_every_flag_reaches_the_configuration(capsys):
+    Path("given.yaml").write_text("train: {clip: 2}\nscenario: {first: 4}")
+    arguments = "run --scenario split-digits --plugin joint --config given.yaml --set train.clip=3 --setting task"
+    arguments += " --model mlp --epochs 2 --batch-size 8 --lr 0.5 --seed 9 --limit 7 --device cpu --data-root there"
+    arguments += " --output folder --eval-every epoch --no-tensorboard --dry-run"
+    assert main(arguments.split()) == 0
+    out, err = capsys.readouterr()
+    found = yaml.safe_load(out)
+    assert err == ""
+    assert found["scenario"] == {
+        "name": "split-digits",
+        "setting": "task",
+        "experiences": 5,
+        "first": 4,
+        "order": "natural",
+        "seed": None,
+        "limit": 7,
+    }
+    assert found["model"] == {"name": "mlp", "hidden": [400, 400]}
+    assert found["plugins"] == {"joint": {"form": "once", "restart": False}}
+    train = {"epochs": 2, "iterations": None, "batch_size": 8, "lr": 0.5, "clip": 3.0}
+    assert {key: found["train"][key] for key in train} == train
+    run = {"seed": 9, "device": "cpu", "data_root": "there", "eval_every": "epoch", "tensorboard": False}
+    assert {key: found["run"][key] for key in run} == run
+    assert not Path("folder").exists()
+    assert main([*arguments.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["output"] == "folder"
+    assert main(["run", "--iterations", "6", "--dry-run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["iterations"] == 6
+
+
+# errors
+
+
+def test_all_mistakes_of_a_command_are_told_with_exit_code_2(capsys):
+    assert (
+        main(["run", "--scenario", "split-digit", "--plugin", "jointt", "--set", "train.lrr=1", "--epochs", "0"]) == 2
+    )
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "clframe: There is no scenario `split-digit`. Did you mean `split-digits`?",
+        "clframe: There is no plugin `jointt`. Did you mean `joint`?",
+        "clframe: `train.lrr` is not an option of `train`. Did you mean `lr`?",
+        "clframe: `train.epochs` is 0: it should be greater than or equal to 1.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("rnu", ["No such command 'rnu'", "Did you mean 'run'?"]),
+        ("run --scenari x", ["No such option: --scenari", "--scenario", "See `clframe run --help`"]),
+        ("run --epochs many", ["'--epochs'", "valid integer"]),
+        ("run --epochs", ["--epochs"]),
+        ("run extra", ["extra"]),
+        ("resume", ["RUN"]),
+        ("plugins shwo ewc", ["No such command 'shwo'", "Did you mean 'show'?"]),
+        ("plugins list --jsno", ["--jsno", "--json"]),
+    ],
+)
+def test_wrong_flags_and_commands_have_exit_code_2_and_one_sentence(capsys, arguments, words):
+    assert main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert all(word in err for word in words)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (WrongUse("One.", "Two."), 2, ["clframe: One.\nclframe: Two."]),
+        (DataError("No data."), 3, ["clframe: No data."]),
+        (RunFailed("The loss term `ewc` is not finite."), 1, ["`ewc`"]),
+        (Interrupted("Stopped by SIGINT.", 2), 130, ["Stopped by SIGINT."]),
+        (Interrupted("Stopped by SIGTERM.", 15), 143, ["Stopped by SIGTERM."]),
+        (KeyboardInterrupt(), 130, ["Interrupted."]),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, ["The disk is full (runs/x)"]),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, ["Permission denied (runs/x)"]),
+        (MemoryError(), 1, ["Out of memory"]),
+        (
+            ZeroDivisionError("division\nby zero"),
+            70,
+            ["bug of clframe", "ZeroDivisionError: division by zero", "--debug"],
+        ),
+    ],
+)
+def test_every_error_ends_as_a_sentence_and_an_exit_code(capsys, monkeypatch, error, code, words):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_new_folder", fails)
+    assert main(["run"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(word in err for word in words)
+    assert "Traceback" not in err
+    assert main(["run", "--debug"]) == code
+    if not isinstance(error, KeyboardInterrupt):
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_data_set_is_exit_code_3_and_a_missing_run_too(capsys):
+    assert main(["resume", "nowhere"]) == 3
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    call = f"{sys.executable} -c 'import sys; from clframe.cli.main import main; sys.exit(main())' plugins list"
+    bash = ["bash", "-c", f"set -o pipefail; {call} --json | head -1"]
+    done = subprocess.run(bash, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[\n", "")
+    read, write = os.pipe()
+    os.close(read)
+    call = [sys.executable, "-c", "import sys; from clframe.cli.main import main; sys.exit(main())"]
+    done = subprocess.run([*call, "scenarios", "list"], stdout=write, stderr=subprocess.PIPE, check=False, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# looking
+
+
+@pytest.mark.parametrize(("kind", "group"), [("plugin", "plugins"), ("scenario", "scenarios")])
+def test_lists(capsys, kind, group):
+    assert main([group, "list"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == registry.names(kind)
+    assert all(len(line) == 3 and line[1] for line in lines)
+    assert main([group, "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [[offer["name"], offer["package"], offer["description"]] for offer in found] == lines
+    assert main(["--debug", group, "list"]) == 0
+
+
+def test_plugins_show(capsys):
+    assert main(["plugins", "show", "joint"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("joint: Joint training")
+    assert any(line.startswith("form\tonce | cumulative\tonce\t`once` trains once") for line in lines)
+    assert "Hooks: before_experience, extra_data, phases" in lines
+    assert "Settings: class, task, domain" in lines
+    assert "State: initial" in lines
+    assert main(["plugins", "show", "joint", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["hooks"] == ["before_experience", "extra_data", "phases"]
+    assert found["options"][0] | {"doc": ""} == {
+        "name": "form",
+        "type": "once | cumulative",
+        "default": "once",
+        "doc": "",
+    }
+    assert found["keeps_training_images"] is True
+    assert main(["plugins", "show", "jiont"]) == 2
+    assert "Did you mean `joint`?" in capsys.readouterr().err
+
+
+def test_scenarios_show(capsys):
+    assert main(["scenarios", "show", "split-digits"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("experiences\tint >= 1\t5\t") for line in lines)
+    assert "Model that suits it: mlp-100" in lines
+    assert lines[-6:] == ["Experiences: 5", "  1: 0, 1", "  2: 2, 3", "  3: 4, 5", "  4: 6, 7", "  5: 8, 9"]
+    assert main(["scenarios", "show", "split-digits", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["train"]["iterations"], found["setting"]) == ("mlp-100", 300, "class")
+    assert found["experiences"][1] == ["2", "3"]
+    assert found["missing"] is None
+
+
+def test_scenarios_show_without_data_says_what_is_missing_and_downloads_nothing(capsys, tmp_path):
+    assert main(["scenarios", "show", "split-mnist"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Experiences: not known here. ")
+    assert str(tmp_path / "data" / "mnist.npz") in last
+    assert not (tmp_path / "data").exists()
+
+
+def test_doctor(capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar10.npz").write_bytes(b"")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["clframe"] == clframe.__version__
+    assert found["versions"]["torch"]
+    assert found["free_bytes"]["data"] > 0
+    assert found["data"]["cifar10"] == str(tmp_path / "data" / "cifar10.npz")
+    assert found["data"]["mnist"] is None
+    assert {"kind": "plugin", "name": "joint", "package": "clframe", "problem": None} in found["offers"]
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "mnist\tnot here; downloaded when a run needs it" in out
+    assert re.search(r"^torch\t\d", out, re.M)
+
+
+def test_tables_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["scenarios", "list"]) == 0
+    lines = unstyled(capsys.readouterr().out).splitlines()
+    assert lines[1].split() == ["name", "package", "description"]
+    assert any(line.startswith(" split-digits ") or line.startswith("split-digits ") for line in lines)
+
+
+def test_help_version_and_no_arguments(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("Usage: clframe [OPTIONS] COMMAND")
+        assert all(f"\n  {name} " in out for name in ("run", "resume", "doctor", "plugins", "scenarios"))
+    assert main(["run", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        f"--{name} " in out for name in ("scenario", "plugin", "config", "set", "setting", "eval-every", "limit")
+    )
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clframe {clframe.__version__}\n"
+
+
+def test_completion_of_commands_and_names():
+    def completed(line, word):
+        environment = {
+            **os.environ,
+            "_CLFRAME_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split()) - (1 if word else 0)),
+        }
+        return command(env=environment, check=False).stdout.split()
+
+    assert {"run", "resume"} <= set(completed("clframe ", ""))
+    assert completed("clframe run --scenario split-d", "split-d") == ["split-digits"]
+    assert completed("clframe run --plugin jo", "jo") == ["joint"]
+    assert set(completed("clframe run --model mlp", "mlp")) == {"mlp", "mlp-100"}
+
+
+# what is imported, and how long it takes
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins", "list"], ["scenarios", "list"], ["--version"]])
+def test_looking_around_takes_little_and_imports_no_torch(arguments):
+    code = (
+        "import resource, sys; from clframe.cli.main import main; main(sys.argv[1:]); "
+        "used = resource.getrusage(resource.RUSAGE_SELF); heavy = {'torch', 'torchvision', 'avalanche', 'pydantic'}; "
+        "print(used.ru_utime + used.ru_stime, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    call = [sys.executable, "-c", code, *arguments]
+    told = [subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stderr for _ in range(3)]
+    seconds, modules = zip(*(line.split(" ", 1) for line in told), strict=True)
+    assert set(modules) == {"[]\n"}
+    assert min(map(float, seconds)) < 0.4
+
+
+# the live display
+
+
+def test_in_a_pipe_each_experience_and_evaluation_is_a_line(capsys):
+    with Live() as live:
+        records(live)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [re.sub(r"in \d+\.\d s", "in T", line) for line in err.splitlines()]
+    assert lines == [
+        "experience 1 of 2: classes 0 and 1",
+        "experience 1 of 2, epoch 2: class-incremental accuracy 50.0 % (50.0)",
+        "experience 1 of 2 learnt in T: class-incremental accuracy 100.0 % (100.0); "
+        "task-incremental accuracy 100.0 % (100.0)",
+        "experience 2 of 2: classes 2 and 3",
+        "experience 2 of 2, epoch 2: class-incremental accuracy 50.0 % (50.0 50.0)",
+        "experience 2 of 2 learnt in T: class-incremental accuracy 62.5 % (25.0 100.0); "
+        "task-incremental accuracy 62.5 % (25.0 100.0)",
+        "The older checkpoint [is] used.",
+    ]
+
+
+def test_quiet_shows_messages_only(capsys):
+    with Live(quiet=True) as live:
+        records(live)
+    assert capsys.readouterr().err == "The older checkpoint [is] used.\n"
+
+
+def test_on_a_terminal_a_table_shows_the_course(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("clframe.cli.live.REDRAW", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Live() as live:
+        records(live)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "split-digits: experience 1 of 2  epoch 2  step 20 of 30  12,346 images/s  " in err
+    assert "loss: base 0.25, ewc 0.5; learning rate 0.001" in err
+    assert "fisher: 3 of 7" in err
+    assert "\x1b[3" not in err  # no colours
+    assert re.search(r"class-incremental, % +on 1 +on 2 +mean", unstyled(err))
+    assert re.search(r"after 2 +25\.0 +100\.0 +62\.5", unstyled(err))

@@ -1,0 +1,270 @@
+import pytest
+
+from clframe import WrongUse
+from clframe.config import RunSettings, TrainSettings, parse_yaml, resolve, to_yaml
+
+
+def problems(**given):
+    with pytest.raises(WrongUse) as caught:
+        resolve(**given)
+    return list(caught.value.problems)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content):
+        path = tmp_path / "config.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+# what wins
+
+
+def test_without_anything_it_is_plain_fine_tuning_on_split_digits():
+    config = resolve()
+    assert config.scenario["name"] == "split-digits"
+    assert config.scenario["experiences"] == 5
+    assert config.model == {"name": "mlp-100"}
+    assert config.plugins == {}
+    assert (config.train.iterations, config.train.epochs, config.train.keep_optimizer) == (300, None, True)
+    assert config.run == RunSettings()
+
+
+def test_what_suits_a_scenario_may_name_options_of_the_model():
+    config = resolve(scenario="permuted-digits")
+    assert config.model == {"name": "mlp", "hidden": [256, 256]}
+    assert config.train == TrainSettings(optimizer="adam", lr=1e-3, batch_size=32, epochs=10)
+
+
+def test_each_place_wins_over_the_ones_before_it(file):
+    path = file("train: {lr: 0.1, batch_size: 8, clip: 2}\nrun: {seed: 1, device: cpu}")
+    assert resolve(scenario="split-mnist").train.batch_size == 128
+    config = resolve(
+        scenario="split-mnist",
+        yaml_file=path,
+        sets=["train.lr=0.2", "train.clip=3", "run.seed=2"],
+        train={"lr": 0.3},
+        run={"seed": 3},
+    )
+    assert (config.train.batch_size, config.train.clip, config.train.lr) == (8, 3.0, 0.3)
+    assert (config.run.device, config.run.seed) == ("cpu", 3)
+
+
+def test_options_reach_scenario_model_and_plugins():
+    config = resolve(
+        scenario={"limit": 7},
+        plugins=["joint"],
+        sets=["scenario.experiences=2", "model.hidden=[10,20]", "joint.form=cumulative", "train.lr=1e-3"],
+        model="mlp",
+    )
+    assert (config.scenario["limit"], config.scenario["experiences"]) == (7, 2)
+    assert config.model == {"name": "mlp", "hidden": [10, 20]}
+    assert config.plugins == {"joint": {"form": "cumulative", "restart": False}}
+    assert config.train.lr == 1e-3
+
+
+def test_a_named_model_does_not_take_the_options_that_suit_another():
+    assert resolve(scenario="permuted-digits", model="mlp").model == {"name": "mlp", "hidden": [400, 400]}
+    assert resolve(scenario="permuted-digits", sets=["model.hidden=[5]"]).model == {"name": "mlp", "hidden": [5]}
+    assert resolve(scenario="permuted-digits", model="cnn-small").model == {"name": "cnn-small"}
+
+
+def test_another_scenario_or_model_drops_the_options_of_the_file(file):
+    path = file("scenario: {name: split-digits, first: 2}\nmodel: {name: mlp, hidden: [7]}")
+    kept = resolve(yaml_file=path, sets=["scenario.limit=3"])
+    assert (kept.scenario["first"], kept.scenario["limit"], kept.model["hidden"]) == (2, 3, [7])
+    other = resolve(yaml_file=path, scenario="permuted-digits", sets=["scenario.limit=3"], model="mlp-100")
+    assert (other.scenario["name"], other.scenario["limit"], other.model) == ("permuted-digits", 3, {"name": "mlp-100"})
+    assert "first" not in other.scenario
+
+
+def test_plugins_of_flags_replace_those_of_the_file_and_keep_their_options(file):
+    path = file("plugins: {joint: {form: cumulative}, tensorboard: {}}")
+    assert list(resolve(yaml_file=path).plugins) == ["joint", "tensorboard"]
+    assert resolve(yaml_file=path, plugins=["joint"]).plugins == {"joint": {"form": "cumulative", "restart": False}}
+    assert resolve(yaml_file=path, plugins=[{"joint": {"form": "once"}}]).plugins["joint"]["form"] == "once"
+    assert resolve(yaml_file=file("plugins: [joint]")).plugins["joint"]["form"] == "once"
+
+
+@pytest.mark.parametrize(
+    ("scenario", "given", "length"),
+    [
+        ("split-digits", {}, (None, 300)),
+        ("split-digits", {"train": {"epochs": 2}}, (2, None)),
+        ("permuted-digits", {"sets": ["train.iterations=5"]}, (None, 5)),
+        ("permuted-digits", {"train": {"epochs": None, "iterations": 5}}, (None, 5)),
+    ],
+)
+def test_the_users_choice_of_epochs_or_iterations_ends_the_scenarios(scenario, given, length):
+    train = resolve(scenario=scenario, **given).train
+    assert (train.epochs, train.iterations) == length
+
+
+def test_a_flag_ends_the_other_length_of_the_file_but_two_of_one_place_are_refused(file):
+    path = file("train: {epochs: 3}")
+    assert resolve(yaml_file=path, train={"iterations": 4}).train.epochs is None
+    sentence = "`train.epochs` and `train.iterations` exclude each other; set one of them."
+    assert problems(train={"iterations": 4}, sets=["train.epochs=2"]) == [sentence]
+    assert problems(yaml_file=file("train: {epochs: 3, iterations: 4}")) == [sentence]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"scenario": "split-digit"}, "There is no scenario `split-digit`. Did you mean `split-digits`?"),
+        ({"model": "mlpp"}, "There is no model `mlpp`. Did you mean `mlp`?"),
+        ({"plugins": ["jointt"]}, "There is no plugin `jointt`. Did you mean `joint`?"),
+        ({"plugins": ["joint", "joint"]}, "The plugin `joint` is named twice; name it once."),
+        (
+            {"scenario": {"experience": 3}},
+            "`scenario.experience` is not an option of the scenario `split-digits`. Did you mean `experiences`?",
+        ),
+        (
+            {"model": {"name": "mlp", "hidden": "x"}},
+            "`model.hidden` is 'x': it should be a valid list.",
+        ),
+        ({"train": {"lrr": 1}}, "`train.lrr` is not an option of `train`. Did you mean `lr`?"),
+        ({"train": {"lr": -1.0}}, "`train.lr` is -1.0: it should be greater than 0."),
+        ({"train": {"lr": float("nan")}}, "`train.lr` is nan: it should be a finite number."),
+        ({"sets": ["train.lr=.inf"]}, "`train.lr` is inf: it should be a finite number."),
+        ({"sets": ["train.epochs=1.5"]}, "`train.epochs` is 1.5: it should be a valid integer."),
+        ({"run": {"eval_every": "step"}}, "`run.eval_every` is 'step': it should be 'experience' or 'epoch'."),
+        ({"train": {"nesterov": True}}, "`train.nesterov` needs a `train.momentum` above 0."),
+        (
+            {"sets": ["joint.form=once"]},
+            "`--set joint...`: the plugin `joint` is not in the run; add `--plugin joint`.",
+        ),
+        ({"sets": ["jointt.x=1"]}, "`--set jointt...`: there is no plugin `jointt`. Did you mean `joint`?"),
+        (
+            {"sets": ["lr"]},
+            "`--set lr` is not of the form `section.option=value`, such as `train.lr=0.1`.",
+        ),
+        ({"sets": ["train.lr=1", "train.lr=2"]}, "`--set train.lr` is given twice."),
+        (
+            {"sets": ["train.lr=[1"]},
+            "`--set train.lr=[1`, line 1, column 3: expected ',' or ']', but got '<stream end>'.",
+        ),
+        ({"plugins": ["joint"], "sets": ["joint.restart=true"]}, "`joint.restart` needs `joint.form=cumulative`"),
+    ],
+)
+def test_a_mistake_is_one_sentence(given, sentence):
+    found = problems(**given)
+    assert len(found) == 1
+    assert found[0].startswith(sentence)
+
+
+def test_all_mistakes_are_told_at_once(file):
+    found = problems(
+        scenario="split-digit",
+        model="mlpp",
+        plugins=["joint", "jointt"],
+        yaml_file=file("sceanrio: x\nrun: {sed: 1}"),
+        sets=["train.lr=x", "train.clip=-1", "joint.forms=1", "bad"],
+        train={"epochs": 0},
+    )
+    expected = [
+        "sceanrio",
+        "`--set bad`",
+        "`split-digit`",
+        "`mlpp`",
+        "`joint.forms`",
+        "`jointt`",
+        "`train.epochs`",
+        "`train.lr`",
+        "`train.clip`",
+        "`run.sed`",
+    ]
+    assert len(found) == len(expected)
+    assert all(word in "\n".join(found) for word in expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("train: {lr: 1, lr: 2}", ", line 1, column 16: the key `lr` stands in line 1 already."),
+        ("run: &a {seed: 1}", ", line 1, column 6: anchors and aliases are not read here."),
+        ("run: *a", ", line 1, column 6: anchors and aliases are not read here."),
+        ("run: !!python/object:os.system {}", ", line 1, column 6: the tag tag:yaml.org,2002:python/object:os.system"),
+        ("run:\n  seed: [1", ", line 2, column 11: expected ',' or ']'"),
+        ("{1: 2}", ", line 1, column 2: a key must be a text."),
+        ("a: 1\n---\nb: 2", ", line 2, column 1: "),
+        ("\x07", ": not YAML: "),
+        ("[" * 5000, ": nested too deeply."),
+        ("- 1", " must hold a mapping with some of: scenario, model, plugins, train, run."),
+        ("", " must hold a mapping"),
+        ("runn: {}", ": there is no section `runn`. Did you mean `run`?"),
+        ("run: 5", "`run` is 5; it must be a mapping of options to values."),
+        ("scenario: {name: 5}", "`scenario.name` is 5; it must be a text."),
+        ("plugins: ewc", "`plugins` is 'ewc'; it must be a mapping of names to options, or a list of names."),
+        (b"\xff\xfe\xff", " is not UTF-8 text (byte 0)."),
+        ("#" * 1_000_001, " is larger than 1,000,000 bytes."),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(file, content, sentence):
+    found = problems(yaml_file=file(content))
+    assert len(found) == 1
+    assert sentence in found[0]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert problems(yaml_file=tmp_path / "no.yaml") == [
+        f"The configuration {tmp_path / 'no.yaml'} cannot be read: No such file or directory."
+    ]
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1E5", 1e5),
+        ("-.5", -0.5),
+        ("1_000", 1000),
+        ("~", None),
+        ("", None),
+        ("true", True),
+        ("no", "no"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("'1e-3'", "1e-3"),
+        ("[100, 1e2]", [100, 100.0]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
+    ],
+)
+def test_values_are_those_of_yaml_1_2(text, value):
+    found = parse_yaml(text, "x")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("lr", [1e-05, 1e-300, 0.1 + 0.2, 1 / 3, 5e-324, 123456789.123])
+def test_a_written_configuration_resolves_to_itself(file, lr):
+    config = resolve(
+        scenario={"name": "permuted-digits", "limit": 5},
+        plugins=["joint"],
+        sets=["joint.form=cumulative", "run.device='1e-3'", "run.data_root='no'"],
+        train={"lr": lr, "milestones": [1.5], "schedule": "steps"},
+    )
+    again = resolve(yaml_file=file(to_yaml(config)))
+    assert again == config
+    assert again.train.lr == lr
+    assert to_yaml(again) == to_yaml(config)
+
+
+def test_the_folder_of_a_run_is_not_part_of_what_is_repeated(file):
+    config = resolve(run={"output": "here"})
+    assert config.run.output == "here"
+    assert resolve(yaml_file=file(to_yaml(config))).run.output is None
+
+
+def test_all_settings_are_documented():
+    assert all(f.description for kind in (TrainSettings, RunSettings) for f in kind.model_fields.values())

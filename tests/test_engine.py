@@ -1,0 +1,485 @@
+"""The loop against a hand-written one, every setting of the training, and what the engine refuses or survives."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import clframe
+from clframe import Arrays, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
+from clframe.errors import DataError, RunFailed, WrongUse
+
+TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
+
+
+class Seeing(Plugin):
+    """Keeps what a run was made of."""
+
+    name = "seeing"
+    observer = True
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.steps: list[int] = []
+        self.indices: list[Tensor] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.norms: list[float] = []
+        self.masks: list[Any] = []
+
+    @hookimpl
+    def before_run(self, run):
+        self.run = run
+        self.initial = {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.steps.append(0)
+        self.heads = run.model.blocks
+
+    @hookimpl
+    def after_step(self, run, batch):
+        self.rates.append(run.optimizer.param_groups[0]["lr"])
+        self.steps[-1] += 1
+        self.indices.append(batch.index)
+        self.optimizers.append(run.optimizer)
+        self.norms.append(float(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()))
+        mask = run.mask(batch.task)
+        self.masks.append(None if mask is None else mask.tolist())
+
+
+def learn(scenario: Any, *plugins: Plugin, train: dict[str, Any] | None = None, **run: Any) -> clframe.Results:
+    listeners = run.pop("listeners", ())
+    model = run.pop("model", "mlp-100")
+    return clframe.run(scenario, model, plugins, train={**TRAIN, **(train or {})}, run=run, listeners=listeners)
+
+
+# ----------------------------------------------------------------------------------------- right: against a plain loop
+
+
+@pytest.mark.parametrize("setting", ["class", "task", "domain"])
+def test_it_trains_and_evaluates_as_a_hand_written_loop_does(tiny, setting: str):
+    seeing = Seeing()
+    train = {"optimizer": "adam", "lr": 0.01, "epochs": 3, "clip": 1.0}
+    results = learn(tiny(setting=setting), seeing, train=train)
+    scenario = tiny(setting=setting)
+    weights = seeing.initial
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU())
+    net.load_state_dict(
+        dict(zip(net.state_dict(), [v for k, v in weights.items() if k.startswith("backbone")], strict=True))
+    )
+    head = nn.Linear(100, seeing.run.model.n_classes)
+    heads = [dict(block.state_dict()) for block in fresh_heads(seeing.run.model.blocks)]
+    head.load_state_dict({key: torch.cat([h[key] for h in heads]) for key in ("weight", "bias")})
+    order = iter(seeing.indices)
+    rows = []
+    for i, experience in enumerate(scenario):
+        seen = list(range(max(experience.classes) + 1))
+        active = list(experience.classes) if setting == "task" else seen
+        # a head grown later has seen no gradient before: Adam's state begins with the experience, so it is fresh anyway
+        optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=0.01)
+        at = {int(index): row for row, index in enumerate(experience.train.index)}
+        for _ in range(3 * math.ceil(len(experience.train) / 8)):
+            where = torch.tensor([at[int(index)] for index in next(order)])
+            x, y = experience.train.x[where].float() / 255, experience.train.y[where]
+            logits = head(net(x))[:, active]
+            loss = functional.cross_entropy(logits, y - active[0])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 1.0)
+            optimizer.step()
+        row = []
+        for j, other in enumerate(scenario):
+            if j > i and setting != "domain":
+                row.append(None)
+                continue
+            allowed = list(other.classes) if setting == "task" else seen
+            with torch.no_grad():
+                answer = head(net(other.test.x.float() / 255))[:, allowed].argmax(1) + allowed[0]
+            row.append((answer == other.test.y).sum().item() / len(answer))
+        rows.append(row)
+    assert results.accuracy[setting] == rows
+    final = [v for k, v in seeing.run.model.state_dict().items() if k.startswith("backbone")]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(final, net.state_dict().values(), strict=True))
+
+
+def fresh_heads(blocks: list[int]) -> list[nn.Linear]:
+    """The heads as a run of seed 0 draws them: from the seed and the size of the head before."""
+    heads = []
+    for k, size in enumerate(blocks):
+        torch.manual_seed(sum(blocks[:k]) + 1)
+        heads.append(nn.Linear(100, size))
+    return heads
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_gives_others(tiny):
+    first, again, other = Seeing(), Seeing(), Seeing()
+    a, b = learn(tiny(), first, seed=3), learn(tiny(), again, seed=3)
+    learn(tiny(), other, seed=4)
+    assert a.data == b.data
+    state, same, different = (s.run.model.state_dict() for s in (first, again, other))
+    assert all(torch.equal(state[k], same[k]) for k in state)
+    assert not any(torch.equal(state[k], different[k]) for k in state)
+
+
+def test_a_run_leaves_torch_as_it_was(tiny):
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    learn(tiny(), train={"threads": 2})
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+
+
+# --------------------------------------------------------------------------------------------------------------- joint
+
+
+def test_joint_training_of_one_experience_is_plain_training(tiny):
+    plain, joint = Seeing(), Seeing()
+    a = learn(tiny(experiences=1), plain)
+    b = clframe.run(tiny(experiences=1), "mlp-100", ["joint", joint], train=TRAIN)
+    assert a.accuracy == b.accuracy
+    state = joint.run.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in plain.run.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("train", "steps"), [({"epochs": 2}, 18), ({"epochs": None, "iterations": 5}, 15)])
+def test_joint_trains_once_with_the_iterations_of_all_experiences(tiny, train: dict[str, Any], steps: int):
+    seeing = Seeing()
+    results = clframe.run(tiny(), "mlp-100", ["joint", seeing], train={**TRAIN, **train})
+    assert seeing.steps == [0, 0, steps]
+    assert set(torch.cat(seeing.indices).tolist()) <= set(range(72))
+    rows = results.accuracy["class"]
+    assert rows[:2] == [[None] * 3] * 2
+    assert None not in rows[2]
+    assert results.measures["class"]["average_accuracy"] == pytest.approx(sum(rows[2]) / 3)
+    assert results.measures["class"]["forgetting"] is None
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_cumulative_joint_trains_after_each_experience_on_all_so_far(tiny, restart: bool):
+    starts: list[dict[str, Tensor]] = []
+
+    class Starts(Plugin):
+        name = "starts"
+        observer = True
+
+        @hookimpl
+        def extra_batch(self, run, batch):
+            if run.step == 0:
+                starts.append({k: v.clone() for k, v in run.model.state_dict().items()})
+
+    seeing = Seeing()
+    options = {"joint": {"form": "cumulative", "restart": restart}}
+    results = clframe.run(tiny(), "mlp-100", [options, Starts(), seeing], train=TRAIN)
+    assert seeing.steps == [3, 6, 9]
+    assert len(torch.cat(seeing.indices[-9:]).unique()) == 72
+    assert all(torch.equal(starts[0][k], starts[2][k]) == restart for k in starts[0])
+    assert [row.count(None) for row in results.accuracy["class"]] == [2, 1, 0]
+
+
+def test_joint_refuses_a_method_beside_it(tiny):
+    with pytest.raises(WrongUse, match="`joint` trains on all data and cannot run beside `ewc`"):
+        clframe.run(tiny(), plugins=["joint", "ewc"])
+    with pytest.raises(WrongUse, match=r"`joint.restart` needs `joint.form=cumulative`"):
+        clframe.run(tiny(), plugins=[{"joint": {"restart": True}}])
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_iterations_are_complete_batches_of_reshuffled_epochs(tiny):
+    seeing = Seeing()
+    learn(tiny(), seeing, train={"epochs": None, "iterations": 7, "batch_size": 10})
+    assert seeing.steps == [7, 7, 7]
+    assert all(len(index) == 10 for index in seeing.indices)
+    assert len(torch.cat(seeing.indices[:2]).unique()) == 20
+
+
+def test_epochs_meet_every_image_once(tiny):
+    seeing = Seeing()
+    learn(tiny(), seeing, train={"epochs": 2, "batch_size": 10})
+    assert [len(index) for index in seeing.indices[:6]] == [10, 10, 4] * 2
+    assert len(torch.cat(seeing.indices[:3]).unique()) == len(torch.cat(seeing.indices[3:6]).unique()) == 24
+
+
+def test_schedules_follow_their_formulas(tiny):
+    steps, cosine = Seeing(), Seeing()
+    learn(tiny(), steps, train={"epochs": 4, "schedule": "steps", "milestones": [1, 3], "factor": 0.5})
+    assert steps.rates[:12] == pytest.approx([0.05] * 3 + [0.025] * 6 + [0.0125] * 3)
+    assert steps.rates[12] == 0.05  # each experience begins anew
+    learn(tiny(), cosine, train={"epochs": 4, "schedule": "cosine"})
+    assert cosine.rates[:12] == pytest.approx([0.05 * 0.5 * (1 + math.cos(math.pi * s / 12)) for s in range(12)])
+
+
+def test_the_optimizer_is_new_for_each_experience_unless_kept(tiny):
+    new, kept = Seeing(), Seeing()
+    learn(tiny(), new, train={"optimizer": "adam"})
+    assert len({id(o) for o in new.optimizers}) == 3
+    learn(tiny(), kept, train={"optimizer": "adam", "keep_optimizer": True})
+    assert len({id(o) for o in kept.optimizers}) == 1
+    count = {name: int(kept.optimizers[-1].state[p]["step"]) for name, p in kept.run.model.named_parameters()}
+    assert count["head.0.weight"] == count["backbone.net.1.weight"] == 9
+    assert count["head.1.weight"] == 6
+    assert count["head.2.bias"] == 3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_optimizers_get_their_options(tiny, optimizer: str):
+    seeing = Seeing()
+    train = {"optimizer": optimizer, "weight_decay": 0.1, "head_lr": 0.2, "betas": [0.8, 0.9], "eps": 1e-7}
+    learn(tiny(), seeing, train={**train, "momentum": 0.9, "nesterov": True})
+    last = seeing.optimizers[-1]
+    assert type(last).__name__.lower() == optimizer
+    groups = {name: group for group in last.param_groups for name in group["names"]}
+    assert groups["head.0.weight"]["lr"] == 0.2
+    assert groups["backbone.net.1.weight"]["lr"] == 0.05
+    assert (groups["head.0.weight"]["weight_decay"], groups["head.0.bias"]["weight_decay"]) == (0.1, 0.0)
+    if optimizer == "sgd":
+        assert (last.param_groups[0]["momentum"], last.param_groups[0]["nesterov"]) == (0.9, True)
+    else:
+        assert (tuple(last.param_groups[0]["betas"]), last.param_groups[0]["eps"]) == ((0.8, 0.9), 1e-7)
+    learn(tiny(), seeing, train={"weight_decay": 0.1, "decay": "all"})
+    assert {group["weight_decay"] for group in seeing.optimizers[-1].param_groups} == {0.1}
+
+
+def test_gradients_are_clipped_by_default_and_not_where_it_is_0(tiny):
+    clipped, free = Seeing(), Seeing()
+    learn(tiny(), clipped, train={"clip": 0.01})
+    assert max(clipped.norms) <= 0.01 * (1 + 1e-4)
+    learn(tiny(), free)
+    assert max(free.norms) > 0.5
+    assert clframe.config.TrainSettings().clip == 1.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "logits", "blocks", "masks"),
+    [
+        ("class", None, [2, 2], [None, None]),
+        ("class", "seen", [2, 2], [None, None]),
+        ("class", "all", [2, 2, 2], [None, None]),
+        ("class", "current", [2, 2], [[True, True], [False, False, True, True]]),
+        ("task", None, [2, 2], [[[True, True]] * 8, [[False, False, True, True]] * 8]),
+        ("task", "seen", [2, 2], [None, None]),
+    ],
+)
+def test_which_logits_take_part(tiny, setting: str, logits: str | None, blocks: list[int], masks: list[Any]):
+    seeing = Seeing()
+    heads: list[list[int]] = []
+
+    class Heads(Plugin):
+        name = "heads"
+        observer = True
+
+        @hookimpl
+        def grow(self, run, experience):
+            heads.append(run.model.blocks)
+
+    results = learn(tiny(setting=setting), seeing, Heads(), train={"logits": logits})
+    assert heads[1] == blocks
+    assert [seeing.masks[0], seeing.masks[3]] == masks
+    words = results.data["readings"].get("task", "")
+    assert ("multi-head" in words) == (logits == "current" or (setting == "task" and logits is None))
+
+
+def test_unseen_classes_are_no_answer_and_later_tasks_are_evaluated_where_the_head_covers_them(tiny):
+    results = learn(tiny(), train={"logits": "all", "lr": 1e-6})
+    assert [row.count(None) for row in results.accuracy["class"]] == [2, 1, 0]
+    assert results.accuracy["class"][0][0] >= 0.25  # two classes, not six, to choose from
+    assert [row.count(None) for row in results.accuracy["task"]] == [0, 0, 0]
+    assert set(results.data["baseline"]) == {"task"}
+    assert results.measures["task"]["forward_transfer"] is not None
+    domain = learn(tiny(setting="domain"))
+    assert [row.count(None) for row in domain.accuracy["domain"]] == [0, 0, 0]
+    baseline, matrix = domain.data["baseline"]["domain"], domain.accuracy["domain"]
+    expected = ((matrix[0][1] - baseline[1]) + (matrix[1][2] - baseline[2])) / 2
+    assert domain.measures["domain"]["forward_transfer"] == pytest.approx(expected)
+
+
+def test_a_validation_share_is_held_out_by_the_seed(tiny, tmp_path: Path):
+    seeing = Seeing()
+    learn(tiny(), seeing, train={"val": 0.25}, output=str(tmp_path / "run"))
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    for experience, index in zip(split["experiences"], (seeing.indices[i : i + 3] for i in (0, 3, 6)), strict=True):
+        assert len(experience["val"]) == 6
+        assert not set(experience["val"]) & set(torch.cat(index).tolist())
+    assert seeing.steps == [3, 3, 3]
+
+
+def test_curves_within_experiences(tiny, tmp_path: Path):
+    learn(tiny(), train={"epochs": 3}, eval_every="epoch", output=str(tmp_path / "run"), tensorboard=False)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    within = [r for r in records if r["kind"] == "within" and r["reading"] == "class"]
+    assert [(r["experience"], r["epoch"]) for r in within] == [(i, e) for i in range(3) for e in range(3)]
+    rows = [r["rows"]["class"] for r in records if r["kind"] == "eval"]
+    assert [r["row"] for r in within if r["epoch"] == 2] == rows
+
+
+# -------------------------------------------------------------------------------------------------------- one's own parts
+
+
+class Doubling(nn.Module):
+    """A backbone of one's own."""
+
+    width = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((16,), 2.0))
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1) * self.scale
+
+
+def test_a_model_and_arrays_of_ones_own(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 3
+    x = torch.randn(60, 16, generator=generator) + 4 * functional.one_hot(y, 16)
+    arrays = Arrays("mine", x, y, x, y, ("a", "b", "c"), Transform(scale=1.0))
+    scenario = split_classes("mine", arrays, experiences=3, order=[2, 0, 1])
+    results = clframe.run(scenario, Doubling(), train={"epochs": 20, "lr": 0.05}, run={"output": str(tmp_path / "run")})
+    assert results.accuracy["task"][2] == [1.0, 1.0, 1.0]
+    trained = clframe.load(tmp_path / "run", model=Doubling())
+    assert trained.class_names == ("c", "a", "b")
+    assert (trained(x).argmax(1) == torch.tensor([1, 2, 0])[y]).float().mean() == pytest.approx(
+        sum(results.accuracy["class"][2]) / 3
+    )
+    with pytest.raises(DataError, match="model `Doubling` of this run is an object"):
+        clframe.load(tmp_path / "run")
+    with pytest.raises(WrongUse, match="cannot be a backbone"):
+        clframe.run(scenario, nn.Linear(2, 2))
+
+
+def test_a_domain_scenario_of_ones_own(tiny_arrays):
+    scenario = change_domains("turned", tiny_arrays(), lambda i, x: x.rot90(i, (2, 3)), experiences=3)
+    results = clframe.run(scenario, "mlp-100", train={"epochs": 30, "lr": 0.01})
+    assert results.accuracy["domain"][2][2] > 0.9
+    assert results.data["setting"] == "domain"
+
+
+# ---------------------------------------------------------------------------------------------------- refusals, bad luck
+
+
+def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
+    class Exemplars(Plugin):
+        name = "exemplars"
+
+        @hookimpl
+        def extra_data(self, run, experience):
+            return rows(4) if experience.index else None
+
+    with pytest.raises(
+        WrongUse, match="Label 0 in the training data of experience 1 is masked by `train.logits=current`"
+    ):
+        learn(tiny(), Exemplars(), train={"logits": "current"})
+
+    class Replay(Plugin):
+        name = "replay"
+
+        @hookimpl
+        def extra_batch(self, run, batch):
+            return run.batch(rows(2)) if run.experience.index else None
+
+    with pytest.raises(WrongUse, match="Label 0 in what `replay` adds to a batch of experience 1 is masked"):
+        learn(tiny(), Replay(), train={"logits": "current"})
+    with pytest.raises(WrongUse, match=r"`train.logits=own` needs tasks"):
+        learn(tiny(setting="domain"), train={"logits": "own"})
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny, tmp_path: Path, clip: float):
+    class Exploding(Plugin):
+        name = "exploding"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            scale = math.nan if run.experience.index == 1 and run.step == 1 else 0.0
+            return {"exploding/term": outputs.logits.sum() * scale}
+
+    with pytest.raises(RunFailed, match=r"loss term `exploding/term` became infinite or not a number in experience 1"):
+        learn(tiny(), Exploding(), train={"clip": clip}, output=str(tmp_path / "run"), tensorboard=False)
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [p.name for p in kept] == ["000001"]  # that of the end of experience 0: nothing broken was saved
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_an_infinite_gradient_is_named(tiny):
+    class Rooting(Plugin):
+        name = "rooting"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            return {"rooting": (outputs.logits.sum() * 0).sqrt()}
+
+    with pytest.raises(RunFailed, match="The gradient became infinite"):
+        learn(tiny(), Rooting(), train={"clip": 1.0})
+
+
+def test_a_device_that_is_not_there_is_refused(tiny):
+    if not torch.cuda.is_available():
+        with pytest.raises(WrongUse, match="`run.device` is 'cuda', but torch finds no CUDA device"):
+            learn(tiny(), device="cuda")
+    with pytest.raises(WrongUse, match="choices: auto, cpu, cuda"):
+        learn(tiny(), device="abacus")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tiny, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        learn(tiny(), output=str(tmp_path / "file" / "run"))
+
+
+def test_memory_that_runs_out_is_told_in_one_sentence(tiny):
+    class Hungry(Plugin):
+        name = "hungry"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RunFailed, match=r"Out of memory on cpu in experience 0: a smaller `train.batch_size`"):
+        learn(tiny(), Hungry())
+
+
+def test_an_experience_without_images_is_refused(tiny):
+    full = tiny()
+
+    def load(i: int, part: Any) -> clframe.ImageData:
+        return full._load(i, part).rows(slice(0, 0)) if part == "train" and i == 1 else full._load(i, part)
+
+    scenario = Scenario("holey", "class", full.classes, full.class_names, full.input_shape, load)
+    with pytest.raises(DataError, match="Experience 1 of `holey` has no training images"):
+        learn(scenario)
+
+
+def test_results_say_what_they_are(tiny, tmp_path: Path):
+    results = learn(tiny(), output=str(tmp_path / "run"), seed=5)
+    data = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert data == results.data
+    assert (data["scenario"], data["setting"], data["plugins"], data["seed"]) == ("tiny", "class", [], 5)
+    assert data["test_images"] == [8, 8, 8]
+    measure = data["measures"]["class"]["forgetting"]
+    assert set(measure) == {"value", "formula", "source"}
+    assert set(data["calibration"]["class"]) == {"ece", "nll", "confident_errors"}
+    found = {p.name for p in (tmp_path / "run").iterdir()} - {".lock"}
+    assert found == {
+        "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.json", "model.safetensors",
+        "predictions.safetensors", "results.json", "split.json", "tensorboard", "timings.json",
+    }  # fmt: skip
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["data_sha256"] == tiny().checksum
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert [e["images"] for e in timings["experiences"]] == [24, 24, 24]
+
+
+def test_storage_is_what_the_method_keeps(tiny):
+    results = clframe.run(tiny(), "mlp-100", ["ewc"], train=TRAIN)
+    net = 16 * 100 + 100 + 100 * 100 + 100 + 6 * 100 + 6
+    assert results.data["storage"]["ewc"]["parameters"] >= 2 * net
+    assert results.data["storage"]["ewc"]["bytes"] == pytest.approx(4 * 2 * net, rel=0.01)

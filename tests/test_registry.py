@@ -1,0 +1,361 @@
+import sys
+
+import pytest
+
+from clframe import Plugin, RunFailed, WrongUse, hookimpl, registry
+from clframe.config import RunSettings
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a package of one module, with its metadata, on the path."""
+    modules = []
+
+    def put(package, source, **groups):
+        module = package.replace("-", "_")
+        folder = tmp_path / package
+        info = folder / f"{module}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(source)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\nSummary: About {package}\n"
+        )
+        lines = [f"[clframe.{group}]\n" + "".join(f"{k} = {v}\n" for k, v in e.items()) for group, e in groups.items()]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        monkeypatch.syspath_prepend(folder)
+        modules.append(module)
+        return info
+
+    yield put
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+PLUGIN = """
+from clframe import Plugin, hookimpl
+
+class Noise(Plugin):
+    '''Adds noise
+    to gradients.
+
+    More of it.
+    '''
+
+    def __init__(self, scale: float = 0.1) -> None:
+        self.scale = scale
+
+    @hookimpl
+    def after_backward(self, run):
+        pass
+
+def build(*, limit: int = 3):
+    return limit
+
+number = 5
+instance = Noise()
+"""
+
+
+def refusal(call, *arguments):
+    with pytest.raises(WrongUse) as caught:
+        call(*arguments)
+    return "\n".join(caught.value.problems)
+
+
+# names
+
+
+def test_built_ins_come_by_entry_points():
+    assert {"ewc", "joint", "tensorboard"} <= set(registry.names("plugin"))
+    assert {"split-digits", "permuted-digits", "split-cifar"} <= set(registry.names("scenario"))
+    assert {"mlp", "resnet32", "torchvision"} <= set(registry.names("model"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "sentence"),
+    [
+        ("plugin", "join", "There is no plugin `join`. Did you mean `joint`?"),
+        ("scenario", "split-digit", "There is no scenario `split-digit`. Did you mean `split-digits`?"),
+        ("model", "resnet-32", "There is no model `resnet-32`. Did you mean `resnet32`?"),
+        ("model", "mlp:wide", "The model `mlp` has no variants: leave out `:wide`."),
+        ("model", "torchvision", "The model `torchvision` needs a variant: write `torchvision:VARIANT`."),
+        *(
+            ("plugin", name, f"A plugin cannot be called `{name}`: `--set {name}.x=...` means something else.")
+            for name in ("train", "scenario", "model", "run")
+        ),
+    ],
+)
+def test_a_wrong_name_is_refused(kind, name, sentence):
+    call = registry.plugin_class if kind == "plugin" else lambda name: registry.builder(kind, name)
+    assert refusal(call, name) == sentence
+
+
+def test_a_name_like_nothing_lists_the_choices():
+    assert "Choices: cnn-small, mlp, mlp-100, " in refusal(registry.builder, "model", "zzzzzz")
+
+
+def test_a_plugin_file_without_entry_point_asks_to_reinstall(tmp_path, monkeypatch):
+    import clframe.plugins
+
+    (tmp_path / "brand_new.py").write_text("")
+    monkeypatch.setattr(clframe.plugins, "__path__", [str(tmp_path)])
+    sentence = refusal(registry.plugin_class, "brand-new")
+    assert sentence.startswith("There is no plugin `brand-new`. ")
+    assert sentence.endswith("brand_new.py exists but is not registered: reinstall with `pip install -e .`")
+
+
+# third parties
+
+
+def test_a_third_party_is_listed_without_being_imported_and_built_by_name(install):
+    install("acme-noise", PLUGIN, plugins={"noise": "acme_noise:Noise"}, scenarios={"acme": "acme_noise:build"})
+    offer = next(o for o in registry.offers("plugin") if o.name == "noise")
+    assert (offer.package, offer.version, offer.description) == ("acme-noise", "1.2", "Adds noise to gradients.")
+    assert next(o for o in registry.offers("scenario") if o.name == "acme").description == "About acme-noise"
+    assert "acme_noise" not in sys.modules
+    plugin = registry.build_plugin("noise", {"scale": 0.5})
+    assert (plugin.name, plugin.scale, plugin.options) == ("noise", 0.5, {"scale": 0.5})
+    assert refusal(registry.build_plugin, "noise", {"scal": 1}).startswith("`noise.scal` is not an option of `noise`")
+
+
+def test_a_package_that_cannot_be_imported_is_named_and_breaks_nobody_else(install):
+    install("broken", "'''Docs'''\nimport nonsense_module\nclass P: '''A plugin.'''", plugins={"bad": "broken:P"})
+    install("exits", "raise SystemExit(3)", plugins={"bye": "exits:P"})
+    install("unparsable", "class P(:", plugins={"odd": "unparsable:P"})
+    install("garbled", "", plugins={"x": "garbled:P"}).joinpath("entry_points.txt").write_text("[a\nno equals")
+    install("gone", "", plugins={"moved": "elsewhere.deep:P"})
+    described = {offer.name: offer.description for offer in registry.offers("plugin")}
+    assert described["bad"] == "A plugin."
+    assert described["odd"] == "About unparsable"
+    assert described["moved"] == "About gone"
+    assert "ewc" in described
+    assert registry.plugin_class("joint").name == "joint"
+    assert refusal(registry.plugin_class, "bad") == (
+        "The plugin `bad` of package `broken` cannot be imported (ModuleNotFoundError: No module named "
+        "'nonsense_module'); repair or uninstall `broken`."
+    )
+    assert "package `exits` cannot be imported (SystemExit: 3)" in refusal(registry.plugin_class, "bye")
+    assert "(SyntaxError: " in refusal(registry.plugin_class, "odd")
+
+
+def test_two_packages_with_one_name_are_both_named(install):
+    install("first-pkg", PLUGIN, plugins={"noise": "first_pkg:Noise"})
+    install("second-pkg", PLUGIN, plugins={"noise": "second_pkg:Noise"})
+    assert refusal(registry.plugin_class, "noise") == (
+        "The plugin `noise` is offered by the packages `first-pkg` and `second-pkg`; uninstall one of them."
+    )
+    assert registry.plugin_class("joint").name == "joint"
+
+
+@pytest.mark.parametrize("what", ["number", "instance", "build"])
+def test_what_is_no_plugin_class_is_refused(install, what):
+    install("acme", PLUGIN, plugins={"thing": f"acme:{what}"})
+    sentence = refusal(registry.plugin_class, "thing")
+    assert sentence.startswith("The plugin `thing` of package `acme` is ")
+    assert sentence.endswith("which is not a class that derives from `clframe.Plugin`.")
+
+
+def test_a_class_with_another_name_than_its_entry_point_is_refused(install):
+    source = "from clframe import Plugin\nclass A(Plugin):\n    name = 'a'\n"
+    install("acme", source, plugins={"b": "acme:A"})
+    assert "calls itself `a` in its class; the two names must be the same." in refusal(registry.plugin_class, "b")
+
+
+def test_a_third_party_that_raises_is_blamed(install):
+    source = "def build(x: int = 1):\n    return 1 / 0\ndef other():\n    return 5\nthing = 5"
+    install("acme", source, scenarios={"bad": "acme:build", "odd": "acme:other", "thing": "acme:thing"})
+    with pytest.raises(RunFailed, match="scenario `bad` of package `acme` failed: ZeroDivisionError"):
+        registry.build_scenario({"name": "bad"}, RunSettings())
+    assert "built 5, not a `Scenario`" in refusal(registry.build_scenario, {"name": "odd"}, RunSettings())
+    assert "is 5, which cannot be called" in refusal(registry.builder, "scenario", "thing")
+
+
+# building
+
+
+def test_data_root_and_seed_are_filled_from_the_run(install, tmp_path):
+    source = """
+import torch
+from clframe import Arrays, split_classes
+calls = []
+def build(data_root, *, seed: int | None = None, size: int = 2):
+    calls.append((str(data_root), seed, size))
+    x, y = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 3])
+    return split_classes("acme", Arrays("a", x, y, x, y, tuple("abcd")), experiences=2)
+"""
+    install("acme", source, scenarios={"acme": "acme:build"})
+    run = RunSettings(seed=7, data_root=str(tmp_path))
+    assert len(registry.build_scenario({"name": "acme", "size": 3}, run)) == 2
+    registry.build_scenario({"name": "acme", "seed": 5}, run)
+    assert sys.modules["acme"].calls == [(str(tmp_path), 7, 3), (str(tmp_path), 5, 2)]
+
+
+def test_a_backbone_is_built_for_the_images():
+    built = registry.build_backbone({"name": "mlp", "hidden": [6, 5]}, [1, 2, 2])
+    assert (built.width, sum(p.numel() for p in built.parameters())) == (5, 4 * 6 + 6 + 6 * 5 + 5)
+    assert (
+        refusal(registry.build_backbone, {"name": "mlp", "hiden": [1]}, [1, 2, 2])
+        == "`model.hiden` is not an option of the model `mlp`. Did you mean `hidden`?"
+    )
+
+
+def test_a_variant_reaches_the_builder(install):
+    source = (
+        "import torch\ndef build(input_shape, variant, *, n: int = 1):\n    return torch.nn.Linear(n, int(variant))"
+    )
+    install("acme", source, backbones={"acme": "acme:build"})
+    built = registry.build_backbone({"name": "acme:7", "n": 3}, [1])
+    assert (built.in_features, built.out_features) == (3, 7)
+
+
+# the manager
+
+
+class Base(Plugin):
+    name = "base"
+
+
+class First(Base):
+    name = "first"
+
+    @hookimpl
+    def penalty(self, run):
+        return {"first": 1}
+
+    @hookimpl
+    def base_loss(self, batch):
+        return 1
+
+
+class Second(Base):
+    name = "second"
+
+    @hookimpl
+    def penalty(self):
+        return {"second": 2}
+
+
+class Owner(Base):
+    name = "owner"
+
+    @hookimpl
+    def base_loss(self):
+        return 2
+
+    @hookimpl
+    def predictor(self):
+        return None
+
+
+class Wrapped(Base):
+    name = "wrapped"
+
+    @hookimpl(wrapper=True)
+    def base_loss(self):
+        return (yield)
+
+
+class Renamed(Base):
+    name = "renamed"
+
+    @hookimpl(specname="predictor")
+    def answer(self, run):
+        return None
+
+
+class Hates(Base):
+    name = "hates"
+    conflicts = ("first", "absent")
+
+
+class Nameless(Plugin):
+    pass
+
+
+def test_the_first_named_is_called_first():
+    one, two = First(), Second()
+    assert registry.manager([one, two]).hook.penalty(run=None, batch=None, outputs=None) == [
+        {"first": 1},
+        {"second": 2},
+    ]
+    made = registry.manager([two, one])
+    assert made.hook.penalty(run=None, batch=None, outputs=None) == [{"second": 2}, {"first": 1}]
+    assert made.get_plugin("first") is one
+    assert registry.manager([]).get_plugins() == set()
+
+
+def test_two_owners_are_refused_and_both_named():
+    assert refusal(registry.manager, [First(), Second(), Owner()]) == (
+        "`base_loss` is answered by `first` and `owner`; a run can have only one of them."
+    )
+    assert "`predictor` is answered by `owner` and `renamed`" in refusal(registry.manager, [Owner(), Renamed()])
+    registry.manager([First(), Wrapped()])
+
+
+def test_declared_conflicts_and_repeats_are_refused_together():
+    assert refusal(registry.manager, [Hates(), First(), First()]).splitlines() == [
+        "The plugin `first` is in the run twice; name it once.",
+        "The plugin `hates` cannot run beside `first`; leave out one of them.",
+    ]
+    registry.manager([Hates(), Second()])
+
+
+def test_what_is_no_plugin_instance_is_refused():
+    assert refusal(registry.manager, [First]) == "`First` is a class; give a plugin built from it: `First()`."
+    assert refusal(registry.manager, [5]) == "5 is not a plugin: its class does not derive from `clframe.Plugin`."
+
+
+def test_a_plugin_without_a_name_is_called_as_its_class():
+    assert registry.manager([Nameless()]).get_plugin("Nameless").name == "Nameless"
+
+
+def unmarked(self, run): ...
+
+
+@hookimpl
+def marked(self): ...
+
+
+@hookimpl
+def with_strange_argument(self, run, batchh): ...
+
+
+@hookimpl
+def with_default(self, run, batch=None): ...
+
+
+@hookimpl
+def with_rest(self, **rest): ...
+
+
+@hookimpl(hookwrapper=True)
+def old_wrapper(self):
+    yield
+
+
+@pytest.mark.parametrize(
+    ("attributes", "sentence"),
+    [
+        ({"penalty": unmarked}, "`penalty` of plugin `odd` is named like a hook but lacks the mark: put `@hookimpl`"),
+        (
+            {"penalti": marked},
+            "`penalti` of plugin `odd` is marked as a hook, but there is no hook `penalti`. Did you mean",
+        ),
+        (
+            {"penalty": with_strange_argument},
+            "takes `batchh`, which the hook `penalty` does not give. Did you mean `batch`?",
+        ),
+        ({"penalty": with_default}, "`penalty` of plugin `odd` gives its argument `batch` a default; hooks have none."),
+        ({"penalty": with_rest}, "takes `rest`, which the hook `penalty` does not give."),
+        ({"penalty": old_wrapper}, "`penalty` of plugin `odd` is an old-style wrapper: use `@hookimpl(wrapper=True)`."),
+        ({"state": ("anchor")}, "`state` of plugin `odd` is a text; it must be a tuple of names."),
+        ({"name": "train"}, "A plugin cannot be called `train`"),
+    ],
+)
+def test_a_mistake_in_a_class_is_refused(attributes, sentence):
+    assert sentence in refusal(registry.manager, [type("Odd", (Plugin,), {"name": "odd", **attributes})()])
+
+
+def test_hooks_of_a_class_are_in_the_order_of_calling():
+    assert registry.hooks_of(Owner) == ["base_loss", "predictor"]
+    assert registry.hooks_of(Renamed) == ["predictor"]

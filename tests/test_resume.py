@@ -1,0 +1,312 @@
+"""A run that is stopped anywhere, and resumed, ends with the same results to the last bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import clframe
+from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, checkpoint, hookimpl, snapshot
+from clframe.engine import Engine
+from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
+
+TRAIN = {
+    "epochs": 2,
+    "batch_size": 10,
+    "optimizer": "adam",
+    "lr": 0.01,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "keep_optimizer": True,
+}
+
+
+class Busy(Plugin):
+    """Uses every kind of state that a plugin can have, and every hook that a resume must not call twice."""
+
+    name = "busy"
+    state = ("values", "teacher", "net", "optimizer", "partial", "count")
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {"list": [], "tuple": (1, 2.5, None, "x"), 3: True}
+        self.teacher: IncrementalNet | None = None
+        self.partial = torch.zeros(2)
+        self.count = 0
+
+    @hookimpl
+    def before_run(self, run):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.net = nn.Linear(2, 2)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+
+    @hookimpl
+    def grow(self, run, experience):
+        run.model.register_parameter(f"scale{experience.index}", nn.Parameter(torch.ones(())))
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.count += 1
+        run.model.head[0].requires_grad_(experience.index == 0)
+
+    @hookimpl
+    def extra_data(self, run, experience):
+        shape = (4, *run.scenario.input_shape)
+        x = torch.randint(0, 255, shape, generator=run.rng("busy"), dtype=torch.uint8)
+        return ImageData(x, torch.arange(4) % 2, targets={"score": torch.rand(4, 2, generator=run.rng("busy"))})
+
+    @hookimpl
+    def phases(self, run, experience):
+        return [Phase("warm", iterations=2, only=("head.*",)), Phase("tune", "after", iterations=1, lr=0.1)]
+
+    @hookimpl
+    def penalty(self, run, batch, outputs):
+        noise = torch.rand(1, generator=run.rng("noise")).item()
+        scale = getattr(run.model, f"scale{run.experience.index}")
+        terms = {"busy/scale": (scale - noise) ** 2}
+        if self.teacher is not None:
+            old = self.teacher(batch.x).logits
+            terms["busy/teach"] = (old - outputs.logits[:, : old.shape[1]]).pow(2).mean()
+        return terms
+
+    @hookimpl
+    def after_step(self, run, batch):
+        self.optimizer.zero_grad()
+        self.net(torch.ones(2)).pow(2).sum().backward()
+        self.optimizer.step()
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        self.teacher = snapshot(run.model)
+        ticks = run.ticks("work", 3, resumable=True)
+        if ticks.start == 0:
+            self.partial = torch.zeros(2)
+        for _ in ticks:
+            self.partial = self.partial + torch.rand(2, generator=run.rng("busy"))
+        self.values["list"] = [*self.values["list"], self.partial, self.net.weight.detach().clone()]
+
+    @hookimpl
+    def after_run(self, run):
+        self.final: list[Tensor] = [*self.values["list"], torch.tensor(self.count)]
+
+
+class StopAt:
+    """Replaces `Engine.pause`: the signal arrives just before the k-th pause of the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.k, self.calls = 0, 0
+        original = Engine.pause
+
+        def pause(engine: Engine) -> None:
+            self.calls += 1
+            if self.calls == self.k:
+                engine.signal = signal.SIGTERM
+            original(engine)
+
+        monkeypatch.setattr(Engine, "pause", pause)
+
+    def at(self, k: int) -> None:
+        self.k, self.calls = k, 0
+
+
+def stream(tiny: Any) -> clframe.Scenario:
+    scenario = tiny(shape=(1, 8, 8))
+    scenario.transform = Transform(pad=1, flip=True, mean=(0.2,), std=(0.3,))
+    return scenario
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = ("results.json", "model.safetensors", "model.json", "predictions.safetensors", "split.json", "config.yaml")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_a_stop_at_any_point_changes_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop = StopAt(monkeypatch)
+    whole = Busy()
+    clframe.run(stream(tiny), "cnn-small", [whole], train=TRAIN, run={"output": str(tmp_path / "whole")})
+    pauses = stop.calls
+    assert pauses > 50
+    expected = files(tmp_path / "whole")
+    for k in range(1, pauses + 1, 6):
+        folder = tmp_path / f"stopped-{k}"
+        stop.at(k)
+        with pytest.raises(Interrupted, match=f"clframe resume {folder}"):
+            clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(folder)})
+        resumed = Busy()
+        stop.at(0)
+        clframe.resume(folder, scenario=stream(tiny), model=None, plugins=[resumed])
+        assert all(torch.equal(a, b) for a, b in zip(whole.final, resumed.final, strict=True)), k
+        assert files(folder) == expected, k
+
+
+def test_many_stops_of_one_run_change_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop = StopAt(monkeypatch)
+    clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(tmp_path / "whole")})
+    folder, stops = tmp_path / "stopped", 0
+    stop.at(7)
+    with pytest.raises(Interrupted):
+        clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(folder)})
+    while True:
+        stop.at(7)
+        stops += 1
+        try:
+            clframe.resume(folder, scenario=stream(tiny), plugins=[Busy()])
+        except Interrupted:
+            continue
+        break
+    assert stops > 6
+    assert files(folder) == files(tmp_path / "whole")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["experience"] for r in records if r["kind"] == "eval"] == [0, 1, 2]
+
+
+def test_a_trained_run_is_loaded_and_answers_as_it_was_evaluated(tiny, tmp_path: Path):
+    results = clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(tmp_path / "run")})
+    trained = clframe.load(tmp_path / "run", plugins=[Busy()])
+    saved = load_file(tmp_path / "run" / "predictions.safetensors")
+    for on, experience in enumerate(stream(tiny)):
+        scores = trained(experience.test.x)
+        assert torch.allclose(scores, saved[f"class/2/{on}"], atol=1e-6)
+        assert torch.equal(saved[f"labels/{on}"], experience.test.y)
+        correct = (scores.argmax(1) == experience.test.y).float().mean().item()
+        assert correct == results.accuracy["class"][2][on]
+        told = trained(experience.test.x, task=on)
+        assert (told.argmax(1) // 2 == on).all()
+    assert trained.class_names == tuple(f"class {c}" for c in range(6))
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was stopped twice, so that it has two checkpoints."""
+    stop = StopAt(monkeypatch)
+    folder = tmp_path / "stopped"
+    stop.at(8)
+    with pytest.raises(Interrupted):
+        clframe.run("split-digits", "mlp-100", ["ewc"], train={"iterations": 12}, run={"output": str(folder)})
+    stop.at(9)
+    with pytest.raises(Interrupted):
+        clframe.resume(folder)
+    stop.at(0)
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["000001", "000002"]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tree.json", "tensors.safetensors", "manifest.json"])
+def test_one_flipped_bit_is_noticed_and_the_older_checkpoint_used(stopped: Path, tmp_path: Path, name: str):
+    file = stopped / "checkpoints" / "000002" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    told: list[str] = []
+    clframe.resume(stopped, listeners=[lambda r: told.append(r["text"]) if r["kind"] == "message" else None])
+    assert len(told) == 1
+    assert "000002" in told[0]
+    assert "older checkpoint 000001 is used" in told[0]
+    whole = tmp_path / "whole"
+    clframe.run("split-digits", "mlp-100", ["ewc"], train={"iterations": 12}, run={"output": str(whole)})
+    assert (stopped / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_a_resume_without_a_good_checkpoint_never_starts_afresh(stopped: Path):
+    for path in (stopped / "checkpoints").glob("*/tensors.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="damaged.*never starts afresh"):
+        clframe.resume(stopped)
+    assert not (stopped / "results.json").exists()
+
+
+def test_a_checkpoint_that_holds_a_pickle_is_refused(stopped: Path):
+    torch.save({"a": 1}, stopped / "checkpoints" / "000002" / "optimizer.pt")
+    torch.save({"a": 1}, stopped / "checkpoints" / "000001" / "tensors.safetensors")
+    with pytest.raises(DataError, match=r"untrusted: it holds `optimizer.pt`"):
+        clframe.resume(stopped)
+
+
+def test_a_resume_of_a_finished_foreign_or_edited_run_is_refused(stopped: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is not a run folder"):
+        clframe.resume(tmp_path / "empty")
+    with pytest.raises(DataError, match="is not a run folder"):
+        clframe.resume(tmp_path / "missing")
+    config = stopped / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("seed: 0", "seed: 1"))
+    with pytest.raises(DataError, match=r"config.yaml was edited"):
+        clframe.resume(stopped)
+    config.write_text(before.replace("seed: 0", "seed: [0"))
+    with pytest.raises(DataError, match=r"config.yaml.*line"):
+        clframe.resume(stopped)
+    config.write_text(before)
+    clframe.resume(stopped)
+    with pytest.raises(DataError, match="is finished"):
+        clframe.resume(stopped)
+
+
+def test_another_environment_is_refused_unless_allowed(stopped: Path):
+    file = stopped / "environment.json"
+    changed = json.loads(file.read_text())
+    changed["torch"] = "1.0"
+    changed["threads"] = 77
+    file.write_text(json.dumps(changed))
+    with pytest.raises(DataError, match=r"torch was 1.0, is .*threads was 77, is 1.*--allow-env-change"):
+        clframe.resume(stopped)
+    clframe.resume(stopped, allow_env_change=True)
+    assert (stopped / "results.json").exists()
+
+
+def test_two_processes_cannot_work_on_one_folder(stopped: Path):
+    from filelock import FileLock
+
+    with FileLock(stopped / ".lock", is_singleton=False), pytest.raises(DataError, match="Another process"):
+        clframe.resume(stopped)
+
+
+def test_a_run_folder_that_exists_is_refused_and_left_alone(stopped: Path):
+    before = sorted(stopped.rglob("*"))
+    with pytest.raises(WrongUse, match=f"clframe resume {stopped}"):
+        clframe.run("split-digits", run={"output": str(stopped)})
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(stopped: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(RunFailed, match="No space left on device.*last good checkpoint is kept"):
+            clframe.resume(stopped)
+    assert [p.name for p in sorted((stopped / "checkpoints").iterdir())] == ["000001", "000002"]
+    clframe.resume(stopped)
+    assert (stopped / "results.json").exists()
+
+
+def test_objects_of_python_must_be_given_again(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop = StopAt(monkeypatch)
+    stop.at(9)
+    with pytest.raises(Interrupted):
+        clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(tmp_path / "run")})
+    stop.at(0)
+    with pytest.raises(DataError, match="scenario `tiny` of this run is an object of a Python program"):
+        clframe.resume(tmp_path / "run")
+    with pytest.raises(DataError, match="plugin `busy` of this run"):
+        clframe.resume(tmp_path / "run", scenario=stream(tiny))
+
+
+def test_changed_data_is_noticed(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop = StopAt(monkeypatch)
+    stop.at(9)
+    with pytest.raises(Interrupted):
+        clframe.run(stream(tiny), "cnn-small", train=TRAIN, run={"output": str(tmp_path / "run")})
+    stop.at(0)
+    other = stream(tiny)
+    other.checksum = "0" * 64
+    with pytest.raises(DataError, match="data of `tiny` is not what the run"):
+        clframe.resume(tmp_path / "run", scenario=other)
