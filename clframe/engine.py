@@ -117,9 +117,7 @@ class Engine:
         self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
         self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
         self.replay_checked = False
-        self.watch: dict[
-            str, Tensor
-        ] = {}  # 0 for each loss term and the gradient; not a number once one was not finite
+        self.bad_steps: dict[tuple[str, ...], Tensor] = {}  # see `watch_finite`
         self.signal = 0
         self.in_step_since = self.last_save = self.last_pulse = time.monotonic()
         self.images_since = 0
@@ -268,16 +266,16 @@ class Engine:
         if run.optimizer is not None:
             run.optimizer.zero_grad()
         if self.two_backwards:
-            terms["base"].backward(retain_graph=len(terms) > 1)  # type: ignore[no-untyped-call]
+            terms["base"].backward(retain_graph=len(terms) > 1)
             run.task_gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
             rest = [term for name, term in terms.items() if name != "base"]
             if rest:
-                torch.stack(rest).sum().backward()  # type: ignore[no-untyped-call]
+                torch.stack(rest).sum().backward()
         else:
             total = terms["base"]
             for name, term in terms.items():
                 total = total if name == "base" else total + term
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
         run.losses = {name: term.detach() for name, term in terms.items()}
 
     def update(self) -> None:

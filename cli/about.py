@@ -90,6 +90,6 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
 
 
 def _description(documented: object) -> str:
-    """The docstring up to its options, in one paragraph."""
+    """The docstring up to its options."""
     doc = inspect.getdoc(documented) or "no description"
-    return " ".join(doc.partition("\nOptions:\n")[0].split())
+    return doc.partition("\nOptions:\n")[0].strip()

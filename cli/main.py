@@ -25,13 +25,12 @@ BUG = 70
 app = typer.Typer(
     help="Continual learning with methods you can install, compose and trust.",
     epilog="First steps: clframe run --scenario permuted-digits --plugin ewc",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it reads the same in a pipe, and in a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plugins_app = typer.Typer(help="Methods that a run can name with --plugin.", no_args_is_help=True)
-scenarios_app = typer.Typer(help="Scenarios that a run can name with --scenario.", no_args_is_help=True)
+plugins_app = typer.Typer(help="Methods that a run can name with --plugin.")
+scenarios_app = typer.Typer(help="Scenarios that a run can name with --scenario.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(scenarios_app, name="scenarios")
 
@@ -128,7 +127,7 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn a scenario, experience after experience, and print how much of it is remembered."""
+    """Learn a scenario and print how much of it is remembered."""
     from clframe.config import resolve, to_yaml
 
     resolved = resolve(
@@ -171,7 +170,7 @@ def resume(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with a run after a crash, a kill or Ctrl-C, to the same figures."""
+    """Go on with a run that was stopped, to the same figures."""
     from clframe.api import resume as go_on
 
     _shown(lambda listeners: go_on(folder, allow_env_change=allow_env_change, listeners=listeners), quiet, json)
@@ -179,7 +178,7 @@ def resume(
 
 @app.command()
 def doctor(data_root: DataRoot = None, json: Json = False) -> None:
-    """Check the installation: versions, device, free disk, data, plugins that cannot be imported."""
+    """Check versions, device, disk, data and plugins."""
     from clframe.cli.doctor import examine, report
 
     found = examine(data_root)
@@ -191,13 +190,15 @@ def doctor(data_root: DataRoot = None, json: Json = False) -> None:
 
 @plugins_app.command("list")
 def list_plugins(json: Json = False) -> None:
-    """List all plugins, of other packages too; nothing of them is imported."""
+    """List all plugins; nothing of them is imported."""
     _list("plugin", json)
 
 
 @plugins_app.command("show")
-def show_plugin(name: Annotated[str, typer.Argument(autocompletion=_completed("plugin"))], json: Json = False) -> None:
-    """Show what a plugin does, its options and its hooks."""
+def show_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("plugin"))], json: Json = False
+) -> None:
+    """Show a plugin, its options and its hooks."""
     from clframe.cli.about import about_plugin
 
     about_plugin(name, json)
@@ -205,17 +206,17 @@ def show_plugin(name: Annotated[str, typer.Argument(autocompletion=_completed("p
 
 @scenarios_app.command("list")
 def list_scenarios(json: Json = False) -> None:
-    """List all scenarios, of other packages too; nothing of them is imported."""
+    """List all scenarios; nothing of them is imported."""
     _list("scenario", json)
 
 
 @scenarios_app.command("show")
 def show_scenario(
-    name: Annotated[str, typer.Argument(autocompletion=_completed("scenario"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("scenario"))],
     data_root: DataRoot = None,
     json: Json = False,
 ) -> None:
-    """Show what a scenario brings, its options and what suits it; nothing is downloaded."""
+    """Show a scenario and its options; nothing is downloaded."""
     from clframe.cli.about import about_scenario
 
     about_scenario(name, data_root, json)
@@ -226,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    if given in ([], ["plugins"], ["scenarios"]):
+        given.append("--help")
     try:
         code = 0
         if given[:1] == ["--version"]:
@@ -233,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given[:2] in (["plugins", "list"], ["scenarios", "list"]) and set(given[2:]) <= {"--json"}:
             _list("plugin" if given[0] == "plugins" else "scenario", "--json" in given)  # typer takes twice the time
         else:
-            code = app(args=given or ["--help"], prog_name="clframe", standalone_mode=False) or 0
+            code = app(args=given, prog_name="clframe", standalone_mode=False) or 0
         if code == INTERRUPTED:
             show.note("Interrupted.")
         sys.stdout.flush()

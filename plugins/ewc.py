@@ -15,7 +15,7 @@ from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
     from clframe.data import Experience
-    from clframe.engine import Run
+    from clframe.context import Run
 
 
 class EWC(Plugin):

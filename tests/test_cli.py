@@ -325,6 +325,8 @@ def test_tables_on_a_terminal(capsys, monkeypatch):
 
 
 def test_help_version_and_no_arguments(capsys):
+    assert main(["plugins"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: clframe plugins [OPTIONS] COMMAND")
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
         out = capsys.readouterr().out

@@ -115,7 +115,9 @@ def test_a_third_party_is_listed_without_being_imported_and_built_by_name(instal
     assert "acme_noise" not in sys.modules
     plugin = registry.build_plugin("noise", {"scale": 0.5})
     assert (plugin.name, plugin.scale, plugin.options) == ("noise", 0.5, {"scale": 0.5})
-    assert refusal(registry.build_plugin, "noise", {"scal": 1}).startswith("`noise.scal` is not an option of `noise`")
+    assert refusal(registry.build_plugin, "noise", {"scal": 1}).startswith(
+        "`noise.scal` is not an option of the plugin `noise`"
+    )
 
 
 def test_a_package_that_cannot_be_imported_is_named_and_breaks_nobody_else(install):
