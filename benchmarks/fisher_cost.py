@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,20 @@ def batch_mean(model: IncrementalNet, sums: dict[str, Tensor], x: Tensor, y: Ten
         total.addcmul_(gradient, gradient)
 
 
+def one_pass(way: str, model: IncrementalNet, images: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+    """All `images`, in batches, in the way named."""
+    sums = zeros_for(dict(model.named_parameters()))
+    gradients = GradientSums(model, sums)
+    generator = torch.Generator().manual_seed(0)
+    for x, y in zip(images, labels, strict=True):
+        if way == BATCH_MEAN:
+            batch_mean(model, sums, x, y)
+        else:
+            gradients.add(x, None, partial(label_cotangents, labels=way, y=y, generator=generator))
+    if images[0].is_cuda:
+        torch.cuda.synchronize()
+
+
 def measure(repetitions: int = 9, images: int = 512, device: str = "cpu") -> list[dict[str, object]]:
     """One row for each model and way: median seconds for `images` images, and the ratio to the batch mean's.
 
@@ -51,27 +66,12 @@ def measure(repetitions: int = 9, images: int = 512, device: str = "cpu") -> lis
         model = IncrementalNet(build(shape), [CLASSES]).to(device)
         x = torch.randn(images, *shape, device=device)
         y = torch.randint(CLASSES, (images,), device=device)
-        generator = torch.Generator().manual_seed(0)
-
-        def one_pass(way: str) -> None:
-            sums = zeros_for(dict(model.named_parameters()))
-            statistics_of_gradients = GradientSums(model, sums)
-            for part_x, part_y in zip(x.split(batch_size), y.split(batch_size), strict=True):
-                if way == BATCH_MEAN:
-                    batch_mean(model, sums, part_x, part_y)
-                else:
-                    statistics_of_gradients.add(
-                        part_x, None, lambda logits: label_cotangents(logits, way, y=part_y, generator=generator)
-                    )
-            if device != "cpu":
-                torch.cuda.synchronize()
-
         ways = (BATCH_MEAN, *RULES)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for repetition in range(repetitions + 1):
             for way in ways:
                 began = time.perf_counter()
-                one_pass(way)
+                one_pass(way, model, x.split(batch_size), y.split(batch_size))
                 if repetition:  # the first one warms up
                     seconds[way].append(time.perf_counter() - began)
         for way in ways:

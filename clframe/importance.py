@@ -7,6 +7,7 @@ where they mattered.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class GradientSums:
             elsewhere.
 
     Raises:
-        WrongUse: if a batch norm without running statistics makes samples depend on each other.
+        WrongUse: if samples depend on each other, by a batch norm without running statistics or otherwise.
     """
 
     def __init__(
@@ -95,13 +96,10 @@ class GradientSums:
                 logits, of losses that are sums over samples.
         """
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), evaluating(self._model):
-            if self._row_is_sample is None:
-                # a layer that is given one row for one sample, and B for B, is given samples as rows
-                with torch.no_grad(), self._recorded() as calls:
-                    self._model(x[:1], None if task is None else task[:1])
-                self._row_is_sample = {call.module for call in calls if call.rows == 1}
             with self._recorded() as calls:
                 logits = self._model(x, task).logits
+            if self._row_is_sample is None:
+                self._look_at_one(x[:1], None if task is None else task[:1], logits[:1])
             vectors = cotangents(logits.detach())
             if logits.requires_grad and vectors:
                 solved, rest = self._divide(calls, logits)
@@ -110,6 +108,20 @@ class GradientSums:
                 if rest:
                     del logits, calls, solved
                     self._add_rest(rest, x, task, torch.stack(list(vectors), dim=1))
+
+    @torch.no_grad()
+    def _look_at_one(self, x: Tensor, task: Tensor | None, among_others: Tensor) -> None:
+        """What the first sample alone tells of the network, given its logits among others."""
+        with self._recorded() as calls:
+            alone = self._model(x, task).logits
+        # a layer that is given one row for one sample, and B for B, is given samples as rows
+        self._row_is_sample = {call.module for call in calls if call.rows == 1}
+        # far above what rounding (TF32 included) makes of a batch of another size
+        if (alone - among_others).abs().max() > 0.01 * alone.abs().max() + 1e-6:
+            raise WrongUse(
+                "Importance cannot be computed: in eval mode the network's logits of one image depend on the others of "
+                "its batch, so one image has no gradient of its own; make the backbone treat each image by itself."
+            )
 
     @contextmanager
     def _recorded(self) -> Iterator[list[_Call]]:
@@ -170,7 +182,9 @@ class GradientSums:
         """The same for `parameters` of any layer; `vectors` [B, K, C] holds the cotangents of each sample."""
         if self._vmap_works:
             try:
-                found = self._by_vmap(parameters, x, task, vectors)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
+                    found = self._by_vmap(parameters, x, task, vectors)
             except (RuntimeError, ValueError, NotImplementedError):
                 # not every module can go: one that reads values, or calls an operator without a batching rule
                 self._vmap_works = False

@@ -135,12 +135,14 @@ def plugin_class(name: str) -> type[Plugin]:
 
 def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
     """A new plugin with these options. Raises `WrongUse`."""
+    from clframe.options import validated
+
     offer, variant = find("plugin", name)
     found = plugin_class(name)
-    given = _with_variant(offer, found, variant) | dict(options)
+    # by parameter name: what is `lambda` outside is `lambda_` in the constructor
+    given = validated(found, options, offer.name, skip=("variant",), owner=f"the plugin `{name}`")
     with _blamed_on(offer):
-        # by parameter name: what is `lambda` outside is `lambda_` in the constructor
-        return found(**_options(found, given, offer.name, f"the plugin `{name}`"))
+        return found(**_with_variant(offer, found, variant), **given)
 
 
 def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]:

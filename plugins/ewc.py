@@ -14,8 +14,8 @@ from clframe.options import Count, NonNegative, Share
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
-    from clframe.data import Experience
     from clframe.context import Run
+    from clframe.data import Experience
 
 
 class EWC(Plugin):

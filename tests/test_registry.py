@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from clframe import Plugin, RunFailed, WrongUse, hookimpl, registry
-from clframe.config import RunSettings
+from clframe.config import RunSettings, resolve
 
 
 @pytest.fixture
@@ -199,6 +199,19 @@ def test_a_backbone_is_built_for_the_images():
         refusal(registry.build_backbone, {"name": "mlp", "hiden": [1]}, [1, 2, 2])
         == "`model.hiden` is not an option of the model `mlp`. Did you mean `hidden`?"
     )
+
+
+def test_a_plugin_gets_its_options_by_the_names_of_its_constructor_and_its_variant(install):
+    source = """
+from clframe import Plugin
+class Soft(Plugin):
+    def __init__(self, variant: str, lambda_: float = 1.0, data_root: str = "") -> None:
+        self.given = variant, lambda_, data_root
+"""
+    install("acme", source, plugins={"soft": "acme:Soft"})
+    assert registry.build_plugin("soft:er", {"lambda": 5, "data_root": "x"}).given == ("er", 5.0, "x")
+    assert resolve(plugins=["soft:er"]).plugins == {"soft:er": {"lambda": 1.0, "data_root": ""}}
+    assert refusal(registry.build_plugin, "soft", {}) == "The plugin `soft` needs a variant: write `soft:VARIANT`."
 
 
 def test_a_variant_reaches_the_builder(install):

@@ -1,0 +1,39 @@
+# Each target sets up all that it needs in .venv; nothing else has to be installed but Python 3.11 or newer.
+PYTHON ?= python3
+DATA ?= $(or $(CLFRAME_DATA),$(HOME)/.cache/clframe)
+BIN := .venv/bin
+
+.PHONY: demo test lint bench bench-full clean
+
+demo: .venv/installed
+	@rm -rf runs/demo
+	$(BIN)/clframe run --scenario permuted-digits --output runs/demo/finetuning
+	$(BIN)/clframe run --scenario permuted-digits --plugin ewc --output runs/demo/ewc
+	@$(BIN)/python examples/compare.py runs/demo/finetuning runs/demo/ewc
+	@echo "Look at the curves of both: $(BIN)/tensorboard --logdir runs/demo"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p clframe
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py short --data-root "$(DATA)"
+
+bench-full: .venv/installed
+	$(BIN)/python benchmarks/run.py full --data-root "$(DATA)"
+	$(BIN)/python -m pytest -m long
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clframe
+from clframe import Plugin
+from clframe.context import Run
+from clframe.data import Experience
+from clframe.errors import WrongUse
+from clframe.hooks import hookimpl
+from clframe.importance import GradientSums, label_cotangents, zeros_for
+from clframe.plugins.ewc import EWC
+
+QUICK = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}
+
+
+class Witness(Plugin):
+    """Keeps, after each experience, the weights and the Fisher information by the public functions."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.fisher: list[dict[str, Tensor]] = []
+        self.penalties: list[float] = []
+        self.model: nn.Module | None = None
+
+    @hookimpl
+    def after_step(self, run: Run) -> None:
+        self.penalties.append(run.losses["ewc"].item() if "ewc" in run.losses else math.nan)
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        self.model = run.model
+        parameters = dict(run.model.named_parameters())
+        self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
+        sums = zeros_for(parameters)
+        batch = run.batch(experience.train)
+        mask = run.mask(batch.task)
+        GradientSums(run.model, sums).add(batch.x, batch.task, lambda z: label_cotangents(z, "exact", mask))
+        self.fisher.append({name: total / len(batch) for name, total in sums.items()})
+
+
+def run(ewc: EWC, scenario: str = "permuted-digits", experiences: int = 3, **train: Any) -> Witness:
+    witness = Witness()
+    clframe.run(
+        {"name": scenario, "experiences": experiences, "limit": 12},
+        model={"name": "mlp", "hidden": [16]},
+        plugins=[ewc, witness],
+        train=QUICK | train,
+        run={"output": None, "seed": 0, "tensorboard": False},
+    )
+    return witness
+
+
+def value(theta: dict[str, Tensor], terms: list[tuple[float, dict[str, Tensor], dict[str, Tensor]]]) -> float:
+    """sum of strength/2 F (theta - anchor)^2 over the terms."""
+    return sum(
+        strength / 2 * (f.double() * (theta[n].double() - anchor[n].double()) ** 2).sum().item()
+        for strength, fisher, anchor in terms
+        for n, f in fisher.items()
+    )
+
+
+@pytest.mark.parametrize("scenario", ["permuted-digits", "split-digits"])
+def test_offline_penalty_is_a_term_for_each_experience(scenario: str) -> None:
+    """Kirkpatrick et al., eq. 3, also while the head grows."""
+    ewc = EWC(lambda_=30.0, samples=None)
+    seen = run(ewc, scenario)
+    theta = {name: torch.randn_like(w) for name, w in seen.weights[-1].items()}
+    terms = [(30.0, f, w) for f, w in zip(seen.fisher, seen.weights, strict=True)]
+    got = 30.0 * ewc.penalties(theta).item()
+    assert got == pytest.approx(value(theta, terms), rel=1e-4)
+    assert got > 1
+
+
+@pytest.mark.parametrize("gamma", [None, 0.5])
+def test_online_penalty_has_one_anchor_and_fades(gamma: float | None) -> None:
+    """F~_t = gamma F~_{t-1} + F_t, and gamma F~_{t-1} in the loss."""
+    ewc = EWC(lambda_=30.0, form="online", gamma=gamma, samples=None)
+    seen = run(ewc)
+    fading = 1.0 if gamma is None else gamma
+    (f1, f2, f3), anchor = seen.fisher, seen.weights[-1]
+    theta = {name: w + 1 for name, w in anchor.items()}
+    wanted = value(theta, [(30.0 * fading**k, f, anchor) for k, f in ((3, f1), (2, f2), (1, f3))])
+    assert 30.0 * fading * ewc.penalties(theta).item() == pytest.approx(wanted, rel=1e-4)
+    steps = len(seen.penalties) // 3
+    second = seen.penalties[steps : 2 * steps]
+    offline = run(EWC(lambda_=30.0 * fading, samples=None)).penalties[steps : 2 * steps]
+    assert second == pytest.approx(offline, rel=1e-4)  # one task: the same but for gamma
+
+
+def test_online_with_gamma_1_and_equal_anchors_is_the_sum() -> None:
+    """With a learning rate of (almost) 0 all anchors are equal, and both forms are one."""
+    offline, online = EWC(samples=None), EWC(form="online", gamma=1.0, samples=None)
+    weights = run(offline, lr=1e-30).weights[-1]
+    run(online, lr=1e-30)
+    theta = {name: w + 0.1 for name, w in weights.items()}
+    assert online.penalties(theta).item() == pytest.approx(offline.penalties(theta).item(), rel=1e-5)
+    for name in weights:
+        assert torch.allclose(online.penalties.precision[name], offline.penalties.precision[name], rtol=1e-5)
+
+
+def test_penalty_begins_at_zero_in_the_second_experience() -> None:
+    penalties = run(EWC(lambda_=30.0), experiences=2).penalties
+    half = len(penalties) // 2
+    assert all(math.isnan(p) for p in penalties[:half])
+    assert penalties[half] == 0
+    assert all(p > 0 for p in penalties[half + 1 :])
+
+
+def test_first_experience_is_that_of_finetuning() -> None:
+    with_ewc, without = run(EWC(lambda_=1e3)), Witness()
+    clframe.run(
+        {"name": "permuted-digits", "experiences": 3, "limit": 12},
+        model={"name": "mlp", "hidden": [16]},
+        plugins=[without],
+        train=QUICK,
+        run={"output": None, "seed": 0, "tensorboard": False},
+    )
+    assert all(torch.equal(with_ewc.weights[0][name], w) for name, w in without.weights[0].items())
+    assert not torch.equal(with_ewc.weights[1]["backbone.net.1.weight"], without.weights[1]["backbone.net.1.weight"])
+
+
+def test_a_strong_penalty_holds_the_weights_that_mattered() -> None:
+    """The distance to the first weights, measured by the Fisher information, shrinks at least tenfold."""
+    distances = []
+    for strength in (0.0, 100.0):
+        seen = run(EWC(lambda_=strength, samples=None), experiences=2, epochs=3)
+        distances.append(value(seen.weights[1], [(1.0, seen.fisher[0], seen.weights[0])]))
+    assert distances[1] < distances[0] / 10
+
+
+def test_heads_may_be_left_out() -> None:
+    ewc = EWC(heads=False)
+    run(ewc)
+    assert list(ewc.penalties.anchor) == ["backbone.net.1.weight", "backbone.net.1.bias"]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    class Freeze(Plugin):
+        name = "freeze"
+
+        @hookimpl
+        def before_experience(self, run: Run) -> None:
+            run.model.backbone.get_parameter("net.1.weight").requires_grad_(False)
+
+    ewc = EWC()
+    clframe.run(
+        {"name": "permuted-digits", "experiences": 2, "limit": 5},
+        model={"name": "mlp", "hidden": [8]},
+        plugins=[ewc, Freeze()],
+        train=QUICK,
+        run={"output": None, "tensorboard": False},
+    )
+    assert list(ewc.penalties.anchor) == ["backbone.net.1.bias", "head.0.weight", "head.0.bias"]
+
+
+def test_samples_are_drawn_without_touching_the_global_generator() -> None:
+    few, same, more = EWC(samples=7), EWC(samples=7), EWC(samples=20)
+    for ewc in (few, same, more):
+        run(ewc, experiences=1)
+    name = "backbone.net.1.weight"
+    assert torch.equal(few.penalties.precision[name], same.penalties.precision[name])
+    assert not torch.allclose(few.penalties.precision[name], more.penalties.precision[name], rtol=1e-3)
+    assert torch.equal(few.penalties.anchor[name], more.penalties.anchor[name])
+
+
+def test_labels_choose_the_fisher_information() -> None:
+    found = {}
+    for labels in ("exact", "sampled", "empirical", "argmax"):
+        ewc = EWC(labels=labels, samples=None)
+        run(ewc, experiences=1)
+        found[labels] = ewc.penalties.precision["head.0.bias"]
+    assert found["sampled"].sum().item() == pytest.approx(found["exact"].sum().item(), rel=0.3)
+    for labels in ("sampled", "empirical", "argmax"):
+        assert not torch.allclose(found[labels], found["exact"], rtol=1e-3)
+
+
+def test_nothing_is_left_on_the_model_and_running_statistics_stay() -> None:
+    statistics: list[Tensor] = []
+
+    class Look(Plugin):
+        name = "look"
+
+        @hookimpl
+        def after_eval(self, run: Run) -> None:
+            statistics.append(run.model.get_buffer("backbone.net.1.running_mean").clone())
+
+    results = []
+    for plugins in ([Look()], [EWC(lambda_=0.0), Look()]):
+        model = nn.Module
+        clframe.run(
+            {"name": "permuted-digits", "experiences": 1, "limit": 5},
+            model="cnn-small",
+            plugins=plugins,
+            train=QUICK,
+            run={"output": None, "tensorboard": False},
+        )
+        results.append(statistics.pop())
+    assert torch.equal(*results)
+    witness = run(EWC(), experiences=1)
+    model = witness.model
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_state_is_small_after_an_experience() -> None:
+    ewc = EWC()
+    run(ewc, experiences=2)
+    assert ewc.partial == {}
+    assert len(ewc.rows) == 0
+    assert not any(isinstance(v, Tensor) and v.requires_grad for v in ewc.penalties.anchor.values())
+
+
+def test_online_and_offline_asked_at_once_is_refused() -> None:
+    with pytest.raises(WrongUse, match="online and offline EWC asked at once"):
+        EWC(gamma=0.9)
+    with pytest.raises(WrongUse, match=r"ewc\.gamma"):
+        EWC(form="online", gamma=1.5)
+    with pytest.raises(WrongUse, match=r"ewc\.lambda"):
+        EWC(lambda_=-1.0)
+    with pytest.raises(WrongUse, match=r"ewc\.labels"):
+        EWC(labels="true")

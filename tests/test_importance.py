@@ -1,0 +1,594 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+from clframe.errors import WrongUse
+from clframe.importance import GradientSums, Labels, Quadratic, Reduce, label_cotangents, zeros_for
+from clframe.model import IncrementalNet
+
+CLASSES = 4
+IMAGE = (3, 9, 9)
+
+
+class Backbone(nn.Module):
+    def __init__(self, net: nn.Module, width: int) -> None:
+        super().__init__()
+        self.net, self.width = net, width
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def flat(*layers: nn.Module, width: int) -> Backbone:
+    return Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width)
+
+
+class Twice(nn.Module):
+    """One linear layer called twice, another once."""
+
+    width = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = nn.Linear(5, 6), nn.Linear(6, 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.again(torch.tanh(self.again(torch.tanh(self.first(x))))))
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.b.weight = self.a.weight
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Direct(nn.Module):
+    """Weights used by their layer and beside it, or only beside it; a parameter of no layer; a layer without use."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(5, 5), nn.Parameter(torch.rand(5))
+        self.dropped = nn.Linear(5, 5)
+        self.unused = nn.Linear(5, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        self.dropped(x)
+        x = torch.tanh(self.layer(x)) * self.scale
+        return functional.linear(x, self.layer.weight.t()) + functional.linear(x, self.dropped.weight)
+
+
+class Tokens(nn.Module):
+    """A linear layer over positions, embeddings, attention and layer norm; `T` positions stand first if `first`."""
+
+    width = 8
+
+    def __init__(self, first: bool = False) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(5, 8)
+        self.up, self.norm = nn.Linear(1, 8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first = first
+
+    def features(self, x: Tensor) -> Tensor:
+        # [T, B, 8], with T as large as a batch, or [B, T, 8]
+        x = self.up(x.t()[..., None]).transpose(0, 1) if self.first else self.up(x[..., None])
+        x = self.norm(x + self.positions.weight)
+        return self.attention(x, x, x)[0].mean(1)
+
+
+class Branching(nn.Module):
+    """Reads values, which `vmap` cannot."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(5, 5), nn.Parameter(torch.rand(5))
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.stack([row * self.scale if row.sum().item() > 0 else row - self.scale for row in self.layer(x)])
+
+
+class OneRowOfParameters(nn.Module):
+    """A linear layer whose rows are no samples, though they may be as many."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds, self.layer = nn.Parameter(torch.rand(5, 3)), nn.Linear(3, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return x @ torch.tanh(self.layer(self.seeds))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2 + self.weight.sum()
+
+
+def convolutions() -> Backbone:
+    return flat(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2),
+        nn.BatchNorm2d(4),
+        nn.SiLU(inplace=True),
+        nn.Conv2d(4, 8, (2, 3), stride=(1, 2), padding=(1, 2), dilation=(2, 1)),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect", groups=8),
+        nn.Conv2d(8, 5, 2, padding=1, padding_mode="circular"),
+        nn.Conv2d(5, 5, (2, 3), padding="same"),
+        width=5,
+    )
+
+
+def bias_only() -> Backbone:
+    net = flat(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), width=4)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return net
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (
+        lambda: Backbone(
+            nn.Sequential(nn.Flatten(), nn.Linear(243, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 6)), 6
+        ),
+        IMAGE,
+    ),
+    "convolutions": (convolutions, IMAGE),
+    "group norm": (
+        lambda: flat(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), width=4),
+        IMAGE,
+    ),
+    "transposed": (lambda: flat(nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), width=4), IMAGE),
+    "parametrized": (
+        lambda: Backbone(
+            nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 6, bias=False)), 6
+        ),
+        (5,),
+    ),
+    "bias only": (bias_only, IMAGE),
+    "twice": (Twice, (5,)),
+    "tied": (Tied, (5,)),
+    "direct": (Direct, (5,)),
+    "tokens": (Tokens, (5,)),
+    "positions first": (lambda: Tokens(first=True), (5,)),
+    "branching": (Branching, (5,)),
+    "rows of parameters": (OneRowOfParameters, (5,)),
+    "subclass": (lambda: Backbone(nn.Sequential(Scaled(5, 5), nn.Tanh()), 5), (5,)),
+}
+
+
+def build(name: str, samples: int = 5, seed: int = 0) -> tuple[IncrementalNet, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    make, shape = NETS[name]
+    model = IncrementalNet(make(), [3, CLASSES - 3]).double()
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return model, torch.randn(samples, *shape, dtype=torch.float64), torch.randint(CLASSES, (samples,))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def per_sample(
+    model: IncrementalNet,
+    x: Tensor,
+    losses: Callable[[Tensor, int], Sequence[tuple[float | Tensor, Tensor]]],
+    reduce: Reduce = "square",
+) -> dict[str, Tensor]:
+    """By definition: sample by sample, `losses` gives weights and scalar losses, each differentiated by itself."""
+    model = copy.deepcopy(model).eval()
+    parameters = trainable(model)
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for b in range(len(x)):
+        for weight, loss in losses(model(x[b : b + 1]).logits[0], b):
+            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += (weight * (gradient**2 if reduce == "square" else gradient.abs())).detach()
+    return sums
+
+
+def over_labels(logits: Tensor, b: int) -> list[tuple[Tensor, Tensor]]:
+    log_p = logits.log_softmax(0)
+    return [(log_p[c].exp(), log_p[c]) for c in range(len(logits))]
+
+
+def statistics(
+    model: IncrementalNet,
+    x: Tensor,
+    cotangents: Callable[[Tensor], Sequence[Tensor]],
+    reduce: Reduce = "square",
+    chunk: int | None = None,
+    max_elements: int | None = None,
+) -> dict[str, Tensor]:
+    sums = zeros_for(trainable(model))
+    gradients = GradientSums(model, sums, reduce, max_elements)
+    for part in x.split(chunk or len(x)):
+        gradients.add(part, None, cotangents)
+    return sums
+
+
+def fisher(
+    model: IncrementalNet,
+    x: Tensor,
+    labels: Labels,
+    y: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    return statistics(model, x, lambda z: label_cotangents(z, labels, mask, y, generator))
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor], relative: float = 1e-6) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.allclose(
+            got[name], wanted[name], rtol=relative, atol=relative * wanted[name].abs().max().item()
+        ), name
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_exact_fisher_is_the_explicit_sum_over_labels(name: str) -> None:
+    model, x, _ = build(name)
+    wanted = per_sample(model, x, over_labels)
+    assert sum(value.sum().item() for value in wanted.values()) > 0
+    assert_equal(fisher(model, x, "exact"), wanted)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_empirical_fisher_is_the_mean_of_squared_gradients_of_batches_of_one(name: str) -> None:
+    model, x, y = build(name, seed=1)
+    wanted = per_sample(model, x, lambda z, b: [(1.0, functional.cross_entropy(z, y[b]))])
+    assert_equal(fisher(model, x, "empirical", y), wanted)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "tokens", "twice", "branching"])
+def test_absolute_gradients_are_taken_sample_by_sample(name: str) -> None:
+    model, x, _ = build(name, seed=2)
+    wanted = per_sample(model, x, lambda z, b: [(1.0, z.square().sum())], reduce="abs")
+    assert_equal(statistics(model, x, lambda z: [2 * z], reduce="abs"), wanted)
+
+
+def test_argmax_takes_the_likeliest_label() -> None:
+    model, x, _ = build("mlp")
+    wanted = per_sample(model, x, lambda z, b: [(1.0, z.log_softmax(0)[z.argmax()])])
+    assert_equal(fisher(model, x, "argmax"), wanted)
+
+
+def test_closed_forms_serve_linear_convolution_and_batch_norm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    original = GradientSums._add_rest
+
+    def spied(self: GradientSums, parameters: dict[str, nn.Parameter], *rest: object) -> None:
+        left.extend(parameters)
+        original(self, parameters, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GradientSums, "_add_rest", spied)
+    for name in ("mlp", "convolutions", "bias only"):
+        model, x, _ = build(name)
+        fisher(model, x, "exact")
+    assert left == []
+    model, x, _ = build("twice")
+    fisher(model, x, "exact")
+    assert left == ["backbone.again.weight", "backbone.again.bias"]
+
+
+def test_fallback_by_vmap_and_sample_by_sample_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, _ = build("group norm")
+    by_vmap = fisher(model, x, "exact")
+
+    def refuse(*_: object) -> dict[str, Tensor]:
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(GradientSums, "_by_vmap", refuse)
+    assert_equal(fisher(model, x, "exact"), by_vmap, 1e-12)
+
+
+def test_softmax_regression_has_its_closed_form() -> None:
+    """F_cj = E[p_c (1 - p_c) x_j^2] for z = W x."""
+    torch.manual_seed(0)
+    model = IncrementalNet(Backbone(nn.Identity(), 6), [CLASSES]).double()
+    x = torch.randn(50, 6, dtype=torch.float64)
+    p = model(x).logits.softmax(1).detach()
+    got = fisher(model, x, "exact")["head.0.weight"] / len(x)
+    assert torch.allclose(got, torch.einsum("nc,nj->cj", p * (1 - p), x**2) / len(x), rtol=1e-6)
+
+
+def test_sampled_fisher_converges_to_the_exact_one() -> None:
+    model, x, _ = build("mlp", samples=2)
+    exact = torch.cat([v.flatten() for v in fisher(model, x, "exact").values()])
+    many = x.repeat(5_000, 1, 1, 1)
+    drawn = fisher(model, many, "sampled", generator=torch.Generator().manual_seed(0))
+    sampled = torch.cat([v.flatten() for v in drawn.values()]) / 5_000
+    assert (sampled - exact).norm() < 0.05 * exact.norm()
+    assert sampled.sum().item() == pytest.approx(exact.sum().item(), rel=0.05)
+
+
+def test_sampled_labels_depend_on_the_generator_alone() -> None:
+    model, x, _ = build("mlp", samples=20)
+    first = fisher(model, x, "sampled", generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(99)
+    again = fisher(model, x, "sampled", generator=torch.Generator().manual_seed(3))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_gradient_of_the_batch_mean_is_another_thing() -> None:
+    """Squaring the mean gradient gives the per-sample value for equal samples only: the defect of several codes."""
+
+    def squared_mean(model: IncrementalNet, x: Tensor, y: Tensor) -> Tensor:
+        model = copy.deepcopy(model).eval()
+        gradients = torch.autograd.grad(
+            functional.cross_entropy(model(x).logits, y), list(model.parameters()), allow_unused=True
+        )
+        return torch.cat([g.flatten() for g in gradients if g is not None]) ** 2
+
+    model, x, y = build("convolutions", samples=8)
+    same_x, same_y = x[:1].repeat(8, 1, 1, 1), y[:1].repeat(8)
+    same = torch.cat([v.flatten() for v in fisher(model, same_x, "empirical", same_y).values()]) / 8
+    assert torch.allclose(squared_mean(model, same_x, same_y), same, rtol=1e-6)
+    apart = torch.cat([v.flatten() for v in fisher(model, x, "empirical", y).values()]) / 8
+    assert squared_mean(model, x, y).sum() < 0.8 * apart.sum()
+
+
+@pytest.mark.parametrize("name", ["convolutions", "tokens", "group norm"])
+def test_size_of_chunks_changes_nothing(name: str) -> None:
+    model, x, _ = build(name, samples=7)
+    whole = fisher(model, x, "exact")
+    for chunk, max_elements in ((1, None), (3, None), (7, 1), (5, 2_000)):
+        parts = statistics(model, x, lambda z: label_cotangents(z, "exact"), chunk=chunk, max_elements=max_elements)
+        assert_equal(parts, whole, 1e-12)
+
+
+@pytest.mark.parametrize("labels", ["exact", "sampled", "empirical", "argmax"])
+def test_masked_labels_have_no_part(labels: Labels) -> None:
+    """The Fisher information under a mask is that of a network whose head has the active labels only."""
+    model, x, _ = build("mlp", samples=30)
+    mask = torch.tensor([True, False, True, False])
+    y = torch.randint(2, (30,))
+    small = IncrementalNet(copy.deepcopy(model.backbone), [2]).double()
+    with torch.no_grad():
+        weight = torch.cat([block.weight for block in model.head])
+        bias = torch.cat([block.bias for block in model.head])
+        small.head[0].weight.copy_(weight[mask])
+        small.head[0].bias.copy_(bias[mask])
+    generators = [torch.Generator().manual_seed(1) for _ in range(3)]
+    wanted = fisher(small, x, labels, y, generators[0])
+    for form, generator in ((mask, generators[1]), (mask.expand(30, 4), generators[2])):
+        got = fisher(model, x, labels, 2 * y, generator, form)
+        head = torch.cat([got["head.0.weight"], got["head.1.weight"]])
+        if labels == "sampled":  # the draws differ with the number of columns
+            assert torch.isfinite(head).all()
+        else:
+            assert torch.allclose(head[mask], wanted["head.0.weight"], rtol=1e-6)
+            shared = {name: value for name, value in got.items() if name.startswith("backbone")}
+            assert_equal(shared, {name: wanted[name] for name in shared})
+        assert head[~mask].abs().max() == 0
+
+
+def test_rows_may_have_masks_of_their_own() -> None:
+    model, x, _ = build("mlp", samples=4)
+    mask = torch.tensor([[True, True, False, False]] * 2 + [[False, False, True, True]] * 2)
+    first, second = fisher(model, x[:2], "exact", mask=mask[0]), fisher(model, x[2:], "exact", mask=mask[2])
+    assert_equal(fisher(model, x, "exact", mask=mask), {name: first[name] + second[name] for name in first})
+
+
+def test_a_sure_network_loses_no_digits_in_float32() -> None:
+    logits = torch.tensor([[0.0, -20.0, -25.0], [-20.0, -25.0, 0.0], [-25.0, 0.0, -20.0], [0.0, -200.0, -300.0]])
+    p = logits.double().softmax(1)
+    rest = torch.stack([p[:, [i for i in range(3) if i != c]].sum(1) for c in range(3)], dim=1)  # 1 - p, each digit
+    variance = sum(v.double() ** 2 for v in label_cotangents(logits, "exact"))
+    assert torch.allclose(variance, p * rest, rtol=1e-5, atol=1e-40)
+    y = torch.tensor([0, 2, 1, 0])
+    (empirical,) = label_cotangents(logits, "empirical", y=y)
+    of_label = empirical.double().gather(1, y[:, None])
+    assert torch.allclose(of_label, rest.gather(1, y[:, None]), rtol=1e-5, atol=1e-40)
+
+
+def test_one_active_label_has_no_information() -> None:
+    model, x, _ = build("mlp")
+    got = fisher(model, x, "exact", mask=torch.tensor([False, True, False, False]))
+    assert all(value.abs().max() == 0 for value in got.values())
+
+
+def test_logits_that_are_not_finite_show() -> None:
+    columns = label_cotangents(torch.tensor([[torch.nan, 0.0, 0.0]]), "exact")
+    assert torch.isnan(torch.stack(columns)).any()
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x, _ = build("convolutions")
+    model.train()
+    model.backbone.net[1].eval()
+    model.head[0].bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    fisher(model, x, "exact")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.0.bias"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hooks_and_modes_are_put_back_after_an_error() -> None:
+    model, x, _ = build("mlp")
+    model.train()
+    with pytest.raises(RuntimeError):
+        fisher(model, x[:, :, :5], "exact")
+
+    def fail(logits: Tensor) -> list[Tensor]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        statistics(model, x, fail)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+def test_works_where_gradients_are_switched_off() -> None:
+    model, x, _ = build("mlp")
+    wanted = fisher(model, x, "exact")
+    with torch.no_grad():
+        assert_equal(fisher(model, x, "exact"), wanted, 0)
+
+
+def test_sums_are_float32_under_autocast() -> None:
+    model, x, _ = build("mlp")
+    model, x = model.float(), x.float()
+    wanted = fisher(model, x, "exact")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fisher(model, x, "exact")
+    assert all(value.dtype == torch.float32 for value in got.values())
+    assert_equal(got, wanted, 0)
+
+
+def test_batch_norm_without_running_statistics_is_refused() -> None:
+    model = IncrementalNet(flat(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), width=4), [2])
+    with pytest.raises(WrongUse, match=r"backbone\.net\.1.*track_running_stats"):
+        GradientSums(model, zeros_for(dict(model.named_parameters())))
+
+
+def test_a_network_that_mixes_images_is_refused() -> None:
+    class Centred(nn.Module):
+        width = 5
+
+        def features(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    with pytest.raises(WrongUse, match="depend on the others"):
+        fisher(IncrementalNet(Centred(), [2]).double(), torch.randn(4, 5, dtype=torch.float64), "exact")
+
+
+def test_only_the_parameters_asked_for_are_summed() -> None:
+    model, x, _ = build("convolutions")
+    everything = fisher(model, x, "exact")
+    sums = zeros_for({name: p for name, p in model.named_parameters() if not name.startswith("head.")})
+    GradientSums(model, sums).add(x, None, lambda z: label_cotangents(z, "exact"))
+    assert_equal(sums, {name: everything[name] for name in sums}, 1e-12)
+    assert "head.0.weight" not in sums
+
+
+def penalties(seed: int = 0) -> tuple[dict[str, nn.Parameter], list[tuple[dict[str, Tensor], dict[str, Tensor]]]]:
+    """Parameters, and three pairs of F_k (zeros and tiny values included) and theta_k."""
+    torch.manual_seed(seed)
+    shapes = {"w": (4, 3), "b": (3,)}
+    theta = {name: nn.Parameter(torch.randn(shape, dtype=torch.float64)) for name, shape in shapes.items()}
+    pairs = []
+    for k in range(3):
+        precision = {n: torch.rand(s, dtype=torch.float64) * 10.0 ** (6 * k - 6) for n, s in shapes.items()}
+        precision["w"][k] = 0
+        precision["w"][3] = 0
+        pairs.append((precision, {n: torch.randn(s, dtype=torch.float64) for n, s in shapes.items()}))
+    return theta, pairs
+
+
+def test_a_sum_of_quadratics_is_one_quadratic() -> None:
+    """Value and gradient of the explicit sum of penalties, one for each experience."""
+    theta, pairs = penalties()
+    quadratic = Quadratic()
+    for precision, anchor in pairs:
+        quadratic.add(precision, anchor)
+    explicit = sum(
+        0.5 * (precision[n] * (theta[n] - anchor[n]) ** 2).sum() for precision, anchor in pairs for n in theta
+    )
+    value = quadratic(theta)
+    assert value.item() == pytest.approx(explicit.item(), rel=1e-12)
+    wanted = torch.autograd.grad(explicit, list(theta.values()))
+    got = torch.autograd.grad(value, list(theta.values()))
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10)
+        assert a.abs().max() > 0
+
+
+def test_adding_a_thousand_penalties_cancels_nothing_in_float32() -> None:
+    """Anchors far from 0 and close together: the expanded form A theta^2 - 2 theta b + c would lose every digit."""
+    torch.manual_seed(0)
+    quadratic, theta = Quadratic(), {"w": nn.Parameter(torch.full((50,), 1000.0))}
+    gradient = torch.zeros(50, dtype=torch.float64)
+    for _ in range(1000):
+        precision, anchor = torch.rand(50), 1000 + 0.01 * torch.randn(50)
+        quadratic.add({"w": precision}, {"w": anchor})
+        gradient += precision.double() * (1000.0 - anchor.double())
+    with torch.no_grad():
+        theta["w"] += 1.0
+    gradient += quadratic.precision["w"].double()
+    (got,) = torch.autograd.grad(quadratic(theta), theta["w"])
+    assert torch.allclose(got.double(), gradient, rtol=1e-3)
+
+
+def test_penalty_by_hand() -> None:
+    quadratic = Quadratic()
+    quadratic.add({"w": torch.tensor([2.0, 0.0, 1.0])}, {"w": torch.tensor([1.0, 5.0, -1.0]), "other": torch.ones(2)})
+    theta = nn.Parameter(torch.tensor([2.0, 0.0, 2.0]))
+    value = quadratic({"w": theta, "new": nn.Parameter(torch.ones(1))})
+    value.backward()
+    assert value.item() == 0.5 * (2 * 1 + 0 + 1 * 9)
+    assert theta.grad is not None
+    assert theta.grad.tolist() == [2.0, 0.0, 3.0]
+
+
+def test_a_parameter_may_come_later() -> None:
+    quadratic = Quadratic()
+    quadratic.add({"a": torch.ones(1)}, {"a": torch.zeros(1)})
+    quadratic.add({"a": torch.ones(1), "b": torch.full((1,), 4.0)}, {"a": torch.ones(1), "b": torch.ones(1)})
+    quadratic.add({"b": torch.zeros(1)}, {"b": torch.full((1,), 7.0)})
+    assert quadratic.anchor["a"].item() == 0.5
+    assert quadratic.anchor["b"].item() == 1.0
+    assert quadratic({"a": torch.full((1,), 0.5), "b": torch.ones(1)}).item() == 0.25  # what the two on `a` disagree on
+
+
+def test_anchor_does_not_follow_the_parameter() -> None:
+    quadratic, theta = Quadratic(), nn.Parameter(torch.zeros(2))
+    precision = torch.ones(2)
+    quadratic.add({"w": precision}, {"w": theta})
+    with torch.no_grad():
+        theta += 1
+    precision *= 5
+    assert quadratic({"w": theta}).item() == 1.0
+
+
+def test_penalty_is_float32_under_autocast_and_survives_its_state() -> None:
+    quadratic, theta = Quadratic(), nn.Parameter(torch.full((10_000,), 1.001))
+    quadratic.add({"w": torch.ones(10_000)}, {"w": torch.ones(10_000)})
+    quadratic.add({"w": torch.ones(10_000)}, {"w": torch.full((10_000,), 1.002)})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = quadratic({"w": theta})
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(0.5 * 10_000 * 2e-6, rel=1e-3)
+    again = Quadratic()
+    again.load_state_dict(quadratic.state_dict())
+    assert torch.equal(again({"w": theta}), quadratic({"w": theta}))
+
+
+def test_replaced_penalty_forgets_the_earlier_ones() -> None:
+    theta, pairs = penalties()
+    quadratic, only = Quadratic(), Quadratic()
+    for precision, anchor in pairs[:2]:
+        quadratic.add(precision, anchor)
+    quadratic.replace(*pairs[2])
+    only.add(*pairs[2])
+    assert torch.equal(quadratic(theta), only(theta))
