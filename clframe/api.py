@@ -118,8 +118,8 @@ def resume(
             changes = environment_changes(before, now)
             if changes and not allow_env_change:
                 raise DataError(
-                    f"This environment is not the one of the run in {path} ({'; '.join(changes)}), so its last bits may "
-                    "differ: resume it there, or with `--allow-env-change`."
+                    f"This environment is not the one of the run in {path} ({'; '.join(changes)}), so its last bits "
+                    "may differ: resume it there, or with `--allow-env-change`."
                 )
             loaded = checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
             config.run.output = str(path)
@@ -193,7 +193,7 @@ class Trained(nn.Module):
         return masked(scores, allowed[task])
 
 
-# ------------------------------------------------------------------------------------------------------- from config to run
+# ------------------------------------------------------------------------------ from config to run
 
 
 def _config_of(
@@ -318,13 +318,13 @@ def _by_name(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str,
     if OBJECT in spec:
         name = name or spec["name"]
         raise DataError(
-            f"The {kind} `{name}` of this run is an object of a Python program: give it again, with `clframe.resume` or "
-            "`clframe.load` from Python."
+            f"The {kind} `{name}` of this run is an object of a Python program: give it again, with "
+            "`clframe.resume` or `clframe.load` from Python."
         )
     return spec
 
 
-# ------------------------------------------------------------------------------------------------------- from start to end
+# ------------------------------------------------------------------------------- from start to end
 
 
 def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Results:
@@ -346,12 +346,14 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunFailed(
-            f"Out of memory on {run.device} in experience {run.experience.index}: a smaller `train.batch_size` or "
+            f"Out of memory on {run.device} in {run.where}: a smaller `train.batch_size` or "
             f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
         ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            raise RunFailed(f"{run.folder or 'A file'} could not be written: {error}.{engine.how_to_go_on()}") from error
+            raise RunFailed(
+                f"{run.folder or 'A file'} could not be written: {error}.{engine.how_to_go_on()}"
+            ) from error
         if blamed := _blame(engine, error):
             raise RunFailed(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
         raise
@@ -469,7 +471,7 @@ def _storage(plugin: Plugin) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- descriptions
+# ------------------------------------------------------------------------------------ descriptions
 
 
 def _split(scenario: Scenario) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def unpack(
 
 
 def grown_in(data: Any) -> set[int]:
-    """For how many experiences the networks in packed `data` have grown: the keys that `unpack` needs of `structures`."""
+    """For how many experiences the networks in packed `data` have grown: the keys `unpack` needs of `structures`."""
     if isinstance(data, list):
         return {grown for item in data for grown in grown_in(item)}
     if isinstance(data, dict):

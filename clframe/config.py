@@ -124,6 +124,7 @@ DEFAULT_SCENARIO = "split-digits"
 DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
 LARGEST_FILE = 1_000_000  # bytes of a configuration
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
+OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they suit one optimizer, not another
 LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
 Given = Mapping[str, Any]
 Named = str | Given | None  # a name, or a mapping with ``name`` and options, or options alone
@@ -172,7 +173,7 @@ def resolve(
         for name, options in chosen.items()
     }
     train_layers = [dict(getattr(build, "train", {})), *section("train", train)]
-    resolved_train = _settings(TrainSettings, _length(train_layers), "train", problems)
+    resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)
     of_file, given = section("run", run)
     resolved_run = _settings(RunSettings, {**of_file, **given}, "run", problems)
     if problems or resolved_train is None or resolved_run is None:
@@ -210,7 +211,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise WrongUse(f"{where}: nested too deeply.") from None
 
 
-# ----------------------------------------------------------------------------------------------- the sections
+# ------------------------------------------------------------------------------------ the sections
 
 
 def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
@@ -268,10 +269,16 @@ def _settings(kind: type[Settings], given: Given, where: str, problems: list[str
         return None
 
 
-def _length(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The layers merged; a stronger choice of epochs or iterations ends the weaker; by default one epoch."""
+def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The layers merged; by default one epoch.
+
+    A stronger choice of epochs or iterations ends the weaker one, and another optimizer the weaker one's own settings.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
+        if layer.get("optimizer", merged.get("optimizer")) != merged.get("optimizer"):
+            for name in OF_OPTIMIZER:
+                merged.pop(name, None)
         for name, other in LENGTH.items():
             if layer.get(name) is not None:
                 merged.pop(other, None)
@@ -291,7 +298,7 @@ def _merge(layers: list[dict[str, Any]], default: str) -> tuple[str, dict[str, A
     return name, options
 
 
-# ----------------------------------------------------------------------------------------- what the user gave
+# ------------------------------------------------------------------------------ what the user gave
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -378,7 +385,7 @@ def _mapping(given: Any, where: str, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-# ------------------------------------------------------------------------------------------------------- YAML
+# -------------------------------------------------------------------------------------------- YAML
 
 RESOLVERS = (  # those of YAML 1.2: words such as `no` are texts, 1e-3 is a number
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),

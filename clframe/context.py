@@ -94,6 +94,11 @@ class Run:
         """Epoch of the step under way, from 0."""
         return self.step // self.sampler.batches_per_epoch if self.sampler else 0
 
+    @property
+    def where(self) -> str:
+        """The experience under way as people count: ``experience 1 of 5`` has index 0."""
+        return f"experience {self.experience.index + 1} of {len(self.scenario)}"
+
     def rng(self, name: str) -> torch.Generator:
         """The generator (on the CPU) of that name: a plugin's only source of randomness, saved in checkpoints."""
         if name not in self.generators:

@@ -123,7 +123,7 @@ class Engine:
         self.images_since = 0
         run.pause = self.pause
 
-    # ------------------------------------------------------------------------------------- the course of an experience
+    # --------------------------------------------------------------------- the course of an experience
 
     def enter_each(self) -> Iterator[Experience]:
         """The experiences that are left, each when the head has grown for it."""
@@ -197,7 +197,7 @@ class Engine:
         run = self.run
         data = data if phase.data is None else phase.data.to(run.device)
         if not len(data):
-            raise DataError(f"Experience {run.experience.index} of `{self.stream.name}` has no training images.")
+            raise DataError(f"The scenario `{self.stream.name}` has no training images in {run.where}.")
         run.phase = phase
         self.trained = trained_by(phase, run.model)
         self.trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
@@ -246,7 +246,7 @@ class Engine:
         self.save()
         self.pause()
 
-    # --------------------------------------------------------------------------------------------------- parts of a step
+    # --------------------------------------------------------------------------------- parts of a step
 
     def join_replay(self, batch: Batch, answers: Mapping[str, list[Batch]]) -> Batch:
         """`batch` and the rows that plugins add to it, each marked with its origin."""
@@ -321,7 +321,7 @@ class Engine:
             "lr": run.optimizer.param_groups[0]["lr"] if run.optimizer else 0.0,
         }
 
-    # --------------------------------------------------------------------------------------------------------- refusals
+    # ---------------------------------------------------------------------------------------- refusals
 
     def check_labels(self, data: ImageData | Batch, what: str) -> None:
         """Refuse rows whose label the chosen logits mask: their loss would be infinite."""
@@ -334,7 +334,7 @@ class Engine:
         if not inside.all():
             label = int(data.y[~inside][0])
             raise WrongUse(
-                f"Label {label} in {what} of experience {self.run.experience.index} is masked by "
+                f"Label {label} in {what} of {self.run.where} is masked by "
                 f"`train.logits={self.run.logits}`: choose `seen` or `all`."
             )
 
@@ -350,12 +350,16 @@ class Engine:
 
     def check_finite(self) -> None:
         """Raise `RunFailed` naming what was the first not to be finite."""
-        bad = [(n, name) for names, counts in self.bad_steps.items() for n, name in zip(counts.tolist(), names, strict=True)]
+        bad = [
+            (n, name)
+            for names, counts in self.bad_steps.items()
+            for n, name in zip(counts.tolist(), names, strict=True)
+        ]
         self.bad_steps.clear()
         most, name = max(bad, key=lambda entry: entry[0], default=(0, ""))
         if most:
             raise RunFailed(
-                f"The {name} became infinite or not a number in experience {self.run.experience.index}, phase "
+                f"The {name} became infinite or not a number in {self.run.where}, phase "
                 f"`{self.run.phase.name}`, {most:.0f} step(s) before step {self.run.step + 2}."
                 f"{self.how_to_go_on()} A smaller `train.lr`, or a weaker method, may keep it finite."
             )
@@ -365,7 +369,7 @@ class Engine:
         kept = checkpoint.newest(self.folder.checkpoints) if self.folder else None
         return f" The last good checkpoint is kept: `clframe resume {self.run.folder}` starts from it." if kept else ""
 
-    # ------------------------------------------------------------------------------------------------------- evaluation
+    # -------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> None:
         """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers."""
@@ -425,7 +429,7 @@ class Engine:
             accuracy = self.evaluated(keep_scores=False).accuracy
             self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
 
-    # ------------------------------------------------------------------------------------------------ saving and stopping
+    # ----------------------------------------------------------------------------- saving and stopping
 
     def pause(self) -> None:
         """Between two pieces of work: stop if a signal asked for it, save if it is time."""
@@ -435,7 +439,7 @@ class Engine:
             how = (
                 f"`clframe resume {self.folder.path}` goes on from here" if self.folder else "this run keeps no folder"
             )
-            raise Interrupted(f"Stopped by {name} in experience {self.run.experience.index}; {how}.", self.signal)
+            raise Interrupted(f"Stopped by {name} in {self.run.where}; {how}.", self.signal)
         if time.monotonic() - self.last_save >= self.run.config.run.checkpoint_every:
             self.save()
 

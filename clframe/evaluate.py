@@ -18,8 +18,8 @@ Reading = Literal["class", "task", "domain"]
 class Predictor(nn.Module):
     """Base of the modules that the hook ``predictor`` returns; any module with these attributes will do.
 
-    ``forward(x, task)`` maps normalised images [B, ...], and their tasks [B] or None, to scores [B, C] of all classes of
-    the head. Classes that a reading rules out are masked by the caller.
+    ``forward(x, task)`` maps normalised images [B, ...], and their tasks [B] or None, to scores [B, C] of all classes
+    of the head. Classes that a reading rules out are masked by the caller.
 
     Attributes:
         scores: ``logits``, or ``distances`` (negated), of which no NLL and no calibration error is computed.
@@ -77,7 +77,7 @@ class Readings:
         return sorted({c for group in self.classes[: after + 1] for c in group})
 
     def covered(self, reading: Reading, after: int, on: int, n_classes: int) -> bool:
-        """Whether a head of `n_classes` can answer for experience `on`: earlier ones, and later ones it has classes for."""
+        """Whether a head of `n_classes` can answer for experience `on`: an earlier one, or one it has classes for."""
         return on <= after or (
             max(self.classes[on]) < n_classes and set(self.classes[on]) <= set(self.choices(reading, after, on))
         )

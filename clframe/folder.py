@@ -40,9 +40,11 @@ class RunFolder:
 
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path = path
+        self._new = new
         if new and path.exists() and any(path.iterdir()):
             raise WrongUse(
-                f"The run folder {path} exists already: name another with `--output`, or go on with `clframe resume {path}`."
+                f"The run folder {path} exists already: name another with `--output`, "
+                f"or go on with `clframe resume {path}`."
             )
         if not new and not (path / "config.yaml").is_file():
             raise DataError(f"{path} is not a run folder: it has no config.yaml.")
@@ -58,8 +60,11 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Give the folder back; one in which nothing was begun goes away."""
         self._lock.release()
+        if self._new and not (self.path / "config.yaml").exists():
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
 
     @property
     def checkpoints(self) -> Path:
@@ -125,7 +130,7 @@ class RunFolder:
         checkpoint.write_tensors(self.path / "predictions" / f"{after:04d}.safetensors", tensors)
 
     def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> None:
-        """Write the trained model, the predictions, and last the results, whose presence says that the run is finished."""
+        """Write the trained model, the predictions, and last the results: they say that the run is finished."""
         tensors: dict[str, Tensor] = {}
         state = checkpoint.pack(model, tensors)
         checkpoint.write_tensors(self.path / "model.safetensors", tensors)
@@ -145,7 +150,7 @@ class RunFolder:
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
-    """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError` if there is none."""
+    """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
     try:
         description = json.loads((path / "model.json").read_text(encoding="utf-8"))
         return description, json.loads(description.pop("state")), checkpoint.read_tensors(path / "model.safetensors")

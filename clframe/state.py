@@ -61,7 +61,8 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     if engine.folder:
         if value("config") != engine.folder.config_sum():
             raise DataError(
-                f"{engine.folder.path / 'config.yaml'} was edited since the checkpoint; put it back, or start a new run."
+                f"{engine.folder.path / 'config.yaml'} was edited since the checkpoint; put it back, "
+                "or start a new run."
             )
         engine.folder.cut_metrics(value("metrics"))
     for name, item in value("position").items():

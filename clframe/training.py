@@ -49,7 +49,7 @@ class Sampler:
     """The order in which a phase meets its images; its state is part of a checkpoint.
 
     By epochs, every image is met once an epoch and the last batch may be smaller. By iterations, batches are complete
-    and the rest of an epoch is left out, as is usual where steps are counted (unless there are fewer images than a batch).
+    and the rest of an epoch is left out, as is usual where steps are counted, unless images are fewer than a batch.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Itera
 def make_optimizer(
     parameters: dict[str, nn.Parameter], settings: TrainSettings, lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """An optimizer over `parameters`, grouped by learning rate and weight decay; `lr` goes before the settings' rates."""
+    """An optimizer over `parameters`; `lr` goes before the settings' rates."""
     return optimizer_of(group_parameters(parameters, settings, lr), settings)
 
 
@@ -163,7 +163,7 @@ def group_parameters(
 def extend_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], settings: TrainSettings
 ) -> None:
-    """Let a kept optimizer train exactly `parameters`: new ones join, those no longer trained leave with their state."""
+    """Let a kept optimizer train exactly `parameters`: new ones join, others leave with their state."""
     for group in optimizer.param_groups:
         stay = [name in parameters for name in group["names"]]
         for parameter, kept in zip(group["params"], stay, strict=True):

@@ -66,7 +66,7 @@ class Live:
             self.drawn = now
             self.screen.update(self._drawing(), refresh=True)
 
-    # ------------------------------------------------------------------------------------------------- records
+    # ----------------------------------------------------------------------------------------- records
 
     def _start(self, record: dict[str, Any]) -> None:
         self.scenario, self.n = record["scenario"], record["n_experiences"]
@@ -105,7 +105,7 @@ class Live:
         if not (self.screen or self.quiet):
             print(text, file=sys.stderr, flush=True)
 
-    # ------------------------------------------------------------------------------------------------- drawing
+    # ----------------------------------------------------------------------------------------- drawing
 
     def _place(self) -> str:
         return f"experience {self.index + 1} of {self.n}"

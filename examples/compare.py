@@ -1,6 +1,6 @@
 """What the second of two finished runs saved over the first.
 
-    python examples/compare.py runs/demo/finetuning runs/demo/ewc
+python examples/compare.py runs/demo/finetuning runs/demo/ewc
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ def main(first: str, second: str) -> None:
     print(" " * width + "".join(f"{f'on {j}':>7}" for j in range(1, len(a) + 1)) + "  average")
     difference = [y - x for x, y in zip(a, b, strict=True)]
     for name, row, form in ((name_a, a, ".1f"), (name_b, b, ".1f"), ("saved", difference, "+.1f")):
-        print(f"{name:<{width}}" + "".join(f"{format(v, form):>7}" for v in row) + f"{format(sum(row) / len(row), form):>9}")
+        print(
+            f"{name:<{width}}"
+            + "".join(f"{format(v, form):>7}" for v in row)
+            + f"{format(sum(row) / len(row), form):>9}"
+        )
     print(f"{name_b} saved {sum(difference) / len(difference):.1f} points of average accuracy over {name_a}.")
 
 

@@ -34,10 +34,10 @@ class EWC(Plugin):
     Options:
         lambda: strength of the penalty.
         form: `offline` keeps a penalty for each experience, `online` one for all, centred at the latest weights.
-        gamma: how much of the past the online form keeps, 0 to 1; none: 1.
+        gamma: how much of the past the online form keeps, 0 to 1; null: 1.
         labels: y of the Fisher information: `exact`, the expectation over all labels under the model; `sampled`, drawn
             from the model; `empirical`, the true one; `argmax`, the likeliest one.
-        samples: images of the experience that the mean is over, drawn at random; none: all of them.
+        samples: images of the experience that the mean is over, drawn at random; null: all of them.
         heads: whether the penalty holds the head, too.
     """
 

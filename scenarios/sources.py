@@ -286,9 +286,17 @@ def _download(name: str, data_root: Path) -> None:
                 raise
 
 
-def _temporary(data_root: Path) -> tempfile.TemporaryDirectory[str]:
+@contextmanager
+def _temporary(data_root: Path) -> Iterator[str]:
+    """A folder beside the data for what is half-written; a data root that was made for it and stays empty goes too."""
+    new = not data_root.exists()
     data_root.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=data_root, prefix=".download-")
+    try:
+        with tempfile.TemporaryDirectory(dir=data_root, prefix=".download-") as temporary:
+            yield temporary
+    finally:
+        if new and not any(data_root.iterdir()):
+            data_root.rmdir()
 
 
 @contextmanager

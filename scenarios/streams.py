@@ -20,11 +20,11 @@ Builder = TypeVar("Builder", bound=Callable[..., Scenario])
 OPTIONS = {
     "setting": "`class` (which class of all seen), `task` (the task is told) or `domain` (shared labels).",
     "experiences": "number of experiences.",
-    "first": "classes in the first experience; none: as many as in each other one.",
+    "first": "classes in the first experience; null: as many as in each other one.",
     "order": "of the classes: `natural` (as the data set numbers them), `random` (drawn from the seed) or a "
     "list of all class numbers.",
-    "seed": "of everything random in the scenario; none: the run's seed.",
-    "limit": "images per class, of training and of test data; none: all.",
+    "seed": "of everything random in the scenario; null: the run's seed.",
+    "limit": "images per class, of training and of test data; null: all.",
     "normalize": "subtract the data set's mean and divide by its standard deviation, per channel.",
     "augment": "crop training images at random after padding by 4 zeros, and mirror every other one.",
     "max_angle": "in degrees; experience i of n, counted from 0, is turned by i/n of it.",

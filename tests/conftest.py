@@ -45,7 +45,7 @@ def make_arrays(classes: int = 6, per_class: int = 12, shape: Sequence[int] = (1
 
 @pytest.fixture
 def tiny() -> Callable[..., Scenario]:
-    """Builds a scenario of 3 experiences of 2 classes each, 24 training images an experience; options of split_classes."""
+    """Builds a scenario of 3 experiences of 2 classes, 24 training images each; takes options of split_classes."""
 
     def build(experiences: int = 3, **options: object) -> Scenario:
         shape = options.pop("shape", (1, 4, 4))

@@ -134,7 +134,7 @@ def test_options_are_documented_and_checked():
         validated(mlp, {"hidden": [5, 0]}, "model", skip=("input_shape",))
 
 
-# -------------------------------------------------------------------------------------------- torchvision's networks
+# -------------------------------------------------------------------------- torchvision's networks
 
 
 @pytest.mark.parametrize(

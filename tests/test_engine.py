@@ -60,7 +60,7 @@ def learn(scenario: Any, *plugins: Plugin, train: dict[str, Any] | None = None, 
     return clframe.run(scenario, model, plugins, train={**TRAIN, **(train or {})}, run=run, listeners=listeners)
 
 
-# ----------------------------------------------------------------------------------------- right: against a plain loop
+# --------------------------------------------------------------------- right: against a plain loop
 
 
 @pytest.mark.parametrize("setting", ["class", "task", "domain"])
@@ -136,7 +136,7 @@ def test_a_run_leaves_torch_as_it_was(tiny):
     assert torch.get_num_threads() == threads
 
 
-# --------------------------------------------------------------------------------------------------------------- joint
+# ------------------------------------------------------------------------------------------- joint
 
 
 def test_joint_training_of_one_experience_is_plain_training(tiny):
@@ -190,7 +190,7 @@ def test_joint_refuses_a_method_beside_it(tiny):
         clframe.run(tiny(), plugins=[{"joint": {"restart": True}}])
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
+# ---------------------------------------------------------------------------------------- settings
 
 
 def test_iterations_are_complete_batches_of_reshuffled_epochs(tiny):
@@ -320,7 +320,7 @@ def test_curves_within_experiences(tiny, tmp_path: Path):
     assert [r["row"] for r in within if r["epoch"] == 2] == rows
 
 
-# -------------------------------------------------------------------------------------------------------- one's own parts
+# --------------------------------------------------------------------------------- one's own parts
 
 
 class Doubling(nn.Module):
@@ -362,7 +362,7 @@ def test_a_domain_scenario_of_ones_own(tiny_arrays):
     assert results.data["setting"] == "domain"
 
 
-# ---------------------------------------------------------------------------------------------------- refusals, bad luck
+# ------------------------------------------------------------------------------ refusals, bad luck
 
 
 def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
@@ -374,7 +374,7 @@ def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
             return rows(4) if experience.index else None
 
     with pytest.raises(
-        WrongUse, match="Label 0 in the training data of experience 1 is masked by `train.logits=current`"
+        WrongUse, match="Label 0 in the training data of experience 2 of 3 is masked by `train.logits=current`"
     ):
         learn(tiny(), Exemplars(), train={"logits": "current"})
 
@@ -385,7 +385,7 @@ def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
         def extra_batch(self, run, batch):
             return run.batch(rows(2)) if run.experience.index else None
 
-    with pytest.raises(WrongUse, match="Label 0 in what `replay` adds to a batch of experience 1 is masked"):
+    with pytest.raises(WrongUse, match="Label 0 in what `replay` adds to a batch of experience 2 of 3 is masked"):
         learn(tiny(), Replay(), train={"logits": "current"})
     with pytest.raises(WrongUse, match=r"`train.logits=own` needs tasks"):
         learn(tiny(setting="domain"), train={"logits": "own"})
@@ -401,7 +401,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny, tmp_path: Pa
             scale = math.nan if run.experience.index == 1 and run.step == 1 else 0.0
             return {"exploding/term": outputs.logits.sum() * scale}
 
-    with pytest.raises(RunFailed, match=r"loss term `exploding/term` became infinite or not a number in experience 1"):
+    with pytest.raises(
+        RunFailed, match=r"loss term `exploding/term` became infinite or not a number in experience 2 of 3"
+    ):
         learn(tiny(), Exploding(), train={"clip": clip}, output=str(tmp_path / "run"), tensorboard=False)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [p.name for p in kept] == ["000001"]  # that of the end of experience 0: nothing broken was saved
@@ -442,7 +444,7 @@ def test_memory_that_runs_out_is_told_in_one_sentence(tiny):
         def penalty(self, run, batch, outputs):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(RunFailed, match=r"Out of memory on cpu in experience 0: a smaller `train.batch_size`"):
+    with pytest.raises(RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a smaller `train.batch_size`"):
         learn(tiny(), Hungry())
 
 
@@ -453,7 +455,7 @@ def test_an_experience_without_images_is_refused(tiny):
         return full._load(i, part).rows(slice(0, 0)) if part == "train" and i == 1 else full._load(i, part)
 
     scenario = Scenario("holey", "class", full.classes, full.class_names, full.input_shape, load)
-    with pytest.raises(DataError, match="Experience 1 of `holey` has no training images"):
+    with pytest.raises(DataError, match="`holey` has no training images in experience 2 of 3"):
         learn(scenario)
 
 
@@ -483,3 +485,9 @@ def test_storage_is_what_the_method_keeps(tiny):
     net = 16 * 100 + 100 + 100 * 100 + 100 + 6 * 100 + 6
     assert results.data["storage"]["ewc"]["parameters"] >= 2 * net
     assert results.data["storage"]["ewc"]["bytes"] == pytest.approx(4 * 2 * net, rel=0.01)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tiny, tmp_path: Path):
+    with pytest.raises(WrongUse, match="cannot run beside"):
+        clframe.run(tiny(), plugins=["joint", "ewc"], run={"output": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
