@@ -1,0 +1,1 @@
+"""The built-in plugins, one file per method, named as the method."""

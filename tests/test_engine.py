@@ -374,7 +374,7 @@ def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
             return rows(4) if experience.index else None
 
     with pytest.raises(
-        WrongUse, match="Label 0 in the training data of experience 2 of 3 is masked by `train.logits=current`"
+        WrongUse, match=r"Label 0 in the training data of experience 2 of 3 is masked by `train.logits=current`"
     ):
         learn(tiny(), Exemplars(), train={"logits": "current"})
 
@@ -424,7 +424,7 @@ def test_an_infinite_gradient_is_named(tiny):
 
 def test_a_device_that_is_not_there_is_refused(tiny):
     if not torch.cuda.is_available():
-        with pytest.raises(WrongUse, match="`run.device` is 'cuda', but torch finds no CUDA device"):
+        with pytest.raises(WrongUse, match=r"`run.device` is 'cuda', but torch finds no CUDA device"):
             learn(tiny(), device="cuda")
     with pytest.raises(WrongUse, match="choices: auto, cpu, cuda"):
         learn(tiny(), device="abacus")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import clframe
-from clframe import Batch, ImageData, Phase, Plugin, hookimpl
+from clframe import Batch, Phase, Plugin, hookimpl
 from clframe.errors import Interrupted, RunFailed, WrongUse
 from clframe.evaluate import Predictor
 from clframe.hooks import HOOKS
@@ -261,7 +261,7 @@ def test_two_plugins_may_not_bring_one_phase(tiny):
 
         return Bringing()
 
-    with pytest.raises(WrongUse, match="`one` and `two`.*`warm-up`"):
+    with pytest.raises(WrongUse, match=r"`one` and `two`.*`warm-up`"):
         learn(tiny(), bringing("one"), bringing("two"))
 
 

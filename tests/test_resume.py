@@ -217,7 +217,7 @@ def test_one_flipped_bit_is_noticed_and_the_older_checkpoint_used(stopped: Path,
 def test_a_resume_without_a_good_checkpoint_never_starts_afresh(stopped: Path):
     for path in (stopped / "checkpoints").glob("*/tensors.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="damaged.*never starts afresh"):
+    with pytest.raises(DataError, match=r"damaged.*never starts afresh"):
         clframe.resume(stopped)
     assert not (stopped / "results.json").exists()
 
@@ -281,7 +281,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(stopped: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(RunFailed, match="No space left on device.*last good checkpoint is kept"):
+        with pytest.raises(RunFailed, match=r"No space left on device.*last good checkpoint is kept"):
             clframe.resume(stopped)
     assert [p.name for p in sorted((stopped / "checkpoints").iterdir())] == ["000001", "000002"]
     clframe.resume(stopped)
