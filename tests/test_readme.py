@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,10 @@ def test_the_hook_table_has_every_hook_with_its_exact_signature_in_calling_order
 
 
 def test_the_method_table_has_every_plugin_with_its_file_and_citation():
-    rows = {name: (file, paper) for name, file, paper in re.findall(r"^\| \[`([\w-]+)`\]\(([\w/.]+)\) \|.*\| (.*?) ?\|$", README, re.M)}
+    rows = {
+        name: (file, paper)
+        for name, file, paper in re.findall(r"^\| \[`([\w-]+)`\]\(([\w/.]+)\) \|.*\| (.*?) ?\|$", README, re.M)
+    }
     assert sorted(rows) == registry.names("plugin")
     for name, (file, paper) in rows.items():
         cls = registry.plugin_class(name)
@@ -49,6 +53,7 @@ def test_every_scenario_and_backbone_is_named():
 
 def test_the_table_of_flags_is_that_of_the_command_line():
     import typer
+
     from clframe.cli.main import app
 
     run = typer.main.get_command(app).commands["run"]
@@ -71,9 +76,9 @@ def test_commands_exist():
         if words and words[0] == "clframe":
             assert words[1] in commands
             if words[1] == "run":
-                sets = [b for a, b in zip(words, words[1:], strict=False) if a == "--set"]
-                plugins = [b for a, b in zip(words, words[1:], strict=False) if a == "--plugin"]
-                names = [b for a, b in zip(words, words[1:], strict=False) if a == "--scenario"]
+                sets = [b for a, b in pairwise(words) if a == "--set"]
+                plugins = [b for a, b in pairwise(words) if a == "--plugin"]
+                names = [b for a, b in pairwise(words) if a == "--scenario"]
                 if "--config" not in words:
                     resolve(scenario=(names or [None])[0], plugins=plugins, sets=sets)
 
