@@ -113,6 +113,7 @@ class Engine:
         self.replays = self.callers["extra_batch"]
         self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}
         self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
+        self.kept_optimizer: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
         self.trained: dict[str, nn.Parameter] = {}
         self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
         self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
@@ -207,12 +208,13 @@ class Engine:
         run.sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
         run.emit("phase", name=phase.name, steps=run.sampler.steps, experience=run.experience.index)
         with training_only(run.model, self.trained.values()):
-            if self.resumed is not None:  # the optimizer was restored with it
+            if self.resumed is not None:  # the optimizers were restored with it
                 run.sampler.load(self.resumed)
                 self.resumed = None
-            elif run.optimizer is not None:
+            elif phase.name == "train" and run.optimizer is not None:
                 extend_optimizer(run.optimizer, self.trained, run.settings)
             elif run.sampler.steps:
+                self.kept_optimizer = run.optimizer
                 run.optimizer = make_optimizer(self.trained, run.settings, phase.lr)
             self.in_step_since, self.images_since = time.monotonic(), 0
             yield self.batches(data)
@@ -220,7 +222,7 @@ class Engine:
         self.trainable = run.sampler = None
         self.position.phase += 1
         if not (phase.name == "train" and run.settings.keep_optimizer):
-            run.optimizer = None
+            run.optimizer, self.kept_optimizer = self.kept_optimizer, None
         self.pause()
 
     def batches(self, data: ImageData) -> Iterator[Batch]:

@@ -35,6 +35,7 @@ def take(engine: Engine) -> dict[str, Any]:
         "model": dict(run.model.state_dict()),
         "trainable": trainable if engine.trainable is None else engine.trainable,
         "optimizer": run.optimizer,
+        "kept_optimizer": engine.kept_optimizer,
         "sampler": run.sampler.state() if run.sampler else None,
         "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
         "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
@@ -75,6 +76,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(name in trainable)
     run.optimizer = _optimizer(run, entries["optimizer"], tensors)
+    engine.kept_optimizer = _optimizer(run, entries["kept_optimizer"], tensors)
     engine.resumed = value("sampler")
     engine.collected = {
         "extra_data": value("extra_data"),

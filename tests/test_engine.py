@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import clframe
-from clframe import Arrays, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
+from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
 from clframe.errors import DataError, RunFailed, WrongUse
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
@@ -49,7 +49,9 @@ class Seeing(Plugin):
         self.steps[-1] += 1
         self.indices.append(batch.index)
         self.optimizers.append(run.optimizer)
-        self.norms.append(float(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()))
+        self.norms.append(
+            float(torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm())
+        )
         mask = run.mask(batch.task)
         self.masks.append(None if mask is None else mask.tolist())
 
@@ -227,6 +229,23 @@ def test_the_optimizer_is_new_for_each_experience_unless_kept(tiny):
     assert count["head.0.weight"] == count["backbone.net.1.weight"] == 9
     assert count["head.1.weight"] == 6
     assert count["head.2.bias"] == 3
+
+
+def test_a_phase_beside_train_leaves_a_kept_optimizer_alone(tiny):
+    class Warm(Plugin):
+        name = "warm"
+
+        @hookimpl
+        def phases(self, run, experience):
+            return [Phase("warm", iterations=4, only=("head.*",)), Phase("tune", "after", iterations=1)]
+
+    seeing = Seeing()
+    learn(tiny(), Warm(), seeing, train={"optimizer": "adam", "keep_optimizer": True})
+    assert len({id(o) for o in seeing.optimizers}) == 1 + 2 * 3
+    kept = seeing.optimizers[-2]
+    count = {name: int(kept.state[p]["step"]) for name, p in seeing.run.model.named_parameters()}
+    assert count["head.0.weight"] == count["backbone.net.1.weight"] == 9
+    assert count["head.2.weight"] == 3
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
