@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	@rm -rf runs/demo
 	$(BIN)/clframe run --scenario permuted-digits --output runs/demo/finetuning
-	$(BIN)/clframe run --scenario permuted-digits --plugin ewc --output runs/demo/ewc
+	$(BIN)/clframe run --scenario permuted-digits --plugin ewc --set ewc.form=online --output runs/demo/ewc
 	@$(BIN)/python examples/compare.py runs/demo/finetuning runs/demo/ewc
 	@echo "Look at the curves of both: $(BIN)/tensorboard --logdir runs/demo"
 

@@ -55,7 +55,7 @@ def one_pass(way: str, model: IncrementalNet, images: Sequence[Tensor], labels: 
         torch.cuda.synchronize()
 
 
-def measure(repetitions: int = 9, images: int = 512, device: str = "cpu") -> list[dict[str, object]]:
+def measure(repetitions: int = 5, images: int = 128, device: str = "cpu") -> list[dict[str, object]]:
     """One row for each model and way: median seconds for `images` images, and the ratio to the batch mean's.
 
     The ratio is the median of the ratios within each repetition, in which all ways run one after the other.
@@ -91,8 +91,8 @@ def measure(repetitions: int = 9, images: int = 512, device: str = "cpu") -> lis
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--images", type=int, default=512, help="images of a pass")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--images", type=int, default=128, help="images of a pass")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; by default as torch chooses")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()

@@ -76,7 +76,7 @@ def trial(given: Sequence[str], folder: Path, expected: Reference, kills: int, d
             alive = _wait_for_life(process, folder, before)
             if alive is not None:
                 try:
-                    process.wait(dice.uniform(0, expected.seconds / max(1, kills / 2)))
+                    process.wait(dice.uniform(0, 2 * expected.seconds / (kills + 1)))
                 except subprocess.TimeoutExpired:
                     process.kill()
                     done += 1

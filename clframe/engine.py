@@ -129,7 +129,9 @@ class Engine:
     def enter_each(self) -> Iterator[Experience]:
         """The experiences that are left, each when the head has grown for it."""
         run = self.run
-        run.emit("start", scenario=self.stream.name, n_experiences=len(self.stream), total_step=run.total_steps)
+        so_far = {reading: list(rows) for reading, rows in run.accuracy.items()}
+        n = len(self.stream)
+        run.emit("start", scenario=self.stream.name, n_experiences=n, total_step=run.total_steps, accuracy=so_far)
         if self.oracle:
             run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
         for index in range(self.position.experience, len(self.stream)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clframe.options import public_name, validated
 
@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from clframe.context import Run
 
 
-class Plugin:
+class _Validated(type):
+    """Validates the options before a class's ``__init__`` sees them, raising `clframe.errors.WrongUse`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise TypeError(f"{cls.__name__} takes its options by name only")
+        values = validated(cls, kwargs, getattr(cls, "name", "") or cls.__name__)
+        plugin = super().__call__(**values)
+        plugin.options = values
+        return plugin
+
+
+class Plugin(metaclass=_Validated):
     """A method, or an observer, that takes part in a run through hooks (`clframe.hooks`).
 
     The constructor is the schema of its options: typed parameters with defaults, documented under ``Options:`` in the
@@ -45,14 +57,6 @@ class Plugin:
     citation: ClassVar[str] = ""
 
     options: dict[str, Any]  # as validated, by parameter name
-
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Validate the options, raising `clframe.errors.WrongUse`, before ``__init__`` sees them."""
-        if args:
-            raise TypeError(f"{cls.__name__} takes its options by name only")
-        plugin = super().__new__(cls)
-        plugin.options = validated(cls, kwargs, cls.name or cls.__name__)
-        return plugin
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"

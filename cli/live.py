@@ -70,6 +70,7 @@ class Live:
 
     def _start(self, record: dict[str, Any]) -> None:
         self.scenario, self.n = record["scenario"], record["n_experiences"]
+        self.rows = {reading: dict(enumerate(rows)) for reading, rows in record["accuracy"].items()}
 
     def _experience(self, record: dict[str, Any]) -> None:
         self.index, self.classes = record["index"], record["classes"]

@@ -38,7 +38,7 @@ def unstyled(text):
 
 def records(live, n=2):
     """The records of a small run."""
-    live({"kind": "start", "scenario": "split-digits", "n_experiences": n})
+    live({"kind": "start", "scenario": "split-digits", "n_experiences": n, "accuracy": {}})
     for i in range(n):
         live({"kind": "experience", "index": i, "task": i, "classes": [2 * i, 2 * i + 1]})
         live({"kind": "phase", "name": "train", "steps": 30, "experience": i})

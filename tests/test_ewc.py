@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin
+from clframe import Plugin, checkpoint
 from clframe.context import Run
 from clframe.data import Experience
-from clframe.errors import WrongUse
+from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import hookimpl
 from clframe.importance import GradientSums, label_cotangents, zeros_for
 from clframe.plugins.ewc import EWC
@@ -206,6 +208,35 @@ def test_nothing_is_left_on_the_model_and_running_statistics_stay() -> None:
     witness = run(EWC(), experiences=1)
     model = witness.model
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(tmp_path: Path) -> None:
+    """The partial sums and the images of the pass are in the state; sampled labels go on where they were."""
+
+    def go(folder: Path, listeners: list[Any]) -> None:
+        clframe.run(
+            {"name": "permuted-digits", "experiences": 2, "limit": 12},
+            model={"name": "mlp", "hidden": [16]},
+            plugins=[{"ewc": {"labels": "sampled", "samples": 100}}],
+            train=QUICK,
+            run={"output": str(folder), "seed": 0, "tensorboard": False},
+            listeners=listeners,
+        )
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["kind"] == "tick" and record["i"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    go(tmp_path / "whole", [])
+    with pytest.raises(Interrupted):
+        go(tmp_path / "stopped", [stop])
+    ticks: list[int] = []
+    clframe.resume(tmp_path / "stopped", listeners=[lambda r: ticks.append(r["i"]) if r["kind"] == "tick" else None])
+    assert ticks == [3, 4, 1, 2, 3, 4]
+    whole, stopped = (checkpoint.load(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert any("ewc/penalties" in name for name in whole)
 
 
 def test_state_is_small_after_an_experience() -> None:
