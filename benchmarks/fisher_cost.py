@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe import backbones
-from clframe.importance import GradientSums, Labels, label_cotangents, zeros_for
+from clframe.importance import Labels, label_cotangents
 from clframe.model import IncrementalNet, evaluating
+from clframe.per_sample import GradientSums, zeros_for
 
 CLASSES = 10
 MODELS: dict[str, tuple[Callable[[tuple[int, ...]], nn.Module], tuple[int, ...], int]] = {

@@ -10,18 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clframe.api import Trained, load, resume, run
+    from clframe.arrays import Arrays, change_domains, split_classes, suits
     from clframe.context import Run
-    from clframe.data import (
-        Arrays,
-        Batch,
-        Experience,
-        ImageData,
-        Scenario,
-        Transform,
-        change_domains,
-        split_classes,
-        suits,
-    )
+    from clframe.data import Batch, Experience, ImageData, Scenario, Transform
     from clframe.errors import ClframeError, DataError, Interrupted, RunFailed, WrongUse
     from clframe.evaluate import Predictor
     from clframe.hooks import hookimpl
@@ -65,7 +56,8 @@ __all__ = [
 _HOMES = {
     "api": "Trained load resume run",
     "context": "Run",
-    "data": "Arrays Batch Experience ImageData Scenario Transform change_domains split_classes suits",
+    "arrays": "Arrays change_domains split_classes suits",
+    "data": "Batch Experience ImageData Scenario Transform",
     "errors": "ClframeError DataError Interrupted RunFailed WrongUse",
     "evaluate": "Predictor",
     "hooks": "hookimpl",

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from clframe.errors import WrongUse
 from clframe.hooks import hookimpl
-from clframe.importance import GradientSums, Labels, Quadratic, label_cotangents, zeros_for
+from clframe.importance import Labels, Quadratic, label_cotangents
 from clframe.options import Count, NonNegative, Share
+from clframe.per_sample import GradientSums, zeros_for
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:

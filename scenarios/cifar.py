@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clframe.data import Arrays, Scenario, Setting, Transform, suits
+from clframe.arrays import Arrays, suits
+from clframe.data import Scenario, Setting, Transform
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import sources
 from clframe.scenarios.streams import Order, documented, split

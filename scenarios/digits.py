@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from clframe.data import Arrays, Scenario, Setting, Transform, suits
+from clframe.arrays import Arrays, suits
+from clframe.data import Scenario, Setting, Transform
 from clframe.errors import DataError
 from clframe.options import Count, CountOrZero, Positive
 from clframe.scenarios.streams import Order, documented, permuted, rotated, split

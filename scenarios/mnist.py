@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clframe.data import Arrays, Scenario, Setting, Transform, suits
+from clframe.arrays import Arrays, suits
+from clframe.data import Scenario, Setting, Transform
 from clframe.options import Count, CountOrZero, Positive
 from clframe.scenarios import sources
 from clframe.scenarios.streams import Order, documented, permuted, rotated, split

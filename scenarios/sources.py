@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clframe.data import Arrays
+from clframe.arrays import Arrays
 from clframe.errors import DataError
 
 IDX_FILES = (

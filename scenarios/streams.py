@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clframe.data import Arrays, Scenario, Setting, change_domains, split_classes
+from clframe.arrays import Arrays, change_domains, split_classes
+from clframe.data import Scenario, Setting
 
 Order = Literal["natural", "random"] | list[int]
 Builder = TypeVar("Builder", bound=Callable[..., Scenario])
@@ -49,7 +50,7 @@ def split(
     seed: int | None,
     limit: int | None,
 ) -> Scenario:
-    """`clframe.data.split_classes` of at most `limit` images of each class, in an order that may be named."""
+    """`clframe.arrays.split_classes` of at most `limit` images of each class, in an order that may be named."""
     if isinstance(order, str):
         count = len(arrays.class_names)
         order = random_of(seed).permutation(count).tolist() if order == "random" else list(range(count))

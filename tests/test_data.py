@@ -6,17 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clframe.data import (
-    Arrays,
-    Batch,
-    ImageData,
-    Scenario,
-    Transform,
-    change_domains,
-    join,
-    split_classes,
-    suits,
-)
+from clframe.arrays import Arrays, change_domains, split_classes, suits
+from clframe.data import Batch, ImageData, Scenario, Transform, join
 from clframe.errors import DataError, WrongUse
 
 

@@ -15,7 +15,8 @@ from clframe.context import Run
 from clframe.data import Experience
 from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import hookimpl
-from clframe.importance import GradientSums, label_cotangents, zeros_for
+from clframe.importance import label_cotangents
+from clframe.per_sample import GradientSums, zeros_for
 from clframe.plugins.ewc import EWC
 
 QUICK = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}

@@ -10,8 +10,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from clframe.errors import WrongUse
-from clframe.importance import GradientSums, Labels, Quadratic, Reduce, label_cotangents, zeros_for
+from clframe.importance import Labels, Quadratic, label_cotangents
 from clframe.model import IncrementalNet
+from clframe.per_sample import GradientSums, Reduce, zeros_for
 
 CLASSES = 4
 IMAGE = (3, 9, 9)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from clframe.arrays import Arrays
 from clframe.config import TrainSettings
-from clframe.data import Arrays, Transform
+from clframe.data import Transform
 from clframe.errors import DataError, WrongUse
 from clframe.options import options_of, validated
 from clframe.scenarios import cifar, digits, mnist, streams

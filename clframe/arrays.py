@@ -1,0 +1,224 @@
+"""Scenarios cut from labelled arrays: classes in groups, or the same classes in changing domains."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from clframe.data import ImageData, Part, Scenario, Setting, Transform
+from clframe.errors import DataError, WrongUse
+
+Builder = TypeVar("Builder", bound=Callable[..., Scenario])
+
+
+def suits(*, backbone: str | Mapping[str, Any], train: Mapping[str, Any]) -> Callable[[Builder], Builder]:
+    """Mark a function that builds a scenario with the backbone and the training settings that suit it.
+
+    They are what a run uses where the user set nothing else, and are known without loading any data.
+    `backbone` is a name, or a name with options: ``{"name": "mlp", "hidden": [256, 256]}``.
+    """
+
+    def mark(builder: Builder) -> Builder:
+        builder.backbone, builder.train = backbone, dict(train)  # type: ignore[attr-defined]
+        return builder
+
+    return mark
+
+
+@dataclass
+class Arrays:
+    """A labelled image data set in memory, from which scenarios are cut.
+
+    Attributes:
+        x_train, x_test: [N, C, H, W] uint8, or any float tensor [N, ...].
+        y_train, y_test: [N] labels 0 .. len(class_names) - 1, of any integer type; held as int64.
+        class_names: one for each label.
+        transform: from these raw values to the model's input.
+
+    Raises:
+        DataError: if images and labels do not fit each other or the class names.
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    class_names: tuple[str, ...]
+    transform: Transform = field(default_factory=Transform)
+
+    def __post_init__(self) -> None:
+        self.y_train = self._checked("training", self.x_train, self.y_train)
+        self.y_test = self._checked("test", self.x_test, self.y_test)
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise DataError(
+                f"The training images of `{self.name}` are {list(self.x_train.shape[1:])}, the test images "
+                f"{list(self.x_test.shape[1:])}; they must have one shape."
+            )
+
+    def _checked(self, part: str, x: Tensor, y: Tensor) -> Tensor:
+        if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+            raise DataError(
+                f"The {part} labels of `{self.name}` are {y.dtype} {list(y.shape)}, but must be integers [N]."
+            )
+        if len(x) != len(y):
+            raise DataError(
+                f"`{self.name}` has {len(x)} {part} images and {len(y)} labels; there must be one label for each image."
+            )
+        if not len(y):
+            raise DataError(f"`{self.name}` has no {part} images; there must be at least one.")
+        y = y.to(torch.int64)
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"The {part} labels of `{self.name}` go from {low} to {high}; "
+                f"for {len(self.class_names)} classes they must lie in 0 to {len(self.class_names) - 1}."
+            )
+        return y
+
+    def checksum(self) -> str:
+        """SHA-256 over all images and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(tensor.contiguous().cpu().numpy().data)
+        return digest.hexdigest()
+
+    def limited(self, per_class: int | None) -> Arrays:
+        """The first `per_class` images of each class, of training and test data alike; all if None."""
+        if per_class is None:
+            return self
+
+        def first(y: Tensor) -> Tensor:
+            return torch.cat([(y == c).nonzero().flatten()[:per_class] for c in sorted(set(y.tolist()))]).sort().values
+
+        train, test = first(self.y_train), first(self.y_test)
+        return replace(
+            self,
+            x_train=self.x_train[train],
+            y_train=self.y_train[train],
+            x_test=self.x_test[test],
+            y_test=self.y_test[test],
+        )
+
+    def move(self, device: torch.device) -> None:
+        """Hold all tensors on `device`."""
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Images and labels of ``train`` or ``test``."""
+        return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
+
+
+def split_classes(
+    name: str,
+    arrays: Arrays,
+    *,
+    experiences: int,
+    setting: Setting = "class",
+    first: int | None = None,
+    order: Sequence[int] | None = None,
+) -> Scenario:
+    """A scenario whose experiences bring disjoint groups of classes.
+
+    Args:
+        name: of the scenario.
+        arrays: the data set.
+        experiences: how many groups.
+        setting: in ``domain`` the label is the class's place within its group.
+        first: classes in the first group; by default all groups are of one size.
+        order: permutation of the class numbers; by default as the data set numbers them.
+
+    Raises:
+        WrongUse: if the classes cannot be divided so, or `order` is no permutation.
+    """
+    total = len(arrays.class_names)
+    order = list(order) if order is not None else list(range(total))
+    if sorted(order) != list(range(total)):
+        raise WrongUse(f"`scenario.order` is {order}; it must hold each of the class numbers 0 to {total - 1} once.")
+    rest = experiences - (first is not None)
+    left = total - (first or 0)
+    if experiences < 1 or left < rest or (rest and left % rest) or (not rest and left):
+        raise WrongUse(
+            f"`scenario.experiences` is {experiences}"
+            + (f" with `scenario.first` {first}" if first is not None else "")
+            + f": {total} classes of {arrays.name} cannot be divided so evenly."
+        )
+    sizes = ([first] if first is not None else []) + [left // max(rest, 1)] * rest
+    if setting == "domain" and sizes[0] < max(sizes):
+        raise WrongUse(
+            f"`scenario.first` is {first}; in the domain setting it must be at least {max(sizes)}, "
+            "the number of classes of the other groups."
+        )
+    groups = list(torch.split(torch.tensor(order), sizes))
+
+    def load(i: int, part: Part) -> ImageData:
+        x, y = arrays.part(part)
+        start = 0 if setting == "domain" else sum(sizes[:i])
+        label = torch.full((total,), -1, dtype=torch.int64)
+        label[groups[i]] = torch.arange(sizes[i]) + start
+        y = label.to(y.device)[y]
+        where = (y >= 0).nonzero().flatten()
+        return ImageData(x[where], y[where], index=where, task=i)
+
+    names = [arrays.class_names[c] for c in order]
+    if setting == "domain":
+        classes: Iterable[Sequence[int]] = [range(size) for size in sizes]
+        names = [f"place {place}" for place in range(max(sizes))]
+    else:
+        classes = [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(experiences)]
+    return Scenario(
+        name,
+        setting,
+        list(classes),
+        names,
+        arrays.x_train.shape[1:],
+        load,
+        transform=arrays.transform,
+        class_order=order,
+        checksum=arrays.checksum(),
+        move=arrays.move,
+    )
+
+
+def change_domains(
+    name: str,
+    arrays: Arrays,
+    change: Callable[[int, Tensor], Tensor],
+    *,
+    experiences: int,
+    setting: Setting = "domain",
+) -> Scenario:
+    """A scenario whose experiences show all classes, each time changed in another way.
+
+    Args:
+        name: of the scenario.
+        arrays: the data set.
+        change: ``change(i, x)`` gives the raw images `x` as experience i shows them.
+        experiences: how many.
+        setting: in ``domain`` all experiences share their labels; else each brings labels of its own.
+    """
+    total = len(arrays.class_names)
+    apart = setting != "domain"
+
+    def load(i: int, part: Part) -> ImageData:
+        x, y = arrays.part(part)
+        return ImageData(change(i, x), y + total * i * apart, index=torch.arange(len(y)), task=i)
+
+    return Scenario(
+        name,
+        setting,
+        [range(total * i * apart, total * (i * apart + 1)) for i in range(experiences)],
+        [f"{c} ({i})" if apart else c for i in range(experiences if apart else 1) for c in arrays.class_names],
+        arrays.x_train.shape[1:],
+        load,
+        transform=arrays.transform,
+        class_order=range(total),
+        checksum=arrays.checksum(),
+        move=arrays.move,
+    )

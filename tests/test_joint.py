@@ -1,0 +1,87 @@
+"""Joint training: the oracle, once on everything or cumulatively."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clframe
+from clframe import Plugin, hookimpl
+from clframe.errors import WrongUse
+
+TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
+
+
+class Seeing(Plugin):
+    """Keeps what a run was made of."""
+
+    name = "seeing"
+    observer = True
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.indices: list[Tensor] = []
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.run = run
+        self.steps.append(0)
+
+    @hookimpl
+    def after_step(self, run, batch):
+        self.steps[-1] += 1
+        self.indices.append(batch.index)
+
+
+def test_joint_training_of_one_experience_is_plain_training(tiny):
+    plain, joint = Seeing(), Seeing()
+    a = clframe.run(tiny(experiences=1), "mlp-100", [plain], train=TRAIN)
+    b = clframe.run(tiny(experiences=1), "mlp-100", ["joint", joint], train=TRAIN)
+    assert a.accuracy == b.accuracy
+    state = joint.run.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in plain.run.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("train", "steps"), [({"epochs": 2}, 18), ({"epochs": None, "iterations": 5}, 15)])
+def test_joint_trains_once_with_the_iterations_of_all_experiences(tiny, train: dict[str, Any], steps: int):
+    seeing = Seeing()
+    results = clframe.run(tiny(), "mlp-100", ["joint", seeing], train={**TRAIN, **train})
+    assert seeing.steps == [0, 0, steps]
+    assert set(torch.cat(seeing.indices).tolist()) <= set(range(72))
+    rows = results.accuracy["class"]
+    assert rows[:2] == [[None] * 3] * 2
+    assert None not in rows[2]
+    assert results.measures["class"]["average_accuracy"] == pytest.approx(sum(rows[2]) / 3)
+    assert results.measures["class"]["forgetting"] is None
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_cumulative_joint_trains_after_each_experience_on_all_so_far(tiny, restart: bool):
+    starts: list[dict[str, Tensor]] = []
+
+    class Starts(Plugin):
+        name = "starts"
+        observer = True
+
+        @hookimpl
+        def extra_batch(self, run, batch):
+            if run.step == 0:
+                starts.append({k: v.clone() for k, v in run.model.state_dict().items()})
+
+    seeing = Seeing()
+    options = {"joint": {"form": "cumulative", "restart": restart}}
+    results = clframe.run(tiny(), "mlp-100", [options, Starts(), seeing], train=TRAIN)
+    assert seeing.steps == [3, 6, 9]
+    assert len(torch.cat(seeing.indices[-9:]).unique()) == 72
+    assert all(torch.equal(starts[0][k], starts[2][k]) == restart for k in starts[0])
+    assert [row.count(None) for row in results.accuracy["class"]] == [2, 1, 0]
+
+
+def test_joint_refuses_a_method_beside_it(tiny):
+    with pytest.raises(WrongUse, match="`joint` trains on all data and cannot run beside `ewc`"):
+        clframe.run(tiny(), plugins=["joint", "ewc"])
+    with pytest.raises(WrongUse, match=r"`joint.restart` needs `joint.form=cumulative`"):
+        clframe.run(tiny(), plugins=[{"joint": {"restart": True}}])
