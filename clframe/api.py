@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import resource
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clframe import checkpoint, metrics, registry, state
+from clframe import checkpoint, registry, state
 from clframe.config import Config, TrainSettings, parse_yaml, resolve, to_yaml
 from clframe.context import Listener, Run
-from clframe.data import Scenario, Transform
+from clframe.data import Scenario
 from clframe.engine import Engine, learn
 from clframe.errors import ClframeError, DataError, RunFailed, WrongUse
 from clframe.evaluate import Readings
@@ -27,7 +24,8 @@ from clframe.folder import RunFolder, environment, environment_changes, read_mod
 from clframe.model import IncrementalNet, evaluating, masked
 from clframe.options import explain
 from clframe.plugin import Plugin
-from clframe.results import FORMAT, Results
+from clframe.record import results_of, scenario_of, split_of
+from clframe.results import Results
 
 OBJECT = "python object"  # the option under which a configuration names what only Python can give
 
@@ -81,7 +79,7 @@ def run_config(
                 config.run.device = str(device)
                 config.train.threads = torch.get_num_threads()
                 found = environment(device, config.run.seed, engine.stream.checksum)
-                folder.begin(to_yaml(config), found, _split(engine.stream))
+                folder.begin(to_yaml(config), found, split_of(engine.stream))
             return _go(engine, None)
         finally:
             if folder:
@@ -144,7 +142,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequenc
     path = Path(folder).expanduser()
     description, packed, tensors = read_model(path)
     config = _read_config(path)
-    scenario = _scenario_of(description["scenario"])
+    scenario = scenario_of(description["scenario"])
     config.run.tensorboard = False
     engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, ())
     engine.hook.before_run(run=engine.run)
@@ -339,7 +337,7 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
                 if loaded is not None:
                     state.put_back(engine, *loaded)
                 learn(engine)
-                results = _finish(engine)
+                results = results_of(engine)
             finally:
                 engine.hook.after_run(run=run)
     except ClframeError:
@@ -383,137 +381,3 @@ def _metrics_writer(folder: RunFolder) -> Listener:
 def _tell(listeners: Sequence[Listener], text: str) -> None:
     for listener in listeners:
         listener({"kind": "message", "text": text})
-
-
-def _finish(engine: Engine) -> Results:
-    """The results of a run that has learnt everything; written, with the trained model, if it has a folder."""
-    run, stream = engine.run, engine.stream
-    run.experience = stream[len(stream) - 1].for_training()
-    row = engine.row or engine.evaluated(keep_scores=True)
-    counts = [len(labels) for labels in row.labels]
-    methods = [plugin for plugin in run.plugins if not plugin.observer]
-    data = {
-        "format": FORMAT,
-        "scenario": stream.name,
-        "setting": stream.setting,
-        "plugins": [plugin.name for plugin in methods],
-        "seed": run.config.run.seed,
-        "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
-        "accuracy": run.accuracy,
-        "measures": {
-            reading: {
-                name: asdict(measure)
-                for name, measure in metrics.measures(matrix, counts, None, engine.baseline.get(reading)).items()
-            }
-            for reading, matrix in run.accuracy.items()
-        },
-        "baseline": engine.baseline,
-        "test_images": counts,
-        "calibration": {
-            reading: {
-                name: asdict(m) for name, m in _calibration(engine, reading, row.scores[reading], row.labels).items()
-            }
-            for reading in row.accuracy
-            if row.kind == "logits"
-        },
-        "storage": {plugin.name: _storage(plugin) for plugin in methods},
-    }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    timings = {
-        "experiences": [
-            {**timing, "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None}
-            for timing in engine.timings
-        ],
-        "peak_memory_bytes": peak,
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
-    }
-    results = Results(data, timings, run.folder)
-    if engine.folder:
-        trained = {
-            "model": dict(run.model.state_dict()),
-            "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
-        }
-        engine.folder.finish(results, trained, {"format": FORMAT, "scenario": _described(stream, run)})
-    return results
-
-
-def _calibration(
-    engine: Engine, reading: Any, scores: Sequence[Tensor | None], labels: Sequence[Tensor]
-) -> dict[str, metrics.Measure]:
-    """Calibration over all experiences together, each image's choices being those of the reading."""
-    last = len(labels) - 1
-    rows = []
-    for on, given in enumerate(scores):
-        if given is None:
-            return {}
-        allowed = torch.zeros(given.shape[1], dtype=torch.bool)
-        allowed[list(engine.readings.choices(reading, last, on))] = True
-        rows.append(masked(given, allowed))
-    return metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
-
-
-def _in_words(reading: str, logits: str) -> str:
-    if reading == "class":
-        return "class-incremental: no task is given, the answer is among all classes seen"
-    if reading == "domain":
-        return "domain-incremental: no task is given, all experiences share their classes"
-    head = "multi-head" if logits in ("own", "current") else "masked single head"
-    return f"task-incremental ({head}): the task is given, the answer is among its classes"
-
-
-def _storage(plugin: Plugin) -> dict[str, int]:
-    """Bytes and numbers that a method keeps between experiences."""
-    tensors: dict[str, Tensor] = {}
-    checkpoint.pack(state.of_plugin(plugin, plugin.state), tensors)
-    return {
-        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-    }
-
-
-# ------------------------------------------------------------------------------------ descriptions
-
-
-def _split(scenario: Scenario) -> dict[str, Any]:
-    """What `split.json` holds: who learns what, when; the validation images by their positions."""
-    return {
-        "class_order": list(scenario.class_order),
-        "class_names": list(scenario.class_names),
-        "data_sha256": scenario.checksum,
-        "experiences": [
-            {"index": e.index, "task": e.task, "classes": list(e.classes), "val": sorted(e.val.index.tolist())}
-            for e in scenario
-        ],
-    }
-
-
-def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
-    """What `load` needs to know of the scenario."""
-    return {
-        "name": scenario.name,
-        "setting": scenario.setting,
-        "classes": [list(classes) for classes in scenario.classes],
-        "class_names": list(scenario.class_names),
-        "input_shape": list(scenario.input_shape),
-        "transform": asdict(scenario.transform),
-        "blocks": run.model.blocks,
-    }
-
-
-def _scenario_of(described: Mapping[str, Any]) -> Scenario:
-    transform = dict(described["transform"])
-    transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
-    empty = Scenario(
-        described["name"],
-        described["setting"],
-        described["classes"],
-        described["class_names"],
-        described["input_shape"],
-        lambda index, part: _no_images(),
-        transform=Transform(**transform),
-    )
-    return empty.described()
-
-
-def _no_images() -> Any:
-    raise WrongUse("A loaded model has no images.")
