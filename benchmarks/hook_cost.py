@@ -175,7 +175,8 @@ def measure(repetitions: int = 9) -> tuple[list[dict[str, Any]], list[str]]:
         f"take {none:.1f} us without a plugin and {three:.1f} us with three (target for the hooks: at most 20 us).",
         "The engine as a whole, with hooks, records and the watch for values that are not finite, adds "
         f"{empty - step:.0f} us to the bare step.",
-        f"MLP {'-'.join(map(str, WIDTHS))}, batches of {BATCH}, fused Adam, 1 thread, {repetitions} repetitions in turns, medians of processor time.",
+        f"MLP {'-'.join(map(str, WIDTHS))}, batches of {BATCH}, fused Adam, 1 thread; medians of processor time over "
+        f"{repetitions} repetitions in turns.",
     ]
     return lines, notes
 
