@@ -56,6 +56,11 @@ def run(
         RunFailed: if a loss is not finite, memory or disk is full, or a plugin raised.
         Interrupted: after SIGINT or SIGTERM; the run is saved.
     """
+    if classes := [plugin.__name__ for plugin in plugins if isinstance(plugin, type)]:
+        raise WrongUse(*(f"`{name}` is a class; give a plugin built from it: `{name}()`." for name in classes))
+    names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise WrongUse(*(f"The plugin `{name}` is named twice; name it once." for name in twice))
     run = dict(run or {})
     run.setdefault("tensorboard", run.get("output") is not None)
     config, objects = _config_of(scenario, model, plugins, train, run)
@@ -71,6 +76,14 @@ def run_config(
     listeners: Sequence[Listener] = (),
 ) -> Results:
     """The run that `config` defines; what it names as Python objects is given here. Errors are those of `run`."""
+    if used := [plugin for plugin in plugins if plugin.state and plugin.has_run]:
+        raise WrongUse(
+            *(
+                f"The plugin `{_name(plugin)}` has been in a run and holds what it learnt there; build a new one: "
+                f"`{plugin!r}`."
+                for plugin in used
+            )
+        )
     with _environment(config) as device:
         folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
         try:
@@ -110,6 +123,8 @@ def resume(
         if opened.finished:
             raise DataError(f"The run in {path} is finished: its figures are in {path / 'results.json'}.")
         config = _read_config(path)
+        if config.run.device.startswith("cuda") and not torch.cuda.is_available():
+            config.run.device = "auto"  # a change of the environment, which is refused below or allowed
         with _environment(config) as device:
             before = opened.environment()
             now = environment(device, config.run.seed, before.get("data_sha256", ""))
@@ -144,11 +159,12 @@ def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequenc
     config = _read_config(path)
     scenario = scenario_of(description["scenario"])
     config.run.tensorboard = False
-    engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, ())
-    engine.hook.before_run(run=engine.run)
+    with torch.random.fork_rng(devices=[]):
+        engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, ())
+        engine.hook.before_run(run=engine.run)
     structures = state.regrow(engine, len(scenario), packed)
     entries = dict(packed["dict"])
-    engine.run.model.load_state_dict(checkpoint.unpack(entries["model"], tensors))
+    state.load_model(engine.run.model, checkpoint.unpack(entries["model"], tensors, device=engine.run.device))
     saved = dict(entries["plugins"]["dict"])
     for plugin in engine.run.plugins:
         if plugin.name in saved:
@@ -333,6 +349,8 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
     try:
         with engine.stoppable():
             try:
+                for plugin in run.plugins:
+                    plugin.has_run = True
                 engine.hook.before_run(run=run)
                 if loaded is not None:
                     state.put_back(engine, *loaded)

@@ -7,6 +7,7 @@ newest are kept. Nothing here reads or writes a pickle.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,8 +39,10 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
+        while path in tensors:  # keys with a slash in them may lead to one path
+            path += "'"
         tensors[path] = value
-        return {"tensor": path}
+        return {"tensor": path} if value.device.type == "cpu" else {"tensor": path, "device": value.device.type}
     if isinstance(value, list | tuple):
         return {
             "tuple" if isinstance(value, tuple) else "list": [
@@ -47,6 +50,8 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
             ]
         }
     if isinstance(value, Mapping):
+        if strange := [k for k in value if not isinstance(k, str | int | float)]:
+            raise TypeError(f"`{path}` has the key {strange[0]!r}; keys in a checkpoint are strings or numbers")
         return {"dict": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
     if isinstance(value, ImageData):
         return {"images": pack(vars(value), tensors, path)}
@@ -62,9 +67,13 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def unpack(
-    data: Any, tensors: Mapping[str, Tensor], like: Any = None, structures: Mapping[int, IncrementalNet] | None = None
+    data: Any,
+    tensors: Mapping[str, Tensor],
+    like: Any = None,
+    structures: Mapping[int, IncrementalNet] | None = None,
+    device: torch.device | None = None,
 ) -> Any:
-    """The value that `pack` was given.
+    """The value that `pack` was given; tensors that were on a device go to `device`, those of the CPU stay there.
 
     Modules and optimizers are loaded into the one that `like` is. A network of `IncrementalNet`'s kind, a teacher, is
     loaded into a copy of the structure that stands in `structures` under the number of experiences it has grown for.
@@ -74,24 +83,24 @@ def unpack(
     if "tensor" in data:
         # a copy of its own: a view into the file's buffer is aligned otherwise, and another kernel might run on it
         tensor = tensors[data["tensor"]].clone()
-        return tensor.to(like.device) if isinstance(like, Tensor) else tensor
+        return tensor.to(device) if "device" in data else tensor
     if "list" in data or "tuple" in data:
         kind, given = next(iter(data.items()))
-        items = [unpack(v, tensors, _at(like, i), structures) for i, v in enumerate(given)]
+        items = [unpack(v, tensors, _at(like, i), structures, device) for i, v in enumerate(given)]
         return items if kind == "list" else tuple(items)
     if "dict" in data:
-        return {k: unpack(v, tensors, _at(like, k), structures) for k, v in data["dict"]}
+        return {k: unpack(v, tensors, _at(like, k), structures, device) for k, v in data["dict"]}
     if "images" in data:
-        columns = unpack(data["images"], tensors)
+        columns = unpack(data["images"], tensors, device=device)
         return ImageData(columns.pop("x"), columns.pop("y"), **columns)
     if "net" in data:
         teacher = snapshot((structures or {})[data["grown"]])
-        teacher.load_state_dict(unpack(data["net"], tensors))
+        teacher.load_state_dict(unpack(data["net"], tensors, device=device))
         return teacher
     if "module" in data:
-        like.load_state_dict(unpack(data["module"], tensors))
+        like.load_state_dict(unpack(data["module"], tensors, device=device))
         return like
-    like.load_state_dict(unpack(data["optimizer"], tensors))
+    like.load_state_dict(unpack(data["optimizer"], tensors, device=device))
     return like
 
 
@@ -134,6 +143,9 @@ def save(folder: Path, tree: Mapping[str, Any]) -> Path:
         sync(beside)
         beside.rename(target)
         sync(folder)
+    except TypeError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise RunFailed(f"No checkpoint can be written: {error}.") from error
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         kept = newest(folder)
@@ -195,17 +207,28 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` as safetensors to `path` whole or not at all."""
+    """Write `tensors` as safetensors to `path` whole or not at all. Raises `OSError` if that fails."""
     beside = path.with_name(f".{path.name}")
-    save_file(_apart(tensors), beside)
-    sync(beside)
-    beside.replace(path)
+    try:
+        save_file(_apart(tensors), beside)
+        sync(beside)
+        beside.replace(path)
+    except SafetensorError as error:  # it stands for an error of the system, too
+        beside.unlink(missing_ok=True)
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

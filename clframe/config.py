@@ -14,7 +14,6 @@ from clframe import registry
 from clframe.errors import WrongUse, did_you_mean
 from clframe.options import (
     Count,
-    CountOrZero,
     NonNegative,
     Positive,
     explain,
@@ -79,7 +78,7 @@ class RunSettings(BaseModel):
 
     model_config = SETTINGS
 
-    seed: CountOrZero = Field(0, description="of everything random")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     data_root: str | None = Field(
         None, description="folder of the data sets; null: CLFRAME_DATA, else the user's cache"

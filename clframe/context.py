@@ -57,7 +57,7 @@ class Run:
         self.config = config
         self.settings: TrainSettings = config.train
         self.scenario = scenario.described()
-        self.model = model.to(device)
+        self.model = model.to(device).train()
         self.device = device
         self.plugins = tuple(plugins)
         self.listeners = list(listeners)
@@ -73,7 +73,8 @@ class Run:
         self.logits = config.train.logits or ("own" if scenario.setting == "task" else "seen")
         self.generators: dict[str, torch.Generator] = {}
         self.sampler: Sampler | None = None
-        self.tick_done: dict[str, int] = {}  # of the hook call under way
+        self.hook_call = ""  # the call that a resume would repeat; within a step, or in another hook, there is none
+        self.tick_done: dict[str, int] = {}  # by `hook_call` and name
         self.pause: Callable[[], None] = lambda: None  # the engine's: save if it is time, stop if a signal asked for it
         self._classes_of_task = torch.stack(
             [class_mask(classes, len(scenario.class_names), device) for classes in scenario.classes]
@@ -123,14 +124,18 @@ class Run:
 
     def loss(self, batch: Batch, outputs: Outputs) -> Tensor:
         """Cross-entropy over the logits that take part, weighted: sum(w * l) / sum(w)."""
-        losses = functional.cross_entropy(masked(outputs.logits, self.mask(batch.task)), batch.y, reduction="none")
+        logits = masked(outputs.logits, self.mask(batch.task))
+        if batch.weight.stride(0) == 0:  # one number for all rows, which cancels
+            return functional.cross_entropy(logits, batch.y)
+        losses = functional.cross_entropy(logits, batch.y, reduction="none")
         return torch.dot(losses, batch.weight.to(losses.dtype)) / batch.weight.sum()
 
     def ticks(self, name: str, n: int, *, resumable: bool = False) -> Ticks:
         """Iterate over ``range(n)`` in a long piece of work of a hook: with progress, and a stop by Ctrl-C.
 
         Where `resumable`, the run may be saved between two ticks, and after a resume the iteration goes on at
-        `Ticks.start`; partial results must be in the plugin's declared state. Else the hook's work is done again.
+        `Ticks.start`; partial results must be in the plugin's declared state. Else the hook's work is done again. A run
+        is saved within the hooks that are called once an experience; within a step, `resumable` changes nothing.
         """
         return Ticks(self, name, n, resumable)
 
@@ -152,13 +157,14 @@ class Ticks:
     """
 
     def __init__(self, run: Run, name: str, n: int, resumable: bool) -> None:
-        self.start = run.tick_done.get(name, 0)
-        self._run, self._name, self._n, self._resumable = run, name, n, resumable
+        self._run, self._name, self._n = run, name, n
+        self._key, self._resumable = run.hook_call + name, resumable and bool(run.hook_call)
+        self.start = run.tick_done.get(self._key, 0)
 
     def __iter__(self) -> Iterator[int]:
         for i in range(self.start, self._n):
             yield i
             self._run.emit("tick", name=self._name, i=i + 1, n=self._n)
             if self._resumable:
-                self._run.tick_done[self._name] = i + 1
+                self._run.tick_done[self._key] = i + 1
                 self._run.pause()

@@ -77,7 +77,8 @@ class ImageData:
         def column(value: Tensor | float, dtype: torch.dtype) -> Tensor:
             if isinstance(value, Tensor):
                 return value.to(x.device, dtype)
-            return torch.full((len(y),), value, dtype=dtype, device=x.device)
+            # one number for all rows takes no memory, and no time where rows are picked
+            return torch.full((1,), value, dtype=dtype, device=x.device).expand(len(y))
 
         self.x = x
         self.y = column(y, torch.int64)
@@ -93,8 +94,11 @@ class ImageData:
     def rows(self, where: Tensor | slice) -> ImageData:
         """The rows at the positions, under the boolean mask, or in the slice `where`."""
         picked = object.__new__(ImageData)  # columns that are valid already: no checks, this runs every step
-        for name in COLUMNS:
-            setattr(picked, name, getattr(self, name)[where])
+        picked.x, picked.y = self.x[where], self.y[where]
+        for name in COLUMNS[2:]:
+            column = getattr(self, name)
+            one_number = column.stride(0) == 0
+            setattr(picked, name, column[:1].expand(len(picked.y)) if one_number else column[where])
         picked.targets = {name: target[where] for name, target in self.targets.items()}
         return picked
 
@@ -293,7 +297,7 @@ class Scenario:
         self.checksum = checksum
         self._load = load
         self._move = move
-        self._val_share = 0.0
+        self.val_share = 0.0
         self._val_seed = 0
         seen = 0
         for i, group in enumerate(self.classes):
@@ -331,7 +335,7 @@ class Scenario:
 
         Of every class at least one image stays for training.
         """
-        self._val_share, self._val_seed = share, seed
+        self.val_share, self._val_seed = share, seed
 
     def described(self) -> Scenario:
         """This scenario as plugins and a loaded model get it: asking for any images raises `WrongUse`."""
@@ -361,12 +365,12 @@ class Scenario:
     def _train_or_val(self, index: int, part: str) -> ImageData:
         data = self._load(index, "train")
         held = torch.zeros(len(data), dtype=torch.bool)
-        if self._val_share:
+        if self.val_share:
             generator = torch.Generator().manual_seed(self._val_seed * 10_007 + index)
             labels = data.y.cpu()
             for label in sorted(set(labels.tolist())):
                 where = (labels == label).nonzero().flatten()
-                count = min(round(self._val_share * len(where)), len(where) - 1)
+                count = min(round(self.val_share * len(where)), len(where) - 1)
                 held[where[torch.randperm(len(where), generator=generator)[:count]]] = True
         elif part == "train":
             return data

@@ -60,6 +60,7 @@ def step(engine: Engine, batch: Batch) -> None:
     base = hook.base_loss(run=run, batch=batch, outputs=outputs)
     terms = {"base": run.loss(batch, outputs) if base is None else base}
     for named in cast(list[dict[str, Tensor]], hook.penalty(run=run, batch=batch, outputs=outputs)):
+        engine.check_terms(terms, named)
         terms.update(named)
     engine.backward(terms)
     hook.after_backward(run=run, batch=batch)
@@ -101,13 +102,10 @@ class Engine:
         self.timings: list[dict[str, float]] = []  # of each experience
         self.row: Row | None = None  # the latest
         self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
-        # one caller for each plugin's own part of a hook, as who answered and what is done already must be known
+        # a manager for each plugin alone, as who answered and what is done already must be known of these hooks
+        alone = {plugin.name: registry.manager([plugin]) for plugin in run.plugins}
         self.callers = {
-            hook: [
-                (p.name, self.manager.subset_hook_caller(hook, [q for q in run.plugins if q is not p]))
-                for p in run.plugins
-                if any(caller.name == hook for caller in self.manager.get_hookcallers(p) or ())
-            ]
+            hook: [(name, getattr(m.hook, hook)) for name, m in alone.items() if getattr(m.hook, hook).get_hookimpls()]
             for hook in ("before_experience", "extra_data", "phases", "extra_batch", "after_experience", "after_eval")
         }
         self.replays = self.callers["extra_batch"]
@@ -159,7 +157,7 @@ class Engine:
                 new = max(classes) + 1 - run.model.n_classes
                 if new > 0:
                     torch.manual_seed(run.config.run.seed * 1_000_003 + run.model.n_classes + 1)
-                    run.model.grow(new)
+                    run.model.grow(new).to(run.device)
         self.hook.grow(run=run, experience=experience)
         run.model.grown = experience.index + 1
 
@@ -170,11 +168,13 @@ class Engine:
         for name, call in self.callers[hook]:
             if [hook, name] in self.position.done:
                 continue
+            run.hook_call = f"{hook}/{name}/"
             for answer in call(run=run, **arguments):  # at most one, as pluggy drops None
                 marked = isinstance(answer, ImageData)
                 answers[name] = answer.to(run.device).marked(self.origins[name]) if marked else answer
             self.position.done.append([hook, name])
-            run.tick_done.clear()
+            run.tick_done = {tick: i for tick, i in run.tick_done.items() if not tick.startswith(run.hook_call)}
+            run.hook_call = ""
             self.pause()
         return {plugin.name: answers[plugin.name] for plugin in run.plugins if plugin.name in answers}
 
@@ -207,6 +207,11 @@ class Engine:
         self.check_labels(data, "the training data")
         self.replay_checked = False
         length = phase.length(run.settings)
+        if not self.trained and any(phase.length(run.settings).values()):
+            wanted = f" named like {', '.join(f'`{p}`' for p in phase.only)}" if phase.only else ""
+            raise WrongUse(
+                f"The phase `{phase.name}` of {run.where} trains nothing: no parameter{wanted} requires gradients."
+            )
         run.sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
         run.emit("phase", name=phase.name, steps=run.sampler.steps, experience=run.experience.index)
         with training_only(run.model, self.trained.values()):
@@ -215,9 +220,9 @@ class Engine:
                 self.resumed = None
             elif phase.name == "train" and run.optimizer is not None:
                 extend_optimizer(run.optimizer, self.trained, run.settings)
-            elif run.sampler.steps:
+            else:
                 self.kept_optimizer = run.optimizer
-                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr)
+                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run.sampler.steps else None
             self.in_step_since, self.images_since = time.monotonic(), 0
             yield self.batches(data)
             self.check_finite()
@@ -286,7 +291,12 @@ class Engine:
         """Clip the gradient and step."""
         run = self.run
         clip = run.settings.clip
-        self.watch_finite(nn.utils.clip_grad_norm_(self.trained.values(), clip) if clip else None)
+        parameters = self.trained.values()
+        if clip:
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.watch_finite(norm)
         if run.optimizer is not None:
             run.optimizer.step()
 
@@ -328,13 +338,17 @@ class Engine:
     # ---------------------------------------------------------------------------------------- refusals
 
     def check_labels(self, data: ImageData | Batch, what: str) -> None:
-        """Refuse rows whose label the chosen logits mask: their loss would be infinite."""
+        """Refuse rows whose label the head lacks, or the chosen logits mask: their loss would be infinite."""
         mask = self.run.mask(data.task)
         n_classes = self.run.model.n_classes
-        inside = data.y < n_classes
+        inside = (data.y >= 0) & (data.y < n_classes)
+        if not inside.all():
+            raise WrongUse(
+                f"Label {int(data.y[~inside][0])} in {what} of {self.run.where} is no class of the head, which has "
+                f"0 to {n_classes - 1}: correct the labels, or the classes that the scenario declares."
+            )
         if mask is not None:
-            column = data.y.clamp(max=n_classes - 1)
-            inside &= mask[column] if mask.dim() == 1 else mask.gather(1, column[:, None]).squeeze(1)
+            inside = mask[data.y] if mask.dim() == 1 else mask.gather(1, data.y[:, None]).squeeze(1)
         if not inside.all():
             label = int(data.y[~inside][0])
             raise WrongUse(
@@ -342,14 +356,29 @@ class Engine:
                 f"`train.logits={self.run.logits}`: choose `seen` or `all`."
             )
 
-    def watch_finite(self, norm: Tensor | None) -> None:
+    def check_terms(self, terms: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+        """Refuse an answer to ``penalty`` that is no dict of new names to scalars: it would replace another term."""
+        if not isinstance(named, dict):
+            raise WrongUse(
+                f"A `penalty` hook gave a {type(named).__name__} in {self.run.where}; "
+                "it must give a dict of names to scalars, or None."
+            )
+        for name, term in named.items():
+            if name in terms:
+                raise WrongUse(f"There are two loss terms `{name}` in {self.run.where}; name one by its plugin.")
+            if term.dim():
+                raise WrongUse(f"The loss term `{name}` has the shape {list(term.shape)}; it must be a scalar.")
+
+    def watch_finite(self, norm: Tensor) -> None:
         """Count on the device, for each loss term and the gradient's norm, the steps at which it was not finite.
 
         Nothing is copied from the device. The one that began has the most, as all others follow it.
         """
-        values = [loss.float() for loss in self.run.losses.values()] + ([] if norm is None else [norm.float()])
-        names = (*(f"loss term `{name}`" for name in self.run.losses), *(() if norm is None else ("gradient",)))
-        counts = self.bad_steps.setdefault(names, torch.zeros(len(names), device=values[0].device))
+        values = [*(loss.float() for loss in self.run.losses.values()), norm.float()]
+        names = (*(f"loss term `{name}`" for name in self.run.losses), "gradient")
+        counts = self.bad_steps.get(names)
+        if counts is None:
+            counts = self.bad_steps[names] = torch.zeros(len(names), device=values[0].device)
         counts += torch.stack(values).mul_(0).ne_(0)  # 0 * inf and 0 * nan are nan, which equals nothing
 
     def check_finite(self) -> None:
@@ -378,7 +407,7 @@ class Engine:
     def evaluate(self) -> None:
         """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers."""
         run, index = self.run, self.run.experience.index
-        self.timings[-1]["seconds"] += time.monotonic() - self.clock
+        self.count_seconds()
         if ["evaluate", ""] not in self.position.done:
             self.row = self.evaluated(keep_scores=True)
             if not self.position.steps:  # nothing was trained, so there is nothing to say of it
@@ -390,6 +419,13 @@ class Engine:
             self.position.done.append(["evaluate", ""])
             run.emit("eval", experience=index, total_step=run.total_steps, rows=dict(self.row.accuracy))
         self.clock = time.monotonic()
+
+    def count_seconds(self) -> None:
+        """Add the time since the clock was set to the experience's, up to its evaluation."""
+        if self.position.entered and ["evaluate", ""] not in self.position.done:
+            now = time.monotonic()
+            self.timings[-1]["seconds"] += now - self.clock
+            self.clock = now
 
     def evaluated(self, keep_scores: bool) -> Row:
         """One evaluation of everything that the head covers, through the predictor."""
@@ -451,6 +487,7 @@ class Engine:
         """Write a checkpoint, if the run has a folder and everything is finite."""
         if self.folder:
             self.check_finite()
+            self.count_seconds()
             checkpoint.save(self.folder.checkpoints, state.take(self))
         self.last_save = time.monotonic()
 

@@ -125,6 +125,8 @@ def evaluate(
         for on, experience in enumerate(scenario):
             covered = [name for name in names if readings.covered(name, after, on, n_classes)]
             data = experience.test.to(device) if covered else None
+            if data is not None and not len(data):
+                data = None  # there is no accuracy on no images
             row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())
             scores: Tensor | None = None  # where they do not depend on the task, they serve every reading
             for name in names:

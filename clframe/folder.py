@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clframe import checkpoint
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.evaluate import Row
 from clframe.results import FILE as RESULTS
 from clframe.results import Results, to_json
@@ -41,7 +42,10 @@ class RunFolder:
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path = path
         self._new = new
-        if new and path.exists() and any(path.iterdir()):
+        if new and path.exists() and not path.is_dir():
+            raise WrongUse(f"The run folder {path} is a file: name another with `--output`.")
+        # a process that was killed before its run began leaves a lock and nothing else
+        if new and path.exists() and any(p.name != ".lock" for p in path.iterdir()):
             raise WrongUse(
                 f"The run folder {path} exists already: name another with `--output`, "
                 f"or go on with `clframe resume {path}`."
@@ -64,7 +68,8 @@ class RunFolder:
         self._lock.release()
         if self._new and not (self.path / "config.yaml").exists():
             (self.path / ".lock").unlink(missing_ok=True)
-            self.path.rmdir()
+            with contextlib.suppress(OSError):  # something else is in it
+                self.path.rmdir()
 
     @property
     def checkpoints(self) -> Path:
@@ -78,9 +83,17 @@ class RunFolder:
 
     def begin(self, config: str, environment: Mapping[str, Any], split: Mapping[str, Any]) -> None:
         """Write what is known before training: the resolved configuration, the environment, the split."""
-        checkpoint.write_text(self.path / "config.yaml", config)
-        checkpoint.write_text(self.path / "environment.json", to_json(environment))
-        checkpoint.write_text(self.path / "split.json", to_json(split))
+        try:
+            checkpoint.write_text(self.path / "environment.json", to_json(environment))
+            checkpoint.write_text(self.path / "split.json", to_json(split))
+            checkpoint.write_text(self.path / "config.yaml", config)  # last: what makes it a run folder
+        except OSError as error:
+            for file in self.path.glob("*.json"):
+                file.unlink()
+            raise RunFailed(
+                f"The run folder {self.path} could not be written ({error}): make room, or name another with "
+                "`--output`."
+            ) from error
 
     def config_sum(self) -> str:
         """SHA-256 of `config.yaml`: a checkpoint remembers it, so that an edit is noticed."""
@@ -111,7 +124,7 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         if file.exists():
             with file.open("r+b") as stream:
-                stream.truncate(size)
+                stream.truncate(min(size, file.stat().st_size))
 
     def keep_scores(self, after: int, row: Row) -> None:
         """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N].

@@ -114,8 +114,8 @@ def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
 
 
-def snapshot(model: IncrementalNet, blocks: int | None = None) -> IncrementalNet:
-    """A frozen copy in eval mode without hooks, with the first `blocks` blocks of the head (None: all)."""
+def snapshot(model: IncrementalNet) -> IncrementalNet:
+    """A frozen copy in eval mode without hooks."""
     # a hook may be a method of a plugin, which would be copied with all that it holds: have none to copy
     memo: dict[int, Any] = {
         id(hooks): OrderedDict()

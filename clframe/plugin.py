@@ -57,6 +57,7 @@ class Plugin(metaclass=_Validated):
     citation: ClassVar[str] = ""
 
     options: dict[str, Any]  # as validated, by parameter name
+    has_run = False  # whether it holds the state of a run
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"

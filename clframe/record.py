@@ -114,7 +114,12 @@ def split_of(scenario: Scenario) -> dict[str, Any]:
         "class_names": list(scenario.class_names),
         "data_sha256": scenario.checksum,
         "experiences": [
-            {"index": e.index, "task": e.task, "classes": list(e.classes), "val": sorted(e.val.index.tolist())}
+            {
+                "index": e.index,
+                "task": e.task,
+                "classes": list(e.classes),
+                "val": sorted(e.val.index.tolist()) if scenario.val_share else [],
+            }
             for e in scenario
         ],
     }

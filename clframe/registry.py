@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
@@ -77,9 +78,15 @@ class Offer:
 
 def offers(kind: Kind) -> list[Offer]:
     """All that installed packages offer of this kind, by name."""
+    return _offers(kind, tuple(sys.path))
+
+
+@lru_cache(maxsize=8)
+def _offers(kind: Kind, path: tuple[str, ...]) -> list[Offer]:
+    """What is offered on this path: reading all metadata takes milliseconds, and a run asks many times."""
     group = GROUPS[kind]
     found: dict[tuple[str, str], list[Offer]] = {}
-    for distribution in distributions():
+    for distribution in distributions(path=list(path)):
         try:
             entries = [entry for entry in distribution.entry_points if entry.group == group]
             offered = [_offer(kind, entry, distribution) for entry in entries]

@@ -57,7 +57,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     entries = dict(packed["dict"])
 
     def value(name: str) -> Any:
-        return unpack(entries[name], tensors)
+        return unpack(entries[name], tensors, device=run.device)
 
     if engine.folder:
         if value("config") != engine.folder.config_sum():
@@ -71,7 +71,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     structures = regrow(engine, position.experience + position.entered, packed)
     run.tick_done.update(value("ticks"))
     run.total_steps = value("total_steps")
-    run.model.load_state_dict(value("model"))
+    load_model(run.model, value("model"))
     trainable = set(value("trainable"))
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(name in trainable)
@@ -93,6 +93,15 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
         torch.cuda.set_rng_state(value("cuda_rng"), run.device)
 
 
+def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
+    """Give the model these weights. Raises `DataError` if they are those of another network."""
+    try:
+        model.load_state_dict(values)
+    except RuntimeError as error:
+        what = " ".join(str(error).partition("\n")[2].split())
+        raise DataError(f"The saved weights do not fit this model; give the one of the run. ({what})") from error
+
+
 def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
     """The attributes of `plugin` that it declares under `names`."""
     return {name: getattr(plugin, name) for name in names}
@@ -103,6 +112,7 @@ def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]
     structures = {}
     needed = grown_in(packed)
     for experience in list(engine.run.scenario)[:count]:
+        engine.run.experience = experience
         engine.grow(experience)
         if engine.run.model.grown in needed:
             structures[engine.run.model.grown] = snapshot(engine.run.model)
@@ -116,35 +126,24 @@ def into_plugin(
     structures: Mapping[int, IncrementalNet],
     device: torch.device,
 ) -> None:
-    """Set the attributes that `of_plugin` gave, on `device`; teachers are rebuilt in their `structures`."""
+    """Set the attributes that `of_plugin` gave, those of a device on `device`; teachers are rebuilt in `structures`."""
     for name, data in packed["dict"]:
         before = getattr(plugin, name, None)
         try:
-            after = unpack(data, tensors, before, structures)
+            after = unpack(data, tensors, before, structures, device)
         except AttributeError as error:
             raise DataError(
                 f"State `{name}` of plugin `{plugin.name}` is a module or an optimizer that does not exist yet; "
                 "a plugin builds those in `before_run` or `grow`."
             ) from error
-        setattr(plugin, name, _on(device, after))
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    """`value` with its tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, list | tuple):
-        return type(value)(_on(device, item) for item in value)
-    if isinstance(value, dict):
-        return {key: _on(device, item) for key, item in value.items()}
-    return value
+        setattr(plugin, name, after)
 
 
 def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer | None:
     if packed is None:
         return None
     parameters = dict(run.model.named_parameters())
-    saved = unpack(packed["optimizer"], tensors)
+    saved = unpack(packed["optimizer"], tensors, device=run.device)
     groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
     optimizer = optimizer_of(groups, run.settings)
     optimizer.load_state_dict(saved)

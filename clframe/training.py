@@ -124,6 +124,7 @@ def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Itera
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+        model.train()  # a run that is resumed here finds it so, too
 
 
 def make_optimizer(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from clframe.context import Run
     from clframe.data import Experience
 
+CHUNK = 1 << 19  # numbers of the images taken at a time: small ones in larger batches than they are trained in
+
 
 class EWC(Plugin):
     """Penalises changes of weights by their Fisher information for what was learnt.
@@ -94,7 +96,8 @@ class EWC(Plugin):
 
     def _fisher(self, run: Run, experience: Experience, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """F_k by name of the parameter."""
-        data, size, generator = experience.train, run.settings.batch_size, run.rng(self.name)
+        data, generator = experience.train, run.rng(self.name)
+        size = max(run.settings.batch_size, CHUNK // data.x[0].numel())
         if not self.partial:
             self.rows = torch.randperm(len(data), generator=generator)[: self.samples]
             self.partial = zeros_for(parameters)

@@ -11,21 +11,26 @@ from clframe.metrics import Matrix, average_accuracy, forgetting
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
+    from numpy.typing import NDArray
 
     from clframe.context import Record, Run
 
 TITLES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
 MOST_ANNOTATED = 25  # experiences; figures in the cells of a larger matrix could not be read
+# red, green, blue at 0, 25, 50, 75 and 100 %, in even steps of lightness (0.97 to 0.33 in OKLab)
+RAMP = ((253, 246, 212), (143, 210, 180), (31, 161, 173), (29, 100, 158), (39, 44, 108))
+EMPTY = (235, 235, 235)  # not measured
+DARK = 0.645  # text is black on a lighter cell, white from here on: its contrast is 4.5 or more (WCAG 2)
 
 
 class TensorBoard(Plugin):
-    """Writes curves, the accuracy matrix as a figure, hyper-parameters and the configuration for TensorBoard.
+    """Writes curves, the accuracy matrix as an image, hyper-parameters and the configuration for TensorBoard.
 
     Two axes are in use. Accuracies and measures taken after an experience stand at the number of experiences learnt
     (1, 2, ...), so that the curves of methods that take unequal numbers of steps can be laid over each other:
     ``accuracy_<reading>/experience_<j>`` (all in one chart under Custom Scalars), ``average_accuracy/<reading>``,
-    ``forgetting/<reading>``, and the figure ``accuracy_matrix/<reading>``, drawn when the run ends or stops.
+    ``forgetting/<reading>``, and the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops.
     Everything else stands at the step of the run: ``loss/<term>``, ``learning_rate``, ``log/<name>``, and
     ``within_<reading>/experience_<j>``, the accuracies between the epochs of an experience.
 
@@ -57,7 +62,7 @@ class TensorBoard(Plugin):
             for reading, matrix in run.accuracy.items():
                 learnt = len(matrix)
                 if any(a is not None for row in matrix for a in row):
-                    image = pixels(draw(matrix, TITLES[reading]))
+                    image = draw(matrix, TITLES[reading])
                     self.writer.add_image(f"accuracy_matrix/{reading}", image, learnt, dataformats="HWC")
             if learnt == len(run.scenario):
                 self.writer.file_writer.add_summary(self.hyperparameters(run)[2])  # the session has ended well
@@ -160,44 +165,54 @@ def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     return {name: v if type(v) in (int, float, str) else str(v) for name, v in kept.items()}
 
 
-def draw(matrix: Matrix, title: str) -> Figure:
-    """The accuracy matrix as a figure: a row for each experience, values in %, empty where nothing was measured."""
-    from matplotlib.figure import Figure
+def draw(matrix: Matrix, title: str) -> NDArray[np.uint8]:
+    """The accuracy matrix as an image [H, W, 3]: a row for each experience, values in %, grey where not measured."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
 
     n = len(matrix[0])
-    percent = [[float("nan") if a is None else 100 * a for a in row] for row in matrix]
-    percent += [[float("nan")] * n for _ in range(n - len(matrix))]
+    values = np.full((n, n), np.nan)
+    values[: len(matrix)] = np.array(matrix, dtype=float)  # None becomes nan
     annotated = n <= MOST_ANNOTATED
-    side = max(n, 5) * (0.5 if annotated else 0.2)
-    width, height = (
-        side + (0.9 if annotated else 1.7),
-        side + 1.0,
-    )  # inches; a scale stands beside cells without numbers
-    figure = Figure(figsize=(width, height), dpi=120)
-    axes = figure.add_axes((0.75 / width, 0.6 / height, side / width, side / height))
-    axes.set_facecolor("0.92")
-    image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis")
-    for i, row in enumerate(percent if annotated else []):
-        for j, value in enumerate(row):
-            if value == value:  # a number
-                colour = "black" if value > 60 else "white"
-                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
-    numbers = range(1, n + 1) if annotated else range(5, n + 1, 5)
-    axes.set_xticks([j - 1 for j in numbers], [str(j) for j in numbers])
-    axes.set_yticks([i - 1 for i in numbers], [str(i) for i in numbers])
-    axes.set_xlabel("tested on experience")
-    axes.set_ylabel("after learning experience")
-    axes.set_title(f"Accuracy in %, {title}", fontsize=10)
-    if not annotated:
-        figure.colorbar(image, cax=figure.add_axes(((side + 0.95) / width, 0.6 / height, 0.2 / width, side / height)))
-    return figure
+    cell = max(72, 360 // n) if annotated else max(1, 800 // n)
+    side, left, top = n * cell, 100, 56
+    image = Image.new("RGB", (left + side + (28 if annotated else 116), top + side + 80), "white")
+    canvas = ImageDraw.Draw(image)
+    small, large = ImageFont.load_default(size=20), ImageFont.load_default(size=22)
+
+    image.paste(Image.fromarray(shades(values).repeat(cell, axis=0).repeat(cell, axis=1)), (left, top))
+    if annotated:
+        for k in range(1, n):
+            canvas.line((left + k * cell, top, left + k * cell, top + side), "white", width=2)
+            canvas.line((left, top + k * cell, left + side, top + k * cell), "white", width=2)
+        for i, j in np.argwhere(~np.isnan(values)).tolist():
+            at = (left + (j + 0.5) * cell, top + (i + 0.5) * cell)
+            colour = "black" if values[i, j] < DARK else "white"
+            canvas.text(at, f"{100 * values[i, j]:.1f}", colour, small, anchor="mm")
+    else:  # a scale beside the cells
+        x = left + side + 28
+        scale = shades(np.linspace(1, 0, side)[:, None])
+        image.paste(Image.fromarray(scale.repeat(24, axis=1)), (x, top))
+        for percent in range(0, 101, 20):
+            canvas.text((x + 32, top + side * (1 - percent / 100)), str(percent), "black", small, anchor="lm")
+
+    every = 1 if annotated else 5 * -(-n // 50)
+    for k in range(every, n + 1, every):
+        middle = (k - 0.5) * cell
+        canvas.text((left + middle, top + side + 10), str(k), "black", small, anchor="mt")
+        canvas.text((left - 10, top + middle), str(k), "black", small, anchor="rm")
+    canvas.text((left, 18), f"Accuracy in %, {title}", "black", large, anchor="lt")
+    canvas.text((left + side / 2, top + side + 66), "tested on experience", "black", large, anchor="ms")
+    upright = Image.new("RGB", (side, 32), "white")
+    ImageDraw.Draw(upright).text((side / 2, 24), "after learning experience", "black", large, anchor="ms")
+    image.paste(upright.transpose(Image.Transpose.ROTATE_90), (10, top))
+    return np.asarray(image)
 
 
-def pixels(figure: Figure) -> Any:
-    """The figure [H, W, 3] as an array of uint8, without pyplot, which would choose a backend for the whole process."""
-    import numpy
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def shades(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Colours [..., 3] of accuracies [...] from 0 to 1, the higher the darker; grey for nan."""
+    import numpy as np
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return numpy.asarray(canvas.buffer_rgba())[..., :3]
+    at = np.linspace(0, 1, len(RAMP))
+    colours = np.stack([np.interp(values, at, channel) for channel in zip(*RAMP, strict=True)], axis=-1)
+    return np.where(np.isnan(values)[..., None], EMPTY, colours.round()).astype(np.uint8)

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from clframe import registry
 from clframe.cli import main as cli
 from clframe.cli.live import Live
 from clframe.cli.main import main
+from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 
 SHORT = ["--limit", "6", "--iterations", "3", "--no-tensorboard", "--device", "cpu"]
@@ -418,3 +420,25 @@ def test_on_a_terminal_a_table_shows_the_course(capsys, monkeypatch):
     assert "\x1b[3" not in err  # no colours
     assert re.search(r"class-incremental, % +on 1 +on 2 +mean", unstyled(err))
     assert re.search(r"after 2 +25\.0 +100\.0 +62\.5", unstyled(err))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(capsys, monkeypatch, number, code):
+    original = Engine.finish_step
+
+    def finish_step(engine, batch):
+        if engine.run.total_steps == 1:
+            signal.raise_signal(number)
+        original(engine, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "finish_step", finish_step)
+        assert main(["run", *SHORT, "--output", "out"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"Stopped by {number.name} in experience 1 of 5; `clframe resume out` goes on from here." in err
+    assert main(["run", *SHORT, "--output", "whole"]) == 0
+    assert main(["resume", "out"]) == 0
+    assert Path("out/results.json").read_bytes() == Path("whole/results.json").read_bytes()
+    assert main(["resume", "out"]) == 3
+    assert "is finished" in capsys.readouterr().err

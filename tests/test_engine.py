@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 import clframe
 from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
 from clframe.errors import DataError, RunFailed, WrongUse
+from clframe.plugins.ewc import EWC
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
 
@@ -456,3 +458,127 @@ def test_a_run_that_is_refused_leaves_no_folder(tiny, tmp_path: Path):
     with pytest.raises(WrongUse, match="cannot run beside"):
         clframe.run(tiny(), plugins=["joint", "ewc"], run={"output": str(tmp_path / "run")})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_in_the_last_step_is_never_saved(tiny, tmp_path: Path):
+    class Rooting(Plugin):
+        name = "rooting"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            last = run.experience.index == 1 and run.step == run.steps_in_phase - 1
+            return {"rooting": (outputs.logits.sum() * 0).sqrt()} if last else None
+
+    with pytest.raises(RunFailed, match=r"The gradient became infinite.*in experience 2 of 3"):
+        learn(tiny(), Rooting(), train={"clip": 0.0}, output=str(tmp_path / "run"), tensorboard=False)
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["000001"]
+
+
+def test_a_kept_optimizer_outlives_an_empty_phase(tiny):
+    class Empty(Plugin):
+        name = "empty"
+
+        @hookimpl
+        def phases(self, run, experience):
+            return [Phase("empty", iterations=0)]
+
+    seeing = Seeing()
+    learn(tiny(), Empty(), seeing, train={"optimizer": "adam", "keep_optimizer": True})
+    count = {n: int(seeing.optimizers[-1].state[p]["step"]) for n, p in seeing.run.model.named_parameters()}
+    assert count["backbone.net.1.weight"] == 9
+
+
+def test_a_phase_that_trains_nothing_is_refused(tiny):
+    class Lost(Plugin):
+        name = "lost"
+
+        @hookimpl
+        def phases(self, run, experience):
+            return [Phase("warm", iterations=1, only=("haed.*",))]
+
+    with pytest.raises(WrongUse, match=r"phase `warm` of experience 1 of 3 trains nothing: .* named like `haed.\*`"):
+        learn(tiny(), Lost())
+
+
+@pytest.mark.parametrize("label", [-100, -1, 2])
+def test_a_label_that_the_head_lacks_is_refused(tiny, label: int):
+    class Strange(Plugin):
+        name = "strange"
+
+        @hookimpl
+        def extra_data(self, run, experience):
+            return clframe.ImageData(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.full((3,), label))
+
+    with pytest.raises(WrongUse, match=f"Label {label} in the training data of experience 1 of 3 is no class"):
+        learn(tiny(), Strange())
+
+
+def test_an_experience_without_test_images_has_no_accuracy(tiny_arrays):
+    whole = tiny_arrays()
+    kept = whole.y_test < 4
+    arrays = Arrays("part", whole.x_train, whole.y_train, whole.x_test[kept], whole.y_test[kept], whole.class_names)
+    results = learn(split_classes("part", arrays, experiences=3))
+    assert [row[2] for row in results.accuracy["class"]] == [None, None, None]
+    assert None not in results.accuracy["class"][2][:2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda logits: {"base": logits.sum()}, "two loss terms `base`"),
+        (lambda logits: {"odd": logits}, r"The loss term `odd` has the shape \[8, 2\]; it must be a scalar"),
+        (lambda logits: logits.sum(), "`penalty` hook gave a Tensor"),
+    ],
+)
+def test_a_penalty_that_is_no_new_scalar_is_refused(tiny, answer: Any, sentence: str):
+    class Odd(Plugin):
+        name = "odd"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            return answer(outputs.logits)
+
+    with pytest.raises(WrongUse, match=sentence):
+        learn(tiny(), Odd())
+
+
+def test_plugin_objects_are_given_once_and_new(tiny):
+    with pytest.raises(WrongUse, match="The plugin `ewc` is named twice"):
+        clframe.run(tiny(), plugins=[EWC(lambda_=1.0), EWC(lambda_=2.0)])
+    with pytest.raises(WrongUse, match=r"`EWC` is a class; give a plugin built from it: `EWC\(\)`"):
+        clframe.run(tiny(), plugins=[EWC])
+    ewc = EWC()
+    learn(tiny(), ewc)
+    with pytest.raises(WrongUse, match="`ewc` has been in a run and holds what it learnt there"):
+        learn(tiny(), ewc)
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tiny, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WrongUse, match="is a file"):
+        learn(tiny(), output=str(tmp_path / "file"))
+
+
+def test_a_folder_with_nothing_but_a_lock_is_used(tiny, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("")
+    assert learn(tiny(), output=str(tmp_path / "run"), tensorboard=False).folder == tmp_path / "run"
+
+
+def test_a_disk_that_is_full_from_the_beginning_leaves_nothing(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(clframe.checkpoint, "sync", full)
+    with pytest.raises(RunFailed, match=r"could not be written .*No space left on device"):
+        learn(tiny(), output=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_while_predictions_are_kept_is_no_bug(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(clframe.checkpoint, "save_file", full)
+    with pytest.raises(RunFailed, match=r"could not be written: .*No space left on device.*predictions"):
+        learn(tiny(), output=str(tmp_path / "run"), tensorboard=False)

@@ -507,3 +507,20 @@ def test_ticks_report_progress_and_resume_in_their_middle(tiny, tmp_path: Path, 
     # without resumable ticks the hook is finished before the run stops
     assert resumed.begun == ([3, 0] if resumable else [0])
     assert torch.equal(resumed.final, whole.final)
+
+
+def test_ticks_within_a_step_are_all_done_each_time(tiny):
+    class Stepping(Plugin):
+        name = "stepping"
+
+        def __init__(self) -> None:
+            self.done = 0
+
+        @hookimpl
+        def after_step(self, run, batch):
+            for _ in run.ticks("inner", 2, resumable=True):
+                self.done += 1
+
+    stepping, steps = Stepping(), Observing()
+    learn(tiny(), stepping, steps)
+    assert stepping.done == 2 * sum(c.startswith("after_step") for c in steps.calls) > 0

@@ -310,3 +310,60 @@ def test_changed_data_is_noticed(tiny, tmp_path: Path, monkeypatch: pytest.Monke
     other.checksum = "0" * 64
     with pytest.raises(DataError, match="data of `tiny` is not what the run"):
         clframe.resume(tmp_path / "run", scenario=other)
+
+
+def test_a_model_that_is_not_the_runs_is_refused(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Flat(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+            self.layer = nn.Linear(64, width)
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(1))
+
+    stop = StopAt(monkeypatch)
+    stop.at(9)
+    with pytest.raises(Interrupted):
+        clframe.run(stream(tiny), Flat(8), train=TRAIN, run={"output": str(tmp_path / "run")})
+    stop.at(0)
+    with pytest.raises(DataError, match=r"do not fit this model.*size mismatch for backbone.layer.weight"):
+        clframe.resume(tmp_path / "run", scenario=stream(tiny), model=Flat(9))
+
+
+def test_a_run_of_a_device_that_is_gone_needs_leave_to_go_on(stopped: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, environment = stopped / "config.yaml", stopped / "environment.json"
+    before = config.read_text()
+    changed = json.loads(environment.read_text()) | {"device": "cuda: NVIDIA"}
+    environment.write_text(json.dumps(changed))
+    config.write_text(before.replace("device: cpu", "device: cuda"))
+    with pytest.raises(DataError, match=r"device was cuda: NVIDIA, is cpu.*--allow-env-change"):
+        clframe.resume(stopped)
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_and_names_that_differ_stay_apart():
+    tensors: dict[str, Tensor] = {}
+    tree = {"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}}
+    back = checkpoint.unpack(checkpoint.pack(tree, tensors), tensors)
+    assert (back["a/b"].item(), back["a"]["b"].item()) == (1, 0)
+    with pytest.raises(TypeError, match="keys in a checkpoint are strings or numbers"):
+        checkpoint.pack({(1, 2): 3}, tensors)
+
+
+def test_modules_that_a_phase_froze_are_as_a_resumed_run_finds_them(tiny, tmp_path: Path):
+    class Modes(Plugin):
+        name = "modes"
+        seen: tuple[bool, ...] = ()
+
+        @hookimpl
+        def before_experience(self, run, experience):
+            run.model.backbone.requires_grad_(False)
+
+        @hookimpl
+        def after_experience(self, run, experience):
+            self.seen = tuple(m.training for m in run.model.modules())
+
+    modes = Modes()
+    clframe.run(stream(tiny), "cnn-small", [modes], train=TRAIN)
+    assert all(modes.seen)
