@@ -23,7 +23,7 @@ TRAIN_IMAGES = 1297  # the other 500 are the test images
 # A new Adam for each experience, and long enough for a network without help to forget.
 DOMAINS: dict[str, Any] = {
     "backbone": {"name": "mlp", "hidden": [256, 256]},
-    "train": {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "epochs": 10},
+    "train": {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "epochs": 10, "threads": 1},
 }
 
 
@@ -55,7 +55,7 @@ def digits() -> Arrays:
 # One Adam for all experiences, as most published split-digit protocols have it; 300 steps learn two classes.
 @suits(
     backbone="mlp-100",
-    train={"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "iterations": 300, "keep_optimizer": True},
+    train={"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "iterations": 300, "keep_optimizer": True, "threads": 1},
 )
 @documented
 def split_digits(
