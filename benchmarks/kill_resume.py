@@ -2,10 +2,10 @@
 
     python benchmarks/kill_resume.py 50
 
-A trial starts `clframe run` on split-digits, kills it at a random moment after its first checkpoint, goes on with
-`clframe resume`, kills that too, and so on; after its share of kills the run may finish. Its `results.json` must
-be that of an uninterrupted run to the last byte. Checkpoints are written ten times a second, so that many kills
-meet one half-written.
+A trial starts `clframe run` on split-digits, kills it at a random moment once its first checkpoint stands, which is
+when training begins, goes on with `clframe resume`, kills that too, and so on; after its share of kills the run may
+finish. Its `results.json` must be that of an uninterrupted run to the last byte. Checkpoints are written ten times a
+second, so that many kills meet one half-written.
 """
 
 from __future__ import annotations

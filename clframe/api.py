@@ -263,7 +263,7 @@ def _environment(config: Config) -> Iterator[torch.device]:
         try:
             if config.train.threads is not None:
                 torch.set_num_threads(config.train.threads)
-            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.manual_seed(config.run.seed)
             yield device
         finally:
@@ -352,12 +352,14 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
                 for plugin in run.plugins:
                     plugin.has_run = True
                 engine.hook.before_run(run=run)
-                if loaded is not None:
+                if loaded is None:
+                    engine.save()
+                else:
                     state.put_back(engine, *loaded)
                 learn(engine)
                 results = results_of(engine)
             finally:
-                engine.hook.after_run(run=run)
+                engine.close()
     except ClframeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -378,13 +380,15 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
 
 
 def _blame(engine: Engine, error: Exception) -> str | None:
-    """Which plugin raised `error`, and in which hook: the first frame whose `self` is one; noted on the error too."""
+    """Which plugin, or whose module, raised `error`: the first frame whose `self` is one; noted on the error too."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        plugin = frame.f_locals.get("self")
-        if isinstance(plugin, Plugin) and frame.f_code.co_name in registry.hooks_of(type(plugin)):
-            blamed = f"The plugin `{plugin.name}` raised in its hook `{frame.f_code.co_name}`"
-            error.add_note(f"in plugin '{plugin.name}', hook '{frame.f_code.co_name}'")
-            return blamed
+        owner, place = frame.f_locals.get("self"), frame.f_code.co_name
+        if isinstance(owner, Plugin):
+            kind = "hook" if place in registry.hooks_of(type(owner)) else "method"
+            error.add_note(f"in plugin '{owner.name}', {kind} '{place}'")
+            return f"The plugin `{owner.name}` raised in its {kind} `{place}`"
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith(("torch.", "clframe.")):
+            return f"The module `{type(owner).__name__}` raised in its method `{place}`"
     return None
 
 

@@ -151,7 +151,11 @@ def save(folder: Path, tree: Mapping[str, Any]) -> Path:
         kept = newest(folder)
         raise RunFailed(
             f"The checkpoint {target} could not be written ({error}); "
-            + (f"{kept} is kept: make room and resume." if kept else "there is none yet: make room and start again.")
+            + (
+                f"{kept} is kept: make room and resume."
+                if kept
+                else "there is none yet: make room, remove the run folder and start again."
+            )
         ) from error
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)

@@ -89,6 +89,7 @@ class RunSettings(BaseModel):
     checkpoint_every: NonNegative = Field(60.0, description="seconds between checkpoints within an experience")
     log_every: Count = Field(50, description="steps between two records of the losses")
     tensorboard: bool = Field(True, description="write curves for TensorBoard")
+    joint: str | None = Field(None, description="folder of a finished joint run, for intransigence")
     predictions: bool = Field(True, description="keep the scores of every test image")
 
 
@@ -162,7 +163,7 @@ def resolve(
 
     def section(section: str, given: Given | None) -> list[dict[str, Any]]:
         of_file = _mapping(file.get(section), section, problems)
-        return [of_file, {**changes.get(section, {}), **(given or {})}]
+        return [of_file, changes.get(section, {}), dict(given or {})]
 
     resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
     suited = _named(getattr(build, "backbone", None), "model", problems)
@@ -173,8 +174,8 @@ def resolve(
     }
     train_layers = [dict(getattr(build, "train", {})), *section("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)
-    of_file, given = section("run", run)
-    resolved_run = _settings(RunSettings, {**of_file, **given}, "run", problems)
+    run_layers = section("run", run)
+    resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)
     if problems or resolved_train is None or resolved_run is None:
         raise WrongUse(*dict.fromkeys(problems))
     return Config(

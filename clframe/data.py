@@ -189,11 +189,8 @@ class Transform:
         x = rows.x if generator is None else self.augment(rows.x, generator)
         return Batch(
             self.normalize(x),
-            rows.y,
-            rows.index,
-            rows.task,
-            rows.weight,
-            rows.origin,
+            # columns of one number become real ones, as who is given a batch may write into it
+            *(getattr(rows, name).contiguous() for name in COLUMNS[1:]),
             targets=dict(rows.targets),
         )
 

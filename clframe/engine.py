@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,15 @@ from clframe.training import (
     training_only,
 )
 
+ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not of all together
+    "before_experience",
+    "extra_data",
+    "phases",
+    "extra_batch",
+    "after_experience",
+    "after_eval",
+    "after_run",
+)
 PULSE = 0.25  # seconds between two records of progress
 
 
@@ -106,7 +116,7 @@ class Engine:
         alone = {plugin.name: registry.manager([plugin]) for plugin in run.plugins}
         self.callers = {
             hook: [(name, getattr(m.hook, hook)) for name, m in alone.items() if getattr(m.hook, hook).get_hookimpls()]
-            for hook in ("before_experience", "extra_data", "phases", "extra_batch", "after_experience", "after_eval")
+            for hook in ONE_BY_ONE
         }
         self.replays = self.callers["extra_batch"]
         self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}
@@ -392,8 +402,8 @@ class Engine:
         most, name = max(bad, key=lambda entry: entry[0], default=(0, ""))
         if most:
             raise RunFailed(
-                f"The {name} became infinite or not a number in {self.run.where}, phase "
-                f"`{self.run.phase.name}`, {most:.0f} step(s) before step {self.run.step + 2}."
+                f"The {name} became infinite or not a number in {self.run.where}, phase `{self.run.phase.name}`, "
+                f"at step {self.run.step + 2 - most:.0f} of {self.run.steps_in_phase}."
                 f"{self.how_to_go_on()} A smaller `train.lr`, or a weaker method, may keep it finite."
             )
 
@@ -470,6 +480,17 @@ class Engine:
             self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
 
     # ----------------------------------------------------------------------------- saving and stopping
+
+    def close(self) -> None:
+        """Call ``after_run`` of every plugin, also after an error; the first error is raised when all were called."""
+        first: Exception | None = None
+        for _, call in self.callers["after_run"]:
+            try:
+                call(run=self.run)
+            except Exception as error:
+                first = first or error
+        if first is not None and sys.exc_info()[1] is None:  # an error under way must not be replaced
+            raise first
 
     def pause(self) -> None:
         """Between two pieces of work: stop if a signal asked for it, save if it is time."""

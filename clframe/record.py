@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ def results_of(engine: Engine) -> Results:
     run, stream = engine.run, engine.stream
     run.experience = stream[len(stream) - 1].for_training()
     row = engine.row or engine.evaluated(keep_scores=True)
+    if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # it was not trained
+        row = row.emptied()
     counts = [len(labels) for labels in row.labels]
     methods = [plugin for plugin in run.plugins if not plugin.observer]
     data = {
@@ -39,11 +43,15 @@ def results_of(engine: Engine) -> Results:
         "measures": {
             reading: {
                 name: asdict(measure)
-                for name, measure in metrics.measures(matrix, counts, None, engine.baseline.get(reading)).items()
+                for name, measure in metrics.measures(
+                    matrix, counts, _joint(run.config.run.joint, reading), engine.baseline.get(reading)
+                ).items()
             }
             for reading, matrix in run.accuracy.items()
         },
         "baseline": engine.baseline,
+        "classes": [list(classes) for classes in stream.classes],
+        "class_names": list(stream.class_names),
         "test_images": counts,
         "calibration": {
             reading: {
@@ -85,7 +93,16 @@ def _calibration(
         allowed = torch.zeros(given.shape[1], dtype=torch.bool)
         allowed[list(engine.readings.choices(reading, last, on))] = True
         rows.append(masked(given, allowed))
-    return metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
+    found = metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
+    # a predictor may rule a true class out, whose NLL is infinite: no number that JSON knows
+    return {
+        name: m if m.value is None or math.isfinite(m.value) else replace(m, value=None) for name, m in found.items()
+    }
+
+
+def _joint(folder: str | None, reading: str) -> list[float | None] | None:
+    """Accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
+    return Results.read(Path(folder).expanduser()).accuracy.get(reading, [None])[-1] if folder else None
 
 
 def _in_words(reading: str, logits: str) -> str:

@@ -76,13 +76,13 @@ class Offer:
             ) from error
 
 
-def offers(kind: Kind) -> list[Offer]:
+def offers(kind: Kind) -> tuple[Offer, ...]:
     """All that installed packages offer of this kind, by name."""
     return _offers(kind, tuple(sys.path))
 
 
 @lru_cache(maxsize=8)
-def _offers(kind: Kind, path: tuple[str, ...]) -> list[Offer]:
+def _offers(kind: Kind, path: tuple[str, ...]) -> tuple[Offer, ...]:
     """What is offered on this path: reading all metadata takes milliseconds, and a run asks many times."""
     group = GROUPS[kind]
     found: dict[tuple[str, str], list[Offer]] = {}
@@ -95,7 +95,7 @@ def _offers(kind: Kind, path: tuple[str, ...]) -> list[Offer]:
         for offer in offered:
             # the first on the path is the one that Python imports; a second copy of it is out of sight
             found.setdefault((offer.package.lower().replace("_", "-"), offer.name), []).append(offer)
-    return sorted((copies[0] for copies in found.values()), key=lambda offer: (offer.name, offer.package))
+    return tuple(sorted((copies[0] for copies in found.values()), key=lambda offer: (offer.name, offer.package)))
 
 
 def names(kind: Kind) -> list[str]:

@@ -42,6 +42,46 @@ class Results:
             for reading, measures in self.data["measures"].items()
         }
 
+    def confusion_matrix(self, reading: str = "class") -> list[list[int]]:
+        """Of all test images after the last experience: row = label, column = answer, in the order of the head.
+
+        Read from `predictions.safetensors`. Raises `DataError` if the run kept no scores.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        from clframe.metrics import confusion_matrix
+
+        last, n = len(self.accuracy[reading]) - 1, len(self.data["test_images"])
+        try:
+            saved = load_file((self.folder or Path()) / "predictions.safetensors")
+            labels = [saved[f"labels/{on}"] for on in range(n)]
+            scores = [saved.get(f"{reading}/{last}/{on}", saved.get(f"class/{last}/{on}")) for on in range(n)]
+        except (OSError, KeyError) as error:
+            raise DataError(
+                f"{self.folder} holds no scores of test images ({error}): `run.predictions` keeps them."
+            ) from error
+        answers = []
+        for on, given in enumerate(scores):
+            if given is None:
+                raise DataError(f"{self.folder} holds no scores of reading `{reading}` on experience {on + 1}.")
+            if reading == "task":
+                choices = torch.tensor(self.data["classes"][on])
+                answers.append(choices[given[:, choices].argmax(1)])
+            else:
+                answers.append(given.argmax(1))
+        found: list[list[int]] = confusion_matrix(torch.cat(answers), torch.cat(labels), scores[-1].shape[1]).tolist()
+        return found
+
+    def accuracy_per_class(self, reading: str = "class") -> dict[str, float | None]:
+        """Accuracy after the last experience on each class, by its name; None without test images."""
+        import torch
+
+        from clframe.metrics import accuracy_per_class
+
+        found = accuracy_per_class(torch.tensor(self.confusion_matrix(reading)))
+        return dict(zip(self.data["class_names"], found, strict=True))
+
     @classmethod
     def read(cls, folder: Path) -> Results:
         """The results of the finished run in `folder`. Raises `DataError` if there are none."""

@@ -36,7 +36,7 @@ def test_without_anything_it_is_plain_fine_tuning_on_split_digits():
 def test_what_suits_a_scenario_may_name_options_of_the_model():
     config = resolve(scenario="permuted-digits")
     assert config.model == {"name": "mlp", "hidden": [256, 256]}
-    assert config.train == TrainSettings(optimizer="adam", lr=1e-3, batch_size=32, epochs=10)
+    assert config.train == TrainSettings(optimizer="adam", lr=1e-3, batch_size=32, epochs=10, threads=1)
 
 
 def test_each_place_wins_over_the_ones_before_it(file):
@@ -107,7 +107,8 @@ def test_a_flag_ends_the_other_length_of_the_file_but_two_of_one_place_are_refus
     path = file("train: {epochs: 3}")
     assert resolve(yaml_file=path, train={"iterations": 4}).train.epochs is None
     sentence = "`train.epochs` and `train.iterations` exclude each other; set one of them."
-    assert problems(train={"iterations": 4}, sets=["train.epochs=2"]) == [sentence]
+    assert resolve(train={"iterations": 4}, sets=["train.epochs=2"]).train.iterations == 4
+    assert problems(sets=["train.iterations=4", "train.epochs=2"]) == [sentence]
     assert problems(yaml_file=file("train: {epochs: 3, iterations: 4}")) == [sentence]
 
 

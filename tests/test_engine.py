@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny, tmp_path: Pa
     ):
         learn(tiny(), Exploding(), train={"clip": clip}, output=str(tmp_path / "run"), tensorboard=False)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert [p.name for p in kept] == ["000001"]  # that of the end of experience 0: nothing broken was saved
+    assert [p.name for p in kept] == ["000001", "000002"]  # of the start and of experience 0: nothing broken was saved
     assert not (tmp_path / "run" / "results.json").exists()
 
 
@@ -447,6 +447,66 @@ def test_results_say_what_they_are(tiny, tmp_path: Path):
     assert [e["images"] for e in timings["experiences"]] == [24, 24, 24]
 
 
+def test_confusion_matrix_and_accuracy_per_class_come_from_the_saved_scores(tiny, tmp_path: Path):
+    for setting in ("class", "task", "domain"):
+        results = learn(tiny(setting=setting), train={"epochs": 10}, output=str(tmp_path / setting), tensorboard=False)
+        matrix = torch.tensor(results.confusion_matrix(setting))
+        assert matrix.sum().item() == 24
+        share = matrix.diagonal().sum().item() / 24
+        assert share == pytest.approx(sum(results.accuracy[setting][-1]) / 3)
+        named = clframe.Results.read(tmp_path / setting).accuracy_per_class(setting)
+        assert list(named) == list(tiny(setting=setting).class_names)
+        assert named[tiny(setting=setting).class_names[1]] == matrix[1, 1].item() / matrix[1].sum().item()
+    with pytest.raises(DataError, match="holds no scores"):
+        learn(tiny(), predictions=False).confusion_matrix()
+
+
+def test_intransigence_is_measured_against_a_joint_run(tiny, tmp_path: Path):
+    joint = clframe.run(tiny(), "mlp-100", ["joint"], train=TRAIN, run={"output": str(tmp_path / "joint")})
+    results = learn(tiny(), joint=str(tmp_path / "joint"))
+    best, matrix = joint.accuracy["class"][-1], results.accuracy["class"]
+    expected = sum(best[j] - matrix[j][j] for j in range(3)) / 3
+    assert results.measures["class"]["intransigence"] == pytest.approx(expected)
+
+
+def test_a_plugin_may_write_into_a_batch(tiny):
+    class Writing(Plugin):
+        name = "writing"
+
+        @hookimpl
+        def extra_batch(self, run, batch):
+            batch.weight[0] = 3.0
+            batch.origin[1] = 7
+            self.checked = batch.weight.tolist() == [3.0] + [1.0] * 7 and batch.origin.tolist() == [0, 7] + [0] * 6
+            assert run.experience.train.weight.unique().tolist() == [1.0]
+
+    plugin = Writing()
+    learn(tiny(), plugin)
+    assert plugin.checked
+
+
+def test_every_plugin_hears_the_end_also_when_one_fails_there(tiny):
+    class Failing(Plugin):
+        name = "failing"
+
+        @hookimpl
+        def after_run(self, run):
+            raise KeyError("closing")
+
+    class Closing(Plugin):
+        name = "closing"
+        closed = False
+
+        @hookimpl
+        def after_run(self, run):
+            self.closed = True
+
+    plugin = Closing()
+    with pytest.raises(RunFailed, match="`failing` raised in its hook `after_run`"):
+        learn(tiny(), Failing(), plugin)
+    assert plugin.closed
+
+
 def test_storage_is_what_the_method_keeps(tiny):
     results = clframe.run(tiny(), "mlp-100", ["ewc"], train=TRAIN)
     net = 16 * 100 + 100 + 100 * 100 + 100 + 6 * 100 + 6
@@ -471,7 +531,7 @@ def test_a_gradient_that_is_not_finite_in_the_last_step_is_never_saved(tiny, tmp
 
     with pytest.raises(RunFailed, match=r"The gradient became infinite.*in experience 2 of 3"):
         learn(tiny(), Rooting(), train={"clip": 0.0}, output=str(tmp_path / "run"), tensorboard=False)
-    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["000001"]
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["000001", "000002"]
 
 
 def test_a_kept_optimizer_outlives_an_empty_phase(tiny):
@@ -576,8 +636,12 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_nothing(tiny, tmp_path: P
 
 
 def test_a_full_disk_while_predictions_are_kept_is_no_bug(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(*args: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    original = clframe.checkpoint.save_file
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        if "predictions" in str(path):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        original(tensors, path)
 
     monkeypatch.setattr(clframe.checkpoint, "save_file", full)
     with pytest.raises(RunFailed, match=r"could not be written: .*No space left on device.*predictions"):

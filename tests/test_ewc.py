@@ -17,6 +17,7 @@ from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import hookimpl
 from clframe.importance import label_cotangents
 from clframe.per_sample import GradientSums, zeros_for
+from clframe.plugins import ewc as clframe_ewc
 from clframe.plugins.ewc import EWC
 
 QUICK = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}
@@ -211,8 +212,11 @@ def test_nothing_is_left_on_the_model_and_running_statistics_stay() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(tmp_path: Path) -> None:
+def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The partial sums and the images of the pass are in the state; sampled labels go on where they were."""
+    monkeypatch.setattr(clframe_ewc, "CHUNK", 1)  # batches of the training's size, so that the pass has a middle
 
     def go(folder: Path, listeners: list[Any]) -> None:
         clframe.run(

@@ -190,25 +190,25 @@ def stopped(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stop.at(8)
     with pytest.raises(Interrupted):
         clframe.run("split-digits", "mlp-100", ["ewc"], train={"iterations": 12}, run={"output": str(folder)})
-    stop.at(9)
+    stop.at(3)
     with pytest.raises(Interrupted):
         clframe.resume(folder)
     stop.at(0)
-    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["000001", "000002"]
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["000002", "000003"]
     return folder
 
 
 @pytest.mark.parametrize("name", ["tree.json", "tensors.safetensors", "manifest.json"])
 def test_one_flipped_bit_is_noticed_and_the_older_checkpoint_used(stopped: Path, tmp_path: Path, name: str):
-    file = stopped / "checkpoints" / "000002" / name
+    file = stopped / "checkpoints" / "000003" / name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     told: list[str] = []
     clframe.resume(stopped, listeners=[lambda r: told.append(r["text"]) if r["kind"] == "message" else None])
     assert len(told) == 1
-    assert "000002" in told[0]
-    assert "older checkpoint 000001 is used" in told[0]
+    assert "000003" in told[0]
+    assert "older checkpoint 000002 is used" in told[0]
     whole = tmp_path / "whole"
     clframe.run("split-digits", "mlp-100", ["ewc"], train={"iterations": 12}, run={"output": str(whole)})
     assert (stopped / "results.json").read_bytes() == (whole / "results.json").read_bytes()
@@ -223,8 +223,8 @@ def test_a_resume_without_a_good_checkpoint_never_starts_afresh(stopped: Path):
 
 
 def test_a_checkpoint_that_holds_a_pickle_is_refused(stopped: Path):
-    torch.save({"a": 1}, stopped / "checkpoints" / "000002" / "optimizer.pt")
-    torch.save({"a": 1}, stopped / "checkpoints" / "000001" / "tensors.safetensors")
+    torch.save({"a": 1}, stopped / "checkpoints" / "000003" / "optimizer.pt")
+    torch.save({"a": 1}, stopped / "checkpoints" / "000002" / "tensors.safetensors")
     with pytest.raises(DataError, match=r"untrusted: it holds `optimizer.pt`"):
         clframe.resume(stopped)
 
@@ -283,7 +283,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(stopped: Path, monkeypatch: pytes
         patch.setattr(checkpoint, "save_file", full)
         with pytest.raises(RunFailed, match=r"No space left on device.*last good checkpoint is kept"):
             clframe.resume(stopped)
-    assert [p.name for p in sorted((stopped / "checkpoints").iterdir())] == ["000001", "000002"]
+    assert [p.name for p in sorted((stopped / "checkpoints").iterdir())] == ["000002", "000003"]
     clframe.resume(stopped)
     assert (stopped / "results.json").exists()
 
