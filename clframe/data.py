@@ -189,8 +189,12 @@ class Transform:
         x = rows.x if generator is None else self.augment(rows.x, generator)
         return Batch(
             self.normalize(x),
+            rows.y,
             # columns of one number become real ones, as who is given a batch may write into it
-            *(getattr(rows, name).contiguous() for name in COLUMNS[1:]),
+            rows.index.contiguous(),
+            rows.task.contiguous(),
+            rows.weight.contiguous(),
+            rows.origin.contiguous(),
             targets=dict(rows.targets),
         )
 

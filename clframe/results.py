@@ -70,7 +70,8 @@ class Results:
                 answers.append(choices[given[:, choices].argmax(1)])
             else:
                 answers.append(given.argmax(1))
-        found: list[list[int]] = confusion_matrix(torch.cat(answers), torch.cat(labels), scores[-1].shape[1]).tolist()
+        n_classes = len(self.data["class_names"])
+        found: list[list[int]] = confusion_matrix(torch.cat(answers), torch.cat(labels), n_classes).tolist()
         return found
 
     def accuracy_per_class(self, reading: str = "class") -> dict[str, float | None]:
