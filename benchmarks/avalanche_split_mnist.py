@@ -283,7 +283,12 @@ class Worker:
         start = time.perf_counter()
         command = [sys.executable, __file__, "--worker", variant, method, "--data-root", str(data_root)]
         self.process = subprocess.Popen(
-            [*command, "--layout", str(layout)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            [*command, "--layout", str(layout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "GOMP_SPINCOUNT": "10000"},  # as `clframe` sets it; steadier for all of them
         )
         self._answer()
         self.imports = time.perf_counter() - start
