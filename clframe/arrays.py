@@ -172,7 +172,7 @@ def split_classes(
         label[groups[i]] = torch.arange(sizes[i]) + start
         y = label.to(y.device)[y]
         where = (y >= 0).nonzero().flatten()
-        data = ImageData(x[where], y[where], index=where, task=i)
+        data = ImageData(x.index_select(0, where), y[where], index=where, task=i)
         if part == "test":
             tests[i] = data
         return data

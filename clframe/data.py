@@ -94,12 +94,12 @@ class ImageData:
     def rows(self, where: Tensor | slice) -> ImageData:
         """The rows at the positions, under the boolean mask, or in the slice `where`."""
         picked = object.__new__(ImageData)  # columns that are valid already: no checks, this runs every step
-        picked.x, picked.y = self.x[where], self.y[where]
+        picked.x, picked.y = _pick(self.x, where), _pick(self.y, where)
         for name in COLUMNS[2:]:
             column = getattr(self, name)
             one_number = column.stride(0) == 0
-            setattr(picked, name, column[:1].expand(len(picked.y)) if one_number else column[where])
-        picked.targets = {name: target[where] for name, target in self.targets.items()}
+            setattr(picked, name, column[:1].expand(len(picked.y)) if one_number else _pick(column, where))
+        picked.targets = {name: _pick(target, where) for name, target in self.targets.items()}
         return picked
 
     def marked(self, origin: int) -> ImageData:
@@ -122,6 +122,13 @@ class ImageData:
             return parts[0]
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
         return ImageData(**columns, targets=_join_targets(parts))
+
+
+def _pick(column: Tensor, where: Tensor | slice) -> Tensor:
+    """``column[where]``; whole rows by their positions several times faster than indexing copies them."""
+    if isinstance(where, Tensor) and where.dtype == torch.int64 and where.dim() == 1:
+        return column.index_select(0, where)
+    return column[where]
 
 
 def _join_targets(parts: Sequence[Batch] | Sequence[ImageData]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clframe.errors import WrongUse
 
@@ -95,11 +97,19 @@ class IncrementalNet(nn.Module):
     def forward(self, x: Tensor, task: Tensor | None = None) -> Outputs:
         """Outputs for normalised images `x` [B, ...]; `task` [B] is for structure that plugins install."""
         features = self.features(x)
+        ends = list(itertools.accumulate(self.blocks))
+        if len(ends) > 1 and all(map(_is_plain, self.head)):  # one product for all blocks
+            weight = torch.cat([block.weight for block in self.head])  # type: ignore[misc]
+            bias = torch.cat([block.bias for block in self.head])  # type: ignore[misc]
+            return Outputs(features, functional.linear(features, weight, bias), ends)
         scores = [block(features) for block in self.head]
-        ends = [0]
-        for score in scores:
-            ends.append(ends[-1] + score.shape[1])
-        return Outputs(features, torch.cat(scores, dim=1) if len(scores) > 1 else scores[0], ends[1:])
+        return Outputs(features, torch.cat(scores, dim=1) if len(scores) > 1 else scores[0], ends)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether nobody but its weight and bias has a say in what this linear block computes."""
+    hooked = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
+    return type(block) is nn.Linear and not hooked and "forward" not in vars(block)
 
 
 def class_mask(classes: Sequence[int], n_classes: int, device: torch.device | None = None) -> Tensor:

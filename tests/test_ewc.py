@@ -99,6 +99,14 @@ def test_online_penalty_has_one_anchor_and_fades(gamma: float | None) -> None:
     assert second == pytest.approx(offline, rel=1e-4)  # one task: the same but for gamma
 
 
+def test_offline_and_online_are_one_after_one_experience() -> None:
+    offline, online = EWC(samples=None), EWC(form="online", gamma=0.7, samples=None)
+    weights = run(offline, experiences=1).weights[-1]
+    run(online, experiences=1)
+    theta = {name: w + 0.1 for name, w in weights.items()}
+    assert online.penalties(theta).item() == offline.penalties(theta).item() > 0
+
+
 def test_online_with_gamma_1_and_equal_anchors_is_the_sum() -> None:
     """With a learning rate of (almost) 0 all anchors are equal, and both forms are one."""
     offline, online = EWC(samples=None), EWC(form="online", gamma=1.0, samples=None)

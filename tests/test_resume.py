@@ -16,6 +16,7 @@ import clframe
 from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, checkpoint, hookimpl, snapshot
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
+from clframe.evaluate import ModelPredictor
 
 TRAIN = {
     "epochs": 2,
@@ -33,6 +34,7 @@ class Busy(Plugin):
 
     name = "busy"
     state = ("values", "teacher", "net", "optimizer", "partial", "count")
+    predictor_state = ("teacher",)
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {"list": [], "tuple": (1, 2.5, None, "x"), 3: True}
@@ -75,6 +77,29 @@ class Busy(Plugin):
             old = self.teacher(batch.x).logits
             terms["busy/teach"] = (old - outputs.logits[:, : old.shape[1]]).pow(2).mean()
         return terms
+
+    @hookimpl
+    def extra_batch(self, run, batch):
+        shape = (3, *run.scenario.input_shape)
+        x = torch.randint(0, 255, shape, generator=run.rng("replay"), dtype=torch.uint8)
+        return run.batch(ImageData(x, torch.arange(3) % 2, weight=0.5), augment=run.rng("replay"))
+
+    @hookimpl
+    def base_loss(self, run, batch, outputs):
+        return run.loss(batch, outputs) * (1 + torch.rand(1, generator=run.rng("noise")).item())
+
+    @hookimpl
+    def after_backward(self, run, batch):
+        bias = run.model.head[-1].bias
+        bias.grad.add_(torch.rand(bias.shape, generator=run.rng("noise")))
+
+    @hookimpl
+    def predictor(self, run):
+        return ModelPredictor(self.teacher if self.teacher is not None else run.model)
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        self.values["seen"] = [*self.values.get("seen", []), run.accuracy["class"][-1]]
 
     @hookimpl
     def after_step(self, run, batch):

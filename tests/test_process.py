@@ -1,0 +1,57 @@
+"""Real processes: Ctrl-C, a second process on one folder, and what a run imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMAND = [sys.executable, "-c", "import sys; from clframe.cli.main import main; sys.exit(main())"]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_refused(tmp_path: Path):
+    folder = tmp_path / "run"
+    run = start("run", "--output", str(folder), "--iterations", "100000", "--no-tensorboard")
+    limit = time.monotonic() + 120
+    while not (folder / "checkpoints" / "000001").exists():
+        assert run.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    second = start("resume", str(folder))
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode == 3
+    assert f"Another process is working on the run folder {folder}" in said
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 130
+    assert f"Stopped by SIGINT in experience 1 of 5; `clframe resume {folder}` goes on from here." in said
+    assert "Traceback" not in said
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert not (folder / "results.json").exists()
+
+
+def test_a_run_on_digits_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path):
+    code = f"""
+import json, sys
+from clframe.cli.main import main
+code = main(["run", "--iterations", "2", "--quiet", "--json", "--output", {str(tmp_path / "run")!r}])
+heavy = {{"torchvision", "avalanche", "sklearn", "matplotlib"}} & set(sys.modules)
+print(json.dumps([code, sorted(heavy)]), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
+    assert json.loads(done.stdout)["scenario"] == "split-digits"
