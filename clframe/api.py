@@ -221,16 +221,17 @@ def _config_of(
     built = [plugin for plugin in plugins if isinstance(plugin, Plugin)]
     own_scenario = scenario if isinstance(scenario, Scenario) else None
     own_model = model if isinstance(model, nn.Module) else None
+    defaults = TrainSettings.model_validate({}).model_dump() if own_scenario else {}  # not what suits split-digits
     config = resolve(
         scenario=None if isinstance(scenario, Scenario) else scenario,
         model=None if isinstance(model, nn.Module) else model or ("mlp" if own_scenario else None),
         plugins=[plugin for plugin in plugins if not isinstance(plugin, Plugin)],
-        train=train,
+        train={**defaults, **(train or {})},
         run=run,
     )
     if own_scenario:
         config.scenario = {"name": own_scenario.name, OBJECT: True}
-        config.train = TrainSettings(**(train or {}))  # without what suits the default scenario
+        config.train = TrainSettings(**(train or {}))  # without its length, too
     if own_model:
         config.model = {"name": type(own_model).__name__, OBJECT: True}
     named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
@@ -322,10 +323,26 @@ def _build(
     ]
     if run.logits == "own" and scenario.setting == "domain":
         problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
+    problems += _logits_problems(run)
     problems += [problem for plugin in members for problem in plugin.problems(run)]
     if problems:
         raise WrongUse(*problems)
     return engine
+
+
+def _logits_problems(run: Run) -> list[str]:
+    """One sentence for each plugin whose loss is made for other logits than those of the run."""
+    chosen = run.config.train.logits
+    wanted = {
+        p: logits for p in run.plugins if (logits := p.wanted_logits(run.scenario.setting)) and logits != run.logits
+    }
+    other = next((p.name for p in run.plugins if p.wanted_logits(run.scenario.setting) == run.logits), "")
+    asked = f"`train.logits` is {chosen}" if chosen else f"`{other}` for `{run.logits}`"
+    return [
+        f"`{plugin.name}`{f' (form `{plugin.form}`)' if plugin.form else ''} is made for `train.logits={logits}`, but "
+        f"{asked}: choose other forms, or run them apart."
+        for plugin, logits in wanted.items()
+    ]
 
 
 def _by_name(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str, Any]:

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +120,17 @@ class Arrays:
     def part(self, part: Part) -> tuple[Tensor, Tensor]:
         """Images and labels of ``train`` or ``test``."""
         return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
+
+
+def read_images(path: Path) -> Tensor:
+    """Raw images [N, ...] of the .npy file at `path`. Raises `DataError` if there are none, or it holds a pickle."""
+    try:
+        images = torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise DataError(f"The images in {path} cannot be read ({error}): it must be an .npy array [N, ...].") from error
+    if not images.numel():
+        raise DataError(f"There are no images in {path}: it must be an .npy array [N, ...], with N of 1 at least.")
+    return images
 
 
 def split_classes(

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,12 @@ def save(folder: Path, tree: Mapping[str, Any]) -> Path:
         text = json.dumps({"format": FORMAT, "tree": pack(tree, tensors)})
         (beside / FILES[0]).write_text(text, encoding="utf-8")
         save_file(_apart(tensors), beside / FILES[1])
-        sums = {name: _sha256(beside / name) for name in FILES}
-        (beside / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
-        for file in beside.iterdir():
-            sync(file)
+        with ThreadPoolExecutor(max_workers=1) as disk:  # it writes while the sums are taken
+            synced = [disk.submit(sync, beside / name) for name in FILES]
+            sums = {name: _sha256(beside / name) for name in FILES}
+            write_text(beside / "manifest.json", json.dumps(sums))
+        for writing in synced:
+            writing.result()  # raises what went wrong
         sync(beside)
         beside.rename(target)
         sync(folder)

@@ -22,6 +22,8 @@ from clframe.options import (
     validated,
 )
 
+OF_ALL = ("keep_optimizer", "logits", "val", "threads", "first")  # settings that no single experience has of its own
+LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, validate_assignment=True)
 
 
@@ -59,6 +61,9 @@ class TrainSettings(BaseModel):
     )
     val: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the training images held out")
     threads: Count | None = Field(None, description="CPU threads; null: as torch chooses")
+    first: dict[str, Any] | None = Field(
+        None, description="what differs in the first experience, such as {epochs: 10, lr: 0.01}"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -70,7 +75,27 @@ class TrainSettings(BaseModel):
             raise ValueError("`train.betas` must be two numbers")
         if self.milestones and self.schedule != "steps":
             raise ValueError("`train.milestones` needs `train.schedule=steps`")
+        if self.first:
+            self._check_first(self.first)
         return self
+
+    def _check_first(self, first: dict[str, Any]) -> None:
+        if self.keep_optimizer:
+            raise ValueError("`train.first` and `train.keep_optimizer` exclude each other; set one of them")
+        changeable = [name for name in type(self).model_fields if name not in OF_ALL]
+        if strangers := unknown(first, changeable, "train.first", "`train.first`"):
+            raise ValueError(" ".join(strangers).rstrip("."))
+        try:
+            self.of(0)
+        except ValidationError as error:
+            raise ValueError(" ".join(explain(error, "train.first")).rstrip(".")) from None
+
+    def of(self, experience: int) -> TrainSettings:
+        """The settings of the experience with this index: `first` holds for index 0."""
+        if experience or not self.first:
+            return self
+        length = {other: None for name, other in LENGTH.items() if self.first.get(name) is not None}
+        return TrainSettings(**{**self.model_dump(), **length, **self.first, "first": None})
 
 
 class RunSettings(BaseModel):
@@ -125,7 +150,6 @@ DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
 LARGEST_FILE = 1_000_000  # bytes of a configuration
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
 OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they suit one optimizer, not another
-LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
 Given = Mapping[str, Any]
 Named = str | Given | None  # a name, or a mapping with ``name`` and options, or options alone
 Settings = TypeVar("Settings", TrainSettings, RunSettings)

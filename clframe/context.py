@@ -36,7 +36,6 @@ class Run:
         task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.
         step, steps_in_phase, epoch: the step under way and its epoch, from 0, and the number of steps of the phase.
         total_steps: steps of the whole run so far.
-        settings: the training settings.
         config: the whole configuration.
         folder: the run folder; None if the run keeps none.
         device: where model and data are.
@@ -55,7 +54,7 @@ class Run:
         folder: Path | None = None,
     ) -> None:
         self.config = config
-        self.settings: TrainSettings = config.train
+        self._settings = config.train.of(0), config.train
         self.scenario = scenario.described()
         self.model = model.to(device).train()
         self.device = device
@@ -70,7 +69,9 @@ class Run:
         self.losses: dict[str, Tensor] = {}
         self.task_gradients: dict[str, Tensor] = {}
         self.total_steps = 0
-        self.logits = config.train.logits or ("own" if scenario.setting == "task" else "seen")
+        wanted = [logits for plugin in plugins if (logits := plugin.wanted_logits(scenario.setting))]
+        default = wanted[0] if wanted else "own" if scenario.setting == "task" else "seen"
+        self.logits: str = config.train.logits or default
         self.generators: dict[str, torch.Generator] = {}
         self.sampler: Sampler | None = None
         self.hook_call = ""  # the call that a resume would repeat; within a step, or in another hook, there is none
@@ -100,6 +101,26 @@ class Run:
         """The experience under way as people count: ``experience 1 of 5`` has index 0."""
         return f"experience {self.experience.index + 1} of {len(self.scenario)}"
 
+    @property
+    def settings(self) -> TrainSettings:
+        """The training settings of the experience under way."""
+        return self._settings[min(self.experience.index, 1)]
+
+    @property
+    def old_classes(self) -> list[int]:
+        """Labels of the experiences before the one under way; in the domain setting all, from the second one on."""
+        return sorted({c for group in self.scenario.classes[: self.experience.index] for c in group})
+
+    @property
+    def old_blocks(self) -> list[int]:
+        """Blocks of the head, by number, of earlier classes that the experience under way does not have."""
+        return self.model.blocks_of(set(self.old_classes).difference(self.experience.classes))
+
+    @property
+    def new_blocks(self) -> list[int]:
+        """Blocks of the head, by number, that have classes which no earlier experience had; none in domains."""
+        return self.model.blocks_of(set(self.experience.classes).difference(self.old_classes))
+
     def rng(self, name: str) -> torch.Generator:
         """The generator (on the CPU) of that name: a plugin's only source of randomness, saved in checkpoints."""
         if name not in self.generators:
@@ -125,8 +146,7 @@ class Run:
     def loss(self, batch: Batch, outputs: Outputs) -> Tensor:
         """Cross-entropy over the logits that take part, weighted: sum(w * l) / sum(w)."""
         logits = masked(outputs.logits, self.mask(batch.task))
-        losses = functional.cross_entropy(logits, batch.y, reduction="none")
-        return torch.dot(losses, batch.weight.to(losses.dtype)) / batch.weight.sum()
+        return batch.mean(functional.cross_entropy(logits, batch.y, reduction="none"))
 
     def ticks(self, name: str, n: int, *, resumable: bool = False) -> Ticks:
         """Iterate over ``range(n)`` in a long piece of work of a hook: with progress, and a stop by Ctrl-C.

@@ -44,6 +44,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.y)
 
+    def mean(self, values: Tensor, only: Tensor | None = None) -> Tensor:
+        """The mean of one value per row [B], weighted: sum(w * v) / sum(w).
+
+        `only` [B] bool chooses the rows that count; the mean of none is 0.
+        """
+        if only is None:
+            return torch.dot(values, self.weight.to(values.dtype)) / self.weight.sum()
+        weight = self.weight.to(values.dtype) * only
+        return torch.dot(values, weight) / weight.sum().clamp(min=torch.finfo(values.dtype).tiny)
+
 
 def join(parts: Sequence[Batch]) -> Batch:
     """One batch of the rows of all `parts`, in their order."""
@@ -165,12 +175,13 @@ class Transform:
     def normalize(self, x: Tensor) -> Tensor:
         """Raw images [B, ...] to float32 inputs [B, ...]."""
         out = x.to(torch.float32)
-        if self.mean:
-            factor, shift = _affine(self, x.dim() - 2, x.device)
-            return (out * factor).add_(shift)
-        if self.scale == 1:
+        if not self.mean and self.scale == 1:
             return out
-        return out / self.scale if out is x else out.div_(self.scale)  # never in place on the caller's images
+        out = out.clone() if out is x else out  # never in place on the caller's images
+        if not self.mean:
+            return out.div_(self.scale)
+        factor, shift = _affine(self, x.dim() - 2, x.device)
+        return out.mul_(factor).add_(shift)
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A random crop and flip of each raw image [B, C, H, W].

@@ -41,7 +41,9 @@ ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not o
     "after_eval",
     "after_run",
 )
+GENERAL_HINT = "A smaller `train.lr`, or a weaker method, may keep it finite."
 PULSE = 0.25  # seconds between two records of progress
+UNCHECKED = 256  # steps at most whose losses are kept before they are looked at
 
 
 def learn(engine: Engine) -> None:
@@ -126,7 +128,7 @@ class Engine:
         self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
         self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
         self.replay_checked = False
-        self.bad_steps: dict[tuple[str, ...], Tensor] = {}  # see `watch_finite`
+        self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # of each step; see `watch_finite`
         self.signal = 0
         self.in_step_since = self.last_save = self.last_pulse = time.monotonic()
         self.images_since = 0
@@ -146,6 +148,8 @@ class Engine:
             experience = self.stream[index]
             run.experience = experience.for_training()
             run.emit("experience", index=index, task=experience.task, classes=list(experience.classes))
+            for hint in self.hints():
+                run.emit("message", text=hint)
             if not self.position.entered:
                 self.grow(run.experience)
                 self.position = Position(index, entered=True)
@@ -282,12 +286,12 @@ class Engine:
     def backward(self, terms: dict[str, Tensor]) -> None:
         """Gradients of the sum of all terms; in two parts where a plugin wants the base loss's own."""
         run = self.run
-        if run.optimizer is not None:
-            run.optimizer.zero_grad()
+        for parameter in self.trained.values():  # what the optimizer's own `zero_grad` does, in a tenth of its time
+            parameter.grad = None
         if self.two_backwards:
             terms["base"].backward(retain_graph=len(terms) > 1)
             run.task_gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
-            rest = [term for name, term in terms.items() if name != "base"]
+            rest = [term for name, term in terms.items() if name != "base" and term.requires_grad]
             if rest:
                 torch.stack(rest).sum().backward()
         else:
@@ -301,12 +305,11 @@ class Engine:
         """Clip the gradient and step."""
         run = self.run
         clip = run.settings.clip
-        parameters = self.trained.values()
-        if clip:
-            norm = nn.utils.clip_grad_norm_(parameters, clip)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
         self.watch_finite(norm)
+        # on the CPU it costs nothing to ask whether the factor, min(1, clip / (norm + 1e-6)), is 1
+        if clip and not (norm.device.type == "cpu" and norm + 1e-6 <= clip):
+            nn.utils.clip_grads_with_norm_(self.trained.values(), clip, norm)
         if run.optimizer is not None:
             run.optimizer.step()
 
@@ -317,8 +320,10 @@ class Engine:
         run.total_steps += 1
         self.images_since += len(batch)
         self.timings[-1]["images"] += len(batch)
-        if run.total_steps % run.config.run.log_every == 0:
+        log = run.total_steps % run.config.run.log_every == 0
+        if log or len(self.unchecked) == UNCHECKED:
             self.check_finite()
+        if log:
             run.emit("step", **self.progress())
         now = time.monotonic()
         if now - self.last_pulse >= PULSE:
@@ -380,32 +385,30 @@ class Engine:
                 raise WrongUse(f"The loss term `{name}` has the shape {list(term.shape)}; it must be a scalar.")
 
     def watch_finite(self, norm: Tensor) -> None:
-        """Count on the device, for each loss term and the gradient's norm, the steps at which it was not finite.
-
-        Nothing is copied from the device. The one that began has the most, as all others follow it.
-        """
-        values = [*(loss.float() for loss in self.run.losses.values()), norm.float()]
-        names = (*(f"loss term `{name}`" for name in self.run.losses), "gradient")
-        counts = self.bad_steps.get(names)
-        if counts is None:
-            counts = self.bad_steps[names] = torch.zeros(len(names), device=values[0].device)
-        counts += torch.stack(values).mul_(0).ne_(0)  # 0 * inf and 0 * nan are nan, which equals nothing
+        """Keep the step's loss terms and its gradient's norm, on the device, until `check_finite` looks at them."""
+        losses = self.run.losses
+        # one new tensor: a term may be a view of something large, or of what its plugin will write into
+        values = torch.stack([value.to(norm.device, torch.float32) for value in (*losses.values(), norm)])
+        self.unchecked.append((tuple(losses), values))
 
     def check_finite(self) -> None:
-        """Raise `RunFailed` naming what was the first not to be finite."""
-        bad = [
-            (n, name)
-            for names, counts in self.bad_steps.items()
-            for n, name in zip(counts.tolist(), names, strict=True)
-        ]
-        self.bad_steps.clear()
-        most, name = max(bad, key=lambda entry: entry[0], default=(0, ""))
-        if most:
-            raise RunFailed(
-                f"The {name} became infinite or not a number in {self.run.where}, phase `{self.run.phase.name}`, "
-                f"at step {self.run.step + 2 - most:.0f} of {self.run.steps_in_phase}."
-                f"{self.how_to_go_on()} A smaller `train.lr`, or a weaker method, may keep it finite."
-            )
+        """Raise `RunFailed` naming what was the first not to be finite, and the step."""
+        steps, self.unchecked = self.unchecked, []
+        if not steps or torch.cat([values for _, values in steps]).isfinite().all():
+            return
+        first = next(i for i, (_, values) in enumerate(steps) if not values.isfinite().all())
+        terms, values = steps[first]
+        names = [*(f"loss term `{term}`" for term in terms), "gradient"]
+        raise RunFailed(
+            f"The {names[values.isfinite().tolist().index(False)]} became infinite or not a number in "
+            f"{self.run.where}, phase `{self.run.phase.name}`, at step {self.run.step + 2 - len(steps) + first} of "
+            f"{self.run.steps_in_phase}."
+            f"{self.how_to_go_on()} {' '.join(self.hints()) or GENERAL_HINT}"
+        )
+
+    def hints(self) -> list[str]:
+        """What plugins know to keep the run from learning."""
+        return [hint for plugin in self.run.plugins for hint in plugin.hints(self.run)]
 
     def how_to_go_on(self) -> str:
         """A sentence on the checkpoint that is left, or nothing if there is none."""

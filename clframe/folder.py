@@ -201,10 +201,12 @@ def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 def _git_state() -> str | None:
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        status = subprocess.run(
+            ["git", "status", "--porcelain=v2", "--branch"], capture_output=True, text=True, timeout=5, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
+    oid, *lines = status.stdout.removeprefix("# branch.oid ").splitlines()
+    if oid == "(initial)":  # there is no commit yet
+        return None
+    return oid + (" with uncommitted changes" if any(not line.startswith("#") for line in lines) else "")

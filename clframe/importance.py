@@ -1,19 +1,28 @@
-"""How much each weight matters: the Fisher information of a softmax classifier, and quadratic penalties.
+"""How much each weight matters: the Fisher information, sensitivity, path integrals, and quadratic penalties.
 
-`label_cotangents` turns sums of squared per-sample gradients (`clframe.per_sample`) into the Fisher information;
+`label_cotangents` turns sums of squared per-sample gradients (`clframe.per_sample`) into the Fisher information, and
+`norm_cotangents` sums of absolute ones into the sensitivity of MAS; `path_step` is a step of SI's path integral.
 `Quadratic` pulls weights back to where they mattered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clframe.data import Batch, ImageData
 from clframe.model import masked
+from clframe.per_sample import GradientSums, Reduce, zeros_for
+
+if TYPE_CHECKING:
+    from clframe.context import Run
+
+CHUNK = 1 << 19  # numbers of the images taken at a time: small ones in larger batches than they are trained in
 
 Labels = Literal["exact", "sampled", "empirical", "argmax"]
 
@@ -53,6 +62,33 @@ def label_cotangents(
         raise ValueError("the empirical rule needs the labels `y`")
     others = p.scatter(1, y[:, None], 0.0)
     return [others.neg().scatter(1, y[:, None], others.sum(1, keepdim=True))]
+
+
+def norm_cotangents(logits: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """The gradient [B, C] of ||z||_2^2 with respect to the logits z that `mask` lets take part: 2 z.
+
+    The mean over samples of |J^T 2z| is the importance of MAS (Aljundi et al., ECCV 2018, section 4.1).
+    """
+    active = logits if mask is None else logits.masked_fill(~mask, 0.0)
+    return [2 * active]
+
+
+@torch.no_grad()
+def path_step(omega: list[Tensor], gradients: list[Tensor], before: list[Tensor], after: list[Tensor]) -> None:
+    """Add to `omega`, in place, ``-g (after - before)``: what a step took off the loss (Zenke et al., 2017, eq. 3).
+
+    Args:
+        omega: the path integral so far of each tensor.
+        gradients: of the task's loss alone, before the step.
+        before, after: the weights before and after it; `before` is overwritten.
+    """
+    torch._foreach_sub_(before, after)
+    torch._foreach_addcmul_(omega, gradients, before)
+
+
+def path_importance(omega: Tensor, start: Tensor, end: Tensor, xi: float) -> Tensor:
+    """``omega / ((end - start)^2 + xi)`` (Zenke et al., eq. 5): the loss taken off, by the square of the way."""
+    return omega / ((end - start).square() + xi)
 
 
 def _cholesky_columns(p: Tensor) -> list[Tensor]:
@@ -126,6 +162,10 @@ class Quadratic(nn.Module):
         value: Tensor = _HalfSquares.apply(len(theta), *theta, *self.anchor.values(), *self.precision.values())
         return value + self.constant
 
+    def largest(self) -> float:
+        """The largest of A, 0 if it is empty."""
+        return max((float(a.max()) for a in self.precision.values() if a.numel()), default=0.0)
+
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict holds."""
         return {"anchor": self.anchor, "precision": self.precision, "constant": self.constant}
@@ -140,6 +180,92 @@ class Quadratic(nn.Module):
         for values in (self.anchor, self.precision):
             if values and next(iter(values.values())).device != device:
                 values.update({name: value.to(device) for name, value in values.items()})
+
+
+class ImportanceMean(nn.Module):
+    """The mean over images of per-sample statistics, found chunk by chunk.
+
+    A plugin that declares it among its state can be stopped between two chunks. It is empty before and afterwards.
+
+    Attributes:
+        rows: positions of the images of the mean under way.
+        partial: sums over those of them that are done, by name of the parameter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is under way."""
+        self.rows = torch.empty(0, dtype=torch.int64)
+        self.partial: dict[str, Tensor] = {}
+
+    def over(
+        self,
+        run: Run,
+        name: str,
+        data: ImageData,
+        samples: int | None,
+        parameters: Mapping[str, Tensor],
+        add: Callable[[GradientSums, Batch], None],
+        reduce: Reduce = "square",
+    ) -> dict[str, Tensor]:
+        """The mean over `data`, or over `samples` of its images that ``run.rng(name)`` draws, by name of the parameter.
+
+        Args:
+            run: the run.
+            name: of the plugin, for its randomness and for progress.
+            data: the images; none is augmented.
+            samples: how many of them; None: all.
+            parameters: to find statistics of.
+            add: adds a batch of images to the sums.
+            reduce: see `clframe.per_sample.GradientSums`.
+        """
+        if not self.partial:
+            self.rows = torch.randperm(len(data), generator=run.rng(name))[:samples]
+            self.partial = zeros_for(parameters)
+        sums = GradientSums(run.model, self.partial, reduce)
+        parts = self.rows.to(data.x.device).split(max(run.settings.batch_size, CHUNK // data.x[0].numel()))
+        for i in run.ticks(name, len(parts), resumable=True):
+            add(sums, run.batch(data.rows(parts[i])))
+        mean = {name: total / len(self.rows) for name, total in self.partial.items()}
+        self.clear()
+        return mean
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict holds."""
+        return {"rows": self.rows, "partial": self.partial}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what `get_extra_state` gave."""
+        self.rows, self.partial = state["rows"], dict(state["partial"])
+
+
+def too_stiff(run: Run, option: str, strength: float, penalty: Quadratic) -> list[str]:
+    """A sentence if plain SGD cannot follow ``strength/2 sum A (theta - m)^2``, else nothing.
+
+    A step of gradient descent on a quadratic of curvature c overshoots further each time unless lr * c < 2, with
+    momentum m unless lr * c < 2 (1 + m), with Nesterov's unless lr * c < 2 (1 + m) / (1 + 2 m). Adam rescales gradients
+    and knows no such bound.
+
+    Args:
+        run: the run, for its learning rate.
+        option: the name of the option that weakens the penalty, such as ``ewc.lambda``.
+        strength: what the penalty is multiplied by.
+        penalty: the springs.
+    """
+    settings = run.settings
+    curvature, m = strength * penalty.largest(), settings.momentum
+    bound = 2 * (1 + m) / (1 + 2 * m * settings.nesterov)
+    # springs that are not finite have no bound to be told of: the loss term itself is reported then
+    if settings.optimizer != "sgd" or not bound <= settings.lr * curvature < math.inf:
+        return []
+    return [
+        f"`{option}` is too strong for SGD here: `train.lr` {settings.lr:g} times the stiffest spring, "
+        f"{curvature:.3g}, is {settings.lr * curvature:.3g}, and must stay below {bound:g}; divide one of them by "
+        f"{math.floor(settings.lr * curvature / bound) + 1} or more, or use Adam."
+    ]
 
 
 class _HalfSquares(torch.autograd.Function):

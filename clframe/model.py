@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -83,6 +84,11 @@ class IncrementalNet(nn.Module):
         """Classes of each block."""
         return [block.out_features for block in self.head]  # type: ignore[misc]
 
+    def blocks_of(self, classes: Collection[int]) -> list[int]:
+        """Which blocks of the head have any of these classes, by number."""
+        ends = list(itertools.accumulate(self.blocks))
+        return [k for k, end in enumerate(ends) if any(end - self.blocks[k] <= c < end for c in classes)]
+
     def grow(self, size: int) -> nn.Linear:
         """Add a block for `size` new classes, initialised as `nn.Linear` is, on the model's device."""
         like = next(self.backbone.parameters(), torch.empty(0))
@@ -122,6 +128,29 @@ def class_mask(classes: Sequence[int], n_classes: int, device: torch.device | No
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     """`logits` [B, C], -inf where `mask` ([C] or [B, C], true = takes part) is false; None: all take part."""
     return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Let no parameter whose name is like one of `patterns` (as in shells) be trained; names of those that were.
+
+    Frozen parameters are in no optimizer, so weight decay and momentum do not move them either.
+    """
+    wanted = tuple(patterns)
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and any(fnmatchcase(name, pattern) for pattern in wanted)
+    }
+    for parameter in found.values():
+        parameter.requires_grad_(False)
+    return list(found)
+
+
+def thaw(model: nn.Module, names: Collection[str]) -> None:
+    """Let the parameters of these names be trained again."""
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(True)
 
 
 def snapshot(model: IncrementalNet) -> IncrementalNet:

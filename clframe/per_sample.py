@@ -103,6 +103,24 @@ class GradientSums:
                     self._add_rest(rest, x, task, torch.stack(list(vectors), dim=1))
 
     @torch.no_grad()
+    def add_local(self, x: Tensor, task: Tensor | None, delta: Callable[[Tensor], Tensor]) -> None:
+        """Add, for each layer by itself, f of what `delta` makes of its output [B, ...], times its input.
+
+        With ``relu`` for `delta` the sums of a Linear layer are ``f(F_j F_i)``: activities of the units that a weight
+        connects, a Hebbian rule. Only Linear and Conv2d layers have such a rule; weights of others stay as they are.
+        """
+        with torch.autocast(x.device.type, enabled=False), evaluating(self._model), self._recorded() as calls:
+            self._model(x, task)
+        for call in calls:
+            if isinstance(call.module, nn.Linear | nn.Conv2d):
+                for kind, parameter in call.module.named_parameters(recurse=False):
+                    if id(parameter) in self._names:
+                        call.sums[kind] = self._sums[self._names[id(parameter)]]
+                form = _CLOSED_FORMS[type(call.module)](call, self._f, self._elements(x.device))
+                form.add(delta(call.output))
+                form.finish()
+
+    @torch.no_grad()
     def _look_at_one(self, x: Tensor, task: Tensor | None, among_others: Tensor) -> None:
         """What the first sample alone tells of the network, given its logits among others."""
         with self._recorded() as calls:
@@ -126,7 +144,8 @@ class GradientSums:
             # the edge, not the output: an activation that works in place changes what the output stands for
             edge = get_gradient_edge(output) if output.requires_grad else None
             batched = output.dim() > (3 if isinstance(module, nn.Conv2d) else 1)
-            calls.append(_Call(module, a.detach(), a._version, edge, len(output) if batched else 0))
+            kept = torch.empty(0) if output.requires_grad else output.clone()  # the next layer may work in place
+            calls.append(_Call(module, a.detach(), a._version, edge, len(output) if batched else 0, kept))
 
         # first in line, so that the output is the layer's own whatever other hooks make of it
         hooks = [m.register_forward_hook(record, prepend=True, with_kwargs=True) for m in self._layers]
@@ -229,13 +248,14 @@ class GradientSums:
 
 @dataclass
 class _Call:
-    """One call of a layer: its input (and the input's version then), and where its output stands in the graph."""
+    """One call of a layer: its input (and the input's version then), its output or where that stands in the graph."""
 
     module: Any
     input: Tensor
     version: int
     edge: GradientEdge | None
     rows: int
+    output: Tensor
 
     def __post_init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # of the parameters for which this call accounts: weight, bias

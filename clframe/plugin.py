@@ -43,6 +43,8 @@ class Plugin(metaclass=_Validated):
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
     - ``citation``: the paper.
+
+    An instance may set ``form``: which form of the method it is, where there are several; the results name it.
     """
 
     name: ClassVar[str] = ""
@@ -58,6 +60,7 @@ class Plugin(metaclass=_Validated):
 
     options: dict[str, Any]  # as validated, by parameter name
     has_run = False  # whether it holds the state of a run
+    form: str | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
@@ -65,6 +68,22 @@ class Plugin(metaclass=_Validated):
     def public_options(self) -> dict[str, Any]:
         """The options by the names that YAML and ``--set`` use."""
         return {public_name(name): value for name, value in self.options.items()}
+
+    def owns(self, hook: str) -> bool:
+        """Whether, with these options, it answers this hook of its, of which a run has one owner at most."""
+        return True
+
+    def wanted_logits(self, setting: str) -> str | None:
+        """The ``train.logits`` that its loss is made for in this setting of the scenario; None: any.
+
+        They are in force where the user chose none. A run in which it and the user, or another plugin, want different
+        ones is refused.
+        """
+        return None
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Sentences on what may keep this run from learning: told as an experience begins, and if a loss diverges."""
+        return ()
 
     def problems(self, run: Run) -> Iterable[str]:
         """One sentence for each reason why this plugin cannot serve the run; called before training.

@@ -37,6 +37,7 @@ def results_of(engine: Engine) -> Results:
         "scenario": stream.name,
         "setting": stream.setting,
         "plugins": [plugin.name for plugin in methods],
+        "forms": {plugin.name: plugin.form for plugin in methods if plugin.form},
         "seed": run.config.run.seed,
         "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
         "accuracy": run.accuracy,

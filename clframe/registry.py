@@ -225,7 +225,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
         built[cls.name] = plugin
         problems += _problems_of(cls)
     for hook in OWNED:
-        owners = [f"`{name}`" for name, plugin in built.items() if _owns(type(plugin), hook)]
+        owners = [f"`{name}`" for name, plugin in built.items() if _owns(type(plugin), hook) and plugin.owns(hook)]
         if len(owners) > 1:
             problems.append(f"`{hook}` is answered by {_and(owners)}; a run can have only one of them.")
     for name, plugin in built.items():

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clframe.config import TrainSettings
 from clframe.data import ImageData
+
+if TYPE_CHECKING:
+    from clframe.context import Run
+    from clframe.plugin import Plugin
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,9 @@ def trained_by(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
 def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """The model in train mode, all but `parameters` frozen; afterwards ``requires_grad`` is as it was.
 
-    A module none of whose own parameters is trained is put into eval mode: a frozen batch norm must not move its
-    running statistics either.
+    A module none of whose parameters is trained is put into eval mode, and all in it: a frozen batch norm must not move
+    its running statistics either. One without parameters goes with its surroundings, such as dropout; one that still
+    keeps statistics, a batch norm that learns nothing, goes with the module before it.
     """
     trained = {id(p) for p in parameters}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
@@ -116,15 +121,63 @@ def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Itera
         model.train()
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module in model.modules():
-            own = list(module.parameters(recurse=False))
-            if own and not any(id(p) in trained for p in own):
-                module.eval()
+        _rest(model, trained)
         yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
         model.train()  # a run that is resumed here finds it so, too
+
+
+def _rest(module: nn.Module, trained: set[int]) -> None:
+    """Put what holds parameters, and none that is trained, into eval mode."""
+    inside = list(module.parameters())
+    if inside and not any(id(p) in trained for p in inside):
+        module.eval()
+        return
+    resting = False  # the latest module with parameters
+    for child in module.children():
+        own = list(child.parameters())
+        if own:
+            resting = not any(id(p) in trained for p in own)
+        elif resting and any(True for _ in child.buffers()):
+            child.eval()
+        _rest(child, trained)
+
+
+def warm_up(run: Run, share: float) -> list[Phase] | None:
+    """A phase before ``train`` in which the new head is trained alone (Li and Hoiem, LwF, 2017, section 3.1).
+
+    None in the first experience, whose head is new but has no trained network below it, and for a share of 0.
+
+    Args:
+        run: the run, when the head has grown.
+        share: length of the phase, relative to the experience's own training.
+    """
+    blocks = run.new_blocks
+    if not share or not run.experience.index or not blocks:
+        return None
+    epochs, iterations = (n and max(1, round(share * n)) for n in Phase("train").length(run.settings).values())
+    return [Phase("warm-up", "before", epochs, iterations, only=tuple(f"head.{k}.*" for k in blocks))]
+
+
+def warm_up_problems(run: Run, plugin: Plugin) -> Iterator[str]:
+    """Reasons why `plugin`, whose attribute ``warm_up`` asks for the phase, cannot have it."""
+    asking = [p.name for p in run.plugins if getattr(p, "warm_up", 0)]
+    if plugin.name in asking and "domain" in plugin.settings:  # else that is refused already
+        yield from no_new_heads(run, f"`{plugin.name}.warm_up`")
+    if plugin.name in asking[:-1]:
+        yield f"Both `{plugin.name}` and `{asking[-1]}` bring a phase `warm-up`; name one of them."
+
+
+def no_new_heads(run: Run, asked_by: str) -> list[str]:
+    """The sentence that refuses `asked_by`, which needs new heads, in the domain setting, which brings none."""
+    if run.scenario.setting != "domain":
+        return []
+    return [
+        f"{asked_by} trains the head of new classes, and in the domain setting no experience brings any: leave it out, "
+        "or choose another `--setting`."
+    ]
 
 
 def make_optimizer(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clframe.errors import WrongUse
 from clframe.hooks import hookimpl
-from clframe.importance import Labels, Quadratic, label_cotangents
+from clframe.importance import ImportanceMean, Labels, Quadratic, label_cotangents, too_stiff
 from clframe.options import Count, NonNegative, Share
-from clframe.per_sample import GradientSums, zeros_for
+from clframe.per_sample import GradientSums
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
     from clframe.context import Run
-    from clframe.data import Experience
-
-CHUNK = 1 << 19  # numbers of the images taken at a time: small ones in larger batches than they are trained in
+    from clframe.data import Batch, Experience
 
 
 class EWC(Plugin):
@@ -45,7 +43,7 @@ class EWC(Plugin):
     """
 
     name = "ewc"
-    state = ("penalties", "partial", "rows")
+    state = ("penalties", "mean")
     citation = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
     def __init__(
@@ -67,16 +65,23 @@ class EWC(Plugin):
         self.labels: Labels = labels
         self.samples, self.heads = samples, heads
         self.penalties = Quadratic()
-        self.rows = torch.empty(0, dtype=torch.int64)  # images of the mean under way
-        self.partial: dict[str, Tensor] = {}  # sums of squared gradients over those of them that are done
+        self.mean = ImportanceMean()
+
+    @property
+    def strength(self) -> float:
+        """What the sum of the springs is multiplied by."""
+        return self.lambda_ * (self.gamma if self.form == "online" else 1.0)
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Springs can be too stiff."""
+        return too_stiff(run, "ewc.lambda", self.strength, self.penalties)
 
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
         """The springs; none in the first experience."""
         if not self.penalties.anchor:
             return None
-        strength = self.lambda_ * (self.gamma if self.form == "online" else 1.0)
-        return {self.name: strength * self.penalties(dict(run.model.named_parameters()))}
+        return {self.name: self.strength * self.penalties(dict(run.model.named_parameters()))}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
@@ -86,27 +91,15 @@ class EWC(Plugin):
             for name, p in run.model.named_parameters()
             if p.requires_grad and (self.heads or not name.startswith("head."))
         }
-        fisher = self._fisher(run, experience, parameters)
+
+        def add(sums: GradientSums, batch: Batch) -> None:
+            mask = run.mask(batch.task)
+            sums.add(batch.x, batch.task, lambda z: label_cotangents(z, self.labels, mask, batch.y, run.rng(self.name)))
+
+        fisher = self.mean.over(run, self.name, experience.train, self.samples, parameters, add)
         if self.form == "online":
             kept = {name: self.gamma * past for name, past in self.penalties.precision.items()}
             fisher = kept | {name: f + kept[name] if name in kept else f for name, f in fisher.items()}
             self.penalties.replace(fisher, dict(run.model.named_parameters()))
         else:
             self.penalties.add(fisher, parameters)
-
-    def _fisher(self, run: Run, experience: Experience, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """F_k by name of the parameter."""
-        data, generator = experience.train, run.rng(self.name)
-        size = max(run.settings.batch_size, CHUNK // data.x[0].numel())
-        if not self.partial:
-            self.rows = torch.randperm(len(data), generator=generator)[: self.samples]
-            self.partial = zeros_for(parameters)
-        sums = GradientSums(run.model, self.partial)
-        parts = self.rows.to(data.x.device).split(size)
-        for i in run.ticks(self.name, len(parts), resumable=True):
-            batch = run.batch(data.rows(parts[i]))
-            mask = run.mask(batch.task)
-            sums.add(batch.x, batch.task, lambda z: label_cotangents(z, self.labels, mask, batch.y, generator))  # noqa: B023
-        fisher = {name: total / len(self.rows) for name, total in self.partial.items()}
-        self.rows, self.partial = torch.empty(0, dtype=torch.int64), {}
-        return fisher

@@ -1,7 +1,13 @@
-import pytest
+import signal
 
-from clframe import WrongUse
+import pytest
+import torch
+
+import clframe
+from clframe import Plugin, WrongUse, hookimpl
 from clframe.config import RunSettings, TrainSettings, parse_yaml, resolve, to_yaml
+from clframe.engine import Engine
+from clframe.errors import Interrupted
 
 
 def problems(**given):
@@ -269,3 +275,155 @@ def test_the_folder_of_a_run_is_not_part_of_what_is_repeated(file):
 
 def test_all_settings_are_documented():
     assert all(f.description for kind in (TrainSettings, RunSettings) for f in kind.model_fields.values())
+
+
+# the first experience
+
+
+class Settings(Plugin):
+    """Keeps by what each experience was trained."""
+
+    name = "seeing-settings"
+    observer = True
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, object]] = {}
+
+    @hookimpl
+    def after_step(self, run, batch):
+        group = run.optimizer.param_groups[0]
+        found = {
+            "optimizer": type(run.optimizer).__name__.lower(),
+            "lr": group["lr"],
+            "momentum": group.get("momentum"),
+            "weight_decay": {g["weight_decay"] for g in run.optimizer.param_groups},
+            "clip": run.settings.clip,
+            "steps": run.steps_in_phase,
+            "batch": max(len(batch), self.seen.get(run.experience.index, {}).get("batch", 0)),
+            "norm": float(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()) <= 0.011,
+        }
+        self.seen[run.experience.index] = found
+
+
+FIXED = ("optimizer", "lr", "momentum", "weight_decay", "clip", "steps")  # of all steps of an experience
+COMMON = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip": 0.0}
+
+
+def test_the_first_experience_is_trained_by_settings_of_its_own(tiny):
+    seeing = Settings()
+    first = {"epochs": 3, "batch_size": 6, "optimizer": "adam", "lr": 0.002, "weight_decay": 0.1, "clip": 0.01}
+    clframe.run(tiny(), "mlp-100", [seeing], train=COMMON | {"first": first})
+    assert seeing.seen[0] == {
+        "optimizer": "adam",
+        "lr": 0.002,
+        "momentum": None,
+        "weight_decay": {0.0, 0.1},
+        "clip": 0.01,
+        "steps": 12,  # 24 images in batches of 6, three times
+        "batch": 6,
+        "norm": True,
+    }
+    common = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": {0.0}, "clip": 0.0, "steps": 6}
+    assert seeing.seen[1] == seeing.seen[2] == common | {"batch": 8, "norm": False}
+
+
+@pytest.mark.parametrize(
+    ("common", "first", "steps"),
+    [
+        ({"epochs": 2}, {"iterations": 5}, [5, 6, 6]),
+        ({"iterations": 4}, {"epochs": 1}, [3, 4, 4]),
+        ({"iterations": 4}, {"lr": 0.01}, [4, 4, 4]),
+        ({}, {"epochs": 2}, [6, 3, 3]),
+    ],
+)
+def test_the_first_length_ends_the_common_one(tiny, common, first, steps):
+    seeing = Settings()
+    clframe.run(tiny(), "mlp-100", [seeing], train={"batch_size": 8, **common, "first": first})
+    assert [seeing.seen[i]["steps"] for i in range(3)] == steps
+
+
+def test_a_first_experience_that_differs_in_nothing_changes_nothing(tiny):
+    first = {"lr": 0.05, "epochs": 2}
+    with_it = clframe.run(tiny(), "mlp-100", train=COMMON | {"first": first})
+    assert with_it.data == clframe.run(tiny(), "mlp-100", train=COMMON).data
+    assert with_it.data != clframe.run(tiny(), "mlp-100", train=COMMON | {"first": {"lr": 0.001}}).data
+
+
+@pytest.mark.parametrize(
+    ("first", "sentence"),
+    [
+        ({"epoch": 3}, "`train.first.epoch` is not an option of `train.first`. Did you mean `epochs`?"),
+        ({"logits": "all"}, "`train.first.logits` is not an option of `train.first`."),
+        ({"keep_optimizer": True}, "`train.first.keep_optimizer` is not an option of `train.first`."),
+        ({"first": {}}, "`train.first.first` is not an option of `train.first`."),
+        ({"lr": -1.0}, "`train.first.lr` is -1.0: it should be greater than 0."),
+        ({"epochs": 1.5}, "`train.first.epochs` is 1.5: it should be a valid integer."),
+        ({"epochs": 1, "iterations": 2}, "`train.epochs` and `train.iterations` exclude each other; set one of them."),
+        ({"optimizer": "sdg"}, "`train.first.optimizer` is 'sdg': it should be 'sgd', 'adam' or 'adamw'."),
+        ({"nesterov": True}, "`train.nesterov` needs a `train.momentum` above 0."),
+        (3, "`train.first` is 3: it should be a valid dictionary."),
+    ],
+)
+def test_a_mistake_in_the_first_experiences_settings_is_one_sentence(first, sentence):
+    (found,) = problems(scenario="permuted-digits", train={"first": first})
+    assert found.startswith(sentence)
+
+
+def test_the_first_experiences_settings_exclude_a_kept_optimizer(tiny):
+    sentence = "`train.first` and `train.keep_optimizer` exclude each other; set one of them."
+    assert problems(scenario="permuted-digits", train={"first": {"lr": 0.1}, "keep_optimizer": True}) == [sentence]
+    with pytest.raises(WrongUse, match="exclude each other"):
+        clframe.run(tiny(), train={"first": {"lr": 0.1}, "keep_optimizer": True})
+
+
+def test_a_scenario_of_ones_own_does_not_get_what_suits_the_default_one(tiny):
+    """Neither when settings are checked: split-digits keeps its optimizer, which would exclude `train.first`."""
+    assert resolve().train.keep_optimizer
+    results = clframe.run(tiny(), "mlp-100", train={"first": {"epochs": 1}})
+    assert len(results.accuracy["class"]) == 3
+
+
+def test_the_first_experiences_settings_are_kept_in_the_written_configuration(file):
+    config = resolve(scenario="permuted-digits", sets=["train.first={epochs: 2, lr: 1e-2, betas: [0.8, 0.9]}"])
+    assert config.train.first == {"epochs": 2, "lr": 0.01, "betas": [0.8, 0.9]}
+    assert (config.train.of(0).epochs, config.train.of(1).epochs) == (2, 10)
+    assert (config.train.of(0).lr, config.train.of(1).lr) == (0.01, 1e-3)
+    assert resolve(yaml_file=file(to_yaml(config))) == config
+
+
+def test_the_first_experiences_settings_are_in_force_after_a_resume(tiny, tmp_path, monkeypatch):
+    """In the first experience and in the second, to the last bit; the optimizer is of another kind in each."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine):
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    first = {"iterations": 7, "batch_size": 6, "optimizer": "adam", "lr": 0.002}
+    train = COMMON | {"first": first}
+
+    def go(folder, seeing):
+        settings = {"output": str(folder), "tensorboard": False}
+        return clframe.run(tiny(), "mlp-100", [seeing], train=train, run=settings)
+
+    whole = Settings()
+    go(tmp_path / "whole", whole)
+    stops = set()
+    for k in range(2, calls[0], 3):
+        folder, stopped, resumed = tmp_path / str(k), Settings(), Settings()
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted) as caught:
+            go(folder, stopped)
+        stops.add(str(caught.value).partition(" in ")[2].partition(";")[0])
+        stop[0] = 0
+        clframe.resume(folder, scenario=tiny(), plugins=[resumed])
+        for i, seen in resumed.seen.items():
+            assert {name: seen[name] for name in FIXED} == {name: whole.seen[i][name] for name in FIXED}
+        for name in ("results.json", "model.safetensors"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert "iterations: 7" in (folder / "config.yaml").read_text()
+    assert {"experience 1 of 3", "experience 2 of 3"} < stops

@@ -17,6 +17,7 @@ import clframe
 from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
 from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.plugins.ewc import EWC
+from clframe.training import training_only
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
 
@@ -377,6 +378,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny, tmp_path: Pa
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_of_several_that_are_not_finite_the_first_and_its_step_are_named(tiny, log_every: int):
+    class Late(Plugin):
+        name = "late"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            return {
+                name: outputs.logits.sum() * (math.nan if run.step >= step else 0.0)
+                for name, step in (("late/third", 4), ("late/second", 3))
+                if run.step >= step - 1  # the terms of a step are not those of every step
+            }
+
+    with pytest.raises(RunFailed, match=r"loss term `late/second` became infinite .* at step 4 of "):
+        learn(tiny(), Late(), train={"epochs": 5}, log_every=log_every)
+
+
+def test_losses_are_looked_at_before_many_are_kept(tiny, monkeypatch):
+    monkeypatch.setattr(clframe.engine, "UNCHECKED", 2)
+
+    class Exploding(Plugin):
+        name = "exploding"
+        steps = 0
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            self.steps += 1
+            return {"exploding": outputs.logits.sum() * math.nan}
+
+    plugin = Exploding()
+    with pytest.raises(RunFailed, match=r"loss term `exploding` .* at step 1 of "):
+        learn(tiny(), plugin, log_every=1000)
+    assert plugin.steps == 2
+
+
 def test_an_infinite_gradient_is_named(tiny):
     class Rooting(Plugin):
         name = "rooting"
@@ -646,3 +682,65 @@ def test_a_full_disk_while_predictions_are_kept_is_no_bug(tiny, tmp_path: Path, 
     monkeypatch.setattr(clframe.checkpoint, "save_file", full)
     with pytest.raises(RunFailed, match=r"could not be written: .*No space left on device.*predictions"):
         learn(tiny(), output=str(tmp_path / "run"), tensorboard=False)
+
+
+# ----------------------------------------------------------------- what a phase does not train rests
+
+
+def nested() -> nn.Module:
+    """Norms with parameters and without, beside layers, in containers of their own, and first of all."""
+    return nn.Sequential(
+        nn.BatchNorm1d(3, affine=False),  # 0
+        nn.Linear(3, 3),  # 1
+        nn.BatchNorm1d(3),  # 2
+        nn.BatchNorm1d(3, affine=False),  # 3
+        nn.Dropout(),  # 4
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.Dropout()),  # 5
+        nn.Sequential(nn.BatchNorm1d(3, affine=False)),  # 6
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)),  # 7
+        nn.BatchNorm1d(3, affine=False),  # 8
+    )
+
+
+@pytest.mark.parametrize(
+    ("trained", "resting"),
+    [
+        (["1", "2", "5.0", "7.0"], set()),
+        # a container without anything trained rests as a whole; a norm that learns nothing goes with what precedes it
+        (["7.0"], {"1", "2", "3", "5", "5.0", "5.1", "5.2", "6", "6.0"}),
+        (["5.0"], {"1", "2", "3", "7", "7.0", "7.1", "8"}),
+        (["1"], {"2", "3", "5", "5.0", "5.1", "5.2", "6", "6.0", "7", "7.0", "7.1", "8"}),
+        (["2"], {"1", "5", "5.0", "5.1", "5.2", "6", "6.0", "7", "7.0", "7.1", "8"}),
+        ([], {"", "0", "1", "2", "3", "4", "5", "5.0", "5.1", "5.2", "6", "6.0", "7", "7.0", "7.1", "8"}),
+    ],
+)
+def test_what_holds_nothing_that_is_trained_rests(trained: list[str], resting: set[str]):
+    """Those in eval mode move no statistics in a pass; the others, and only these, do."""
+    net = nested()
+    own = [p for name in trained for p in net.get_submodule(name).parameters()]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with training_only(net, own):
+        assert {name for name, module in net.named_modules() if not module.training} == resting
+        assert {id(p) for p in net.parameters() if p.requires_grad} == {id(p) for p in own}
+        net(torch.randn(8, 3))
+    moved = {name.rpartition(".")[0] for name, v in net.state_dict().items() if not torch.equal(v, before[name])}
+    norms = {name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm1d)}
+    assert moved == norms - resting
+    assert all(module.training for module in net.modules())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_after_a_phase_what_was_frozen_before_it_is_frozen_still_also_after_an_error():
+    net = nested()
+    net[1].weight.requires_grad_(False)
+    net[7].eval()
+
+    def fail() -> None:
+        with training_only(net, net[5].parameters()):
+            assert not net[1].training
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["1.weight"]
+    assert all(module.training for module in net.modules())  # as a run that is resumed here finds it

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import clframe
-from clframe import Plugin, checkpoint, hookimpl, registry
+from clframe import Plugin, change_domains, checkpoint, hookimpl, registry, state
 from clframe.engine import Engine
 from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import HOOKS
@@ -20,9 +20,23 @@ from clframe.options import options_of
 
 NAMES = registry.names("plugin")
 SMALL: dict[str, dict[str, Any]] = {}  # options that make a plugin fit the tiny scenario, where its defaults do not
+MODELS: dict[str, str] = {"finetune-fc": "mlp-100"}  # of those that `cnn-small` does not suit
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 # methods that act on what was learnt before leave the first experience as fine-tuning does
-LIKE_FINETUNING_AT_FIRST = {"ewc", "tensorboard"}
+LIKE_FINETUNING_AT_FIRST = {
+    "a-ltm",
+    "ewc",
+    "feature-extraction",
+    "finetune-fc",
+    "lfl",
+    "lwf",
+    "lwm",
+    "mas",
+    "si",
+    "tensorboard",
+    "warm-up",
+}
+GROWING: set[str] = set()  # methods whose state must grow with the experiences
 
 
 class Idle(Plugin):
@@ -64,8 +78,11 @@ def setting(name: str) -> str:
     return registry.plugin_class(name).settings[0]
 
 
-def learn(scenario: Any, *plugins: Plugin, model: str = "cnn-small", **run: Any) -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=TRAIN, run={"tensorboard": False, **run})
+def learn(
+    scenario: Any, *plugins: Plugin, model: str | None = None, logits: str | None = None, **run: Any
+) -> clframe.Results:
+    backbone = model or next((MODELS[p.name] for p in plugins if p.name in MODELS), "cnn-small")
+    return clframe.run(scenario, backbone, plugins, train=TRAIN | {"logits": logits}, run={"tensorboard": False, **run})
 
 
 @pytest.fixture
@@ -181,9 +198,11 @@ def test_it_leaves_no_hooks_and_no_changed_modes(name: str, stream):
 
 @pytest.mark.parametrize("name", sorted(LIKE_FINETUNING_AT_FIRST & set(NAMES)))
 def test_the_first_experience_is_learnt_as_without_it(name: str, stream):
-    with_it, without = Watching(), Watching()
-    learn(stream(name), built(name), with_it)
-    learn(stream(name), without)
+    """A method that is made for other logits is compared with fine-tuning under these."""
+    plugin, with_it, without = built(name), Watching(), Watching()
+    learn(stream(name), plugin, with_it)
+    learn(stream(name), without, model=MODELS.get(name, "cnn-small"), logits=plugin.wanted_logits(setting(name)))
+    assert with_it.first.keys() == without.first.keys()
     assert all(torch.equal(value, without.first[key]) for key, value in with_it.first.items())
 
 
@@ -209,6 +228,41 @@ def test_a_method_that_keeps_no_images_leaves_none_in_its_checkpoints(
     assert len(written) > 30
     if not registry.plugin_class(name).keeps_images:
         assert not any(needle in data for data in written for needle in needles)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_state_does_not_grow_unless_it_must(name: str, tiny_arrays):
+    """Domains, where the network does not grow either, from the second experience to the fourth."""
+    cls = registry.plugin_class(name)
+    sizes: list[tuple[int, int]] = []
+
+    class Weighing(Plugin):
+        name = "weighing"
+        observer = True
+
+        @hookimpl
+        def after_eval(self, run, experience):
+            tensors: dict[str, Tensor] = {}
+            packed = checkpoint.pack(state.of_plugin(plugin, plugin.state), tensors)
+            sizes.append((sum(t.nbytes for t in tensors.values()), leaves(packed)))
+
+    kind = "domain" if "domain" in cls.settings else setting(name)
+    arrays = tiny_arrays(shape=(1, 8, 8), per_class=2)
+    scenario = change_domains("tiny", arrays, lambda i, x: x.roll(i, -1), experiences=4, setting=kind)
+    plugin, weighing = built(name), Weighing()
+    learn(scenario, plugin, weighing)
+    assert len(sizes) == 4
+    if name in GROWING:
+        assert sizes[1] != sizes[3]
+    elif kind == "domain" or not cls.state:
+        assert sizes[1] == sizes[2] == sizes[3]
+
+
+def leaves(packed: Any) -> int:
+    """How many values a packed tree holds."""
+    if isinstance(packed, dict):
+        packed = list(packed.values())
+    return sum(map(leaves, packed)) if isinstance(packed, list | tuple) else 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -524,3 +524,205 @@ def test_ticks_within_a_step_are_all_done_each_time(tiny):
     stepping, steps = Stepping(), Observing()
     learn(tiny(), stepping, steps)
     assert stepping.done == 2 * sum(c.startswith("after_step") for c in steps.calls) > 0
+
+
+class Owner(Plugin):
+    """Brings a loss of its own where it is told to."""
+
+    name = "owner"
+
+    def __init__(self, *, owning: bool = True) -> None:
+        self.owning = owning
+
+    def owns(self, hook: str) -> bool:
+        assert hook in ("base_loss", "predictor")
+        return self.owning
+
+    @hookimpl
+    def base_loss(self, run, batch, outputs):
+        return 2 * run.loss(batch, outputs) if self.owning else None
+
+
+class Another(Owner):
+    name = "another"
+
+
+@pytest.mark.parametrize(("one", "two"), [(True, False), (False, True), (False, False)])
+def test_a_plugin_whose_options_leave_a_hook_alone_does_not_own_it(tiny, one: bool, two: bool):
+    """The one that answers is heard, whoever comes first; where none does, the default stands."""
+    factors: set[float] = set()
+
+    class Comparing(Plugin):
+        name = "comparing"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            self.plain = run.loss(batch, outputs).item()
+
+        @hookimpl
+        def after_step(self, run, batch):
+            factors.add(run.losses["base"].item() / self.plain)
+
+    learn(tiny(), Owner(owning=one), Another(owning=two), Comparing())
+    assert factors == {2.0 if one or two else 1.0}
+
+
+def test_two_plugins_whose_options_make_them_owners_are_refused(tiny):
+    with pytest.raises(WrongUse) as caught:
+        learn(tiny(), Owner(), Observing(), Another())
+    # a plugin owns what it implements, unless it says otherwise
+    assert caught.value.problems == (
+        "`base_loss` is answered by `owner`, `observing` and `another`; a run can have only one of them.",
+    )
+    with pytest.raises(WrongUse) as caught:
+        learn(tiny(), Another(), Owner())
+    assert caught.value.problems == (
+        "`base_loss` is answered by `another` and `owner`; a run can have only one of them.",
+    )
+
+
+def wanting(label: str, **wanted: str) -> Plugin:
+    """A plugin whose loss is made for these logits, by setting."""
+
+    class Wanting(Plugin):
+        name = label
+
+        def wanted_logits(self, setting: str) -> str | None:
+            return wanted.get(setting)
+
+        @hookimpl
+        def before_run(self, run):
+            self.seen = run.logits
+
+    return Wanting()
+
+
+def test_the_logits_that_a_plugin_is_made_for_are_in_force_where_none_were_chosen(tiny):
+    first, second, none = (
+        wanting("first", **{"class": "current"}),
+        wanting("second", **{"class": "current"}),
+        wanting("n"),
+    )
+    results = learn(tiny(), none, first, second)
+    assert first.seen == second.seen == none.seen == "current"
+    chosen, plain = learn(tiny(), train={"logits": "current"}).data, learn(tiny()).data
+    for part in ("accuracy", "readings", "measures"):
+        assert results.data[part] == chosen[part] != plain[part]
+    for setting, default in (("class", "seen"), ("task", "own"), ("domain", "seen")):
+        indifferent = wanting("indifferent")
+        learn(tiny(setting=setting), indifferent)
+        assert indifferent.seen == default
+    elsewhere = wanting("first", **{"class": "current"})
+    learn(tiny(setting="task"), elsewhere)
+    assert elsewhere.seen == "own"
+    chosen = wanting("n")
+    learn(tiny(), chosen, train={"logits": "all"})
+    assert chosen.seen == "all"
+
+
+def test_logits_that_a_plugin_is_not_made_for_are_refused(tiny):
+    def problems(*plugins: Plugin, **train: Any) -> tuple[str, ...]:
+        with pytest.raises(WrongUse) as caught:
+            learn(tiny(), *plugins, train=train)
+        return caught.value.problems
+
+    one, two = wanting("one", **{"class": "current"}), wanting("two", **{"class": "all"})
+    two.form = "wide"
+    end = "choose other forms, or run them apart."
+    assert problems(one, logits="seen") == (
+        f"`one` is made for `train.logits=current`, but `train.logits` is seen: {end}",
+    )
+    assert problems(one, two) == (
+        f"`two` (form `wide`) is made for `train.logits=all`, but `one` for `current`: {end}",
+    )
+    assert problems(two, one) == (f"`one` is made for `train.logits=current`, but `two` for `all`: {end}",)
+    assert problems(two, wanting("n"), one, logits="all") == (
+        f"`one` is made for `train.logits=current`, but `train.logits` is all: {end}",
+    )
+    assert len(problems(one, two, logits="seen")) == 2
+
+
+class Hinting(Plugin):
+    """Knows from the second experience on what is wrong, and makes the loss of experience `at` no number."""
+
+    name = "hinting"
+
+    def hints(self, run):
+        return [f"`hinting.x` is too large for {run.where}."] if run.experience.index else []
+
+    @hookimpl
+    def base_loss(self, run, batch, outputs):
+        return run.loss(batch, outputs) * (float("nan") if run.experience.index == self.at else 1.0)
+
+    at = -1
+
+
+def test_hints_are_told_as_an_experience_begins(tiny):
+    told: list[tuple[str, Any]] = []
+
+    def listen(record):
+        if record["kind"] in ("experience", "message"):
+            told.append((record["kind"], record.get("text", record.get("index"))))
+
+    learn(tiny(), Hinting(), listeners=[listen])
+    assert told == [
+        ("experience", 0),
+        ("experience", 1),
+        ("message", "`hinting.x` is too large for experience 2 of 3."),
+        ("experience", 2),
+        ("message", "`hinting.x` is too large for experience 3 of 3."),
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_hints_take_the_place_of_general_advice_where_a_loss_diverges(tiny, at: int):
+    plugin = Hinting()
+    plugin.at = at
+    with pytest.raises(RunFailed) as caught:
+        learn(tiny(), plugin)
+    advice = "A smaller `train.lr`, or a weaker method, may keep it finite."
+    hint = "`hinting.x` is too large for experience 3 of 3."
+    assert str(caught.value).endswith(hint if at else advice)
+    assert (hint in str(caught.value), advice in str(caught.value)) == (at == 2, at == 0)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_penalty_without_a_gradient_is_a_constant(tiny, needed: bool):
+    """Also where the backward pass is in two parts: what is trained is the same as without it, and it is recorded."""
+
+    class Constant(Plugin):
+        name = "constant"
+        needs_task_gradient = needed
+
+        def __init__(self, *, value: float = 0.0, terms: int = 2) -> None:
+            self.value, self.terms = value, terms
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            return {f"constant/{i}": torch.tensor(self.value) for i in range(self.terms)}
+
+        @hookimpl
+        def after_step(self, run, batch):
+            self.losses = {name: value.item() for name, value in run.losses.items()}
+            if needed:
+                assert all(torch.equal(run.task_gradients[n], p.grad) for n, p in run.model.named_parameters())
+
+        @hookimpl
+        def after_run(self, run):
+            self.weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+    class Pulling(Plugin):
+        name = "pulling"
+
+        @hookimpl
+        def penalty(self, run, batch, outputs):
+            return {"pulling": 0.0 * outputs.logits.sum()}
+
+    constant, none, beside = Constant(value=3.0), Constant(terms=0), Constant(value=3.0)
+    learn(tiny(), constant)
+    learn(tiny(), none)
+    learn(tiny(), Pulling(), beside)
+    assert {n: v for n, v in constant.losses.items() if n != "base"} == {"constant/0": 3.0, "constant/1": 3.0}
+    assert set(beside.losses) == {"base", "constant/0", "constant/1", "pulling"}
+    assert all(torch.equal(value, none.weights[name]) for name, value in constant.weights.items())
+    assert all(torch.allclose(value, none.weights[name]) for name, value in beside.weights.items())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from clframe.errors import WrongUse
-from clframe.model import IncrementalNet, class_mask, evaluating, masked, snapshot
+from clframe.model import IncrementalNet, class_mask, evaluating, freeze, masked, snapshot, thaw
 
 
 class Doubling(nn.Module):
@@ -145,3 +145,43 @@ def test_a_pass_while_evaluating_moves_no_running_statistics():
     with evaluating(backbone):
         backbone.norm(torch.randn(8, 3))
     assert all(torch.equal(before[name], value) for name, value in backbone.norm.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("classes", "blocks"),
+    [
+        ([0], [0]),
+        ([1], [0]),
+        ([2], [1]),
+        ([3, 5], [2]),
+        ((1, 2), [0, 1]),
+        ({5, 0}, [0, 2]),
+        (range(6), [0, 1, 2]),
+        ([6], []),
+        ([], []),
+    ],
+)
+def test_blocks_are_found_by_the_classes_that_they_have(classes, blocks):
+    assert IncrementalNet(Doubling(), blocks=[2, 1, 3]).blocks_of(classes) == blocks
+
+
+def test_freezing_takes_what_is_named_like_a_pattern_and_tells_what_it_took():
+    net = IncrementalNet(Doubling(), blocks=[2] * 11)
+    net.head[2].bias.requires_grad_(False)
+    assert freeze(net, []) == []
+    assert freeze(net, ["head.1.*", "head.2.*", "other"]) == ["head.1.weight", "head.1.bias", "head.2.weight"]
+    assert freeze(net, ["head.1.*"]) == []  # they are frozen already, and another's to thaw
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == {"head.1.weight", "head.1.bias", "head.2.weight", "head.2.bias"}  # not head.10
+    assert freeze(net, (pattern for pattern in ["backbone.*", "*.10.bias"])) == ["backbone.scale", "head.10.bias"]
+
+
+def test_thawing_gives_back_what_is_named_and_no_more():
+    net = IncrementalNet(Doubling(), blocks=[2, 2])
+    net.head[1].bias.requires_grad_(False)
+    taken = freeze(net, ["head.*"])
+    thaw(net, [*taken, "head.7.weight"])  # a name that is not there is none of its business
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["head.1.bias"]
+    net.requires_grad_(False)
+    thaw(net, [])
+    assert not any(p.requires_grad for p in net.parameters())

@@ -1,0 +1,115 @@
+"""Distillation: what a network learns from the answers of an earlier one, its teacher.
+
+Pure functions of logits, features and maps. Each gives one value per image; `clframe.data.Batch.mean` averages those of
+a batch. Gradients flow into the student's side only. A teacher is a copy that `clframe.model.snapshot` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float = 2.0) -> Tensor:
+    """KD(q, z; T) = -sum_c s_T(q)_c log s_T(z)_c with s_T(z) = softmax(z / T); [..., C] to [...].
+
+    Its gradient with respect to the student's logits z is (s_T(z) - s_T(q)) / T. It is not multiplied by T^2: Hinton et
+    al. (2015) propose that, Li and Hoiem (LwF, 2017, eq. 2 and 3) do not.
+
+    Args:
+        teacher: logits q [..., C]; no gradient flows into them.
+        student: logits z [..., C].
+        temperature: T > 0.
+    """
+    p = (teacher.detach() / temperature).softmax(-1)
+    return -(p * (student / temperature).log_softmax(-1)).sum(-1)
+
+
+def soft_cross_entropy_per_group(
+    teacher: Tensor, student: Tensor, groups: Sequence[Sequence[int]], temperature: float = 2.0
+) -> Tensor:
+    """The sum over groups of columns of `soft_cross_entropy` within the group: LwF's sum over old heads; [B].
+
+    Args:
+        teacher, student: logits [B, C] each.
+        groups: for each head its columns; at least one.
+        temperature: T > 0.
+    """
+    if len({len(group) for group in groups}) > 1:
+        parts = [soft_cross_entropy(teacher[:, g], student[:, g], temperature) for g in map(list, groups)]
+        return torch.stack(parts).sum(0)
+    columns = [column for group in groups for column in group]
+    if columns == list(range(len(columns))):
+        q, z = teacher[:, : len(columns)], student[:, : len(columns)]
+    else:
+        q, z = teacher[:, columns], student[:, columns]
+    shape = (len(groups), -1)  # heads of one size: one softmax for all of them
+    return soft_cross_entropy(q.unflatten(1, shape), z.unflatten(1, shape), temperature).sum(1)
+
+
+def sigmoid_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
+    """Binary cross-entropy of sigma(z) against sigma(q), averaged over the columns; [B, C] to [B]."""
+    targets = teacher.detach().sigmoid()
+    return functional.binary_cross_entropy_with_logits(student, targets, reduction="none").mean(1)
+
+
+def incremental_bce(logits: Tensor, y: Tensor, teacher: Tensor | None) -> Tensor:
+    """iCaRL's loss (Rebuffi et al., CVPR 2017, algorithm 3), averaged over all C outputs; [B].
+
+    The target of a new class is 1 for the label and 0 otherwise; of an old class it is sigma(q), also where the label
+    is that old class.
+
+    Args:
+        logits: [B, C] of all outputs, those of classes to come included (their target is 0).
+        y: [B] labels.
+        teacher: logits q [B, C_old] of the old classes, which are the first columns; None: there are none yet.
+    """
+    targets = functional.one_hot(y, logits.shape[1]).to(logits.dtype)
+    if teacher is not None:
+        targets[:, : teacher.shape[1]] = teacher.detach().sigmoid()
+    return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+
+
+def half_squared_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """1/2 ||q - z||^2, summed over the columns, not averaged: [B, D] to [B]; its gradient is z - q."""
+    return (student - teacher.detach()).square().sum(1) / 2
+
+
+def grad_cam(scores: Tensor, maps: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Where a network looks: Grad-CAM (Selvaraju et al., ICCV 2017, eq. 1 and 2), of length 1 for each image; [B, HW].
+
+    alpha_k is the mean over space of d score / d A_k, and the map is ReLU(sum_k alpha_k A_k), divided by its L2 norm (a
+    map of zeros stays one).
+
+    Args:
+        scores: [B] one class score of each image.
+        maps: A [B, K, H, W], on the way to `scores` in the graph.
+        create_graph: keep the graph, so that a loss on the map trains what the map depends on, through alpha as well.
+    """
+    (gradient,) = torch.autograd.grad(scores.sum(), maps, create_graph=create_graph, retain_graph=True)
+    attention = (gradient.mean((2, 3), keepdim=True) * maps).sum(1).relu().flatten(1)
+    return functional.normalize(attention, dim=1)
+
+
+def attention_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """The L1 distance of two normalised maps (Dhar et al., CVPR 2019, eq. 4), at most 2 sqrt(HW); [B, HW] to [B]."""
+    return (student - teacher.detach()).abs().sum(1)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch's own statistics, as in training, and move no running ones."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    modes = [norm.training for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training, norm.track_running_stats = mode, True

@@ -1,0 +1,75 @@
+"""Active long term memory networks (Furlanello et al., 2016): a stable network teaches a flexible one what it knew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe.context import Run
+from clframe.distill import half_squared_distance, soft_cross_entropy_per_group
+from clframe.options import NonNegative
+from clframe.registry import hooks_of
+
+
+class ALTM(Plugin):
+    """Distils the stable network N (neocortex) into the flexible one H (hippocampus), which learns what is new.
+
+    H is the network of the run. It begins as N, with a new head, and minimises the new images' loss plus lambda times
+    the distance of its old outputs to N's; N is frozen. After an experience what was learnt is consolidated: N := H.
+
+    Options:
+        lambda: weight of the distillation.
+        loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told and else over
+            all old classes together; `l2`: half the squared distance of the old logits.
+        on: which images are distilled on: `new` (those of the experience), `replay` (those that another plugin brings
+            back: the active form), or `all` of them.
+    """
+
+    name = "a-ltm"
+    state = ("stable",)
+    citation = "Furlanello, Zhao, Saxe, Itti, Tjan, Active long term memory networks, 2016"
+
+    def __init__(
+        self,
+        *,
+        lambda_: NonNegative = 1.0,
+        loss: Literal["cross-entropy", "l2"] = "cross-entropy",
+        on: Literal["new", "replay", "all"] = "new",
+    ) -> None:
+        self.lambda_, self.loss, self.on = lambda_, loss, on
+        self.stable: IncrementalNet | None = None
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Somebody must bring the images of the active form."""
+        bring = {"extra_data", "extra_batch"}
+        if self.on == "replay" and not any(bring & set(hooks_of(type(plugin))) for plugin in run.plugins):
+            yield (
+                "`a-ltm.on=replay` needs a plugin that brings old images back, and there is none in the run: add one, "
+                "or choose `new`."
+            )
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """The distillation; none in the first experience."""
+        if self.stable is None:
+            return None
+        with torch.no_grad():
+            q = self.stable(batch.x, batch.task).logits
+        if self.loss == "l2":
+            old = run.old_classes
+            distances = half_squared_distance(q[:, old], outputs.logits[:, old])
+        else:
+            told = run.scenario.setting == "task"
+            groups = run.scenario.classes[: run.experience.index] if told else [run.old_classes]
+            distances = soft_cross_entropy_per_group(q, outputs.logits, groups, temperature=1.0)
+        only = None if self.on == "all" else (batch.origin == 0) == (self.on == "new")
+        return {self.name: self.lambda_ * batch.mean(distances, only)}
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Consolidation."""
+        self.stable = snapshot(run.model)

@@ -1,0 +1,84 @@
+"""Feature extraction, a baseline of Li and Hoiem (LwF, 2017): only new heads are trained, on features that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from clframe import Experience, Phase, Plugin, hookimpl
+from clframe.context import Run
+from clframe.model import freeze, thaw
+from clframe.options import Count, NonNegative
+from clframe.training import no_new_heads, warm_up, warm_up_problems
+
+
+class FeatureExtraction(Plugin):
+    """Freezes the backbone and the heads of old classes; only the head of new classes learns.
+
+    Nothing old changes, the running statistics of batch norms included: where the task is told, nothing is forgotten.
+    The backbone learns from the first experience, unless it came with weights.
+
+    Options:
+        pretrained: freeze the backbone from the first experience on, as it came with weights.
+        hidden: units of a hidden layer, with ReLU, in each head that is trained on frozen features; null: no such
+            layer. The paper's has 4096.
+        warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
+            training; here it is more of the same.
+    """
+
+    name = "feature-extraction"
+    state = ("frozen",)
+    citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
+
+    def __init__(self, *, pretrained: bool = False, hidden: Count | None = None, warm_up: NonNegative = 0.0) -> None:
+        self.pretrained, self.hidden, self.warm_up = pretrained, hidden, warm_up
+        self.frozen: list[str] = []
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Its options are about new heads."""
+        yield from warm_up_problems(run, self)
+        if self.hidden:
+            yield from no_new_heads(run, "`feature-extraction.hidden`")
+
+    @hookimpl
+    def grow(self, run: Run, experience: Experience) -> None:
+        """Give new heads their hidden layer."""
+        if self.hidden and (experience.index or self.pretrained):
+            for k in run.new_blocks:
+                run.model.head[k] = TwoLayers(run.model.head[k], self.hidden, run.rng(self.name))
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Freeze what is old."""
+        backbone = ["backbone.*"] if experience.index or self.pretrained else []
+        self.frozen += freeze(run.model, [*backbone, *(f"head.{k}.*" for k in run.old_blocks)])
+
+    @hookimpl
+    def phases(self, run: Run) -> list[Phase] | None:
+        """The warm-up, if asked for."""
+        return warm_up(run, self.warm_up)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)
+
+
+class TwoLayers(nn.Module):
+    """A block of the head with a hidden layer, in place of `block`; weights are drawn from `generator`."""
+
+    def __init__(self, block: nn.Module, units: int, generator: torch.Generator) -> None:
+        super().__init__()
+        assert isinstance(block, nn.Linear)
+        self.out_features = block.out_features
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            self.hidden = nn.Linear(block.in_features, units).to(block.weight)
+            self.out = nn.Linear(units, block.out_features).to(block.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] to [B, classes]."""
+        scores: Tensor = self.out(self.hidden(features).relu())
+        return scores

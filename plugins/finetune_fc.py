@@ -1,0 +1,79 @@
+"""Fine-tuning of the fully connected layers, a baseline of Li and Hoiem (LwF, 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from clframe import Experience, Phase, Plugin, hookimpl
+from clframe.context import Run
+from clframe.model import freeze, thaw
+from clframe.options import Count, NonNegative
+from clframe.training import warm_up, warm_up_problems
+
+
+class FinetuneFC(Plugin):
+    """Freezes the convolutions and the heads of old classes; shared fully connected layers and the new head learn.
+
+    Frozen layers keep the running statistics of their batch norms, too. The whole network learns from the first
+    experience, unless it came with weights.
+
+    Options:
+        last: how many of the backbone's last fully connected layers are trained; null: all of them, behind
+            convolutions, and the last one of a network without any.
+        pretrained: freeze from the first experience on, as the backbone came with weights.
+        warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
+            training.
+    """
+
+    name = "finetune-fc"
+    state = ("frozen",)
+    citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
+
+    def __init__(self, *, last: Count | None = None, pretrained: bool = False, warm_up: NonNegative = 0.0) -> None:
+        self.last, self.pretrained, self.warm_up = last, pretrained, warm_up
+        self.frozen: list[str] = []
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """The backbone must have the layers."""
+        yield from warm_up_problems(run, self)
+        layers = self._linear(run)
+        if not layers:
+            yield (
+                "`finetune-fc` finds no fully connected layer in the backbone, so it would train the head alone: use "
+                "`feature-extraction`, or a model that has some, such as mlp or torchvision:vgg16."
+            )
+        elif (self.last or 0) > len(layers):
+            yield f"`finetune-fc.last` is {self.last}, but the backbone's fully connected layers are {_listed(layers)}."
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Freeze what is old, but for the layers that are shared and trained."""
+        self.frozen += freeze(run.model, [f"head.{k}.*" for k in run.old_blocks])
+        if experience.index or self.pretrained:
+            linear = self._linear(run)
+            convolutional = any(isinstance(m, nn.Conv2d) for m in run.model.backbone.modules())
+            last = self.last or (len(linear) if convolutional else 1)
+            kept = tuple(f"backbone.{name}." for name in linear[-last:])
+            names = [name for name, _ in run.model.named_parameters() if name.startswith("backbone.")]
+            self.frozen += freeze(run.model, [name for name in names if not name.startswith(kept)])
+
+    @hookimpl
+    def phases(self, run: Run) -> list[Phase] | None:
+        """The warm-up, if asked for."""
+        return warm_up(run, self.warm_up)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)
+
+    @staticmethod
+    def _linear(run: Run) -> list[str]:
+        """The backbone's fully connected layers, in order."""
+        return [name for name, module in run.model.backbone.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,97 @@
+"""Less-forgetting learning (Jung et al., 2016): features stay where the old network had them, and the last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
+from clframe.context import Run
+from clframe.distill import half_squared_distance
+from clframe.model import freeze, thaw
+from clframe.options import NonNegative
+from clframe.training import warm_up, warm_up_problems
+
+
+class LFL(Plugin):
+    """Pulls the features of new images to those that the network of the last experience gives them.
+
+    L = loss + lambda/2 ||f_old(x) - f(x)||^2, summed over the features and averaged over the batch (Jung et al., eq. 1
+    with lambda_c = 1). The head's blocks without new classes are frozen; features of old images, and with them old
+    answers, then stay as near as new images can tell. After each experience the copy is replaced.
+
+    Options:
+        lambda: strength of the pull (the paper's lambda_e).
+        form: `paper`: all experiences have the same classes, and the whole head stays; `multi-head`: each task trains
+            a head of its own, and old heads stay (as in the LwF paper); null: as the scenario's setting says.
+        warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
+            training.
+    """
+
+    name = "lfl"
+    state = ("teacher", "frozen")
+    citation = "Jung, Ju, Jung, Kim, Less-forgetting learning in deep neural networks, 2016"
+
+    def __init__(
+        self,
+        *,
+        lambda_: NonNegative = 0.01,
+        form: Literal["paper", "multi-head"] | None = None,
+        warm_up: NonNegative = 0.0,
+    ) -> None:
+        self.lambda_, self.form, self.warm_up = lambda_, form, warm_up
+        self.teacher: IncrementalNet | None = None
+        self.frozen: list[str] = []
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """A form must fit the setting."""
+        setting = run.scenario.setting
+        if self.form == "multi-head" and setting != "task":
+            yield (
+                f"`lfl.form=multi-head` needs tasks that are told, and the setting is `{setting}`: leave the form out, "
+                "or choose `--setting task`."
+            )
+        if self.form == "paper" and setting != "domain":
+            yield (
+                f"`lfl.form=paper` needs the same classes in all experiences, and the setting is `{setting}`: leave "
+                "the form out, or choose `--setting domain`."
+            )
+        yield from warm_up_problems(run, self)
+
+    @hookimpl
+    def before_run(self, run: Run) -> None:
+        """Take the form of the setting."""
+        self.form = self.form or ("paper" if run.scenario.setting == "domain" else "multi-head")
+
+    @hookimpl
+    def before_experience(self, run: Run) -> None:
+        """Freeze the blocks of the head that bring no new class."""
+        old = set(run.model.blocks_of(run.old_classes)) - set(run.new_blocks)
+        self.frozen += freeze(run.model, [f"head.{k}.*" for k in old])
+
+    @hookimpl
+    def phases(self, run: Run) -> list[Phase] | None:
+        """The warm-up, if asked for."""
+        return warm_up(run, self.warm_up)
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """The pull; none in the first experience, nor while the features cannot move."""
+        if self.teacher is None or not outputs.features.requires_grad:
+            return None
+        with torch.no_grad():
+            old = self.teacher.features(batch.x)
+        return {self.name: self.lambda_ * batch.mean(half_squared_distance(old, outputs.features))}
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """The network as it is now is the next one to stay near."""
+        self.teacher = snapshot(run.model)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)

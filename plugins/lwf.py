@@ -1,0 +1,140 @@
+"""Learning without forgetting (Li and Hoiem, TPAMI 2017): old answers to new images are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
+from clframe.context import Run
+from clframe.distill import incremental_bce, soft_cross_entropy_per_group
+from clframe.errors import WrongUse
+from clframe.options import NonNegative, Positive
+from clframe.training import warm_up, warm_up_problems
+
+Form = Literal["heads", "local", "seen", "padded", "all", "mc"]
+LOGITS = {"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "all": "all", "mc": "all"}
+
+
+class LwF(Plugin):
+    """Distils the network of the last experience, its teacher, on the images of the new one.
+
+    L = loss + lambda KD, KD = -sum_c s_T(old)_c log s_T(new)_c with s_T(z) = softmax(z / T), not multiplied by T^2. The
+    teacher answers in eval mode, on the very view of the image that is trained on. There are six forms, of which all
+    but the first are for class-incremental learning:
+
+    - heads: the paper's. The loss is over the task's own head; KD is summed over the old heads, a softmax each. Old
+      heads are trained.
+    - local: the loss is over the current classes, KD over the old ones together (as FACIL and PyCIL have it).
+    - seen: the loss is over all classes seen, KD over the old ones together (as Mammoth has it).
+    - padded: both are over all classes seen; the old network's share of new classes in KD is 0 (as van de Ven and
+      Tolias, 2019, have it, with T^2, that is with lambda = 4 for T = 2).
+    - all: both are over all classes from the start (as van de Ven et al., 2022, have it).
+    - mc: LwF.MC of Rebuffi et al. (iCaRL, 2017): sigmoid outputs, targets 0 and 1 for new classes and the teacher's
+      sigmoid for old ones, averaged over all outputs.
+
+    A form sets `train.logits`.
+
+    Options:
+        lambda: weight of the distillation; with `mc` 1.
+        temperature: T; with `mc` it has no meaning.
+        form: null: `heads` where the task is told, `local` in class-incremental learning, `all` in domains.
+        balance: in experience t (from 1), weigh the new images' loss by 1/t and the distillation by 1 - 1/t.
+        warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
+            training; the paper's is 1.
+    """
+
+    name = "lwf"
+    state = ("teacher",)
+    citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
+
+    def __init__(
+        self,
+        *,
+        lambda_: NonNegative = 1.0,
+        temperature: Positive = 2.0,
+        form: Form | None = None,
+        balance: bool = False,
+        warm_up: NonNegative = 0.0,
+    ) -> None:
+        if form == "mc" and (lambda_ != 1 or temperature != 2 or balance):
+            raise WrongUse("`lwf.form=mc` is one loss: leave `lwf.lambda`, `lwf.temperature` and `lwf.balance` out.")
+        self.lambda_, self.temperature, self.balance, self.warm_up = lambda_, temperature, balance, warm_up
+        self.form = form
+        self.teacher: IncrementalNet | None = None
+
+    def owns(self, hook: str) -> bool:
+        """It brings its own loss for new images only where that is not the cross-entropy as it is."""
+        return hook != "base_loss" or self.form == "mc" or self.balance
+
+    def form_in(self, setting: str) -> str:
+        """The form, or what null stands for in this setting."""
+        return self.form or {"task": "heads", "class": "local", "domain": "all"}[setting]
+
+    def wanted_logits(self, setting: str) -> str:
+        """Those that the form is made for."""
+        return LOGITS[self.form_in(setting)]
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """A form must fit the setting."""
+        setting = run.scenario.setting
+        form = self.form_in(setting)
+        if form == "heads" and setting != "task":
+            yield (
+                f"`lwf.form=heads` needs tasks that are told, and the setting is `{setting}`: choose another form, or "
+                "`--setting task`."
+            )
+        if form == "local" and setting == "domain":
+            yield "`lwf.form=local` needs classes of its own in each experience; in the domain setting choose `all`."
+        yield from warm_up_problems(run, self)
+
+    @hookimpl
+    def before_run(self, run: Run) -> None:
+        """Take the form of the setting."""
+        self.form = self.form_in(run.scenario.setting)
+
+    @hookimpl
+    def phases(self, run: Run) -> list[Phase] | None:
+        """The warm-up, if asked for."""
+        return warm_up(run, self.warm_up)
+
+    @hookimpl
+    def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
+        """The loss of LwF.MC, or the cross-entropy with its share of a balanced sum."""
+        if self.form == "mc":
+            old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.old_classes)]
+            return batch.mean(incremental_bce(outputs.logits, batch.y, old))
+        if self.balance:
+            return run.loss(batch, outputs) / (run.experience.index + 1)
+        return None
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """The distillation; none in the first experience."""
+        if self.teacher is None or self.form == "mc":
+            return None
+        q = self._old_logits(batch)
+        if self.form == "padded":  # with a score of -inf a class has no share
+            q = functional.pad(q, (0, outputs.logits.shape[1] - q.shape[1]), value=-torch.inf)
+        if self.form == "heads":
+            groups: Sequence[Sequence[int]] = run.scenario.classes[: run.experience.index]
+        else:
+            groups = [range(q.shape[1]) if self.form in ("padded", "all") else run.old_classes]
+        share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0
+        distilled = batch.mean(soft_cross_entropy_per_group(q, outputs.logits, groups, self.temperature))
+        return {self.name: self.lambda_ * share * distilled}
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """The network as it is now is the next teacher."""
+        self.teacher = snapshot(run.model)
+
+    @torch.no_grad()
+    def _old_logits(self, batch: Batch) -> Tensor:
+        assert self.teacher is not None
+        logits: Tensor = self.teacher(batch.x, batch.task).logits
+        return logits

@@ -1,0 +1,92 @@
+"""Memory aware synapses (Aljundi et al., ECCV 2018): weights that the answers are sensitive to are held by springs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clframe import Batch, Experience, ImageData, Plugin, hookimpl
+from clframe.arrays import read_images
+from clframe.context import Run
+from clframe.importance import ImportanceMean, Quadratic, norm_cotangents, too_stiff
+from clframe.options import Count, NonNegative
+from clframe.per_sample import GradientSums
+
+
+class MAS(Plugin):
+    """Penalises changes of weights by how much the outputs depend on them, which needs no labels.
+
+    After an experience Omega += mean over its images of |d ||z||_2^2 / d theta|, with z the logits that take part in
+    the loss, of each image by itself, in eval mode; L = loss + lambda sum Omega (theta - theta*)^2, with theta* the
+    weights after the latest experience. There is no factor 1/2, and importance is added up, not averaged.
+
+    Options:
+        lambda: strength of the penalty.
+        form: `global`: the sensitivity of the network's output (section 4.1); `local`: of each layer's own output,
+            Omega_ij = mean of F_i F_j, the activities of the units that a weight connects, after the ReLU of its layer
+            (section 4.3, Hebbian). It knows weights and biases of linear and convolutional layers only.
+        samples: images of the experience that the mean is over, drawn at random; null: all of them.
+        images: file of images to compute the importance on in place of the experience's own: an .npy array [N, ...] of
+            raw images as the data set has them. They need no labels.
+        heads: whether the penalty holds the head, too.
+    """
+
+    name = "mas"
+    state = ("springs", "mean")
+    citation = "Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, Memory aware synapses, ECCV 2018"
+
+    def __init__(
+        self,
+        *,
+        lambda_: NonNegative = 1.0,
+        form: Literal["global", "local"] = "global",
+        samples: Count | None = None,
+        images: Path | None = None,
+        heads: bool = False,
+    ) -> None:
+        self.lambda_, self.form, self.samples, self.images, self.heads = lambda_, form, samples, images, heads
+        self.springs = Quadratic()
+        self.mean = ImportanceMean()
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Images of one's own must be like those of the scenario."""
+        if self.images is not None:
+            shape = tuple(read_images(self.images).shape[1:])
+            if shape != run.scenario.input_shape:
+                yield f"The images in `mas.images`, {self.images}, are {shape}, not {run.scenario.input_shape}."
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Springs can be too stiff."""
+        return too_stiff(run, "mas.lambda", 2 * self.lambda_, self.springs)
+
+    @hookimpl
+    def penalty(self, run: Run) -> dict[str, Tensor] | None:
+        """The springs; none in the first experience."""
+        if not self.springs.anchor:
+            return None
+        return {self.name: 2 * self.lambda_ * self.springs(dict(run.model.named_parameters()))}
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Add the importance of this experience, and hold the weights where they are now."""
+        weights = dict(run.model.named_parameters())
+        counted = {n: p for n, p in weights.items() if p.requires_grad and (self.heads or not n.startswith("head."))}
+        data = experience.train
+        if self.images is not None:
+            images = read_images(self.images)
+            data = ImageData(images, torch.zeros(len(images)), task=experience.task)
+
+        def add(sums: GradientSums, batch: Batch) -> None:
+            if self.form == "local":
+                sums.add_local(batch.x, batch.task, torch.relu)
+            else:
+                mask = run.mask(batch.task)
+                sums.add(batch.x, batch.task, lambda z: norm_cotangents(z, mask))
+
+        new = self.mean.over(run, self.name, data, self.samples, counted, add, "abs")
+        old = self.springs.precision
+        self.springs.replace(old | {n: old[n] + omega if n in old else omega for n, omega in new.items()}, weights)

@@ -1,0 +1,90 @@
+"""Synaptic intelligence (Zenke, Poole, Ganguli, ICML 2017): weights that took the loss down are held by springs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from clframe import Experience, Plugin, hookimpl
+from clframe.context import Run
+from clframe.importance import Quadratic, path_importance, path_step, too_stiff
+from clframe.options import NonNegative, Positive
+
+
+class SI(Plugin):
+    """Penalises changes of weights by how much of the loss they took off while earlier experiences were learnt.
+
+    During training omega += -g (theta_after - theta_before), with g the gradient of the experience's own loss, without
+    any penalty and before clipping, and the step as the optimizer made it. After an experience
+    Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi)), and L = loss + c sum Omega (theta - theta*)^2, with
+    theta* the weights after the latest experience. There is no factor 1/2.
+
+    Options:
+        c: strength of the penalty.
+        xi: damping, which bounds the importance of weights that hardly moved.
+        heads: whether the penalty holds the head, too.
+    """
+
+    name = "si"
+    state = ("springs", "omega", "start")
+    needs_task_gradient = True
+    citation = "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, ICML 2017"
+
+    def __init__(self, *, c: NonNegative = 1.0, xi: Positive = 0.1, heads: bool = True) -> None:
+        self.c, self.xi, self.heads = c, xi, heads
+        self.springs = Quadratic()
+        self.omega: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = {}
+        self.before: list[Tensor] = []
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Springs can be too stiff."""
+        return too_stiff(run, "si.c", 2 * self.c, self.springs)
+
+    @hookimpl
+    def before_experience(self, run: Run) -> None:
+        """A path begins at the weights as they are."""
+        self.start = {
+            name: p.detach().clone()
+            for name, p in run.model.named_parameters()
+            if p.requires_grad and (self.heads or not name.startswith("head."))
+        }
+        self.omega = {name: torch.zeros_like(p) for name, p in self.start.items()}
+
+    @hookimpl
+    def penalty(self, run: Run) -> dict[str, Tensor] | None:
+        """The springs; none in the first experience."""
+        if not self.springs.anchor:
+            return None
+        return {self.name: 2 * self.c * self.springs(dict(run.model.named_parameters()))}
+
+    @hookimpl
+    def after_backward(self, run: Run) -> None:
+        """Where the step begins."""
+        self.before = [p.detach().clone() for _, p, _ in self._moving(run)]
+
+    @hookimpl
+    def after_step(self, run: Run) -> None:
+        """What the step took off the loss."""
+        moving = self._moving(run)
+        if moving:
+            names, weights, gradients = map(list, zip(*moving, strict=True))
+            path_step([self.omega[name] for name in names], gradients, self.before, weights)
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """From the paths to the springs."""
+        weights = {name: p.detach() for name, p in run.model.named_parameters()}
+        importance = dict(self.springs.precision)
+        for name, omega in self.omega.items():
+            new = path_importance(omega, self.start[name], weights[name], self.xi)
+            importance[name] = (importance[name] + new if name in importance else new).clamp(min=0)
+        self.springs.replace(importance, weights)
+        self.omega, self.start = {}, {}
+
+    def _moving(self, run: Run) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, weights and the task's gradient of the parameters in the path that this step moves."""
+        weights = dict(run.model.named_parameters())
+        return [(name, weights[name], g) for name, g in run.task_gradients.items() if name in self.omega]

@@ -1,0 +1,37 @@
+"""Warm-up (Li and Hoiem, LwF, 2017, section 3.1): a new head is trained alone before anything else moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from clframe import Phase, Plugin, hookimpl
+from clframe.context import Run
+from clframe.options import Positive
+from clframe.training import warm_up, warm_up_problems
+
+
+class WarmUp(Plugin):
+    """Trains the head of new classes alone, to let it settle before its gradients move what is shared.
+
+    All else is frozen meanwhile, the running statistics of batch norms included. The first experience has none.
+    `lwf`, `lfl`, `feature-extraction` and `finetune-fc` bring the same phase with their option `warm_up`.
+
+    Options:
+        length: of the phase, relative to the experience's own training; the paper's is 1.
+    """
+
+    name = "warm-up"
+    settings = ("class", "task")
+    citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
+
+    def __init__(self, *, length: Positive = 1.0) -> None:
+        self.warm_up = length
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """One warm-up is enough."""
+        yield from warm_up_problems(run, self)
+
+    @hookimpl
+    def phases(self, run: Run) -> list[Phase] | None:
+        """The warm-up, from the second experience on."""
+        return warm_up(run, self.warm_up)

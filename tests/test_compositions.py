@@ -1,0 +1,255 @@
+"""Methods side by side: every pair that may run together does, with the effect of both; every other is refused."""
+
+from __future__ import annotations
+
+import signal
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clframe
+from clframe import Plugin, hookimpl, registry
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
+
+METHODS = [name for name in registry.names("plugin") if not registry.plugin_class(name).observer]
+PAIRS = list(combinations(METHODS, 2))
+OPTIONS: dict[str, dict[str, Any]] = {}  # of a plugin that the tiny scenario does not suit by default
+TRAIN = {"epochs": 1, "batch_size": 12, "optimizer": "sgd", "lr": 0.05}
+# terms that a pair lacks, and why: the features that they hold cannot move, nor can the convolution that is looked at
+ABSENT = {
+    ("feature-extraction", "lfl"): {"lfl"},
+    ("feature-extraction", "lwm"): {"lwm/distill", "lwm/attend"},
+    ("finetune-fc", "lwm"): {"lwm/attend"},
+}
+# beside feature extraction these have nothing to hold: all that is old is frozen
+NOTHING_TO_HOLD = {"a-ltm", "ewc", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
+END = "choose other forms, or run them apart."
+
+
+class ConvFC(nn.Module):
+    """A convolution with a batch norm, and a fully connected layer: what suits every method."""
+
+    width = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(4)
+            self.fc = nn.Linear(64, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().flatten(1)).relu()
+
+
+class Witness(Plugin):
+    """Keeps what the second experience was made of: terms, phases, and the weights around them."""
+
+    name = "witness"
+    observer = True
+
+    def __init__(self) -> None:
+        self.losses: dict[str, list[float]] = {}
+        self.ends: dict[str, dict[str, Tensor]] = {}
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.ends["before"] = {name: value.clone() for name, value in run.model.state_dict().items()}
+        self.logits = run.logits
+
+    @hookimpl
+    def after_step(self, run, batch):
+        for name, value in run.losses.items():
+            self.losses.setdefault(name, []).append(value.item())
+        if run.experience.index == 1:
+            self.ends[run.phase.name] = {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    def changed(self, phase: str = "train") -> set[str]:
+        """What of the network changed from the beginning of the experience to the end of the phase."""
+        before = self.ends["before"]
+        return {name for name, v in self.ends[phase].items() if not torch.equal(v, before[name])}
+
+
+def built(*names: str) -> list[Plugin]:
+    return [registry.build_plugin(name, OPTIONS.get(name, {})) for name in names]
+
+
+def setting_of(*names: str) -> str:
+    """A setting that all of them serve."""
+    return next(s for s in ("class", "task", "domain") if all(s in registry.plugin_class(n).settings for n in names))
+
+
+def learn(scenario: Any, plugins: list[Plugin], train: Any = None, **run: Any) -> Witness:
+    witness = Witness()
+    clframe.run(scenario, ConvFC(), [*plugins, witness], train=TRAIN | (train or {}), run={"tensorboard": False, **run})
+    return witness
+
+
+SINGLES: dict[tuple[str, str, str | None], Witness] = {}
+
+
+def alone(tiny: Any, name: str, setting: str, logits: str | None = None) -> Witness:
+    """The run of one method by itself, under given logits; each is run once."""
+    key = name, setting, logits
+    if key not in SINGLES:
+        SINGLES[key] = learn(stream(tiny, setting), built(name), {"logits": logits})
+    return SINGLES[key]
+
+
+def stream(tiny: Any, setting: str) -> clframe.Scenario:
+    """Two experiences of three classes each."""
+    return tiny(experiences=2, shape=(1, 8, 8), setting=setting)
+
+
+def refusal(a: Plugin, b: Plugin, setting: str) -> tuple[str, ...]:
+    """The sentences that refuse the pair, by what both declare; none: it may run."""
+    for hook in registry.OWNED:
+        if all(hook in registry.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
+            return (f"`{hook}` is answered by `{a.name}` and `{b.name}`; a run can have only one of them.",)
+    for one, other in ((a, b), (b, a)):
+        if other.name in one.conflicts:
+            return (f"The plugin `{one.name}` cannot run beside `{other.name}`; leave out one of them.",)
+        if one.name == "joint":
+            return (f"`joint` trains on all data and cannot run beside `{other.name}`; run them one by one.",)
+    wanted = [plugin.wanted_logits(setting) for plugin in (a, b)]
+    if None not in wanted and wanted[0] != wanted[1]:
+        form = f" (form `{b.form}`)" if b.form else ""
+        made = f"`{b.name}`{form} is made for `train.logits={wanted[1]}`"
+        return (f"{made}, but `{a.name}` for `{wanted[0]}`: {END}",)
+    return ()
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=map("+".join, PAIRS))
+def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, a: str, b: str):
+    """Two experiences; the order of naming is without effect, but for rounding."""
+    setting = setting_of(a, b)
+    sentences = refusal(*built(a, b), setting)
+    if sentences:
+        with pytest.raises(WrongUse) as caught:
+            learn(stream(tiny, setting), built(a, b))
+        assert caught.value.problems == sentences
+        return
+    pair, reverse = learn(stream(tiny, setting), built(a, b)), learn(stream(tiny, setting), built(b, a))
+    one, other = alone(tiny, a, setting), alone(tiny, b, setting)
+    absent = ABSENT.get((a, b), set())
+    assert absent <= one.losses.keys() | other.losses.keys()
+    assert pair.losses.keys() == (one.losses.keys() | other.losses.keys()) - absent
+    assert pair.ends.keys() == one.ends.keys() | other.ends.keys()  # the phases of both
+    assert torch.tensor([value for values in pair.losses.values() for value in values]).isfinite().all()
+    end = pair.ends["train"]
+    assert all(value.isfinite().all() for value in end.values())
+    for name, value in reverse.ends["train"].items():
+        torch.testing.assert_close(value, end[name], rtol=1e-4, atol=1e-6)
+
+    if "feature-extraction" in (a, b) and NOTHING_TO_HOLD & {a, b}:
+        frozen = alone(tiny, "feature-extraction", setting, pair.logits)
+        assert all(torch.equal(value, frozen.ends["train"][name]) for name, value in end.items())
+    else:
+        for single in (one, other):
+            assert any(not torch.equal(value, single.ends["train"][name]) for name, value in end.items())
+    changed = pair.changed()
+    heads = {name for name in end if name.startswith("head.")}
+    if "feature-extraction" in (a, b):
+        assert changed == heads - {"head.0.weight", "head.0.bias"}
+    elif "finetune-fc" in (a, b):
+        assert changed == {"backbone.fc.weight", "backbone.fc.bias"} | heads - {"head.0.weight", "head.0.bias"}
+    elif "lfl" in (a, b):
+        assert changed == end.keys() - {"head.0.weight", "head.0.bias"}
+    if "warm-up" in (a, b):
+        assert pair.changed("warm-up") == heads - {"head.0.weight", "head.0.bias"}
+
+
+def test_the_pairs_are_told_apart_as_they_should_be():
+    """The test above would see a refusal that nobody meant, or one that is missing."""
+    built_in = {"a-ltm", "ewc", "feature-extraction", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si", "warm-up"}
+    for a, b in PAIRS:
+        if {a, b} <= built_in:
+            assert refusal(*built(a, b), setting_of(a, b)) == ()
+        elif "joint" in (a, b):
+            assert len(refusal(*built(a, b), setting_of(a, b))) == 1
+
+
+def problems(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
+    with pytest.raises(WrongUse) as caught:
+        learn(scenario, list(plugins), train)
+    return caught.value.problems
+
+
+def test_two_owners_are_refused_and_one_beside_a_form_that_owns_nothing_runs(tiny):
+    class Own(Plugin):
+        name = "own-loss"
+
+        @hookimpl
+        def base_loss(self, run, batch, outputs):
+            return 0.5 * run.loss(batch, outputs)
+
+    for options in ({"form": "mc"}, {"balance": True}):
+        assert problems(stream(tiny, "class"), registry.build_plugin("lwf", options), Own()) == (
+            "`base_loss` is answered by `lwf` and `own-loss`; a run can have only one of them.",
+        )
+    witness = learn(stream(tiny, "class"), [Own(), *built("lwf", "ewc")])
+    assert witness.losses.keys() == {"base", "lwf", "ewc"}
+
+
+@pytest.mark.parametrize(
+    ("lwf", "partner", "sentence"),
+    [
+        ({"form": "all"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `all`: {END}"),
+        ({"form": "seen"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `seen`: {END}"),
+        ({"form": "mc"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `all`: {END}"),
+    ],
+)
+def test_methods_that_are_made_for_other_logits_are_refused(tiny, lwf: dict[str, str], partner: str, sentence: str):
+    built_lwf = registry.build_plugin("lwf", lwf)
+    assert problems(stream(tiny, "class"), built_lwf, *built(partner)) == (sentence,)
+    wanted = built_lwf.wanted_logits("class")
+    assert problems(stream(tiny, "class"), *built(partner), registry.build_plugin("lwf", lwf)) == (
+        f"`lwf` (form `{lwf['form']}`) is made for `train.logits={wanted}`, but `lwm` for `current`: {END}",
+    )
+
+
+def test_a_method_and_a_user_who_want_other_logits_are_refused(tiny):
+    assert problems(stream(tiny, "class"), *built("ewc", "lwf"), logits="seen") == (
+        f"`lwf` is made for `train.logits=current`, but `train.logits` is seen: {END}",
+    )
+    assert problems(stream(tiny, "class"), *built("lwm", "lwf"), logits="all") == (
+        f"`lwm` is made for `train.logits=current`, but `train.logits` is all: {END}",
+        f"`lwf` is made for `train.logits=current`, but `train.logits` is all: {END}",
+    )
+    assert problems(stream(tiny, "task"), *built("lwf"), logits="all") == (
+        f"`lwf` is made for `train.logits=own`, but `train.logits` is all: {END}",
+    )
+
+
+def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    names = ("ewc", "lwf", "si")
+    train = {"optimizer": "adam", "lr": 0.01, "keep_optimizer": True}
+    whole = learn(tiny(shape=(1, 8, 8)), built(*names), train, output=str(tmp_path / "whole"))
+    assert whole.losses.keys() == {"base", *names}
+    assert all(values[-1] > 0 for values in whole.losses.values())
+    pauses = calls[0]
+    for k in range(2, pauses, max(1, pauses // 8)):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(tiny(shape=(1, 8, 8)), built(*names), train, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), model=ConvFC(), plugins=[*built(*names), Witness()])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

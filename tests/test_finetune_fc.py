@@ -1,0 +1,232 @@
+"""Fine-tuning of fully connected layers: exactly these and the new head move, and what lies below stays as it is."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clframe
+from clframe import Plugin, hookimpl
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
+from clframe.plugins.finetune_fc import FinetuneFC
+
+MOVERS = {  # all that moves weights whose gradient is zero
+    "sgd": {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
+    "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all"},
+}
+
+
+class ConvFC(nn.Module):
+    """Two convolutions with batch norms, of which one learns nothing, and two fully connected layers with one."""
+
+    width = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.convs = nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1),
+                nn.BatchNorm2d(4, affine=False),
+                nn.ReLU(),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.BatchNorm2d(4),
+                nn.ReLU(),
+            )
+            self.one = nn.Linear(64, 8)
+            self.norm = nn.BatchNorm1d(8)
+            self.two = nn.Linear(8, 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.two(self.norm(self.one(self.convs(x).flatten(1))).relu()).relu()
+
+
+class Flat(nn.Module):
+    """As some write them: all layers in one container, a batch norm that learns nothing behind the convolution."""
+
+    width = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.net = nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1),
+                nn.BatchNorm2d(4, affine=False),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(64, 6),
+                nn.BatchNorm1d(6, affine=False),
+                nn.ReLU(),
+            )
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Witness(Plugin):
+    """Keeps the network's state before and after each experience."""
+
+    name = "witness"
+    observer = True
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, Tensor]] = []
+        self.after: list[dict[str, Tensor]] = []
+
+    @hookimpl
+    def before_run(self, run):
+        self.model = run.model
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.before.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        self.after.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    def changed(self, index: int) -> set[str]:
+        """What of the network the experience changed."""
+        before, after = self.before[index], self.after[index]
+        return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
+    settings = {"epochs": 2, "batch_size": 8, "keep_optimizer": True} | (train or MOVERS["adam"])
+    return clframe.run(scenario, model or ConvFC(), plugins, train=settings, run={"tensorboard": False, **run})
+
+
+def both(*modules: str) -> set[str]:
+    return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("mover", sorted(MOVERS))
+@pytest.mark.parametrize(
+    ("last", "layers"),
+    [(None, ["backbone.one", "backbone.two"]), (2, ["backbone.one", "backbone.two"]), (1, ["backbone.two"])],
+)
+def test_behind_convolutions_the_fully_connected_layers_learn(tiny, mover: str, last: int | None, layers: list[str]):
+    """All else stays: old heads, convolutions, and running statistics, those of a norm without parameters included.
+
+    Guards against rows frozen by zeroing gradients and against batch norms left in training mode."""
+    witness = Witness()
+    learn(tiny(setting="task"), FinetuneFC(last=last), witness, train=MOVERS[mover])
+    assert witness.changed(0) == set(witness.after[0])
+    assert witness.changed(1) == both(*layers, "head.1")
+    assert witness.changed(2) == both(*layers, "head.2")
+
+
+def test_a_norm_without_parameters_goes_with_the_layer_before_it(tiny):
+    """In one container with trained layers, that of the frozen convolution keeps its statistics, the other does not."""
+    witness = Witness()
+    learn(tiny(), FinetuneFC(), witness, model=Flat())
+    moved = {f"backbone.net.5.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert witness.changed(1) == both("backbone.net.4", "head.1") | moved
+
+
+@pytest.mark.parametrize(("last", "layers"), [(None, ["5"]), (1, ["5"]), (2, ["3", "5"]), (3, ["1", "3", "5"])])
+def test_without_convolutions_the_last_layer_learns(tiny, last: int | None, layers: list[str]):
+    witness = Witness()
+    model = {"name": "mlp", "hidden": [8, 7, 6]}
+    learn(tiny(), FinetuneFC(last=last), witness, model=model)
+    assert witness.changed(0) == set(witness.after[0])
+    for i in (1, 2):
+        assert witness.changed(i) == both(*(f"backbone.net.{layer}" for layer in layers), f"head.{i}")
+
+
+def test_features_that_came_with_weights_stay_from_the_first_experience_on(tiny):
+    witness = Witness()
+    learn(tiny(), FinetuneFC(pretrained=True, last=1), witness)
+    assert [witness.changed(i) for i in range(3)] == [both("backbone.two", f"head.{i}") for i in range(3)]
+    expected = ConvFC().convs.state_dict()
+    assert all(torch.equal(v, expected[name]) for name, v in witness.model.backbone.convs.state_dict().items())
+
+
+def test_in_domains_the_one_head_goes_on_learning(tiny):
+    witness = Witness()
+    learn(tiny(setting="domain"), FinetuneFC(last=1), witness)
+    assert witness.changed(1) == witness.changed(2) == both("backbone.two", "head.0")
+
+
+def test_its_warm_up_trains_the_new_head_alone(tiny):
+    class Between(Plugin):
+        name = "between"
+        observer = True
+
+        def __init__(self) -> None:
+            self.ends: dict[str, dict[str, Tensor]] = {}
+
+        @hookimpl
+        def after_step(self, run, batch):
+            if run.experience.index == 1:
+                self.ends[run.phase.name] = {name: v.clone() for name, v in run.model.state_dict().items()}
+
+    witness, between = Witness(), Between()
+    learn(tiny(), FinetuneFC(warm_up=1.0), witness, between)
+    assert list(between.ends) == ["warm-up", "train"]
+    before, warm = witness.before[1], between.ends["warm-up"]
+    assert {name for name, v in warm.items() if not torch.equal(v, before[name])} == both("head.1")
+    assert witness.changed(1) == both("backbone.one", "backbone.two", "head.1")
+
+
+@pytest.mark.parametrize("model", [ConvFC, None])
+def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any):
+    """What was frozen is frozen again, and afterwards all is trainable, where it was stopped and where it ended."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    given = {"model": model()} if model else {}
+
+    def go(folder: Path, witness: Witness) -> None:
+        learn(tiny(), FinetuneFC(), witness, model=model() if model else "mlp-100", output=str(folder))
+
+    go(tmp_path / "whole", Witness())
+    pauses = calls[0]
+    for k in range(3, pauses, max(1, pauses // 5)):
+        folder, stopped, resumed = tmp_path / str(k), Witness(), Witness()
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            go(folder, stopped)
+        stop[0] = 0
+        given = {"model": model()} if model else {}
+        clframe.resume(folder, scenario=tiny(), plugins=[FinetuneFC(), resumed], **given)
+        for witness in (stopped, resumed):
+            assert all(p.requires_grad for p in witness.model.parameters())
+            assert all(module.training for module in witness.model.modules())
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_backbone_that_lacks_the_layers_is_refused(tiny):
+    def problems(plugin: Plugin, **given: Any) -> tuple[str, ...]:
+        with pytest.raises(WrongUse) as caught:
+            learn(tiny(shape=(1, 8, 8), setting=given.pop("setting", "class")), plugin, **given)
+        return caught.value.problems
+
+    assert problems(FinetuneFC(), model="cnn-small") == (
+        "`finetune-fc` finds no fully connected layer in the backbone, so it would train the head alone: use "
+        "`feature-extraction`, or a model that has some, such as mlp or torchvision:vgg16.",
+    )
+    assert problems(FinetuneFC(last=3), model="mlp-100") == (
+        "`finetune-fc.last` is 3, but the backbone's fully connected layers are `net.1`, `net.3`.",
+    )
+    assert problems(FinetuneFC(warm_up=1.0), model="mlp-100", setting="domain") == (
+        "`finetune-fc.warm_up` trains the head of new classes, and in the domain setting no experience brings any: "
+        "leave it out, or choose another `--setting`.",
+    )
+    with pytest.raises(WrongUse, match=r"`finetune-fc.last` is 0: it should be greater than"):
+        FinetuneFC(last=0)
