@@ -1,25 +1,43 @@
-"""Training time and memory of EWC from 5 to 50 experiences: permuted-mnist, 500 images each.
+"""Training time and memory of methods from 5 to 50 experiences: permuted-mnist, 500 images each.
 
     python benchmarks/growth.py --data-root FOLDER-OF-MNIST.NPZ
 
 Seconds are those of the processor, on one thread so that other load on the machine disturbs little, from the growth
-of the head to the end of the Fisher, evaluation apart. MiB is the highest resident memory within that time (on Linux,
-where it can be reset; elsewhere the process's highest so far).
+of the head to the end of what the method does after an experience, evaluation apart. MiB is the highest resident memory
+within that time (on Linux, where it can be reset; elsewhere the process's highest so far). Each method has a process of
+its own, as memory that another one freed would hide growth.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 EXPERIENCES = 50
 PER_CLASS = 50  # 500 images of ten classes
-EPOCHS = 5
+TESTED = 50
+EPOCHS = 3
+METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "fine-tuning": [],
+    "ewc": [{"ewc": {"lambda": 100.0}}],
+    "si": [{"si": {}}],
+    "mas": [{"mas": {}}],
+    "lwf": [{"lwf": {"form": "all"}}],
+    "lfl": [{"lfl": {}}],
+    "a-ltm": [{"a-ltm": {}}],
+}
+# median of eight experiences; the first has no penalty yet, and torch starts up in it
+EARLY, LATE = slice(2, 10), slice(EXPERIENCES - 8, EXPERIENCES)
+FLAT = 1.1  # the most that the last experiences may take, in times of the first ones
 
 
 def peak_mib() -> float:
@@ -39,23 +57,24 @@ def reset_peak() -> None:
         reset.write_text("5")
 
 
-def measure(data_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """A line for every fifth experience, and notes with the ratio of the last to the first ones."""
+def one(method: str, data_root: Path) -> dict[str, list[float]]:
+    """Seconds and MiB of each experience."""
     import clframe
     from clframe import Plugin, hookimpl
+    from clframe.scenarios import sources, streams
 
     seconds: list[float] = []
     memory: list[float] = []
 
     class Clock(Plugin):
-        """Named last, so that its hook after an experience comes after EWC's."""
+        """Named last, so that its hook after an experience comes after the method's."""
 
         name = "clock"
         observer = True
         start = 0.0
 
         @hookimpl
-        def before_experience(self) -> None:
+        def grow(self) -> None:
             reset_peak()
             self.start = time.process_time()
 
@@ -64,41 +83,79 @@ def measure(data_root: Path) -> tuple[list[dict[str, Any]], list[str]]:
             seconds.append(time.process_time() - self.start)
             memory.append(peak_mib())
 
+    digits = sources.load("mnist", data_root).limited(PER_CLASS)
+    # 2,550 evaluations, which are not measured, of few images each
+    digits = replace(digits, x_test=digits.x_test[:TESTED], y_test=digits.y_test[:TESTED])
     clframe.run(
-        {"name": "permuted-mnist", "experiences": EXPERIENCES, "limit": PER_CLASS},
+        streams.permuted("permuted-mnist", digits, "domain", EXPERIENCES, seed=0, limit=None),
         {"name": "mlp"},
-        [{"ewc": {"lambda": 100.0}}, Clock()],
-        train={"epochs": EPOCHS, "batch_size": 128, "threads": 1},
-        run={"data_root": str(data_root), "predictions": False},
+        [*METHODS[method], Clock()],
+        train={"optimizer": "adam", "lr": 1e-3, "epochs": EPOCHS, "batch_size": 128, "threads": 1},
+        run={"predictions": False, "device": "cpu"},
     )
-    lines = [
-        {
-            "experiences": f"{first + 1} to {first + 5}",
-            "seconds each": f"{statistics.median(seconds[first : first + 5]):.3f}",
-            "MiB": f"{max(memory[first : first + 5]):.0f}",
-        }
-        for first in range(0, EXPERIENCES, 5)
+    return {"seconds": seconds, "MiB": memory}
+
+
+def measure(data_root: Path, methods: Sequence[str] = tuple(METHODS)) -> tuple[list[dict[str, Any]], list[str]]:
+    """A line for each method, and notes on what was reached."""
+    found = {}
+    for method in methods:
+        command = [sys.executable, __file__, "--method", method, "--data-root", str(data_root)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[method] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{method}: measured", file=sys.stderr, flush=True)
+    return compare(found)
+
+
+def compare(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines and notes from the seconds and MiB of each experience, by method."""
+    lines = []
+    growing = []
+    for method, series in found.items():
+        early, late = (statistics.median(series["seconds"][part]) for part in (EARLY, LATE))
+        memory, last = series["MiB"][4], series["MiB"][-1]
+        lines.append(
+            {
+                "method": method,
+                "seconds early": f"{early:.3f}",
+                "seconds late": f"{late:.3f}",
+                "ratio": f"{late / early:.2f}",
+                "MiB after 5": f"{memory:.0f}",
+                "MiB after 50": f"{last:.0f}",
+                "MiB ratio": f"{last / memory:.3f}",
+            }
+        )
+        if max(late / early, last / memory) > FLAT:
+            growing.append(method)
+    return lines, [
+        f"Time and memory stay flat (late at most {FLAT} times early): "
+        + (f"NOT reached by {', '.join(growing)}." if growing else "reached by all of them."),
+        "Seconds are the median of an experience early in the run (3 to 10) and late in it (43 to 50); MiB is the "
+        "highest within experience 5 and 50.",
+        f"{PER_CLASS * 10} images and {EPOCHS} epochs per experience, batches of 128, 1 thread; MLP 400-400, one head "
+        "for all experiences; every method with its defaults.",
     ]
-    # the first experience has no penalty yet, and torch starts up in it
-    early, late = statistics.median(seconds[2:10]), statistics.median(seconds[-8:])
-    notes = [
-        f"An experience late in the run (43 to 50) takes {late / early:.2f} times as long as one early in it "
-        "(3 to 10), "
-        f"and memory grows from {memory[4]:.0f} to {memory[-1]:.0f} MiB from experience 5 to 50 "
-        f"({memory[-1] / memory[4]:.3f} times).",
-        f"EWC with its default Fisher, {PER_CLASS * 10} images and {EPOCHS} epochs per experience, batches of 128.",
-    ]
-    return lines, notes
 
 
-if __name__ == "__main__":
-    from report import table
-
+def main() -> None:
+    """The command line; workers are this file again."""
     from clframe.config import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root")
-    lines, notes = measure(data_root(parser.parse_args().data_root))
+    parser.add_argument("--method", choices=list(METHODS), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    root = data_root(given.data_root)
+    if given.method:
+        print(json.dumps(one(given.method, root)))
+        return
+    from report import table
+
+    lines, notes = measure(root)
     print(table(lines))
     for note in notes:
         print(f"- {note}")
+
+
+if __name__ == "__main__":
+    main()

@@ -247,7 +247,8 @@ def load_parts(folder: Path) -> dict[str, dict[str, Any]]:
 
 TITLES = {
     "avalanche": "Split-MNIST beside Avalanche and a hand-written loop",
-    "fisher_cost": "Cost of a per-sample Fisher",
+    "method_cost": "Cost of a training step, by method, beside Avalanche",
+    "fisher_cost": "Cost of importance per sample",
     "growth": "Training time and memory from 5 to 50 experiences",
     "hook_cost": "Cost of the hooks",
     "kill_resume": "Killed at random moments, then resumed",

@@ -88,7 +88,7 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
     def fisher_cost() -> Measured:
         import fisher_cost
 
-        return fisher_cost.measure(), []
+        return fisher_cost.measure()
 
     def growth() -> Measured:
         import growth
@@ -100,10 +100,16 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
 
         return hook_cost.measure(repetitions)
 
+    def method_cost() -> Measured:
+        import method_cost
+
+        return method_cost.measure(data_root, repetitions)
+
     parts: dict[str, tuple[Callable[[], Measured], bool]] = {
         "hook_cost": (hook_cost, False),
         "fisher_cost": (fisher_cost, False),
         "growth": (growth, True),
+        "method_cost": (method_cost, True),
         "avalanche": (avalanche, True),
     }
     for name, (measure, needs_mnist) in parts.items():

@@ -88,6 +88,7 @@ def run_config(
         folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
         try:
             engine = _build(config, device, folder, scenario, model, plugins, listeners)
+            _check(engine)
             if folder:
                 config.run.device = str(device)
                 config.train.threads = torch.get_num_threads()
@@ -137,6 +138,7 @@ def resume(
             loaded = checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
             config.run.output = str(path)
             engine = _build(config, device, opened, scenario, model, plugins, listeners)
+            _check(engine)
             if engine.stream.checksum != before.get("data_sha256"):
                 raise DataError(
                     f"The data of `{engine.stream.name}` is not what the run in {path} began with; put it back."
@@ -313,21 +315,25 @@ def _build(
     scenario.hold_out(config.train.val, config.run.seed)
     scenario.to(device)
     run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
-    engine = Engine(run, scenario, folder)
+    return Engine(run, scenario, folder)
+
+
+def _check(engine: Engine) -> None:
+    """Refuse a run that its plugins cannot serve, with one sentence for each reason."""
+    run, scenario = engine.run, engine.stream
     problems = [
         f"The plugin `{plugin.name}` cannot serve the setting `{scenario.setting}` of `{scenario.name}`; it serves "
         + " and ".join(f"`{setting}`" for setting in plugin.settings)
         + ": choose with `--setting`."
-        for plugin in members
+        for plugin in run.plugins
         if scenario.setting not in plugin.settings
     ]
     if run.logits == "own" and scenario.setting == "domain":
         problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
     problems += _logits_problems(run)
-    problems += [problem for plugin in members for problem in plugin.problems(run)]
+    problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
     if problems:
         raise WrongUse(*problems)
-    return engine
 
 
 def _logits_problems(run: Run) -> list[str]:

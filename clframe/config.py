@@ -296,14 +296,15 @@ def _settings(kind: type[Settings], given: Given, where: str, problems: list[str
 def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """The layers merged; by default one epoch.
 
-    A stronger choice of epochs or iterations ends the weaker one, and another optimizer the weaker one's own settings.
+    A stronger choice of epochs or iterations ends the weaker one, another optimizer the weaker one's own settings, and
+    settings of the first experience a weaker wish to keep the optimizer.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
         if layer.get("optimizer", merged.get("optimizer")) != merged.get("optimizer"):
             for name in OF_OPTIMIZER:
                 merged.pop(name, None)
-        for name, other in LENGTH.items():
+        for name, other in [*LENGTH.items(), ("first", "keep_optimizer")]:
             if layer.get(name) is not None:
                 merged.pop(other, None)
         merged |= {name: value for name, value in layer.items() if not (name in LENGTH and value is None)}

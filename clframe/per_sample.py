@@ -109,10 +109,18 @@ class GradientSums:
         With ``relu`` for `delta` the sums of a Linear layer are ``f(F_j F_i)``: activities of the units that a weight
         connects, a Hebbian rule. Only Linear and Conv2d layers have such a rule; weights of others stay as they are.
         """
-        with torch.autocast(x.device.type, enabled=False), evaluating(self._model), self._recorded() as calls:
-            self._model(x, task)
+        with torch.autocast(x.device.type, enabled=False), evaluating(self._model):
+            with self._recorded() as calls:
+                logits = self._model(x, task).logits
+            if self._row_is_sample is None:
+                self._look_at_one(x[:1], None if task is None else task[:1], logits[:1])
         for call in calls:
             if isinstance(call.module, nn.Linear | nn.Conv2d):
+                if call.rows != len(x) or call.module not in (self._row_is_sample or ()):
+                    raise WrongUse(
+                        "A local importance cannot be computed: a layer of the backbone is given something else than a "
+                        "row for each image; choose a backbone that treats images so, or another form."
+                    )
                 for kind, parameter in call.module.named_parameters(recurse=False):
                     if id(parameter) in self._names:
                         call.sums[kind] = self._sums[self._names[id(parameter)]]
@@ -144,7 +152,8 @@ class GradientSums:
             # the edge, not the output: an activation that works in place changes what the output stands for
             edge = get_gradient_edge(output) if output.requires_grad else None
             batched = output.dim() > (3 if isinstance(module, nn.Conv2d) else 1)
-            kept = torch.empty(0) if output.requires_grad else output.clone()  # the next layer may work in place
+            # a copy, as the next layer may work in place; with a graph nobody asks for it
+            kept = torch.empty(0) if torch.is_grad_enabled() else output.clone()
             calls.append(_Call(module, a.detach(), a._version, edge, len(output) if batched else 0, kept))
 
         # first in line, so that the output is the layer's own whatever other hooks make of it

@@ -27,8 +27,8 @@ class MAS(Plugin):
     Options:
         lambda: strength of the penalty.
         form: `global`: the sensitivity of the network's output (section 4.1); `local`: of each layer's own output,
-            Omega_ij = mean of F_i F_j, the activities of the units that a weight connects, after the ReLU of its layer
-            (section 4.3, Hebbian). It knows weights and biases of linear and convolutional layers only.
+            Omega_ij = mean of F_i F_j, the activities of the units that a weight connects (section 4.3, Hebbian), F_j
+            being the ReLU of the layer's output. It knows weights and biases of linear and convolutional layers only.
         samples: images of the experience that the mean is over, drawn at random; null: all of them.
         images: file of images to compute the importance on in place of the experience's own: an .npy array [N, ...] of
             raw images as the data set has them. They need no labels.

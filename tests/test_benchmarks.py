@@ -240,3 +240,130 @@ def test_full_skips_what_it_has_and_keeps_each_row_at_once(
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(line["protocol"], line["seed"], line["value"]) for line in lines] == [("a", 0, 0.5), ("a", 1, 0.5)]
     assert "| a | task | 50.00 |" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.fixture
+def method_cost(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("method_cost", monkeypatch)
+
+
+def test_a_method_is_compared_within_each_repetition(method_cost: ModuleType) -> None:
+    """Guards against ratios of medians: times of a machine that is slow for a while would be divided by others'."""
+    job = method_cost.Job
+    jobs = [
+        job("fine-tuning", rival="fine-tuning"),
+        job("fast", {"ewc": {}}, rival="a"),
+        job("slow", {"si": {}}, rival="b"),
+        job("alone", {"lwf": {}}, setting="task"),
+        job("fine-tuning", setting="task"),
+    ]
+    ours = [[1.0, 10.0, 1.0], [2.0, 20.0, 3.0], [4.0, 30.0, 4.0], [9.0, 9.0, 9.0], [3.0, 3.0, 3.0]]
+    theirs = {
+        "fine-tuning": [2.0, 20.0, 2.0],
+        "a": [4.0, 40.0, 3.0],
+        "b": [2.0, 20.0, 2.0],
+        method_cost.USUAL_LOADER: [5.0, 50.0, 6.0],
+    }
+    lines, notes = method_cost.compare(jobs, ours, theirs)
+    assert [line["over fine-tuning"] for line in lines] == ["1.00", "2.00", "4.00", "3.00", "1.00"]
+    assert [line["over its fine-tuning"] for line in lines] == ["1.00", "2.00", "1.00", None, None]
+    assert [line["clframe / Avalanche"] for line in lines] == ["0.50", "0.50", "2.00", None, None]
+    assert [line["clframe, ms"] for line in lines[:3]] == ["1.00", "3.00", "4.00"]
+    assert notes[0].endswith("NOT reached: slow takes 2.00 times as long.")
+    assert "takes 6.00 ms in place of 2.00" in notes[1]
+    without = [jobs[i] for i in (0, 1, 3, 4)], [ours[i] for i in (0, 1, 3, 4)]
+    assert ": reached; the nearest is " in method_cost.compare(*without, theirs)[1][0]
+
+
+def test_every_job_has_its_fine_tuning_and_avalanche_each_method_once(method_cost: ModuleType) -> None:
+    jobs = method_cost.JOBS
+    plain = [job.base for job in jobs if not job.plugins]
+    assert len(plain) == len(set(plain))
+    assert {job.base for job in jobs} == set(plain)
+    assert sorted(job.rival for job in jobs if job.rival) == sorted(method_cost.RIVALS)
+
+
+def test_every_job_is_timed_with_its_method_at_work(
+    method_cost: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against timing a penalty or a teacher that is not there yet."""
+    import numpy as np
+
+    import clframe
+
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 10
+    arrays = {"x_train": rng.integers(0, 255, (80, 8, 8), np.uint8), "y_train": y}
+    np.savez(tmp_path / "mnist.npz", **arrays, x_test=arrays["x_train"][:20], y_test=y[:20])
+    seen: dict[str, set[str]] = {}
+    run = clframe.run
+
+    def spied(*given: object, **named: object) -> object:
+        def listen(record: dict) -> None:
+            if record["kind"] == "step" and record["experience"] == method_cost.MEASURED:
+                terms.update(record["losses"])
+
+        named["run"] = {**named["run"], "log_every": 1}
+        return run(*given, **named, listeners=[listen])
+
+    monkeypatch.setattr(clframe, "run", spied)
+    monkeypatch.setattr(method_cost, "BATCH", 8)
+    monkeypatch.setattr(method_cost, "THREADS", None)
+    monkeypatch.setattr(method_cost, "LENGTHS", {"mlp": (1, 1, 2), "cnn-small": (1, 1, 2)})
+    for job in method_cost.JOBS:
+        terms = seen.setdefault(f"{job.name} {job.setting}", set())
+        assert method_cost.in_clframe(job, tmp_path) > 0
+    bare = {"fine-tuning", "feature-extraction", "finetune-fc", "lwf, mc"}  # what they do is no term of the loss
+    for name, terms in seen.items():
+        job = next(job for job in method_cost.JOBS if f"{job.name} {job.setting}" == name)
+        expected = set() if job.name in bare else set(job.plugins)
+        assert {term.partition("/")[0] for term in terms} == {"base"} | expected, name
+
+
+def test_growth_is_late_over_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = load("growth", monkeypatch)
+    count = growth.EXPERIENCES
+    flat = {"seconds": [9.0, 5.0, *[2.0] * (count - 2)], "MiB": [100.0] * count}
+    slow = {"seconds": [1.0 + i / 10 for i in range(count)], "MiB": [100.0] * count}
+    large = {"seconds": [2.0] * count, "MiB": [100.0 + i for i in range(count)]}
+    lines, notes = growth.compare({"flat": flat, "slow": slow, "large": large})
+    assert [line["ratio"] for line in lines] == ["1.00", f"{(1 + 4.55) / (1 + 0.55):.2f}", "1.00"]
+    assert [line["MiB ratio"] for line in lines] == ["1.000", "1.000", f"{149 / 104:.3f}"]
+    assert notes[0].endswith("NOT reached by slow, large.")
+    assert growth.compare({"flat": flat})[1][0].endswith("reached by all of them.")
+
+
+def test_what_importance_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    fisher_cost = load("fisher_cost", monkeypatch)
+    ratios = {("mlp", "empirical"): 1.2, ("mlp", "mas"): 1.21, ("resnet32", "empirical"): 4.0, ("resnet32", "mas"): 1.0}
+    notes = fisher_cost.targets(ratios | {("mlp", "exact"): 9.0, ("resnet32", "exact"): 9.0})
+    assert [note.rsplit(": ", 1)[1] for note in notes] == ["NOT reached.", "reached."]
+
+
+def test_both_ways_of_mas_give_one_thing_for_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch's mean gradient is the gradient of its only image; of two opposite ones it is not."""
+    import torch
+
+    from clframe.model import IncrementalNet
+
+    fisher_cost = load("fisher_cost", monkeypatch)
+    torch.manual_seed(0)
+    model = IncrementalNet(fisher_cost.backbones.mlp((1, 4, 4), hidden=[8]), [3]).double()
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+
+    def found(way: str, *images: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept: list[dict[str, torch.Tensor]] = []
+
+        def zeros(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            kept.append({name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()})
+            return kept[-1]
+
+        monkeypatch.setattr(fisher_cost, "zeros_for", zeros)
+        fisher_cost.one_pass(way, model, images, [torch.zeros(len(part), dtype=torch.int64) for part in images])
+        return kept[0]
+
+    one_by_one = found("mas, batch mean", x[:1], x[1:])
+    together = found("mas", x)
+    for name, expected in one_by_one.items():
+        torch.testing.assert_close(together[name], expected, rtol=1e-9, atol=0)
+    assert not torch.allclose(found("mas, batch mean", x)["head.0.weight"] * 2, together["head.0.weight"], rtol=0.01)

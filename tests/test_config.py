@@ -376,6 +376,11 @@ def test_the_first_experiences_settings_exclude_a_kept_optimizer(tiny):
         clframe.run(tiny(), train={"first": {"lr": 0.1}, "keep_optimizer": True})
 
 
+def test_the_first_experiences_settings_end_the_kept_optimizer_that_suits_a_scenario():
+    config = resolve(scenario="split-digits", sets=["train.first={lr: 0.1}"])
+    assert (config.train.keep_optimizer, config.train.first) == (False, {"lr": 0.1})
+
+
 def test_a_scenario_of_ones_own_does_not_get_what_suits_the_default_one(tiny):
     """Neither when settings are checked: split-digits keeps its optimizer, which would exclude `train.first`."""
     assert resolve().train.keep_optimizer

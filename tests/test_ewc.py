@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import signal
 from pathlib import Path
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, checkpoint
+from clframe import Plugin, checkpoint, importance
 from clframe.context import Run
 from clframe.data import Experience
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import Interrupted, RunFailed, WrongUse
 from clframe.hooks import hookimpl
 from clframe.importance import label_cotangents
 from clframe.per_sample import GradientSums, zeros_for
-from clframe.plugins import ewc as clframe_ewc
 from clframe.plugins.ewc import EWC
 
 QUICK = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}
@@ -194,6 +194,72 @@ def test_labels_choose_the_fisher_information() -> None:
         assert not torch.allclose(found[labels], found["exact"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("labels", ["exact", "empirical"])
+@pytest.mark.parametrize(("model", "setting"), [("mlp", "task"), ("cnn-small", "class")])
+def test_fisher_information_is_that_of_single_images(model: str, setting: str, labels: str) -> None:
+    """By autograd of one image after the other, in eval mode, over the logits that take part.
+
+    Guards against the square of a batch's mean gradient (Avalanche, FACIL, PyCIL), squares weighted by the probability
+    of the true label (Mammoth), values cut off at 1e-4 (PyCIL), and statistics of the batch (FACIL, PyCIL).
+    """
+    wanted: dict[str, Tensor] = {}
+
+    class Autograd(Plugin):
+        name = "autograd"
+
+        @hookimpl
+        def after_experience(self, run: Run, experience: Experience) -> None:
+            batch, net = run.batch(experience.train), copy.deepcopy(run.model).eval().double()
+            active = list(experience.classes) if setting == "task" else list(range(run.model.n_classes))
+            parameters = dict(net.named_parameters())
+            wanted.clear()
+            wanted.update({name: torch.zeros_like(p) for name, p in parameters.items()})
+            for b in range(len(batch)):
+                log_p = net(batch.x[b : b + 1].double(), batch.task[b : b + 1]).logits[0, active].log_softmax(0)
+                own = active.index(int(batch.y[b]))
+                for y in [own] if labels == "empirical" else range(len(active)):
+                    weight = 1.0 if labels == "empirical" else log_p[y].exp().item()
+                    found = torch.autograd.grad(log_p[y], list(parameters.values()), retain_graph=True)
+                    for total, gradient in zip(wanted.values(), found, strict=True):
+                        total += weight * gradient**2 / len(batch)
+
+    ewc = EWC(labels=labels, samples=None, form="online", gamma=0.0)  # the latest experience alone
+    clframe.run(
+        {"name": "split-digits", "experiences": 5, "limit": 6, "setting": setting},
+        model={"name": "mlp", "hidden": [8]} if model == "mlp" else model,
+        plugins=[Autograd(), ewc],
+        train=QUICK | {"epochs": 2},
+        run={"output": None, "tensorboard": False},
+    )
+    assert ewc.penalties.precision.keys() == wanted.keys()
+    for name, value in wanted.items():
+        got = ewc.penalties.precision[name].double()
+        assert torch.allclose(got, value, rtol=1e-3, atol=1e-4 * value.max().item()), name
+    assert max(value.max().item() for value in wanted.values()) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["offline", "online"])
+def test_springs_too_stiff_for_sgd_are_told_of(form: str) -> None:
+    """With the numbers, when the experience begins and when the loss diverges."""
+    told: list[str] = []
+    fading = 0.5 if form == "online" else 1.0
+    ewc = EWC(lambda_=1e6, form=form, gamma=0.5 if form == "online" else None)
+    with pytest.raises(RunFailed, match="became infinite or not a number in experience 2 of 2") as failed:
+        clframe.run(
+            {"name": "permuted-digits", "experiences": 2, "limit": 12},
+            model={"name": "mlp", "hidden": [16]},
+            plugins=[ewc],
+            train=QUICK | {"clip": 0.0, "epochs": 20},
+            run={"output": None, "tensorboard": False},
+            listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
+        )
+    curvature = 1e6 * fading * max(f.max().item() for f in ewc.penalties.precision.values())
+    assert len(told) == 1
+    assert "`ewc.lambda` is too strong for SGD here: `train.lr` 0.05 times the stiffest spring" in told[0]
+    assert f"spring, {curvature:.3g}, is {0.05 * curvature:.3g}, and must stay below 2;" in told[0]
+    assert told[0] in str(failed.value)
+
+
 def test_nothing_is_left_on_the_model_and_running_statistics_stay() -> None:
     statistics: list[Tensor] = []
 
@@ -224,7 +290,7 @@ def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The partial sums and the images of the pass are in the state; sampled labels go on where they were."""
-    monkeypatch.setattr(clframe_ewc, "CHUNK", 1)  # batches of the training's size, so that the pass has a middle
+    monkeypatch.setattr(importance, "CHUNK", 1)  # batches of the training's size, so that the pass has a middle
 
     def go(folder: Path, listeners: list[Any]) -> None:
         clframe.run(
@@ -255,8 +321,8 @@ def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
 def test_state_is_small_after_an_experience() -> None:
     ewc = EWC()
     run(ewc, experiences=2)
-    assert ewc.partial == {}
-    assert len(ewc.rows) == 0
+    assert ewc.mean.partial == {}
+    assert len(ewc.mean.rows) == 0
     assert not any(isinstance(v, Tensor) and v.requires_grad for v in ewc.penalties.anchor.values())
 
 

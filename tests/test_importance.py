@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+from clframe import importance
+from clframe.config import TrainSettings
+from clframe.data import Batch, ImageData, Transform
 from clframe.errors import WrongUse
-from clframe.importance import Labels, Quadratic, label_cotangents
+from clframe.importance import (
+    ImportanceMean,
+    Labels,
+    Quadratic,
+    label_cotangents,
+    norm_cotangents,
+    path_importance,
+    path_step,
+    too_stiff,
+)
 from clframe.model import IncrementalNet
 from clframe.per_sample import GradientSums, Reduce, zeros_for
 
@@ -593,3 +608,267 @@ def test_replaced_penalty_forgets_the_earlier_ones() -> None:
     quadratic.replace(*pairs[2])
     only.add(*pairs[2])
     assert torch.equal(quadratic(theta), only(theta))
+
+
+# ------------------------------------------------------------------------- sensitivity (MAS)
+
+
+def test_norm_cotangent_is_the_gradient_of_the_squared_norm() -> None:
+    """Not of the norm (FACIL), and of the logits alone that take part; each row may have a mask of its own."""
+    torch.manual_seed(0)
+    z = torch.randn(5, CLASSES, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True, False, True, True])
+    for form in (None, mask, torch.stack([mask, ~mask, mask, ~mask, mask])):
+        active = z if form is None else z * form
+        (wanted,) = torch.autograd.grad(active.square().sum(), z)
+        (got,) = norm_cotangents(z.detach(), form)
+        assert torch.allclose(got, wanted, rtol=1e-12)
+    assert wanted[1, 0] == 0
+    assert wanted[1, 1] != 0
+
+
+def test_sensitivity_grows_with_the_square_of_the_outputs() -> None:
+    model, x, _ = build("convolutions")
+    before = statistics(model, x, norm_cotangents, reduce="abs")
+    with torch.no_grad():
+        for p in model.head.parameters():
+            p.mul_(3)
+    after = statistics(model, x, norm_cotangents, reduce="abs")
+    trunk = {name: 9 * value for name, value in before.items() if name.startswith("backbone")}
+    assert_equal({name: after[name] for name in trunk}, trunk)
+    assert sum(value.sum().item() for value in trunk.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "group norm"])
+def test_sensitivity_is_that_of_masked_single_images(name: str) -> None:
+    model, x, _ = build(name, samples=8, seed=3)
+    with torch.no_grad():  # logits of both signs
+        for block, z in zip(model.head, copy.deepcopy(model).eval()(x).logits.split(model.blocks, 1), strict=True):
+            block.bias -= z.mean(0)
+    mask = torch.tensor([True, False, False, True])
+    wanted = per_sample(model, x, lambda z, b: [(1.0, z[mask].square().sum())], reduce="abs")
+    whole = statistics(model, x, lambda z: norm_cotangents(z, mask), reduce="abs")
+    assert_equal(whole, wanted)
+    assert_equal(statistics(model, x, lambda z: norm_cotangents(z, mask), reduce="abs", chunk=2), whole, 1e-12)
+    parameters = trainable(copied := copy.deepcopy(model).eval())
+    mean = torch.autograd.grad(copied(x).logits[:, mask].square().sum(), list(parameters.values()), allow_unused=True)
+    # the absolute value of a sum of gradients is another thing (FACIL, Avalanche)
+    assert sum(g.abs().sum() for g in mean if g is not None) < 0.9 * sum(v.sum() for v in wanted.values())
+
+
+def by_hand(model: IncrementalNet, x: Tensor, reduce: Reduce) -> dict[str, Tensor]:
+    """By sample and call of a plain layer, the gradient of ``sum(layer(a) * relu(layer(a)))``, the ReLU held fixed."""
+    model = copy.deepcopy(model).eval()
+    sums = zeros_for(trainable(model))
+    names = {id(p): name for name, p in model.named_parameters()}
+    calls: list[tuple[nn.Module, Tensor]] = []
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    for layer in layers:
+        layer.register_forward_hook(lambda m, args, out: calls.append((m, args[0].clone())))
+    with torch.no_grad():
+        model(x)
+    recorded = list(calls)
+    for layer, inputs in recorded:
+        for a in inputs:
+            output = layer(a[None])
+            parameters = [p for p in layer.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad((output * torch.relu(output).detach()).sum(), parameters)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                sums[names[id(p)]] += gradient.square() if reduce == "square" else gradient.abs()
+    return sums
+
+
+@pytest.mark.parametrize("reduce", ["abs", "square"])
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "bias only", "twice", "tokens", "parametrized", "subclass"])
+def test_local_sums_are_products_of_activities(name: str, reduce: Reduce) -> None:
+    """Whatever comes after a layer, in place or not; layers of other kinds, and subclasses, have none."""
+    model, x, _ = build(name, seed=4)
+    wanted = by_hand(model, x, reduce)
+    for max_elements in (None, 1):
+        sums = zeros_for(trainable(model))
+        gradients = GradientSums(model, sums, reduce, max_elements)
+        for part in x.split(3):
+            gradients.add_local(part, None, torch.relu)
+        assert_equal(sums, wanted)
+    layers = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    assert any(wanted[f"{n}.bias"].max() > 0 for n in layers if f"{n}.bias" in wanted)
+    rest = [n for n in wanted if n.rpartition(".")[0] not in layers]
+    assert all(not wanted[n].any() for n in rest)
+
+
+def test_local_sums_are_of_outputs_before_the_next_layer_works_in_place() -> None:
+    torch.manual_seed(0)
+    net = flat(nn.Conv2d(3, 4, 3), nn.SiLU(inplace=True), nn.Conv2d(4, 5, 3), nn.Hardtanh(0.1, 0.2, True), width=5)
+    model, x = IncrementalNet(net, [2]).double(), torch.randn(4, *IMAGE, dtype=torch.float64)
+    sums = zeros_for(trainable(model))
+    GradientSums(model, sums, "abs").add_local(x, None, torch.relu)
+    assert_equal(sums, by_hand(model, x, "abs"))
+
+
+def test_local_sums_leave_the_model_as_it_was() -> None:
+    model, x, _ = build("convolutions")
+    model.train()
+    model.backbone.net[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    sums = zeros_for({name: p for name, p in model.named_parameters() if name == "backbone.net.3.weight"})
+    GradientSums(model, sums, "abs").add_local(x, None, torch.relu)
+    assert list(sums) == ["backbone.net.3.weight"]
+    assert sums["backbone.net.3.weight"].max() > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ------------------------------------------------------------------------ path integrals (SI)
+
+
+def test_path_by_hand() -> None:
+    omega = [torch.tensor([1.0, 0.0]), torch.tensor([[2.0]])]
+    gradients = [torch.tensor([3.0, -1.0]), torch.tensor([[0.5]])]
+    after = [torch.tensor([0.0, 3.0]), torch.tensor([[1.0]])]
+    path_step(omega, gradients, [torch.tensor([2.0, 1.0]), torch.tensor([[5.0]])], after)
+    assert omega[0].tolist() == [1.0 + 3.0 * 2.0, 1.0 * 2.0]
+    assert omega[1].tolist() == [[2.0 + 0.5 * 4.0]]
+    assert [value.tolist() for value in (*gradients, *after)] == [[3.0, -1.0], [[0.5]], [0.0, 3.0], [[1.0]]]
+    found = path_importance(torch.tensor([6.0, -1.0]), torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]), 0.5)
+    assert found.tolist() == [6.0 / 1.5, -2.0]
+
+
+# ------------------------------------------------------------------------- the mean over images
+
+
+def stub(model: IncrementalNet, batch_size: int, seed: int = 0, start: int = 0, stop: int | None = None) -> Any:
+    """As much of a run as a mean over images needs; its ticks begin at `start`, and stop the pass after `stop`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ticks(name: str, n: int, *, resumable: bool = False) -> Any:
+        assert resumable
+        for i in range(start, n):
+            yield i
+            if i + 1 == stop:
+                raise KeyboardInterrupt
+
+    def batch(rows: ImageData) -> Batch:
+        made = Transform(scale=1).batch(rows)
+        made.x = rows.x
+        return made
+
+    settings = SimpleNamespace(batch_size=batch_size)
+    return SimpleNamespace(model=model, settings=settings, rng=lambda _: generator, ticks=ticks, batch=batch)
+
+
+def add_exact(sums: GradientSums, batch: Batch) -> None:
+    sums.add(batch.x, None, lambda z: label_cotangents(z, "exact"))
+
+
+@pytest.mark.parametrize("samples", [None, 5, 11, 50])
+def test_mean_over_images_is_that_of_one_pass(samples: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every size of chunks; `samples` of the images are a random choice without replacement."""
+    model, x, y = build("mlp", samples=11)
+    chosen = torch.randperm(11, generator=torch.Generator().manual_seed(0))[:samples]
+    wanted = {name: total / len(chosen) for name, total in fisher(model, x[chosen], "exact").items()}
+    for batch_size, chunk in ((1, 1), (4, 1), (11, 1), (100, 1), (2, 3 * x[0].numel()), (2, 1 << 19)):
+        monkeypatch.setattr(importance, "CHUNK", chunk)
+        mean = ImportanceMean()
+        got = mean.over(stub(model, batch_size), "p", ImageData(x, y), samples, trainable(model), add_exact)
+        assert_equal(got, wanted, 1e-12)
+        assert mean.partial == {}
+        assert len(mean.rows) == 0
+
+
+def test_mean_over_images_goes_on_where_its_state_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, with the images that were drawn before, whatever the generator would draw now."""
+    monkeypatch.setattr(importance, "CHUNK", 1)
+    model, x, y = build("mlp", samples=11)
+    data, first, second = ImageData(x, y), ImportanceMean(), ImportanceMean()
+    wanted = ImportanceMean().over(stub(model, 2), "p", data, 9, trainable(model), add_exact)
+    with pytest.raises(KeyboardInterrupt):
+        first.over(stub(model, 2, stop=2), "p", data, 9, trainable(model), add_exact)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    got = second.over(stub(model, 2, seed=99, start=2), "p", data, 9, trainable(model), add_exact)
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+# ---------------------------------------------------------------------- how stiff springs may be
+
+
+def test_largest_precision() -> None:
+    quadratic = Quadratic()
+    assert quadratic.largest() == 0
+    quadratic.add({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([2.0]), "none": torch.empty(0)}, ANCHOR)
+    quadratic.add({"a": torch.tensor([1.0, 0.5])}, ANCHOR)
+    assert quadratic.largest() == 5.5
+
+
+ANCHOR = {"a": torch.zeros(2), "b": torch.zeros(1), "none": torch.empty(0)}
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.9, False), (0.5, True), (0.9, True)])
+def test_bound_of_stiffness_is_where_sgd_diverges(momentum: float, nesterov: bool) -> None:
+    """A hundredth below the bound the spring's weight comes to rest and nothing is said; above it, both change."""
+    spring, strength = 8.0, 3.0
+    bound = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+    for share, diverges in ((0.99, False), (1.01, True)):
+        lr = share * bound / (strength * spring)
+        settings = TrainSettings(optimizer="sgd", lr=lr, momentum=momentum, nesterov=nesterov)
+        quadratic, theta = Quadratic(), nn.Parameter(torch.ones(1, dtype=torch.float64))
+        quadratic.add({"w": torch.tensor([spring], dtype=torch.float64)}, {"w": torch.zeros(1, dtype=torch.float64)})
+        told = too_stiff(SimpleNamespace(settings=settings), "my.option", strength, quadratic)  # type: ignore[arg-type]
+        optimizer = torch.optim.SGD([theta], lr=lr, momentum=momentum, nesterov=nesterov)
+        for _ in range(1500):
+            theta.grad = strength * spring * theta.detach()  # of strength times the quadratic
+            optimizer.step()
+        assert (theta.abs().item() > 1e2) == diverges
+        assert (theta.abs().item() < 1e-1) != diverges
+        assert bool(told) == diverges
+
+
+def told_of(precision: float, **settings: Any) -> list[str]:
+    quadratic = Quadratic()
+    quadratic.add({"w": torch.tensor([precision, 0.5])}, {"w": torch.zeros(2)})
+    run: Any = SimpleNamespace(settings=TrainSettings(**{"optimizer": "sgd", "lr": 0.1} | settings))
+    return too_stiff(run, "my.option", 2.0, quadratic)
+
+
+def test_sentence_on_stiffness_has_the_numbers() -> None:
+    """What it tells to divide by is enough: one more where the quotient is whole."""
+    assert told_of(60.0) == [
+        "`my.option` is too strong for SGD here: `train.lr` 0.1 times the stiffest spring, 120, is 12, and must stay "
+        "below 2; divide one of them by 7 or more, or use Adam."
+    ]
+    assert "below 3.8; divide one of them by 4 or more" in told_of(60.0, momentum=0.9)[0]
+    assert "below 1.35714; divide one of them by 9 or more" in told_of(60.0, momentum=0.9, nesterov=True)[0]
+    assert told_of(9.9) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adam_knows_no_stiffness(optimizer: str) -> None:
+    assert told_of(1e9, optimizer=optimizer) == []
+
+
+@pytest.mark.parametrize("precision", [math.inf, math.nan])
+def test_springs_that_are_not_finite_are_no_matter_of_stiffness(precision: float) -> None:
+    """They are told of as a loss term that is not finite; the hint must not raise an error of its own."""
+    assert told_of(precision) == []
+
+
+class Folded(nn.Module):
+    """Its linear layer is given two rows for each image."""
+
+    width = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.layer(x.reshape(-1, 5)).reshape(len(x), 2, 6).mean(1)
+
+
+def test_local_importance_of_a_layer_whose_rows_are_no_images_is_refused() -> None:
+    model = IncrementalNet(Folded(), [CLASSES])
+    sums = GradientSums(model, zeros_for(dict(model.named_parameters())), "abs")
+    with pytest.raises(WrongUse, match="A local importance cannot be computed"):
+        sums.add_local(torch.randn(3, 10), None, torch.relu)
