@@ -1,0 +1,308 @@
+"""LwF: its forms against their formulas, the teacher, the warm-up, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clframe
+from clframe import Batch, Outputs, Plugin, Transform, hookimpl, split_classes
+from clframe.distill import incremental_bce, soft_cross_entropy
+from clframe.errors import WrongUse
+from clframe.plugins.lwf import LOGITS, LwF
+
+QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
+STILL = {**QUICK, "lr": 1e-30, "clip": 0.0}  # a network that does not move
+
+
+def learn(scenario: Any, *plugins: Plugin, model: str = "mlp-100", run: Any = None, **train: Any) -> clframe.Results:
+    settings = {"tensorboard": False, **(run or {})}
+    return clframe.run(scenario, model, plugins, train=QUICK | train, run=settings)
+
+
+class Watch(Plugin):
+    """Recomputes each step's terms by hand, from a copy of its own of the network after each experience."""
+
+    name = "watch"
+    observer = True
+
+    def __init__(self, lwf: Any) -> None:
+        self.lwf = lwf
+        self.old: Any = None
+        self.terms: list[tuple[int, dict[str, Tensor]]] = []
+        self.wanted: list[dict[str, Tensor]] = []
+        self.entropy: list[Tensor] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.logits = ""
+
+    @hookimpl
+    def penalty(self, run, batch: Batch, outputs: Outputs) -> None:
+        """Sees what LwF sees; adds nothing."""
+        self.logits = run.logits
+        z, t, form = outputs.logits.detach(), run.experience.index + 1, self.lwf.form
+        wanted = {"base": run.loss(batch, outputs).detach()}
+        if self.old is not None:
+            with torch.no_grad():
+                q = self.old(batch.x).logits
+            n = len(run.old_classes)
+            share = (1 - 1 / t) if self.lwf.balance else 1.0
+            temperature = self.lwf.temperature
+
+            def kd(q: Tensor, z: Tensor) -> Tensor:
+                p = (q / temperature).softmax(1)
+                self.entropy.append(-(p * p.clamp(min=1e-30).log()).sum(1).mean())
+                return -(p * (z / temperature).log_softmax(1)).sum(1).mean()
+
+            if form == "heads":
+                value = sum(kd(q[:, list(c)], z[:, list(c)]) for c in run.scenario.classes[: t - 1])
+            elif form in ("local", "seen"):
+                value = kd(q[:, :n], z[:, :n])
+            elif form == "all":
+                value = kd(q, z)
+            elif form == "padded":
+                p = (q[:, :n] / temperature).softmax(1)
+                value = -(p * (z / temperature).log_softmax(1)[:, :n]).sum(1).mean()
+            if form != "mc":
+                wanted["lwf"] = self.lwf.lambda_ * share * value
+            else:
+                wanted["base"] = incremental_bce(z, batch.y, q[:, :n]).mean()
+        elif form == "mc":
+            wanted["base"] = incremental_bce(z, batch.y, None).mean()
+        if self.lwf.balance:
+            wanted["base"] = wanted["base"] / t
+        self.wanted.append(wanted)
+
+    @hookimpl
+    def after_step(self, run) -> None:
+        self.terms.append((run.experience.index, dict(run.losses)))
+
+    @hookimpl
+    def after_experience(self, run) -> None:
+        self.old = clframe.snapshot(run.model)
+        self.states.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("form", list(LOGITS))
+def test_every_step_has_the_terms_of_the_form(form: str, balance: bool, tiny) -> None:
+    if form == "mc" and balance:
+        pytest.skip("LwF.MC is one loss")
+    options = {} if form == "mc" else {"lambda_": 0.7, "temperature": 3.0, "balance": balance}
+    lwf = LwF(form=form, **options)
+    watch = Watch(lwf=lwf)
+    results = learn(tiny(setting="task" if form == "heads" else "class"), lwf, watch)
+    assert watch.logits == LOGITS[form]
+    assert results.data["forms"] == {"lwf": form}
+    assert len(watch.terms) == len(watch.wanted) > 15
+    for (_, got), wanted in zip(watch.terms, watch.wanted, strict=True):
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert got[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert {i for i, terms in watch.terms if "lwf" in terms} == (set() if form == "mc" else {1, 2})
+
+
+@pytest.mark.parametrize(("setting", "form"), [("task", "heads"), ("class", "local"), ("domain", "all")])
+def test_the_default_form_is_the_settings(setting: str, form: str, tiny) -> None:
+    assert learn(tiny(setting=setting), LwF()).data["forms"] == {"lwf": form}
+
+
+@pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])
+def test_distillation_of_a_network_that_did_not_move_is_its_entropy(model: str, tiny) -> None:
+    """Targets come from the same weights and the same view; with a batch norm, in eval mode as evaluation is."""
+
+    class Eval(Plugin):
+        name = "eval"
+
+        @hookimpl
+        def before_experience(self, run) -> None:
+            run.model.backbone.requires_grad_(False)  # frozen, so its norms are in eval mode in training as well
+
+    lwf = LwF()
+    watch = Watch(lwf=lwf)
+    learn(tiny(setting="task", shape=(1, 8, 8)), Eval(), lwf, watch, model=model, **STILL)
+    heads = [i for i, terms in watch.terms for _ in range(i) if "lwf" in terms]
+    assert len(watch.entropy) == len(heads)
+    entropies = iter(watch.entropy)
+    for index, terms in watch.terms:
+        if index:
+            assert terms["lwf"].item() == pytest.approx(sum(next(entropies).item() for _ in range(index)), rel=1e-5)
+
+
+def test_the_teacher_is_one_copy_of_the_latest_network_and_answers_in_eval_mode(tiny) -> None:
+    lwf = LwF()
+    watch = Watch(lwf=lwf)
+    seen: list[tuple[bool, bool]] = []
+
+    class Look(Plugin):
+        name = "look"
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            if lwf.teacher is not None:
+                state, latest = lwf.teacher.state_dict(), watch.states[-1]
+                same = state.keys() == latest.keys() and all(torch.equal(v, latest[k]) for k, v in state.items())
+                resting = not any(m.training for m in lwf.teacher.modules())
+                seen.append((same, resting and not any(p.requires_grad for p in lwf.teacher.parameters())))
+
+    learn(tiny(shape=(1, 8, 8)), lwf, watch, Look(), model="cnn-small")
+    assert len(seen) > 10
+    assert set(seen) == {(True, True)}
+
+
+def test_the_teacher_sees_the_very_view_that_is_trained_on(tiny_arrays) -> None:
+    """Guards against Mammoth's LwF: targets from images that were neither augmented nor normalised."""
+    transform = Transform(mean=(0.3,), std=(0.2,), pad=1, flip=True)
+    arrays = replace(tiny_arrays(shape=(1, 8, 8)), transform=transform)
+    lwf, given, trained = LwF(), [], []
+
+    class Look(Plugin):
+        name = "look"
+
+        @hookimpl
+        def before_experience(self, run) -> None:
+            if lwf.teacher is not None:
+                lwf.teacher.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+
+        @hookimpl
+        def penalty(self, run, batch, outputs) -> None:
+            if lwf.teacher is not None:
+                trained.append(batch.x)
+
+    learn(split_classes("tiny", arrays, experiences=2), lwf, Look())
+    assert len(given) == len(trained) > 5
+    assert all(torch.equal(a, b) for a, b in zip(given, trained, strict=True))
+    assert min(float(x.min()) for x in given) < 0  # normalised
+
+
+def test_warm_up_moves_the_new_head_alone_and_the_targets_are_from_before_it(tiny) -> None:
+    """With momentum and weight decay; buffers of batch norms included (guards against targets recorded afterwards)."""
+    lwf = LwF(warm_up=1.0)
+    marks: list[tuple[str, dict[str, Tensor]]] = []
+
+    class Look(Plugin):
+        name = "look"
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            if run.phase.name == "warm-up":
+                state = {n: v.clone() for n, v in run.model.state_dict().items()}
+                marks.append((f"head.{run.new_blocks[0]}.", state))
+
+    watch = Watch(lwf=lwf)
+    learn(
+        tiny(setting="task", shape=(1, 8, 8)),
+        lwf,
+        watch,
+        Look(),
+        model="cnn-small",
+        momentum=0.9,
+        weight_decay=0.1,
+        decay="all",
+    )
+    assert {head for head, _ in marks} == {"head.1.", "head.2."}
+    for head, state in marks:
+        before = watch.states[int(head[5]) - 1]
+        moved = {name for name, value in state.items() if name not in before or not torch.equal(value, before[name])}
+        assert moved == {head + "weight", head + "bias"}
+
+
+def test_old_heads_are_trained(tiny) -> None:
+    watch = Watch(lwf=(lwf := LwF()))
+    learn(tiny(setting="task"), lwf, watch)
+    assert not torch.equal(watch.states[0]["head.0.weight"], watch.states[1]["head.0.weight"])
+
+
+def test_distillation_holds_old_answers(tiny) -> None:
+    """With distillation the old answers to the new images move by a fraction of what they do without."""
+    distances = []
+    for strength in (0.0, 10.0):
+        watch = Watch(lwf=(lwf := LwF(lambda_=strength, form="seen")))
+        learn(tiny(2), lwf, watch, epochs=10)
+        n, x = 2, tiny(2)[1].train.x.float() / 255
+        first, last = watch.states[0], watch.states[1]
+        model = clframe.snapshot(watch.old)
+        with torch.no_grad():
+            now = model(x).logits[:, :n].softmax(1)
+            model.load_state_dict({name: first.get(name, value) for name, value in last.items()})
+            distances.append((model(x).logits[:, :n].softmax(1) - now).abs().mean().item())
+    assert distances[1] < distances[0] / 2
+
+
+def refusal(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
+    with pytest.raises(WrongUse) as caught:
+        learn(scenario, *plugins, **train)
+    return caught.value.problems
+
+
+class WantsAll(Plugin):
+    name = "wants-all"
+
+    def wanted_logits(self, setting: str) -> str:
+        return "all"
+
+
+class OwnLoss(Plugin):
+    name = "own-loss"
+
+    @hookimpl
+    def base_loss(self, run, batch, outputs):
+        return outputs.logits.square().mean()
+
+
+def test_logits_that_the_form_is_not_made_for_are_refused(tiny) -> None:
+    assert refusal(tiny(), LwF(form="seen"), logits="all") == (
+        "`lwf` (form `seen`) is made for `train.logits=seen`, but `train.logits` is all: choose other forms, or run "
+        "them apart.",
+    )
+    assert refusal(tiny(), LwF(form="local"), WantsAll()) == (
+        "`wants-all` is made for `train.logits=all`, but `lwf` for `current`: choose other forms, or run them apart.",
+    )
+    learn(tiny(), LwF(form="seen"), logits="seen")  # said twice is said once
+
+
+@pytest.mark.parametrize("setting", ["class", "domain"])
+def test_heads_need_tasks(setting: str, tiny) -> None:
+    problems = refusal(tiny(setting=setting), LwF(form="heads"))
+    assert (
+        f"`lwf.form=heads` needs tasks that are told, and the setting is `{setting}`: choose another form, or "
+        "`--setting task`."
+    ) in problems
+
+
+def test_local_needs_classes_of_its_own(tiny) -> None:
+    assert refusal(tiny(setting="domain"), LwF(form="local")) == (
+        "`lwf.form=local` needs classes of its own in each experience; in the domain setting choose `all`.",
+    )
+
+
+def test_a_form_with_a_loss_of_its_own_owns_it(tiny) -> None:
+    """The other forms leave it to whoever brings one."""
+    learn(tiny(), LwF(form="seen"), OwnLoss())
+    for lwf in (LwF(form="mc"), LwF(form="seen", balance=True)):
+        problems = refusal(tiny(), lwf, OwnLoss())
+        assert problems == ("`base_loss` is answered by `lwf` and `own-loss`; a run can have only one of them.",)
+
+
+@pytest.mark.parametrize("options", [{"lambda_": 2.0}, {"temperature": 1.0}, {"balance": True}])
+def test_options_that_mc_does_not_have_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(WrongUse, match=re.escape("`lwf.form=mc` is one loss")):
+        LwF(form="mc", **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("lambda", -1.0), ("temperature", 0.0), ("form", "heads-on"), ("warm_up", -1)]
+)
+def test_wrong_options_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(WrongUse, match=rf"`lwf\.{option}`"):
+        LwF(**{option: value})
+
+
+def test_a_hand_value() -> None:
+    """Two classes, T = 2: targets (0.75, 0.25), answers (0.5, 0.5)."""
+    q, z = torch.tensor([[2 * torch.log(torch.tensor(3.0)), 0.0]]), torch.zeros(1, 2)
+    assert soft_cross_entropy(q, z, 2.0).item() == pytest.approx(0.6931472, rel=1e-5)
