@@ -222,7 +222,7 @@ def test_distillation_holds_old_answers(tiny) -> None:
     distances = []
     for strength in (0.0, 10.0):
         watch = Watch(lwf=(lwf := LwF(lambda_=strength, form="seen")))
-        learn(tiny(2), lwf, watch, epochs=10)
+        learn(tiny(2), lwf, watch, epochs=10, optimizer="adam", lr=0.01)
         n, x = 2, tiny(2)[1].train.x.float() / 255
         first, last = watch.states[0], watch.states[1]
         model = clframe.snapshot(watch.old)
@@ -230,7 +230,7 @@ def test_distillation_holds_old_answers(tiny) -> None:
             now = model(x).logits[:, :n].softmax(1)
             model.load_state_dict({name: first.get(name, value) for name, value in last.items()})
             distances.append((model(x).logits[:, :n].softmax(1) - now).abs().mean().item())
-    assert distances[1] < distances[0] / 2
+    assert distances[1] < distances[0] / 5
 
 
 def refusal(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
