@@ -6,13 +6,15 @@ a batch. Gradients flow into the student's side only. A teacher is a copy that `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float = 2.0) -> Tensor:
@@ -101,10 +103,34 @@ def attention_distance(teacher: Tensor, student: Tensor) -> Tensor:
     return (student - teacher.detach()).abs().sum(1)
 
 
+def observe(module: nn.Module, keep: Callable[[Tensor], object], *, begin: bool = False) -> RemovableHandle:
+    """Let `keep` have each output of `module`, until the handle is removed, or its ``with`` block is left.
+
+    What comes after the module goes on with a copy, as it may work in place. Where `begin`, the graph begins at the
+    output that `keep` is given, which then requires gradients, also in a frozen network.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_() if begin else output
+        keep(output)
+        return output.clone() if output.requires_grad else output
+
+    return module.register_forward_hook(hook)
+
+
 @contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch's own statistics, as in training, and move no running ones."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+def batch_statistics(model: nn.Module, like: nn.Module | None = None) -> Iterator[None]:
+    """Batch norms normalise by the batch's own statistics, as in training, and move no running ones.
+
+    With `like`, a network of the same modules, only those that do so there.
+    """
+    norms = [
+        norm
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm)
+        and norm.track_running_stats
+        and (like is None or like.get_submodule(name).training)
+    ]
     modes = [norm.training for norm in norms]
     try:
         for norm in norms:

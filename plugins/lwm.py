@@ -14,6 +14,7 @@ from clframe.distill import (
     attention_distance,
     batch_statistics,
     grad_cam,
+    observe,
     sigmoid_cross_entropy,
     soft_cross_entropy,
 )
@@ -28,7 +29,7 @@ class LwM(Plugin):
     L = L_C + beta L_D + gamma L_AD. L_C is the cross-entropy over the current classes, L_D distils the logits of the
     old ones (the base classes), and L_AD is the L1 distance of the two networks' Grad-CAM maps, each of length 1, for
     one base class per image, the same in both networks. Gradients of L_AD flow through the map and through its weights,
-    which are gradients themselves. Both networks normalise by the statistics of the batch, where they do.
+    which are gradients themselves. Where one network normalises by the statistics of the batch, both do.
 
     The paper gives neither beta nor gamma.
 
@@ -88,7 +89,7 @@ class LwM(Plugin):
     @hookimpl
     def before_run(self, run: Run) -> None:
         """Look at the layer."""
-        self.hook = self._layer(run.model).register_forward_hook(self._keep)
+        self.hook = observe(self._layer(run.model), self._keep)
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
@@ -100,12 +101,10 @@ class LwM(Plugin):
         if self.teacher is None or not outputs.features.requires_grad:
             return None
         old = run.old_classes
-        q, old_maps = self._answers(batch)
+        q, old_maps = self._answers(run, batch)
         q, z = q[:, old], outputs.logits[:, old]
-        if self.distill == "sigmoid":
-            distilled = sigmoid_cross_entropy(q, z)
-        else:
-            distilled = soft_cross_entropy(q, z, self.temperature)
+        soft = self.distill == "softmax"
+        distilled = soft_cross_entropy(q, z, self.temperature) if soft else sigmoid_cross_entropy(q, z)
         terms = {f"{self.name}/distill": self.beta * batch.mean(distilled)}
         if maps is not None:
             b = (z if self.base == "student" else q).argmax(1, keepdim=True)
@@ -126,33 +125,23 @@ class LwM(Plugin):
             self.hook.remove()
         self.maps = self.hook = None
 
-    def _answers(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _answers(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's logits [B, C] and maps [B, K, H, W], with a graph from these to those."""
         assert self.teacher is not None
         kept: list[Tensor] = []
-
-        def begin_here(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            kept.append(output.detach().requires_grad_())
-            return kept[-1].clone()
-
-        hook = self._layer(self.teacher).register_forward_hook(begin_here)
-        try:
-            with batch_statistics(self.teacher):
-                return self.teacher(batch.x, batch.task).logits, kept[-1]
-        finally:
-            hook.remove()
+        layer = self._layer(self.teacher)
+        with observe(layer, kept.append, begin=True), batch_statistics(self.teacher, like=run.model):
+            return self.teacher(batch.x, batch.task).logits, kept[-1]
 
     def _gives_maps(self, run: Run) -> bool:
-        shapes: list[torch.Size] = []
-        hook = self._layer(run.model).register_forward_hook(lambda module, args, output: shapes.append(output.shape))
-        with hook, torch.no_grad(), evaluating(run.model):
+        kept: list[Tensor] = []
+        with observe(self._layer(run.model), kept.append), torch.no_grad(), evaluating(run.model):
             run.model.features(torch.zeros(2, *run.scenario.input_shape, device=run.device))
-        return bool(shapes) and len(shapes[-1]) == 4
+        return bool(kept) and kept[-1].dim() == 4
 
     def _layer(self, model: IncrementalNet) -> nn.Module:
         convolutions = [name for name, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
         return model.backbone.get_submodule(convolutions[-1] if self.layer is None else self.layer)
 
-    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _keep(self, output: Tensor) -> None:
         self.maps = output if output.requires_grad else None
-        return None if self.maps is None else output.clone()  # for the next layer, which may work in place

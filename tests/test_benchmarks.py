@@ -177,34 +177,58 @@ def test_every_protocol_file_stands_in_the_index_once(run: ModuleType) -> None:
     assert sorted(names) == sorted(files)
 
 
+SIZES = {"digits": (300, 32), "mnist": (2000, 128)}
+STRENGTHS = {"001": 0.01, "01": 0.1, "1": 1.0, "3": 3.0, "10": 10.0}  # as the names of protocols have them
+
+
 def test_ranges_are_well_formed(run: ModuleType) -> None:
     for entry in run.read_index():
         assert set(entry) == {"name", "seeds", "reading", "measure", "expected", "low", "high", "needs", "source"}
         assert 0 <= entry["low"] <= entry["expected"] <= entry["high"] <= 100, entry["name"]
-        assert entry["high"] - entry["low"] <= 13, entry["name"]
+        assert entry["high"] - entry["low"] <= 17, entry["name"]
         assert entry["seeds"] >= 1
         assert entry["needs"] in ("", "mnist")
         assert entry["source"]
 
 
 def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType) -> None:
+    from clframe import registry
     from clframe.config import resolve
 
     for entry in run.read_index():
         config = resolve(yaml_file=run.PROTOCOLS / f"{entry['name']}.yaml")
         data, setting, method = entry["name"].split("-", 2)
+        cnn, method = method.startswith("cnn-"), method.removeprefix("cnn-")
         assert config.scenario["name"] == f"split-{data}"
         assert config.scenario["setting"] == setting == entry["reading"]
-        assert config.scenario["order"] == "random"
         assert config.scenario["seed"] is None, "the order must follow the seed of the run"
-        assert config.train.logits == {"class": "all", "task": "own"}[setting]
-        assert config.train.keep_optimizer
         assert config.train.clip == 0
-        assert (config.train.iterations, config.train.batch_size) == {"digits": (300, 32), "mnist": (2000, 128)}[data]
-        assert [*config.plugins] == ([] if method == "none" else ["joint" if method == "joint" else "ewc"])
-        if "ewc" in config.plugins:
-            options = config.plugins["ewc"]
-            assert options["lambda"] == float(method.rsplit("-", 1)[1])
+        if entry["name"] == "mnist-task-mas":  # the authors' own demo
+            assert config.scenario["order"] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+            assert config.train.logits == "own"
+            assert (config.train.of(0).epochs, config.train.of(0).lr) == (10, 0.01)
+            assert (config.train.of(1).epochs, config.train.of(1).lr, config.train.batch_size) == (20, 0.001, 150)
+        else:
+            assert config.scenario["order"] == "random"
+            assert (config.train.iterations, config.train.batch_size) == SIZES[data]
+            assert config.train.keep_optimizer is not cnn
+        name = next((n for n in sorted(registry.names("plugin"), key=len, reverse=True) if n in method), None)
+        assert [*config.plugins] == ([] if method == "none" else [name])
+        plugin = registry.build_plugin(name, config.plugins[name]) if name else None
+        wanted = plugin.wanted_logits(setting) if plugin else None
+        default = "own" if setting == "task" else "seen" if cnn else "all"
+        assert config.train.logits == (wanted or default)
+        options = config.plugins.get(name, {})
+        strength = method.rsplit("-", 1)[-1]
+        if name in ("ewc", "mas", "lfl") and data == "digits":
+            assert options["lambda"] == float(STRENGTHS.get(strength, strength))
+        if name == "si":
+            assert (options["c"], options["xi"]) == (float(STRENGTHS.get(strength, 10)), 0.1)
+        if name == "lwm":
+            assert (options["gamma"], options["layer"]) == (float(STRENGTHS.get(strength, 1)), "net.8")
+        if name == "lwf" and data == "digits":
+            assert options["form"] == ("heads" if setting == "task" else strength)
+        if name == "ewc":
             assert options["form"] == ("online" if method.startswith("online") else "offline")
             assert options["labels"] == "exact"
 
