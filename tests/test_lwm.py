@@ -1,0 +1,296 @@
+"""LwM: Grad-CAM against its formulas, attention that trains, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clframe
+from clframe import Batch, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe.backbones import cnn_small, resnet32
+from clframe.distill import (
+    attention_distance,
+    batch_statistics,
+    grad_cam,
+    observe,
+    sigmoid_cross_entropy,
+    soft_cross_entropy,
+)
+from clframe.errors import WrongUse
+from clframe.plugins.finetune_fc import FinetuneFC
+from clframe.plugins.lwm import LwM
+
+QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
+
+
+class Maps(nn.Module):
+    """A convolution whose maps are averaged: the network of class activation maps (Zhou et al., 2016)."""
+
+    width = 5
+
+    def __init__(self, inplace: bool | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv = nn.Conv2d(1, 5, 3, padding=1)
+        self.after = nn.Identity() if inplace is None else nn.ReLU(inplace=inplace)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.after(self.conv(x)).mean((2, 3))
+
+
+class Convolutional(nn.Module):
+    """Convolution, batch norm, fully connected layer."""
+
+    width = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3))).relu()
+
+
+def images(n: int = 6, size: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 1, size, size, generator=torch.Generator().manual_seed(5), dtype=dtype)
+
+
+def perturbed(model: IncrementalNet, scale: float = 0.1) -> IncrementalNet:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += scale * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+class Bench:
+    """LwM's penalty outside a run: a teacher of 4 classes, and the student it was, moved a little."""
+
+    def __init__(self, backbone: nn.Module, *, move: float = 0.1, **options: Any) -> None:
+        self.model = IncrementalNet(backbone, [2, 2]).double()
+        self.lwm = LwM(**options)
+        self.lwm.teacher = snapshot(self.model)
+        perturbed(self.model, move)
+        self.run: Any = type("R", (), {"model": self.model, "old_classes": [0, 1, 2, 3]})()
+        self.lwm.before_run(self.run)
+
+    def terms(self, x: Tensor) -> dict[str, Tensor]:
+        zeros = torch.zeros(len(x), dtype=torch.int64)
+        batch = Batch(x, zeros, zeros, zeros, torch.ones(len(x), dtype=x.dtype), zeros)
+        outputs: Outputs = self.model(x)
+        return self.lwm.penalty(self.run, batch, outputs)  # type: ignore[return-value]
+
+
+def test_grad_cam_is_the_class_activation_map_where_maps_are_averaged() -> None:
+    """alpha_k = w_bk / HW; guards against maps that are not normalised."""
+    model = IncrementalNet(Maps(), [3]).double()
+    kept: list[Tensor] = []
+    with observe(model.backbone.conv, kept.append):
+        logits = model(images()).logits
+    b = logits.argmax(1, keepdim=True)
+    got = grad_cam(logits.gather(1, b).squeeze(1), kept[0])
+    weights = model.head[0].weight[b[:, 0]]
+    cam = (weights[:, :, None, None] * kept[0]).sum(1).relu().flatten(1)
+    assert torch.allclose(got, cam / cam.norm(dim=1, keepdim=True), rtol=1e-6)
+    assert torch.allclose(got.norm(dim=1), torch.ones(6, dtype=torch.float64))
+
+
+def test_grad_cam_is_the_autograd_of_each_image_by_itself() -> None:
+    """One score an image: guards against `logits[:, idx]`, which is B x B."""
+    model = IncrementalNet(cnn_small((1, 8, 8)), [3]).double().eval()
+    x, b = images(), torch.tensor([0, 2, 1, 1, 0, 2])
+    kept: list[Tensor] = []
+    with observe(model.backbone.net[3], kept.append):
+        logits = model(x).logits
+        got = grad_cam(logits[torch.arange(6), b], kept[0])
+        for i in range(6):
+            z = model(x[i : i + 1]).logits[0, b[i]]
+            a = kept[-1]
+            alpha = torch.autograd.grad(z, a)[0].mean((2, 3), keepdim=True)
+            one = (alpha * a).sum(1).relu().flatten()
+            assert torch.allclose(got[i], one / one.norm(), rtol=1e-6, atol=1e-12)
+
+
+def test_maps_of_zeros_are_finite_and_so_is_their_gradient() -> None:
+    a = -torch.ones(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    looks = grad_cam((a.square() * torch.tensor(-1.0)).sum((1, 2, 3)) * -1, a, create_graph=True)
+    value = attention_distance(torch.zeros_like(looks), looks).sum() + grad_cam(a.sum((1, 2, 3)), a).sum()
+    (gradient,) = torch.autograd.grad(looks.sum(), a, allow_unused=True)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_attention_distance_is_bounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, z = (nn.functional.normalize(torch.rand(50, 16, generator=generator), dim=1) for _ in range(2))
+    distances = attention_distance(q, z)
+    assert attention_distance(q, q).abs().max() == 0
+    assert distances.min() > 0
+    assert distances.max() <= 2 * math.sqrt(16)
+
+
+@pytest.mark.parametrize("backbone", [cnn_small, resnet32])
+@pytest.mark.parametrize("base", ["student", "teacher"])
+def test_attention_pulls_on_every_live_kernel(backbone: Any, base: str) -> None:
+    """Guards against FACIL's LwM, whose attention loss has a gradient of zero."""
+    torch.manual_seed(0)
+    bench = Bench(backbone((1, 8, 8)), beta=0.0, base=base)
+    alive: dict[str, Tensor] = {}
+    hooks = [
+        m.register_forward_hook(lambda m, a, out, n=n: alive.__setitem__(n, (out > 0).any(0).flatten(1).any(1)))
+        for n, m in bench.model.backbone.named_modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
+    value = bench.terms(images())["lwm/attend"]
+    for hook in hooks:
+        hook.remove()
+    assert value > 1e-3
+    convolutions = {n: m for n, m in bench.model.backbone.named_modules() if isinstance(m, nn.Conv2d)}
+    gradients = torch.autograd.grad(value, [m.weight for m in convolutions.values()])
+    for (name, _), gradient, live in zip(convolutions.items(), gradients, alive.values(), strict=True):
+        assert (gradient.flatten(1).norm(dim=1)[live] > 0).all(), name
+    assert all(p.grad is None for p in (*bench.model.parameters(), *bench.lwm.teacher.parameters()))
+
+
+def test_the_gradient_of_attention_is_that_of_finite_differences() -> None:
+    """Through the maps and through their weights, which are gradients themselves."""
+    torch.manual_seed(1)
+    bench = Bench(Maps(), gamma=3.0, base="teacher")
+    weight, x, h = bench.model.backbone.conv.weight, images(), 1e-6
+    (gradient,) = torch.autograd.grad(bench.terms(x)["lwm/attend"], weight)
+    for place in [(0, 0, 0, 0), (1, 0, 2, 1), (2, 0, 1, 1), (4, 0, 2, 2)]:
+        values = []
+        for step in (h, -2 * h):
+            with torch.no_grad():
+                weight[place] += step
+            values.append(bench.terms(x)["lwm/attend"].item())
+        with torch.no_grad():
+            weight[place] += h
+        assert gradient[place].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4, abs=1e-8)
+
+
+def test_equal_networks_look_alike_in_training_mode() -> None:
+    """Both normalise by the batch, and the teacher's running statistics stay."""
+    bench = Bench(cnn_small((1, 8, 8)), move=0.0)
+    bench.model.train()
+    before = {name: value.clone() for name, value in bench.lwm.teacher.state_dict().items()}
+    assert bench.terms(images())["lwm/attend"].item() == pytest.approx(0, abs=1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in bench.lwm.teacher.state_dict().items())
+    assert not any(module.training for module in bench.lwm.teacher.modules())
+
+
+def test_batch_statistics_follow_the_modes_of_another_network() -> None:
+    one, other = nn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3)
+    x = torch.randn(5, 3) + 4
+    with batch_statistics(one, like=other):
+        assert one(x).mean().abs() < 1e-6
+    with batch_statistics(one, like=other.eval()):
+        assert one(x).mean() > 1
+    assert (one.num_batches_tracked, one.training, one.track_running_stats) == (0, False, True)
+
+
+@pytest.mark.parametrize("base", ["student", "teacher"])
+def test_both_maps_explain_the_same_class(base: str) -> None:
+    """Guards against maps of two classes: the argmax of each network by itself."""
+    bench = Bench(Maps(), move=2.0, base=base, beta=0.0)
+    x = images(40)
+    z, q = bench.model(x).logits, bench.lwm.teacher(x).logits
+    assert (z.argmax(1) != q.argmax(1)).any()
+    b = (z if base == "student" else q).argmax(1)
+    looks = []
+    for model in (bench.model, bench.lwm.teacher):
+        a = model.backbone.conv(x)
+        cam = _weights(model)[b][:, :, None, None] * a
+        looks.append(nn.functional.normalize(cam.sum(1).relu().flatten(1), dim=1))
+    wanted = (looks[0] - looks[1]).abs().sum(1).mean()
+    assert bench.terms(x)["lwm/attend"].item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def _weights(model: IncrementalNet) -> Tensor:
+    return torch.cat([block.weight for block in model.head])
+
+
+@pytest.mark.parametrize("distill", ["sigmoid", "softmax"])
+def test_answers_are_distilled_over_the_base_classes(distill: str) -> None:
+    bench = Bench(Maps(), beta=0.5, distill=distill, temperature=3.0)
+    x = images()
+    z, q = bench.model(x).logits, bench.lwm.teacher(x).logits
+    values = sigmoid_cross_entropy(q, z) if distill == "sigmoid" else soft_cross_entropy(q, z, 3.0)
+    assert bench.terms(x)["lwm/distill"].item() == pytest.approx(0.5 * values.mean().item(), rel=1e-9)
+
+
+def test_gamma_scales_attention() -> None:
+    one, two = (Bench(Maps(), gamma=g).terms(images())["lwm/attend"].item() for g in (1.0, 2.5))
+    assert two == pytest.approx(2.5 * one, rel=1e-9)
+
+
+def test_an_activation_that_works_in_place_changes_nothing() -> None:
+    values = [Bench(Maps(inplace)).terms(images())["lwm/attend"].item() for inplace in (False, True)]
+    assert values[0] == values[1] > 0
+
+
+def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small") -> clframe.Results:
+    return clframe.run(scenario, model, plugins, train=QUICK, run={"tensorboard": False})
+
+
+def test_a_run_has_both_terms_from_the_second_experience_on_and_leaves_no_hook(tiny) -> None:
+    seen: list[tuple[int, tuple[str, ...]]] = []
+
+    class Watch(Plugin):
+        name = "watch"
+        observer = True
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            self.model = run.model
+            seen.append((run.experience.index, tuple(run.losses)))
+
+    lwm, watch = LwM(), Watch()
+    learn(tiny(2, shape=(1, 8, 8)), lwm, watch)
+    assert set(seen) == {(0, ("base",)), (1, ("base", "lwm/distill", "lwm/attend"))}
+    assert not any(m._forward_hooks for net in (watch.model, lwm.teacher) for m in net.modules())
+    assert lwm.maps is None
+
+
+def test_frozen_convolutions_leave_the_answers_to_distil(tiny) -> None:
+    terms: set[str] = set()
+
+    class Watch(Plugin):
+        name = "watch"
+        observer = True
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            if run.experience.index:
+                terms.update(run.losses)
+
+    learn(tiny(2, shape=(1, 8, 8)), LwM(), FinetuneFC(), Watch(), model=Convolutional())
+    assert terms == {"base", "lwm/distill"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        ("mlp-100", {}, "`lwm` compares attention maps, and the backbone has no convolution: choose another model"),
+        ("cnn-small", {"layer": "net.66"}, "`lwm.layer` is net.66, which the backbone does not have. Did you mean"),
+        ("cnn-small", {"layer": "net.10"}, "The output of `lwm.layer=net.10` is no map [B, K, H, W]; choose one of"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(model: str, options: dict[str, Any], sentence: str, tiny) -> None:
+    with pytest.raises(WrongUse) as caught:
+        learn(tiny(shape=(1, 8, 8)), LwM(**options), model=model)
+    assert caught.value.problems[0].startswith(sentence)
+    if "net.10" in sentence:
+        assert "`net.0`, `net.3`, `net.6`" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("beta", -1.0), ("gamma", -0.1), ("temperature", 0.0), ("distill", "kd"), ("base", "both")]
+)
+def test_wrong_options_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(WrongUse, match=rf"`lwm\.{option}`"):
+        LwM(**{option: value})
