@@ -96,7 +96,8 @@ class Live:
         self.tick = None
         for reading, row in record["rows"].items():
             self.rows.setdefault(reading, {})[record["experience"]] = row
-        rows = "; ".join(_in_words(reading, row) for reading, row in record["rows"].items())
+        learnt = record["experience"] + 1
+        rows = "; ".join(_in_words(reading, row[:learnt]) for reading, row in record["rows"].items())
         self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
 
     def _message(self, record: dict[str, Any]) -> None:

@@ -294,3 +294,238 @@ def test_what_cannot_be_looked_at_is_refused(model: str, options: dict[str, Any]
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
     with pytest.raises(WrongUse, match=rf"`lwm\.{option}`"):
         LwM(**{option: value})
+
+
+def with_new_head(bench: Bench, push: float = 50.0) -> Bench:
+    """A head of new classes, which score highest wherever a network is asked for all."""
+    block = bench.model.grow(2)
+    with torch.no_grad():
+        block.bias += push
+    return bench
+
+
+@pytest.mark.parametrize("base", ["student", "teacher"])
+def test_new_classes_have_no_say(base: str) -> None:
+    """The class that is explained, and what is distilled, are of the base classes alone.
+
+    Guards against the argmax over all heads (FACIL), which a new class would win here."""
+    options: dict[str, Any] = {"move": 2.0, "base": base}
+    plain, grown = Bench(Maps(), **options), with_new_head(Bench(Maps(), **options))
+    x = images(40)
+    assert (grown.model(x).logits.argmax(1) >= 4).all()
+    values = [{name: term.item() for name, term in bench.terms(x).items()} for bench in (plain, grown)]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+    gradient = torch.autograd.grad(sum(grown.terms(x).values()), grown.model.head[2].weight, allow_unused=True)[0]  # type: ignore[arg-type]
+    assert gradient is None or not gradient.any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_student_that_has_not_moved_is_looked_at_as_its_teacher_is(training: bool) -> None:
+    """By the batch's statistics or, where it rests (as frozen layers do), by the running ones: both in the same way."""
+    bench = Bench(cnn_small((1, 8, 8)), move=0.0)
+    x = images(40) * 3 + 1
+    bench.model.train()(x)  # running statistics that are neither those of the batch nor of a new network
+    bench.lwm.teacher = snapshot(bench.model)
+    bench.model.train(training)
+    terms = bench.terms(x)
+    assert terms["lwm/attend"].item() == pytest.approx(0, abs=1e-6)
+    p = bench.model(x).logits.sigmoid()
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean()
+    assert terms["lwm/distill"].item() == pytest.approx(entropy.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [None, "net.3"])
+def test_attention_trains_the_weights_of_its_maps_as_well(layer: str | None, training: bool) -> None:
+    """Finite differences where alpha depends on what is trained: behind the layer, and through its batch norm.
+
+    Guards against an alpha that is detached; for the convolution behind `net.3` all of the gradient would be lost."""
+    torch.manual_seed(1)
+    bench = Bench(cnn_small((1, 8, 8)), beta=0.0, base="teacher", layer=layer)
+    bench.model.train(training)
+    x, h = images(), 1e-6
+    weights = [bench.model.backbone.net[k].weight for k in (0, 3, 6)] + [block.weight for block in bench.model.head]
+    gradients = list(torch.autograd.grad(bench.terms(x)["lwm/attend"], weights))
+    silent = [k for k in (3, 4) if not gradients[k].any()]  # a head none of whose classes is explained
+    assert len(silent) < 2
+    for k in silent:
+        del weights[k], gradients[k]
+
+    def value() -> float:
+        return bench.terms(x)["lwm/attend"].item()
+
+    for weight, gradient in zip(weights, gradients, strict=True):
+        for place in gradient.abs().flatten().topk(3).indices.tolist():
+            flat = weight.detach().view(-1)
+            was = flat[place].item()
+            flat[place] = was + h
+            above = value()
+            flat[place] = was - h
+            below = value()
+            flat[place] = was
+            assert gradient.flatten()[place].abs() > 1e-4
+            assert gradient.flatten()[place].item() == pytest.approx((above - below) / (2 * h), rel=1e-4)
+
+
+def test_the_student_s_attention_does_not_move_for_another_image() -> None:
+    """Guards against scores [B, B]: the map of one image would get the gradient of other images' classes."""
+    bench = Bench(Maps(inplace=False), beta=0.0, move=2.0)
+    x = images(5)
+    together = bench.terms(x)["lwm/attend"].item()
+    alone = [bench.terms(x[i : i + 1])["lwm/attend"].item() for i in range(5)]
+    assert together == pytest.approx(sum(alone) / 5, rel=1e-9)
+    assert len({round(value, 6) for value in alone}) == 5
+
+
+def test_where_nothing_is_looked_at_the_gradient_is_nothing_and_finite() -> None:
+    """Maps that speak against the class everywhere, and maps of zeros: no division of 0 by 0."""
+    for a in (torch.ones(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, 3, 4, 4, dtype=torch.float64)):
+        a.requires_grad_()
+        w = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+        looks = grad_cam((w * a.mean((2, 3))).sum(1), a, create_graph=True)
+        assert not looks.any()
+        elsewhere = nn.functional.normalize(torch.ones_like(looks), dim=1)
+        distance = attention_distance(elsewhere, looks)
+        assert distance.tolist() == pytest.approx([4.0, 4.0])
+        for gradient in torch.autograd.grad(distance.sum(), (a, w)):
+            assert not gradient.any()  # nan is something
+
+
+def test_batch_statistics_are_those_of_training_and_end_with_an_error() -> None:
+    """The answers are a network's in training mode; running statistics, counts and modes stay, come what may."""
+    net = cnn_small((1, 8, 8)).double()
+    net.net[1].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    modes = [module.training for module in net.modules()]
+    x = images()
+    got: list[Tensor] = []
+
+    def fail() -> None:
+        with batch_statistics(net):
+            got.append(net(x))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [module.training for module in net.modules()] == modes
+    assert all(norm.track_running_stats for norm in net.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert torch.equal(got[0], net.train()(x))
+
+
+def test_the_loss_of_labels_is_over_the_current_classes(tiny) -> None:
+    """So the head of old classes learns from the distillation alone: without it, nothing changes there."""
+    heads: list[Tensor] = []
+
+    class Heads(Plugin):
+        name = "heads"
+        observer = True
+
+        @hookimpl
+        def after_experience(self, run, experience) -> None:
+            heads.append(run.model.head[0].weight.detach()[:2].clone())
+            self.logits = run.logits
+
+    watch = Heads()
+    learn(tiny(2, shape=(1, 8, 8)), LwM(beta=0.0, gamma=0.0), watch)
+    assert watch.logits == "current"
+    assert torch.equal(heads[0], heads[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        (
+            "mlp-100",
+            {},
+            "`lwm` compares attention maps, and the backbone has no convolution: choose another model, such as "
+            "cnn-small or resnet32.",
+        ),
+        (
+            "cnn-small",
+            {"layer": "net.66"},
+            "`lwm.layer` is net.66, which the backbone does not have. Did you mean `net.6`?",
+        ),
+        (
+            "cnn-small",
+            {"layer": "net.10"},
+            "The output of `lwm.layer=net.10` is no map [B, K, H, W]; choose one of the convolutions, `net.0`, "
+            "`net.3`, `net.6`.",
+        ),
+        (
+            "mlp-100",
+            {"layer": "net.1"},
+            "The output of `lwm.layer=net.1` is no map [B, K, H, W]; choose one of the convolutions, of which this "
+            "backbone has none.",
+        ),
+    ],
+)
+def test_the_refusal_is_one_sentence_and_comes_before_training(model: str, options: Any, sentence: str, tiny) -> None:
+    class Trained(Plugin):
+        name = "trained"
+        observer = True
+        steps = 0
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            self.steps += 1
+
+    trained = Trained()
+    with pytest.raises(WrongUse) as caught:
+        learn(tiny(shape=(1, 8, 8)), LwM(**options), trained, model=model)
+    assert caught.value.problems == (sentence,)
+    assert trained.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("beta", -1.0, "`lwm.beta` is -1.0: it should be greater than or equal to 0."),
+        ("gamma", -1.0, "`lwm.gamma` is -1.0: it should be greater than or equal to 0."),
+        ("temperature", 0.0, "`lwm.temperature` is 0.0: it should be greater than 0."),
+    ],
+)
+def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
+    with pytest.raises(WrongUse) as caught:
+        LwM(**{option: value})
+    assert caught.value.problems == (sentence,)
+
+
+def test_beta_and_gamma_scale_their_own_terms() -> None:
+    one, two = (
+        {name: term.item() for name, term in Bench(Maps(), beta=b, gamma=g).terms(images()).items()}
+        for b, g in ((1.0, 1.0), (0.25, 3.0))
+    )
+    scaled = {"lwm/distill": 0.25 * one["lwm/distill"], "lwm/attend": 3 * one["lwm/attend"]}
+    assert two == pytest.approx(scaled, rel=1e-12)
+    assert min(one.values()) > 0
+
+
+def test_answers_by_hand() -> None:
+    """Old logits q = (0, log 3), the student's z = (log 3, 0): as sigmoids, and as softmaxes at temperature 1."""
+
+    class Fixed(nn.Module):
+        def __init__(self, answer: list[float]) -> None:
+            super().__init__()
+            self.backbone = Maps()
+            self.answer = torch.tensor([answer], dtype=torch.float64)
+
+        def forward(self, x: Tensor, task: Tensor | None = None) -> Outputs:
+            features = self.backbone.features(x)
+            return Outputs(features, self.answer + 0 * features[:, :2], [2])
+
+    values = []
+    for distill in ("sigmoid", "softmax"):
+        bench = Bench(Maps(), distill=distill, temperature=1.0, beta=0.5)
+        bench.run.old_classes = [0, 1]
+        bench.lwm.teacher = Fixed([0.0, math.log(3)]).double()  # type: ignore[assignment]
+        with torch.no_grad():
+            for block in bench.model.head:
+                block.weight.zero_()
+                block.bias.zero_()
+            bench.model.head[0].bias[0] = math.log(3)
+        values.append(bench.terms(images())["lwm/distill"].item())
+    # sigmoids: 3/4 and 1/2 where 1/2 and 3/4 are wanted; softmaxes: (3/4, 1/4) where (1/4, 3/4) is wanted
+    sigmoid = (-(math.log(3 / 4) + math.log(1 / 4)) / 2 + math.log(2)) / 2
+    softmax = -(math.log(3 / 4) / 4 + math.log(1 / 4) * 3 / 4)
+    assert values == pytest.approx([0.5 * sigmoid, 0.5 * softmax], rel=1e-7)
