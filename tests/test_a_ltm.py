@@ -180,12 +180,14 @@ def learn(scenario: Any, *plugins: Plugin, model: str = "mlp-100", **train: Any)
     return clframe.run(scenario, model, plugins, train=QUICK | train)
 
 
+@pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])
 @pytest.mark.parametrize("on", ["new", "replay", "all"])
 @pytest.mark.parametrize(("setting", "loss"), [("task", "cross-entropy"), ("class", "cross-entropy"), ("class", "l2")])
-def test_in_a_run_each_step_has_the_term_of_its_rows(tiny, setting: str, loss: Any, on: Any) -> None:
+def test_in_a_run_each_step_has_the_term_of_its_rows(tiny, setting: str, loss: Any, on: Any, model: str) -> None:
+    """By copies of the network; the stable one answers in eval mode, also where it has batch norms."""
     a_ltm = ALTM(lambda_=0.5, loss=loss, on=on)
     watch = Watch(a_ltm=a_ltm)
-    learn(tiny(setting=setting), Replay(), a_ltm, watch)
+    learn(tiny(setting=setting, shape=(1, 8, 8)), Replay(), a_ltm, watch, model=model)
     assert watch.origins == [[0] * 8] * 6 + [[0] * 8 + [1] * 3] * 12
     assert [value for _, value in watch.found[:6]] == [None] * 6 == watch.wanted[:6]
     found = [value for _, value in watch.found[6:]]
@@ -263,3 +265,23 @@ def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:
 def test_wrong_options_are_refused(option: str, value: Any, sentence: str) -> None:
     with pytest.raises(WrongUse, match=sentence):
         ALTM(**{option: value})
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_the_first_experience_and_all_without_a_weight_is_fine_tuning_to_the_bit(tiny, strength: float) -> None:
+    """The stable network's passes draw nothing and move no running statistics."""
+    found: list[list[dict[str, Tensor]]] = []
+
+    class States(Plugin):
+        name = "states"
+        observer = True
+
+        @hookimpl
+        def after_experience(self, run) -> None:
+            found[-1].append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    for plugins in ([ALTM(lambda_=strength)], []):
+        found.append([])
+        learn(tiny(2, shape=(1, 8, 8)), *plugins, States(), model="cnn-small")
+    equal = [all(torch.equal(v, its[name]) for name, v in ours.items()) for ours, its in zip(*found, strict=True)]
+    assert equal == [True, strength == 0]

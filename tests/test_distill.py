@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clframe import Batch
 from clframe.distill import (
+    attention_distance,
     half_squared_distance,
     incremental_bce,
+    observe,
     sigmoid_cross_entropy,
     soft_cross_entropy,
     soft_cross_entropy_per_group,
@@ -84,12 +86,52 @@ def test_one_softmax_over_all_old_heads_is_another_loss() -> None:
     assert ((apart - together).abs() > 1e-2).all()
 
 
-@pytest.mark.parametrize("loss", [soft_cross_entropy, sigmoid_cross_entropy, half_squared_distance])
+def per_group(q: Tensor, z: Tensor) -> Tensor:
+    return soft_cross_entropy_per_group(q, z, [[0, 1], [3, 4, 5]])
+
+
+def for_labels(q: Tensor, z: Tensor) -> Tensor:
+    return incremental_bce(z, torch.arange(B), q[:, :4])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [soft_cross_entropy, per_group, sigmoid_cross_entropy, for_labels, half_squared_distance, attention_distance],
+)
 def test_no_gradient_reaches_the_teacher(loss) -> None:
     q, z = logits(0).requires_grad_(), logits(1).requires_grad_()
     loss(q, z).sum().backward()
     assert q.grad is None
     assert z.grad.norm() > 0
+
+
+def test_each_group_has_its_own_shift_and_its_own_entropy() -> None:
+    """A constant added to one head changes nothing; equal logits give the sum of entropies, and no gradient."""
+    groups = [[0, 1], [2, 3]]
+    shift = torch.tensor([7.0, 7, -3, -3, 100, 5])
+    q, z = logits(0), logits(1)
+    value = soft_cross_entropy_per_group(q, z, groups, 2.0)
+    assert torch.allclose(soft_cross_entropy_per_group(q - shift, z + shift, groups, 2.0), value, rtol=1e-9)
+    same = q.clone().requires_grad_()
+    value = soft_cross_entropy_per_group(q, same, groups, 2.0)
+    p = (q[:, :4].unflatten(1, (2, 2)) / 2).softmax(2)
+    assert torch.allclose(value, -(p * p.log()).sum((1, 2)), rtol=1e-6)
+    assert gradient(value.sum(), same).abs().max() < 1e-12
+
+
+def test_gradient_of_a_batch_mean_is_divided_by_its_weight(batch: Batch) -> None:
+    """(s_T(z) - s_T(q)) / T times w / sum(w): 1/B for each of B rows of weight 1; a row of weight 0 has none."""
+    q, z = logits(0), logits(1).requires_grad_()
+    each = ((z / 2).softmax(1) - (q / 2).softmax(1)).detach() / 2
+    got = gradient(batch.mean(soft_cross_entropy(q, z, 2.0)), z)
+    share = torch.tensor([1.0, 1, 2, 0, 1], dtype=torch.float64)[:, None] / 5
+    assert torch.allclose(got, share * each, rtol=1e-6, atol=1e-12)
+    got = gradient(batch.mean(soft_cross_entropy(q, z, 2.0), batch.origin == 0), z)
+    share = torch.tensor([1.0, 1, 2, 0, 0], dtype=torch.float64)[:, None] / 4
+    assert torch.allclose(got, share * each, rtol=1e-6, atol=1e-12)
+    batch.weight = torch.ones(B)
+    got = gradient(batch.mean(soft_cross_entropy(q, z, 2.0)), z)
+    assert torch.allclose(got, each / B, rtol=1e-6, atol=1e-12)
 
 
 def test_sigmoid_cross_entropy_is_a_mean_over_columns() -> None:
@@ -137,3 +179,34 @@ def test_batch_mean_over_chosen_rows(batch: Batch) -> None:
     assert batch.mean(values, batch.origin == 0).item() == pytest.approx((1 + 2 + 6) / 4)
     assert batch.mean(values, batch.origin > 0).item() == pytest.approx(5.0)
     assert batch.mean(values, batch.origin > 7).item() == 0
+
+
+def test_an_observed_output_is_what_the_graph_goes_through_and_the_observer_goes() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()
+    x = logits(0, 3)
+    plain, kept = net(x), []
+    handle = observe(net[0], kept.append)
+    seen = net(x)
+    assert torch.equal(seen, plain)
+    assert torch.equal(kept[0], net[0](x))  # not what the ReLU left in its place
+    wanted = (net[0](x) > 0) * net[2].weight.sum(0)
+    assert torch.allclose(gradient(seen.sum(), kept[0]), wanted, rtol=1e-12)
+    handle.remove()
+    kept.clear()
+    net(x)
+    assert kept == []
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_graph_may_begin_at_the_observed_output_of_a_frozen_network() -> None:
+    """Nothing before it has a gradient, and no parameter gets one."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double().requires_grad_(False)
+    x, kept = logits(0, 3).requires_grad_(), []
+    with observe(net[0], kept.append, begin=True):
+        seen = net(x)
+    assert kept[0].is_leaf
+    got, nothing = torch.autograd.grad(seen.sum(), (kept[0], x), allow_unused=True)
+    assert torch.allclose(got, (net[0](x) > 0) * net[2].weight.sum(0), rtol=1e-12)
+    assert nothing is None
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert not any(module._forward_hooks for module in net.modules())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import clframe
-from clframe import Batch, Outputs, Plugin, Transform, hookimpl, split_classes
+from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes
 from clframe.distill import incremental_bce, soft_cross_entropy
 from clframe.errors import WrongUse
 from clframe.plugins.lwf import LOGITS, LwF
@@ -86,23 +86,39 @@ class Watch(Plugin):
         self.old = clframe.snapshot(run.model)
         self.states.append({name: value.clone() for name, value in run.model.state_dict().items()})
 
+    def compare(self) -> None:
+        """Each step has the terms that were computed by hand."""
+        assert len(self.terms) == len(self.wanted) > 15
+        for (_, got), wanted in zip(self.terms, self.wanted, strict=True):
+            assert got.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert got[name].item() == pytest.approx(value.item(), rel=1e-4), name
 
-@pytest.mark.parametrize("balance", [False, True])
-@pytest.mark.parametrize("form", list(LOGITS))
-def test_every_step_has_the_terms_of_the_form(form: str, balance: bool, tiny) -> None:
-    if form == "mc" and balance:
-        pytest.skip("LwF.MC is one loss")
+
+PLACES = [  # form, setting, model
+    ("heads", "task", "mlp-100"),
+    ("heads", "task", "cnn-small"),
+    *((form, "class", "mlp-100") for form in LOGITS if form != "heads"),
+    ("local", "class", "cnn-small"),
+    ("mc", "class", "cnn-small"),
+    ("all", "domain", "mlp-100"),
+    ("mc", "domain", "mlp-100"),
+    ("seen", "task", "mlp-100"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "setting", "model", "balance"),
+    [(*place, balance) for place in PLACES for balance in (False, True) if not (balance and place[0] == "mc")],
+)
+def test_every_step_has_the_terms_of_the_form(form: str, setting: str, model: str, balance: bool, tiny) -> None:
     options = {} if form == "mc" else {"lambda_": 0.7, "temperature": 3.0, "balance": balance}
     lwf = LwF(form=form, **options)
     watch = Watch(lwf=lwf)
-    results = learn(tiny(setting="task" if form == "heads" else "class"), lwf, watch)
+    results = learn(tiny(setting=setting, shape=(1, 8, 8)), lwf, watch, model=model)
     assert watch.logits == LOGITS[form]
     assert results.data["forms"] == {"lwf": form}
-    assert len(watch.terms) == len(watch.wanted) > 15
-    for (_, got), wanted in zip(watch.terms, watch.wanted, strict=True):
-        assert got.keys() == wanted.keys()
-        for name, value in wanted.items():
-            assert got[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    watch.compare()
     assert {i for i, terms in watch.terms if "lwf" in terms} == (set() if form == "mc" else {1, 2})
 
 
@@ -147,11 +163,14 @@ def test_the_teacher_is_one_copy_of_the_latest_network_and_answers_in_eval_mode(
                 state, latest = lwf.teacher.state_dict(), watch.states[-1]
                 same = state.keys() == latest.keys() and all(torch.equal(v, latest[k]) for k, v in state.items())
                 resting = not any(m.training for m in lwf.teacher.modules())
-                seen.append((same, resting and not any(p.requires_grad for p in lwf.teacher.parameters())))
+                frozen = not any(p.requires_grad or p.grad is not None for p in lwf.teacher.parameters())
+                seen.append((same, resting and frozen))
 
     learn(tiny(shape=(1, 8, 8)), lwf, watch, Look(), model="cnn-small")
     assert len(seen) > 10
     assert set(seen) == {(True, True)}
+    assert LwF.state == ("teacher",)
+    assert [name for name, value in vars(lwf).items() if isinstance(value, torch.nn.Module)] == ["teacher"]
 
 
 def test_the_teacher_sees_the_very_view_that_is_trained_on(tiny_arrays) -> None:
@@ -179,9 +198,23 @@ def test_the_teacher_sees_the_very_view_that_is_trained_on(tiny_arrays) -> None:
     assert min(float(x.min()) for x in given) < 0  # normalised
 
 
-def test_warm_up_moves_the_new_head_alone_and_the_targets_are_from_before_it(tiny) -> None:
-    """With momentum and weight decay; buffers of batch norms included (guards against targets recorded afterwards)."""
-    lwf = LwF(warm_up=1.0)
+@pytest.mark.parametrize(
+    ("form", "setting", "model"),
+    [
+        ("heads", "task", "cnn-small"),
+        ("heads", "task", "mlp-100"),
+        ("all", "class", "cnn-small"),
+        ("padded", "class", "mlp-100"),
+    ],
+)
+def test_warm_up_moves_the_new_head_alone_and_the_targets_are_from_before_it(
+    form: str, setting: str, model: str, tiny
+) -> None:
+    """With momentum and weight decay; buffers of batch norms included.
+
+    Guards against Mammoth's LwF, which records its targets after the warm-up: with `all` and `padded` other targets.
+    """
+    lwf = LwF(form=form, warm_up=1.0)
     marks: list[tuple[str, dict[str, Tensor]]] = []
 
     class Look(Plugin):
@@ -195,11 +228,11 @@ def test_warm_up_moves_the_new_head_alone_and_the_targets_are_from_before_it(tin
 
     watch = Watch(lwf=lwf)
     learn(
-        tiny(setting="task", shape=(1, 8, 8)),
+        tiny(setting=setting, shape=(1, 8, 8)),
         lwf,
         watch,
         Look(),
-        model="cnn-small",
+        model=model,
         momentum=0.9,
         weight_decay=0.1,
         decay="all",
@@ -209,6 +242,7 @@ def test_warm_up_moves_the_new_head_alone_and_the_targets_are_from_before_it(tin
         before = watch.states[int(head[5]) - 1]
         moved = {name for name, value in state.items() if name not in before or not torch.equal(value, before[name])}
         assert moved == {head + "weight", head + "bias"}
+    watch.compare()
 
 
 def test_old_heads_are_trained(tiny) -> None:
@@ -290,8 +324,11 @@ def test_a_form_with_a_loss_of_its_own_owns_it(tiny) -> None:
 
 @pytest.mark.parametrize("options", [{"lambda_": 2.0}, {"temperature": 1.0}, {"balance": True}])
 def test_options_that_mc_does_not_have_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(WrongUse, match=re.escape("`lwf.form=mc` is one loss")):
+    with pytest.raises(WrongUse) as caught:
         LwF(form="mc", **options)
+    assert caught.value.problems == (
+        "`lwf.form=mc` is one loss: leave `lwf.lambda`, `lwf.temperature` and `lwf.balance` out.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,3 +343,113 @@ def test_a_hand_value() -> None:
     """Two classes, T = 2: targets (0.75, 0.25), answers (0.5, 0.5)."""
     q, z = torch.tensor([[2 * torch.log(torch.tensor(3.0)), 0.0]]), torch.zeros(1, 2)
     assert soft_cross_entropy(q, z, 2.0).item() == pytest.approx(0.6931472, rel=1e-5)
+
+
+class States(Plugin):
+    """The network after each experience."""
+
+    name = "states"
+    observer = True
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Tensor]] = []
+
+    @hookimpl
+    def after_experience(self, run) -> None:
+        self.found.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def moving(tiny_arrays) -> Any:
+    """Builds a scenario of two experiences whose images are normalised, cropped and flipped."""
+    arrays = replace(tiny_arrays(shape=(1, 8, 8)), transform=Transform(mean=(0.3,), std=(0.2,), pad=1, flip=True))
+
+    def build(setting: str) -> Scenario:
+        return split_classes("tiny", arrays, experiences=2, setting=setting)
+
+    return build
+
+
+@pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        ("task", {}),
+        ("task", {"balance": True, "warm_up": 1.0}),
+        ("class", {}),
+        ("class", {"form": "seen"}),
+        ("class", {"form": "padded"}),
+        ("class", {"form": "all"}),
+        ("domain", {}),
+    ],
+)
+def test_the_first_experience_is_fine_tuning_to_the_bit(model: str, setting: str, options: Any, moving) -> None:
+    """With the same `train.logits`; the second one is not."""
+    lwf, ours, theirs = LwF(**options), States(), States()
+    learn(moving(setting), lwf, ours, model=model, momentum=0.9)
+    learn(moving(setting), theirs, model=model, momentum=0.9, logits=LOGITS[lwf.form])
+    assert same(ours.found[0], theirs.found[0])
+    assert not same(ours.found[1], theirs.found[1])
+
+
+@pytest.mark.parametrize(
+    ("setting", "form"),
+    [("task", "heads"), ("class", "local"), ("class", "seen"), ("class", "padded"), ("class", "all")],
+)
+def test_without_weight_all_of_it_is_fine_tuning_to_the_bit(setting: str, form: str, moving) -> None:
+    """The teacher's passes draw nothing and move no running statistics."""
+    ours, theirs = States(), States()
+    learn(moving(setting), LwF(form=form, lambda_=0.0), ours, model="cnn-small")
+    learn(moving(setting), theirs, model="cnn-small", logits=LOGITS[form])
+    assert len(ours.found) == 2
+    assert all(same(*states) for states in zip(ours.found, theirs.found, strict=True))
+
+
+def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float]) -> tuple[Any, Batch, Outputs]:
+    """Arguments of LwF's hooks in the second of two experiences of two classes, its teacher saying `q`."""
+    lwf.teacher = lambda x, task: Outputs(x, q, [q.shape[1]])
+    zeros = torch.zeros(len(z), dtype=torch.int64)
+    batch = Batch(torch.zeros(len(z), 1), torch.tensor(y), zeros, zeros, torch.tensor(weight), zeros)
+    scenario = SimpleNamespace(setting="class", classes=((0, 1), (2, 3)))
+    run = SimpleNamespace(scenario=scenario, experience=SimpleNamespace(index=1), old_classes=[0, 1])
+    return run, batch, Outputs(z, z, [2, 4])
+
+
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0], [0.5, 0.0, 2.0]])
+@pytest.mark.parametrize("form", ["heads", "local", "seen", "padded"])
+def test_gradient_of_the_term_by_hand(form: Any, weight: list[float]) -> None:
+    """lambda w/sum(w) (s_T(z) - target) / T at the logits that take part and 0 at others; T^2 is nowhere."""
+    generator = torch.Generator().manual_seed(3)
+    q, z = (torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (2, 4))
+    lwf = LwF(form=form, lambda_=0.7, temperature=3.0)
+    run, batch, outputs = one_batch(lwf, z.requires_grad_(), q, [2, 3, 2], weight)
+    (got,) = torch.autograd.grad(lwf.penalty(run=run, batch=batch, outputs=outputs)["lwf"], z)  # type: ignore[index]
+    n = 4 if form == "padded" else 2
+    target = torch.cat([(q / 3).softmax(1), torch.zeros(3, n - 2, dtype=torch.float64)], 1)
+    share = torch.tensor(weight, dtype=torch.float64)[:, None] / sum(weight)
+    wanted = torch.zeros_like(z)
+    wanted[:, :n] = 0.7 * share * ((z[:, :n] / 3).softmax(1) - target).detach() / 3
+    assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0], [0.5, 0.0, 2.0]])
+def test_gradient_of_the_loss_of_mc_by_hand(weight: list[float]) -> None:
+    """w/sum(w) (sigma(z) - target) / C over all outputs; a row of an old class has soft targets for old classes too.
+
+    Guards against targets sigma(q / T), T = 2 (the GMvandeVen code's iCaRL).
+    """
+    generator = torch.Generator().manual_seed(3)
+    q, z = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    lwf = LwF(form="mc")
+    run, batch, outputs = one_batch(lwf, z.requires_grad_(), q, [2, 3, 1], weight)
+    (got,) = torch.autograd.grad(lwf.base_loss(run=run, batch=batch, outputs=outputs), z)  # type: ignore[arg-type]
+    targets = torch.zeros_like(z)
+    targets[0, 2] = targets[1, 3] = 1
+    targets[:, :2] = q[:, :2].sigmoid()
+    share = torch.tensor(weight, dtype=torch.float64)[:, None] / sum(weight)
+    assert torch.allclose(got, share * (z.sigmoid() - targets).detach() / 4, rtol=1e-6, atol=1e-12)
+    assert lwf.penalty(run=run, batch=batch, outputs=outputs) is None
