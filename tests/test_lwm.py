@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes
+from clframe import Batch, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.backbones import cnn_small, resnet32
 from clframe.distill import (
     attention_distance,
@@ -21,7 +20,7 @@ from clframe.distill import (
     sigmoid_cross_entropy,
     soft_cross_entropy,
 )
-from clframe.errors import RunFailed, WrongUse
+from clframe.errors import WrongUse
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lwm import LwM
 
@@ -79,9 +78,9 @@ class Bench:
         self.run: Any = type("R", (), {"model": self.model, "old_classes": [0, 1, 2, 3]})()
         self.lwm.before_run(self.run)
 
-    def terms(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def terms(self, x: Tensor) -> dict[str, Tensor]:
         zeros = torch.zeros(len(x), dtype=torch.int64)
-        batch = Batch(x, zeros, zeros, zeros, torch.ones(len(x)) if weight is None else weight, zeros)
+        batch = Batch(x, zeros, zeros, zeros, torch.ones(len(x), dtype=x.dtype), zeros)
         outputs: Outputs = self.model(x)
         return self.lwm.penalty(self.run, batch, outputs)  # type: ignore[return-value]
 
@@ -153,7 +152,6 @@ def test_attention_pulls_on_every_live_kernel(backbone: Any, base: str) -> None:
     convolutions = {n: m for n, m in bench.model.backbone.named_modules() if isinstance(m, nn.Conv2d)}
     gradients = torch.autograd.grad(value, [m.weight for m in convolutions.values()])
     for (name, _), gradient, live in zip(convolutions.items(), gradients, alive.values(), strict=True):
-        assert live.float().mean() > 0.5, name
         assert (gradient.flatten(1).norm(dim=1)[live] > 0).all(), name
     assert all(p.grad is None for p in (*bench.model.parameters(), *bench.lwm.teacher.parameters()))
 
@@ -235,8 +233,8 @@ def test_an_activation_that_works_in_place_changes_nothing() -> None:
     assert values[0] == values[1] > 0
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small", **train: Any) -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=QUICK | train, run={"tensorboard": False})
+def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small") -> clframe.Results:
+    return clframe.run(scenario, model, plugins, train=QUICK, run={"tensorboard": False})
 
 
 def test_a_run_has_both_terms_from_the_second_experience_on_and_leaves_no_hook(tiny) -> None:
@@ -531,142 +529,3 @@ def test_answers_by_hand() -> None:
     sigmoid = (-(math.log(3 / 4) + math.log(1 / 4)) / 2 + math.log(2)) / 2
     softmax = -(math.log(3 / 4) / 4 + math.log(1 / 4) * 3 / 4)
     assert values == pytest.approx([0.5 * sigmoid, 0.5 * softmax], rel=1e-7)
-
-
-def test_terms_are_means_over_images_by_their_weights() -> None:
-    """An image of weight 0 counts for nothing."""
-    bench = Bench(Maps(), move=2.0)
-    x, weight = images(4), torch.tensor([1.0, 0.0, 0.5, 2.0])
-    together = bench.terms(x, weight)
-    alone = [bench.terms(x[i : i + 1]) for i in range(4)]
-    for name in ("lwm/distill", "lwm/attend"):
-        wanted = sum(w * terms[name].item() for w, terms in zip(weight.tolist(), alone, strict=True)) / 3.5
-        assert together[name].item() == pytest.approx(wanted, rel=1e-9)
-
-
-def test_alpha_is_the_head_s_weight_over_the_area() -> None:
-    """And so the map is that of the classic formula to the last constant, before it is made one of length 1."""
-    model = IncrementalNet(Maps(), [3]).double()
-    kept: list[Tensor] = []
-    with observe(model.backbone.conv, kept.append):
-        logits = model(images()).logits
-    b = torch.tensor([0, 2, 1, 1, 0, 2])
-    scores = logits[torch.arange(6), b]
-    (gradient,) = torch.autograd.grad(scores.sum(), kept[0], retain_graph=True)
-    alpha = model.head[0].weight[b] / 64  # 8 x 8 pixels
-    assert torch.allclose(gradient.mean((2, 3)), alpha, rtol=1e-9)
-    wanted = torch.einsum("bk,bkhw->bhw", alpha, kept[0]).relu().flatten(1)
-    wanted = wanted / wanted.square().sum(1, keepdim=True).sqrt()
-    assert torch.allclose(grad_cam(scores, kept[0]), wanted, rtol=1e-6)
-
-
-class ByHand(Plugin):
-    """Computes each step's terms from copies of both networks, image by image, in the mode of training."""
-
-    name = "by-hand"
-    observer = True
-
-    def __init__(self, lwm: LwM) -> None:
-        self.lwm = lwm
-        self.old: IncrementalNet | None = None
-        self.wanted: list[dict[str, float]] = []
-        self.found: list[dict[str, float]] = []
-        self.classes: set[tuple[int, int]] = set()
-
-    @hookimpl
-    def penalty(self, run, batch: Batch, outputs: Outputs) -> None:
-        terms = {"base": run.loss(batch, outputs).item()}
-        if self.old is not None:
-            n = 2 * run.experience.index
-            (q, old_maps, g), (z, maps, h) = (self.look(model, batch.x, n) for model in (self.old, run.model))
-            assert torch.allclose(z, outputs.logits[:, :n], atol=1e-5)
-            t, s = q.sigmoid(), z.sigmoid()
-            terms["lwm/distill"] = 0.5 * -(t * s.log() + (1 - t) * (1 - s).log()).mean().item()
-            distances = []
-            for i in range(len(z)):
-                b = int((z if self.lwm.base == "student" else q)[i].argmax())
-                self.classes.add((b, int(q[i].argmax())))
-                looks = []
-                for a, gradient in ((old_maps, g), (maps, h)):
-                    cam = (gradient[b][i].mean((1, 2), keepdim=True) * a[i]).sum(0).clamp(min=0)
-                    looks.append(cam / cam.norm().clamp(min=1e-12))
-                distances.append((looks[0] - looks[1]).abs().sum())
-            terms["lwm/attend"] = 3.0 * torch.stack(distances).mean().item()
-        self.wanted.append(terms)
-
-    def look(self, model: IncrementalNet, x: Tensor, n: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Old logits, the last convolution's maps, and the gradient of each old logit there."""
-        copied = snapshot(model).train().double()
-        kept: list[Tensor] = []
-        copied.backbone.net[6].register_forward_hook(lambda m, args, out: kept.append(out.requires_grad_()))
-        logits = copied(x.double()).logits[:, :n]
-        gradients = [torch.autograd.grad(logits[:, c].sum(), kept[0], retain_graph=True)[0] for c in range(n)]
-        return logits.detach().float(), kept[0].detach(), gradients
-
-    @hookimpl
-    def after_step(self, run) -> None:
-        self.found.append({name: value.item() for name, value in run.losses.items()})
-
-    @hookimpl
-    def after_experience(self, run) -> None:
-        self.old = snapshot(run.model)
-
-
-@pytest.mark.parametrize("setting", ["class", "task"])
-@pytest.mark.parametrize("base", ["student", "teacher"])
-def test_in_a_run_each_step_has_both_terms_by_hand(base: Any, setting: str, tiny_arrays) -> None:
-    """The teacher is the latest network, sees the augmented view, and normalises by the batch as the student does."""
-    arrays = replace(tiny_arrays(shape=(1, 8, 8)), transform=Transform(mean=(0.3,), std=(0.2,), pad=1, flip=True))
-    lwm = LwM(beta=0.5, gamma=3.0, base=base)
-    watch = ByHand(lwm=lwm)
-    learn(split_classes("tiny", arrays, experiences=3, setting=setting), lwm, watch)
-    assert len(watch.found) == 18
-    for found, wanted in zip(watch.found, watch.wanted, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    attend = [terms["lwm/attend"] for terms in watch.found[6:]]
-    assert attend[0] < 1e-3 < max(attend)  # a network that has just been copied looks where its copy does
-    if base == "student":
-        assert any(mine != its for mine, its in watch.classes)
-
-
-@pytest.mark.parametrize("options", [{}, {"beta": 0.0, "gamma": 0.0}])
-def test_the_first_experience_and_all_without_weights_is_fine_tuning_to_the_bit(options: Any, tiny) -> None:
-    """Neither the hook nor the second backward pass, nor the teacher's, changes what is learnt."""
-    found: list[list[dict[str, Tensor]]] = []
-
-    class States(Plugin):
-        name = "states"
-        observer = True
-
-        @hookimpl
-        def after_experience(self, run) -> None:
-            found[-1].append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-        return all(torch.equal(value, other[name]) for name, value in one.items())
-
-    for plugins in ([LwM(**options)], []):
-        found.append([])
-        settings = {} if plugins else {"logits": "current"}
-        learn(tiny(2, shape=(1, 8, 8)), *plugins, States(), **settings)
-    (first, second), (plain, plain_second) = found
-    assert same(first, plain)
-    assert same(second, plain_second) == bool(options)
-
-
-def test_an_error_leaves_no_hook_either(tiny) -> None:
-    class Fails(Plugin):
-        name = "fails"
-
-        @hookimpl
-        def after_backward(self, run) -> None:
-            self.model = run.model
-            if run.experience.index:
-                raise ZeroDivisionError
-
-    lwm, fails = LwM(), Fails()
-    with pytest.raises(RunFailed, match="`fails`"):
-        learn(tiny(2, shape=(1, 8, 8)), lwm, fails)
-    assert not any(m._forward_hooks for net in (fails.model, lwm.teacher) for m in net.modules())
-    assert lwm.maps is None
-    assert all(p.grad is None for p in lwm.teacher.parameters())  # type: ignore[union-attr]
