@@ -14,9 +14,10 @@ import clframe
 from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes
 from clframe.distill import incremental_bce, soft_cross_entropy
 from clframe.errors import WrongUse
-from clframe.plugins.lwf import LOGITS, LwF
+from clframe.plugins.lwf import LwF
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
+LOGITS = {"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "all": "all", "mc": "all"}
 STILL = {**QUICK, "lr": 1e-30, "clip": 0.0}  # a network that does not move
 
 
@@ -39,11 +40,13 @@ class Watch(Plugin):
         self.entropy: list[Tensor] = []
         self.states: list[dict[str, Tensor]] = []
         self.logits = ""
+        self.widths: list[int] = []  # of the head, in each step
 
     @hookimpl
     def penalty(self, run, batch: Batch, outputs: Outputs) -> None:
         """Sees what LwF sees; adds nothing."""
         self.logits = run.logits
+        self.widths.append(outputs.logits.shape[1])
         z, t, form = outputs.logits.detach(), run.experience.index + 1, self.lwf.form
         wanted = {"base": run.loss(batch, outputs).detach()}
         if self.old is not None:
@@ -117,6 +120,8 @@ def test_every_step_has_the_terms_of_the_form(form: str, setting: str, model: st
     watch = Watch(lwf=lwf)
     results = learn(tiny(setting=setting, shape=(1, 8, 8)), lwf, watch, model=model)
     assert watch.logits == LOGITS[form]
+    widths = [2, 2, 2] if setting == "domain" else [6, 6, 6] if LOGITS[form] == "all" else [2, 4, 6]
+    assert watch.widths == [width for width in widths for _ in range(len(watch.widths) // 3)]
     assert results.data["forms"] == {"lwf": form}
     watch.compare()
     assert {i for i, terms in watch.terms if "lwf" in terms} == (set() if form == "mc" else {1, 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Batch, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes
 from clframe.backbones import cnn_small, resnet32
 from clframe.distill import (
     attention_distance,
@@ -20,7 +21,7 @@ from clframe.distill import (
     sigmoid_cross_entropy,
     soft_cross_entropy,
 )
-from clframe.errors import WrongUse
+from clframe.errors import RunFailed, WrongUse
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lwm import LwM
 
@@ -78,9 +79,9 @@ class Bench:
         self.run: Any = type("R", (), {"model": self.model, "old_classes": [0, 1, 2, 3]})()
         self.lwm.before_run(self.run)
 
-    def terms(self, x: Tensor) -> dict[str, Tensor]:
+    def terms(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         zeros = torch.zeros(len(x), dtype=torch.int64)
-        batch = Batch(x, zeros, zeros, zeros, torch.ones(len(x), dtype=x.dtype), zeros)
+        batch = Batch(x, zeros, zeros, zeros, torch.ones(len(x)) if weight is None else weight, zeros)
         outputs: Outputs = self.model(x)
         return self.lwm.penalty(self.run, batch, outputs)  # type: ignore[return-value]
 
@@ -152,6 +153,7 @@ def test_attention_pulls_on_every_live_kernel(backbone: Any, base: str) -> None:
     convolutions = {n: m for n, m in bench.model.backbone.named_modules() if isinstance(m, nn.Conv2d)}
     gradients = torch.autograd.grad(value, [m.weight for m in convolutions.values()])
     for (name, _), gradient, live in zip(convolutions.items(), gradients, alive.values(), strict=True):
+        assert live.float().mean() > 0.5, name
         assert (gradient.flatten(1).norm(dim=1)[live] > 0).all(), name
     assert all(p.grad is None for p in (*bench.model.parameters(), *bench.lwm.teacher.parameters()))
 
@@ -233,8 +235,8 @@ def test_an_activation_that_works_in_place_changes_nothing() -> None:
     assert values[0] == values[1] > 0
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small") -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=QUICK, run={"tensorboard": False})
+def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small", **train: Any) -> clframe.Results:
+    return clframe.run(scenario, model, plugins, train=QUICK | train, run={"tensorboard": False})
 
 
 def test_a_run_has_both_terms_from_the_second_experience_on_and_leaves_no_hook(tiny) -> None:
@@ -529,3 +531,160 @@ def test_answers_by_hand() -> None:
     sigmoid = (-(math.log(3 / 4) + math.log(1 / 4)) / 2 + math.log(2)) / 2
     softmax = -(math.log(3 / 4) / 4 + math.log(1 / 4) * 3 / 4)
     assert values == pytest.approx([0.5 * sigmoid, 0.5 * softmax], rel=1e-7)
+
+
+def test_terms_are_means_over_images_by_their_weights() -> None:
+    """An image of weight 0 counts for nothing."""
+    bench = Bench(Maps(), move=2.0)
+    x, weight = images(4), torch.tensor([1.0, 0.0, 0.5, 2.0])
+    together = bench.terms(x, weight)
+    alone = [bench.terms(x[i : i + 1]) for i in range(4)]
+    for name in ("lwm/distill", "lwm/attend"):
+        wanted = sum(w * terms[name].item() for w, terms in zip(weight.tolist(), alone, strict=True)) / 3.5
+        assert together[name].item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_alpha_is_the_head_s_weight_over_the_area() -> None:
+    """And so the map is that of the classic formula to the last constant, before it is made one of length 1."""
+    model = IncrementalNet(Maps(), [3]).double()
+    kept: list[Tensor] = []
+    with observe(model.backbone.conv, kept.append):
+        logits = model(images()).logits
+    b = torch.tensor([0, 2, 1, 1, 0, 2])
+    scores = logits[torch.arange(6), b]
+    (gradient,) = torch.autograd.grad(scores.sum(), kept[0], retain_graph=True)
+    alpha = model.head[0].weight[b] / 64  # 8 x 8 pixels
+    assert torch.allclose(gradient.mean((2, 3)), alpha, rtol=1e-9)
+    wanted = torch.einsum("bk,bkhw->bhw", alpha, kept[0]).relu().flatten(1)
+    wanted = wanted / wanted.square().sum(1, keepdim=True).sqrt()
+    assert torch.allclose(grad_cam(scores, kept[0]), wanted, rtol=1e-6)
+
+
+class Deep(nn.Module):
+    """Two convolutions with activations that work in place, and a fully connected layer; no batch norm."""
+
+    width = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 6)
+        self.act = nn.ReLU(inplace=True)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.second(self.act(self.first(x)))).mean((2, 3))).relu()
+
+
+class ByHand(Plugin):
+    """Computes the terms of every third step from copies of both networks, given one image at a time."""
+
+    name = "by-hand"
+    observer = True
+
+    def __init__(self, lwm: LwM) -> None:
+        self.lwm = lwm
+        self.old: IncrementalNet | None = None
+        self.wanted: list[dict[str, float]] = []
+        self.found: list[dict[str, float]] = []
+        self.classes: set[int] = set()  # that were explained
+        self.due = False
+
+    @hookimpl
+    def penalty(self, run, batch: Batch, outputs: Outputs) -> None:
+        self.due = run.step % 3 == 0
+        terms = {"base": run.loss(batch, outputs).item()}
+        if self.due and self.old is not None:
+            n, values = 2 * run.experience.index, []
+            for x in batch.x:
+                q, z = (model(x[None]).logits[0, :n].detach().sigmoid() for model in (self.old, run.model))
+                b = int((z if self.lwm.base == "student" else q).argmax())
+                self.classes.add(b)
+                distance = (self.look(run.model, x, b) - self.look(self.old, x, b)).abs().sum()
+                values.append(torch.stack([-(q * z.log() + (1 - q) * (1 - z).log()).mean(), distance]))
+            distilled, attended = torch.stack(values).mean(0).tolist()
+            terms |= {"lwm/distill": 0.5 * distilled, "lwm/attend": 3.0 * attended}
+        if self.due:
+            self.wanted.append(terms)
+
+    def look(self, model: IncrementalNet, x: Tensor, b: int) -> Tensor:
+        """The map of class b on one image, in float64."""
+        net = snapshot(model).double()
+        a = net.backbone.second(net.backbone.first(x[None].double()).relu()).requires_grad_()
+        features = net.backbone.fc(a.relu().mean((2, 3))).relu()
+        score = torch.cat([block(features) for block in net.head], 1)[0, b]
+        alpha = torch.autograd.grad(score, a)[0].mean((2, 3), keepdim=True)
+        cam = (alpha * a.detach()).sum(1).clamp(min=0)
+        return cam / cam.norm().clamp(min=1e-12)
+
+    @hookimpl
+    def after_step(self, run) -> None:
+        if self.due:
+            self.found.append({name: value.item() for name, value in run.losses.items()})
+
+    @hookimpl
+    def after_experience(self, run) -> None:
+        self.old = snapshot(run.model)
+
+
+@pytest.mark.parametrize("setting", ["class", "task"])
+@pytest.mark.parametrize("base", ["student", "teacher"])
+def test_in_a_run_steps_have_both_terms_by_hand(base: Any, setting: str, tiny_arrays) -> None:
+    """Of single images: the teacher is the latest network and sees the augmented view; one class a pair of maps.
+
+    Guards against FACIL's LwM (zero gradient apart): scores [B, B], a class for each network, maps of any length.
+    """
+    arrays = replace(tiny_arrays(shape=(1, 8, 8)), transform=Transform(mean=(0.3,), std=(0.2,), pad=1, flip=True))
+    lwm = LwM(beta=0.5, gamma=3.0, base=base)
+    watch = ByHand(lwm=lwm)
+    torch.manual_seed(0)  # of the network
+    learn(split_classes("tiny", arrays, experiences=3, setting=setting), lwm, watch, model=Deep(), lr=0.2, epochs=6)
+    assert len(watch.found) == 18
+    for found, wanted in zip(watch.found, watch.wanted, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    attend = [terms["lwm/attend"] for terms in watch.found[6:]]
+    assert attend[0] == pytest.approx(0, abs=1e-4)  # a network that was just copied looks where its copy does
+    assert attend[6] == pytest.approx(0, abs=1e-4)
+    assert max(attend) > 0.1
+    assert len(watch.classes) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.0, "gamma": 0.0}])
+def test_the_first_experience_and_all_without_weights_is_fine_tuning_to_the_bit(options: Any, tiny) -> None:
+    """Neither the hook nor the second backward pass, nor the teacher's, changes what is learnt."""
+    found: list[list[dict[str, Tensor]]] = []
+
+    class States(Plugin):
+        name = "states"
+        observer = True
+
+        @hookimpl
+        def after_experience(self, run) -> None:
+            found[-1].append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+        return all(torch.equal(value, other[name]) for name, value in one.items())
+
+    for plugins in ([LwM(**options)], []):
+        found.append([])
+        settings = {} if plugins else {"logits": "current"}
+        learn(tiny(2, shape=(1, 8, 8)), *plugins, States(), **settings)
+    (first, second), (plain, plain_second) = found
+    assert same(first, plain)
+    assert same(second, plain_second) == bool(options)
+
+
+def test_an_error_leaves_no_hook_either(tiny) -> None:
+    class Fails(Plugin):
+        name = "fails"
+
+        @hookimpl
+        def after_backward(self, run) -> None:
+            self.model = run.model
+            if run.experience.index:
+                raise ZeroDivisionError
+
+    lwm, fails = LwM(), Fails()
+    with pytest.raises(RunFailed, match="`fails`"):
+        learn(tiny(2, shape=(1, 8, 8)), lwm, fails)
+    assert not any(m._forward_hooks for net in (fails.model, lwm.teacher) for m in net.modules())
+    assert lwm.maps is None
+    assert all(p.grad is None for p in lwm.teacher.parameters())  # type: ignore[union-attr]
