@@ -328,7 +328,7 @@ def _check(engine: Engine) -> None:
         for plugin in run.plugins
         if scenario.setting not in plugin.settings
     ]
-    if run.logits == "own" and scenario.setting == "domain":
+    if run.config.train.logits == "own" and scenario.setting == "domain":
         problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
     problems += _logits_problems(run)
     problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
@@ -343,10 +343,13 @@ def _logits_problems(run: Run) -> list[str]:
         p: logits for p in run.plugins if (logits := p.wanted_logits(run.scenario.setting)) and logits != run.logits
     }
     other = next((p.name for p in run.plugins if p.wanted_logits(run.scenario.setting) == run.logits), "")
-    asked = f"`train.logits` is {chosen}" if chosen else f"`{other}` for `{run.logits}`"
+    if chosen:
+        asked = f"`train.logits` is {chosen}: leave that out, or choose another form."
+    else:
+        asked = f"`{other}` for `{run.logits}`: choose other forms, or run them apart."
     return [
         f"`{plugin.name}`{f' (form `{plugin.form}`)' if plugin.form else ''} is made for `train.logits={logits}`, but "
-        f"{asked}: choose other forms, or run them apart."
+        f"{asked}"
         for plugin, logits in wanted.items()
     ]
 

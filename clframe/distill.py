@@ -6,15 +6,13 @@ a batch. Gradients flow into the student's side only. A teacher is a copy that `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float = 2.0) -> Tensor:
@@ -89,7 +87,8 @@ def grad_cam(scores: Tensor, maps: Tensor, *, create_graph: bool = False) -> Ten
     map of zeros stays one).
 
     Args:
-        scores: [B] one class score of each image.
+        scores: [B] one class score of each image, which must not depend on the others: a batch norm that normalises by
+            the batch would mix their alphas.
         maps: A [B, K, H, W], on the way to `scores` in the graph.
         create_graph: keep the graph, so that a loss on the map trains what the map depends on, through alpha as well.
     """
@@ -103,39 +102,21 @@ def attention_distance(teacher: Tensor, student: Tensor) -> Tensor:
     return (student - teacher.detach()).abs().sum(1)
 
 
-def observe(module: nn.Module, keep: Callable[[Tensor], object], *, begin: bool = False) -> RemovableHandle:
-    """Let `keep` have each output of `module`, until the handle is removed, or its ``with`` block is left.
-
-    What comes after the module goes on with a copy, as it may work in place. Where `begin`, the graph begins at the
-    output that `keep` is given, which then requires gradients, also in a frozen network.
-    """
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = output.detach().requires_grad_() if begin else output
-        keep(output)
-        return output.clone() if output.requires_grad else output
-
-    return module.register_forward_hook(hook)
-
-
 @contextmanager
-def batch_statistics(model: nn.Module, like: nn.Module | None = None) -> Iterator[None]:
-    """Batch norms normalise by the batch's own statistics, as in training, and move no running ones.
+def observe(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of `module` in the forward passes inside, each on the way to what comes after it in the graph.
 
-    With `like`, a network of the same modules, only those that do so there.
+    Where nothing before an output requires gradients, as in a frozen network, the graph begins at it. What comes after
+    the module goes on with a copy, as it may work in place.
     """
-    norms = [
-        norm
-        for name, norm in model.named_modules()
-        if isinstance(norm, _BatchNorm)
-        and norm.track_running_stats
-        and (like is None or like.get_submodule(name).training)
-    ]
-    modes = [norm.training for norm in norms]
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        outputs.append(output if output.requires_grad else output.detach().requires_grad_())
+        return outputs[-1].clone()
+
+    hook = module.register_forward_hook(keep)
     try:
-        for norm in norms:
-            norm.training, norm.track_running_stats = True, False
-        yield
+        yield outputs
     finally:
-        for norm, mode in zip(norms, modes, strict=True):
-            norm.training, norm.track_running_stats = mode, True
+        hook.remove()

@@ -46,9 +46,12 @@ class RunFolder:
             raise WrongUse(f"The run folder {path} is a file: name another with `--output`.")
         # a process that was killed before its run began leaves a lock and nothing else
         if new and path.exists() and any(p.name != ".lock" for p in path.iterdir()):
+            a_run = (path / "config.yaml").is_file()
             raise WrongUse(
-                f"The run folder {path} exists already: name another with `--output`, "
-                f"or go on with `clframe resume {path}`."
+                f"The run folder {path} exists already: name another with `--output`, or go on with "
+                f"`clframe resume {path}`."
+                if a_run
+                else f"The folder {path} is not empty, and no run folder: name another with `--output`."
             )
         if not new and not (path / "config.yaml").is_file():
             raise DataError(f"{path} is not a run folder: it has no config.yaml.")

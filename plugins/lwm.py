@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.distill import (
     attention_distance,
-    batch_statistics,
     grad_cam,
     observe,
     sigmoid_cross_entropy,
@@ -29,7 +28,8 @@ class LwM(Plugin):
     L = L_C + beta L_D + gamma L_AD. L_C is the cross-entropy over the current classes, L_D distils the logits of the
     old ones (the base classes), and L_AD is the L1 distance of the two networks' Grad-CAM maps, each of length 1, for
     one base class per image, the same in both networks. Gradients of L_AD flow through the map and through its weights,
-    which are gradients themselves. Where one network normalises by the statistics of the batch, both do.
+    which are gradients themselves. Both networks look in eval mode: a batch norm in training would let one image's map
+    depend on the others.
 
     The paper gives neither beta nor gamma.
 
@@ -61,8 +61,6 @@ class LwM(Plugin):
         self.distill, self.temperature = distill, temperature
         self.base, self.layer = base, layer
         self.teacher: IncrementalNet | None = None
-        self.maps: Tensor | None = None  # the layer's latest output
-        self.hook: Any = None
 
     def wanted_logits(self, setting: str) -> str | None:
         """The cross-entropy is over the current classes: there are no images of others."""
@@ -87,61 +85,39 @@ class LwM(Plugin):
             )
 
     @hookimpl
-    def before_run(self, run: Run) -> None:
-        """Look at the layer."""
-        self.hook = observe(self._layer(run.model), self._keep)
-
-    @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """Both distillations; none in the first experience, nor while the features cannot move.
-
-        Where they can, but not the layer that is looked at, as it is frozen, only the answers are distilled.
-        """
-        maps, self.maps = self.maps, None
+        """Both distillations; none in the first experience, nor while the features cannot move."""
         if self.teacher is None or not outputs.features.requires_grad:
             return None
         old = run.old_classes
-        q, old_maps = self._answers(run, batch)
-        q, z = q[:, old], outputs.logits[:, old]
+        q, old_maps = self._look(self.teacher, batch)
+        z, maps = self._look(run.model, batch)
+        q, z, answers = q[:, old], z[:, old], outputs.logits[:, old]
+        b = (z if self.base == "student" else q).argmax(1, keepdim=True)
+        looked = grad_cam(q.gather(1, b).squeeze(1), old_maps)
+        looks = grad_cam(z.gather(1, b).squeeze(1), maps, create_graph=True)
         soft = self.distill == "softmax"
-        distilled = soft_cross_entropy(q, z, self.temperature) if soft else sigmoid_cross_entropy(q, z)
-        terms = {f"{self.name}/distill": self.beta * batch.mean(distilled)}
-        if maps is not None:
-            b = (z if self.base == "student" else q).argmax(1, keepdim=True)
-            looked = grad_cam(q.gather(1, b).squeeze(1), old_maps)
-            looks = grad_cam(z.gather(1, b).squeeze(1), maps, create_graph=True)
-            terms[f"{self.name}/attend"] = self.gamma * batch.mean(attention_distance(looked, looks))
-        return terms
+        distilled = soft_cross_entropy(q, answers, self.temperature) if soft else sigmoid_cross_entropy(q, answers)
+        return {
+            f"{self.name}/distill": self.beta * batch.mean(distilled),
+            f"{self.name}/attend": self.gamma * batch.mean(attention_distance(looked, looks)),
+        }
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """The network as it is now is the next teacher."""
-        self.maps, self.teacher = None, snapshot(run.model)
+        self.teacher = snapshot(run.model)
 
-    @hookimpl
-    def after_run(self) -> None:
-        """Look no more."""
-        if self.hook is not None:
-            self.hook.remove()
-        self.maps = self.hook = None
-
-    def _answers(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's logits [B, C] and maps [B, K, H, W], with a graph from these to those."""
-        assert self.teacher is not None
-        kept: list[Tensor] = []
-        layer = self._layer(self.teacher)
-        with observe(layer, kept.append, begin=True), batch_statistics(self.teacher, like=run.model):
-            return self.teacher(batch.x, batch.task).logits, kept[-1]
+    def _look(self, model: IncrementalNet, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and maps [B, K, H, W] in eval mode, with a graph from these to those."""
+        with observe(self._layer(model)) as maps, evaluating(model):
+            return model(batch.x, batch.task).logits, maps[-1]
 
     def _gives_maps(self, run: Run) -> bool:
-        kept: list[Tensor] = []
-        with observe(self._layer(run.model), kept.append), torch.no_grad(), evaluating(run.model):
+        with observe(self._layer(run.model)) as maps, torch.no_grad(), evaluating(run.model):
             run.model.features(torch.zeros(2, *run.scenario.input_shape, device=run.device))
-        return bool(kept) and kept[-1].dim() == 4
+        return bool(maps) and maps[-1].dim() == 4
 
     def _layer(self, model: IncrementalNet) -> nn.Module:
         convolutions = [name for name, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
         return model.backbone.get_submodule(convolutions[-1] if self.layer is None else self.layer)
-
-    def _keep(self, output: Tensor) -> None:
-        self.maps = output if output.requires_grad else None

@@ -24,11 +24,11 @@ TRAIN = {"epochs": 1, "batch_size": 12, "optimizer": "sgd", "lr": 0.05}
 ABSENT = {
     ("feature-extraction", "lfl"): {"lfl"},
     ("feature-extraction", "lwm"): {"lwm/distill", "lwm/attend"},
-    ("finetune-fc", "lwm"): {"lwm/attend"},
 }
 # beside feature extraction these have nothing to hold: all that is old is frozen
 NOTHING_TO_HOLD = {"a-ltm", "ewc", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
 END = "choose other forms, or run them apart."
+USER_END = "leave that out, or choose another form."
 
 
 class ConvFC(nn.Module):
@@ -216,14 +216,14 @@ def test_methods_that_are_made_for_other_logits_are_refused(tiny, lwf: dict[str,
 
 def test_a_method_and_a_user_who_want_other_logits_are_refused(tiny):
     assert problems(stream(tiny, "class"), *built("ewc", "lwf"), logits="seen") == (
-        f"`lwf` is made for `train.logits=current`, but `train.logits` is seen: {END}",
+        f"`lwf` is made for `train.logits=current`, but `train.logits` is seen: {USER_END}",
     )
     assert problems(stream(tiny, "class"), *built("lwm", "lwf"), logits="all") == (
-        f"`lwm` is made for `train.logits=current`, but `train.logits` is all: {END}",
-        f"`lwf` is made for `train.logits=current`, but `train.logits` is all: {END}",
+        f"`lwm` is made for `train.logits=current`, but `train.logits` is all: {USER_END}",
+        f"`lwf` is made for `train.logits=current`, but `train.logits` is all: {USER_END}",
     )
     assert problems(stream(tiny, "task"), *built("lwf"), logits="all") == (
-        f"`lwf` is made for `train.logits=own`, but `train.logits` is all: {END}",
+        f"`lwf` is made for `train.logits=own`, but `train.logits` is all: {USER_END}",
     )
 
 

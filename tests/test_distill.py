@@ -184,29 +184,32 @@ def test_batch_mean_over_chosen_rows(batch: Batch) -> None:
 def test_an_observed_output_is_what_the_graph_goes_through_and_the_observer_goes() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()
     x = logits(0, 3)
-    plain, kept = net(x), []
-    handle = observe(net[0], kept.append)
-    seen = net(x)
+    plain = net(x)
+    with observe(net[0]) as kept:
+        seen = net(x)
     assert torch.equal(seen, plain)
     assert torch.equal(kept[0], net[0](x))  # not what the ReLU left in its place
     wanted = (net[0](x) > 0) * net[2].weight.sum(0)
     assert torch.allclose(gradient(seen.sum(), kept[0]), wanted, rtol=1e-12)
-    handle.remove()
-    kept.clear()
     net(x)
-    assert kept == []
+    assert len(kept) == 1
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_a_graph_may_begin_at_the_observed_output_of_a_frozen_network() -> None:
-    """Nothing before it has a gradient, and no parameter gets one."""
+def test_the_graph_begins_at_the_observed_output_of_a_frozen_network() -> None:
+    """And no parameter gets a gradient; an error leaves no observer either."""
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double().requires_grad_(False)
-    x, kept = logits(0, 3).requires_grad_(), []
-    with observe(net[0], kept.append, begin=True):
-        seen = net(x)
-    assert kept[0].is_leaf
-    got, nothing = torch.autograd.grad(seen.sum(), (kept[0], x), allow_unused=True)
-    assert torch.allclose(got, (net[0](x) > 0) * net[2].weight.sum(0), rtol=1e-12)
-    assert nothing is None
+    x = logits(0, 3)
+
+    def look() -> None:
+        with observe(net[0]) as kept:
+            seen = net(x)
+            assert kept[0].is_leaf
+            wanted = (net[0](x) > 0) * net[2].weight.sum(0)
+            assert torch.allclose(gradient(seen.sum(), kept[0]), wanted, rtol=1e-12)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        look()
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())

@@ -655,6 +655,17 @@ def test_a_run_folder_that_is_a_file_is_refused(tiny, tmp_path: Path):
         learn(tiny(), output=str(tmp_path / "file"))
 
 
+def test_a_folder_with_something_else_in_it_is_refused_and_kept(tiny, tmp_path: Path):
+    """No word of resuming what is no run."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(WrongUse) as caught:
+        learn(tiny(), output=str(tmp_path))
+    assert caught.value.problems == (
+        f"The folder {tmp_path} is not empty, and no run folder: name another with `--output`.",
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_folder_with_nothing_but_a_lock_is_used(tiny, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("")

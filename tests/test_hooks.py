@@ -628,16 +628,16 @@ def test_logits_that_a_plugin_is_not_made_for_are_refused(tiny):
 
     one, two = wanting("one", **{"class": "current"}), wanting("two", **{"class": "all"})
     two.form = "wide"
-    end = "choose other forms, or run them apart."
+    end, user = "choose other forms, or run them apart.", "leave that out, or choose another form."
     assert problems(one, logits="seen") == (
-        f"`one` is made for `train.logits=current`, but `train.logits` is seen: {end}",
+        f"`one` is made for `train.logits=current`, but `train.logits` is seen: {user}",
     )
     assert problems(one, two) == (
         f"`two` (form `wide`) is made for `train.logits=all`, but `one` for `current`: {end}",
     )
     assert problems(two, one) == (f"`one` is made for `train.logits=current`, but `two` for `all`: {end}",)
     assert problems(two, wanting("n"), one, logits="all") == (
-        f"`one` is made for `train.logits=current`, but `train.logits` is all: {end}",
+        f"`one` is made for `train.logits=current`, but `train.logits` is all: {user}",
     )
     assert len(problems(one, two, logits="seen")) == 2
 

@@ -295,8 +295,8 @@ class OwnLoss(Plugin):
 
 def test_logits_that_the_form_is_not_made_for_are_refused(tiny) -> None:
     assert refusal(tiny(), LwF(form="seen"), logits="all") == (
-        "`lwf` (form `seen`) is made for `train.logits=seen`, but `train.logits` is all: choose other forms, or run "
-        "them apart.",
+        "`lwf` (form `seen`) is made for `train.logits=seen`, but `train.logits` is all: leave that out, or choose "
+        "another form.",
     )
     assert refusal(tiny(), LwF(form="local"), WantsAll()) == (
         "`wants-all` is made for `train.logits=all`, but `lwf` for `current`: choose other forms, or run them apart.",

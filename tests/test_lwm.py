@@ -15,13 +15,13 @@ from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl,
 from clframe.backbones import cnn_small, resnet32
 from clframe.distill import (
     attention_distance,
-    batch_statistics,
     grad_cam,
     observe,
     sigmoid_cross_entropy,
     soft_cross_entropy,
 )
 from clframe.errors import RunFailed, WrongUse
+from clframe.model import evaluating
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lwm import LwM
 
@@ -77,7 +77,6 @@ class Bench:
         self.lwm.teacher = snapshot(self.model)
         perturbed(self.model, move)
         self.run: Any = type("R", (), {"model": self.model, "old_classes": [0, 1, 2, 3]})()
-        self.lwm.before_run(self.run)
 
     def terms(self, x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         zeros = torch.zeros(len(x), dtype=torch.int64)
@@ -89,8 +88,7 @@ class Bench:
 def test_grad_cam_is_the_class_activation_map_where_maps_are_averaged() -> None:
     """alpha_k = w_bk / HW; guards against maps that are not normalised."""
     model = IncrementalNet(Maps(), [3]).double()
-    kept: list[Tensor] = []
-    with observe(model.backbone.conv, kept.append):
+    with observe(model.backbone.conv) as kept:
         logits = model(images()).logits
     b = logits.argmax(1, keepdim=True)
     got = grad_cam(logits.gather(1, b).squeeze(1), kept[0])
@@ -104,8 +102,7 @@ def test_grad_cam_is_the_autograd_of_each_image_by_itself() -> None:
     """One score an image: guards against `logits[:, idx]`, which is B x B."""
     model = IncrementalNet(cnn_small((1, 8, 8)), [3]).double().eval()
     x, b = images(), torch.tensor([0, 2, 1, 1, 0, 2])
-    kept: list[Tensor] = []
-    with observe(model.backbone.net[3], kept.append):
+    with observe(model.backbone.net[3]) as kept:
         logits = model(x).logits
         got = grad_cam(logits[torch.arange(6), b], kept[0])
         for i in range(6):
@@ -146,7 +143,7 @@ def test_attention_pulls_on_every_live_kernel(backbone: Any, base: str) -> None:
         for n, m in bench.model.backbone.named_modules()
         if isinstance(m, nn.BatchNorm2d)
     ]
-    value = bench.terms(images())["lwm/attend"]
+    value = bench.terms(images(32))["lwm/attend"]  # the last pass is the student's look
     for hook in hooks:
         hook.remove()
     assert value > 1e-3
@@ -175,24 +172,26 @@ def test_the_gradient_of_attention_is_that_of_finite_differences() -> None:
         assert gradient[place].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4, abs=1e-8)
 
 
-def test_equal_networks_look_alike_in_training_mode() -> None:
-    """Both normalise by the batch, and the teacher's running statistics stay."""
+def test_equal_networks_look_alike_and_nothing_of_them_moves() -> None:
+    """Also while the student trains: its modes and running statistics are as the step left them."""
     bench = Bench(cnn_small((1, 8, 8)), move=0.0)
     bench.model.train()
-    before = {name: value.clone() for name, value in bench.lwm.teacher.state_dict().items()}
-    assert bench.terms(images())["lwm/attend"].item() == pytest.approx(0, abs=1e-9)
-    assert all(torch.equal(value, before[name]) for name, value in bench.lwm.teacher.state_dict().items())
+    x = images()
+    bench.model(x)  # the step's own forward pass moves them
+    bench.lwm.teacher = snapshot(bench.model)
+    bench.model(x)
+    networks = (bench.model, bench.lwm.teacher)
+    batch = Batch(x, *(torch.zeros(6, dtype=torch.int64) for _ in range(3)), torch.ones(6), torch.zeros(6))
+    outputs = bench.model(x)
+    before = [{name: value.clone() for name, value in net.state_dict().items()} for net in networks]
+    terms = bench.lwm.penalty(bench.run, batch, outputs)
+    assert terms["lwm/attend"].item() > 0  # the statistics have moved by two passes since the copy
+    for net, state in zip(networks, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(module.training for module in bench.model.modules())
     assert not any(module.training for module in bench.lwm.teacher.modules())
-
-
-def test_batch_statistics_follow_the_modes_of_another_network() -> None:
-    one, other = nn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3)
-    x = torch.randn(5, 3) + 4
-    with batch_statistics(one, like=other):
-        assert one(x).mean().abs() < 1e-6
-    with batch_statistics(one, like=other.eval()):
-        assert one(x).mean() > 1
-    assert (one.num_batches_tracked, one.training, one.track_running_stats) == (0, False, True)
+    bench.lwm.teacher = snapshot(bench.model)
+    assert bench.lwm.penalty(bench.run, batch, outputs)["lwm/attend"].item() == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("base", ["student", "teacher"])
@@ -255,23 +254,28 @@ def test_a_run_has_both_terms_from_the_second_experience_on_and_leaves_no_hook(t
     learn(tiny(2, shape=(1, 8, 8)), lwm, watch)
     assert set(seen) == {(0, ("base",)), (1, ("base", "lwm/distill", "lwm/attend"))}
     assert not any(m._forward_hooks for net in (watch.model, lwm.teacher) for m in net.modules())
-    assert lwm.maps is None
 
 
-def test_frozen_convolutions_leave_the_answers_to_distil(tiny) -> None:
-    terms: set[str] = set()
+def test_attention_reaches_what_is_behind_frozen_convolutions(tiny) -> None:
+    """Their maps stay, but alpha depends on the fully connected layer."""
+    norms: list[float] = []
 
     class Watch(Plugin):
         name = "watch"
         observer = True
 
         @hookimpl
-        def after_step(self, run) -> None:
+        def after_step(self, run, batch) -> None:
             if run.experience.index:
-                terms.update(run.losses)
+                terms = lwm.penalty(run, batch, run.model(batch.x))
+                assert set(run.losses) == {"base", "lwm/distill", "lwm/attend"}
+                (gradient,) = torch.autograd.grad(terms["lwm/attend"], run.model.backbone.fc.weight)
+                norms.append(gradient.norm().item())
 
-    learn(tiny(2, shape=(1, 8, 8)), LwM(), FinetuneFC(), Watch(), model=Convolutional())
-    assert terms == {"base", "lwm/distill"}
+    lwm = LwM()
+    learn(tiny(2, shape=(1, 8, 8)), lwm, FinetuneFC(), Watch(), model=Convolutional())
+    assert len(norms) == 10
+    assert min(norms[1:]) > 0
 
 
 @pytest.mark.parametrize(
@@ -323,17 +327,21 @@ def test_new_classes_have_no_say(base: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_student_that_has_not_moved_is_looked_at_as_its_teacher_is(training: bool) -> None:
-    """By the batch's statistics or, where it rests (as frozen layers do), by the running ones: both in the same way."""
+    """In eval mode, whatever mode it trains in; its answers are those of the step."""
     bench = Bench(cnn_small((1, 8, 8)), move=0.0)
     x = images(40) * 3 + 1
     bench.model.train()(x)  # running statistics that are neither those of the batch nor of a new network
     bench.lwm.teacher = snapshot(bench.model)
     bench.model.train(training)
+    for norm in bench.model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.0  # the forward pass of the step moves nothing either
     terms = bench.terms(x)
     assert terms["lwm/attend"].item() == pytest.approx(0, abs=1e-6)
-    p = bench.model(x).logits.sigmoid()
-    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean()
-    assert terms["lwm/distill"].item() == pytest.approx(entropy.item(), rel=1e-9)
+    q, z = bench.lwm.teacher(x).logits.sigmoid(), bench.model(x).logits.sigmoid()
+    wanted = -(q * z.log() + (1 - q) * (1 - z).log()).mean()
+    assert terms["lwm/distill"].item() == pytest.approx(wanted.item(), rel=1e-9)
+    assert torch.allclose(q, z) is not training
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -345,6 +353,9 @@ def test_attention_trains_the_weights_of_its_maps_as_well(layer: str | None, tra
     torch.manual_seed(1)
     bench = Bench(cnn_small((1, 8, 8)), beta=0.0, base="teacher", layer=layer)
     bench.model.train(training)
+    for norm in bench.model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.0  # each look is at the same network
     x, h = images(), 1e-6
     weights = [bench.model.backbone.net[k].weight for k in (0, 3, 6)] + [block.weight for block in bench.model.head]
     gradients = list(torch.autograd.grad(bench.terms(x)["lwm/attend"], weights))
@@ -369,14 +380,60 @@ def test_attention_trains_the_weights_of_its_maps_as_well(layer: str | None, tra
             assert gradient.flatten()[place].item() == pytest.approx((above - below) / (2 * h), rel=1e-4)
 
 
-def test_the_student_s_attention_does_not_move_for_another_image() -> None:
-    """Guards against scores [B, B]: the map of one image would get the gradient of other images' classes."""
-    bench = Bench(Maps(inplace=False), beta=0.0, move=2.0)
+@pytest.mark.parametrize("backbone", [Maps(inplace=False), cnn_small((1, 8, 8))])
+def test_attention_of_an_image_does_not_depend_on_the_others(backbone: nn.Module) -> None:
+    """Also while batch norms train; guards against scores [B, B], and against alphas that a batch norm mixes."""
+    bench = Bench(backbone, beta=0.0, move=2.0)
+    for norm in bench.model.train().modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 0.0
     x = images(5)
     together = bench.terms(x)["lwm/attend"].item()
     alone = [bench.terms(x[i : i + 1])["lwm/attend"].item() for i in range(5)]
     assert together == pytest.approx(sum(alone) / 5, rel=1e-9)
     assert len({round(value, 6) for value in alone}) == 5
+
+
+def test_a_batch_of_one_image_has_no_noise_for_a_map() -> None:
+    """A batch norm in training would give it an alpha of exactly 0, and a map of rounding made one of length 1."""
+    torch.manual_seed(0)
+    bench = Bench(cnn_small((1, 8, 8)), move=1e-3)
+    bench.model.float().train()
+    bench.lwm.teacher.float()
+    assert 0 < bench.terms(images(1, dtype=torch.float32))["lwm/attend"].item() < 0.2
+
+
+def test_another_plugin_may_call_the_network_within_the_step(tiny) -> None:
+    """In any order, with gradients or without: what is learnt stays the same to the bit."""
+    ends: list[dict[str, Tensor]] = []
+
+    class Calls(Plugin):
+        name = "calls"
+        observer = True
+
+        def __init__(self, gradients: bool = True) -> None:
+            self.gradients = gradients
+
+        @hookimpl
+        def penalty(self, run, batch, outputs) -> None:
+            """Looks at something of its own."""
+            with torch.set_grad_enabled(self.gradients), evaluating(run.model):
+                run.model(batch.x.flip(0))
+
+        @hookimpl
+        def after_run(self, run) -> None:
+            ends.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    class End(Calls):
+        name = "end"
+
+        @hookimpl
+        def penalty(self, run) -> None:
+            """Nothing."""
+
+    for plugins in ([LwM(), End()], [LwM(), Calls()], [Calls(), LwM()], [Calls(gradients=False), LwM()]):
+        learn(tiny(2, shape=(1, 8, 8)), *plugins)
+    assert all(torch.equal(value, end[name]) for end in ends[1:] for name, value in ends[0].items())
 
 
 def test_where_nothing_is_looked_at_the_gradient_is_nothing_and_finite() -> None:
@@ -391,28 +448,6 @@ def test_where_nothing_is_looked_at_the_gradient_is_nothing_and_finite() -> None
         assert distance.tolist() == pytest.approx([4.0, 4.0])
         for gradient in torch.autograd.grad(distance.sum(), (a, w)):
             assert not gradient.any()  # nan is something
-
-
-def test_batch_statistics_are_those_of_training_and_end_with_an_error() -> None:
-    """The answers are a network's in training mode; running statistics, counts and modes stay, come what may."""
-    net = cnn_small((1, 8, 8)).double()
-    net.net[1].eval()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    modes = [module.training for module in net.modules()]
-    x = images()
-    got: list[Tensor] = []
-
-    def fail() -> None:
-        with batch_statistics(net):
-            got.append(net(x))
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert [module.training for module in net.modules()] == modes
-    assert all(norm.track_running_stats for norm in net.modules() if isinstance(norm, nn.BatchNorm2d))
-    assert torch.equal(got[0], net.train()(x))
 
 
 def test_the_loss_of_labels_is_over_the_current_classes(tiny) -> None:
@@ -547,8 +582,7 @@ def test_terms_are_means_over_images_by_their_weights() -> None:
 def test_alpha_is_the_head_s_weight_over_the_area() -> None:
     """And so the map is that of the classic formula to the last constant, before it is made one of length 1."""
     model = IncrementalNet(Maps(), [3]).double()
-    kept: list[Tensor] = []
-    with observe(model.backbone.conv, kept.append):
+    with observe(model.backbone.conv) as kept:
         logits = model(images()).logits
     b = torch.tensor([0, 2, 1, 1, 0, 2])
     scores = logits[torch.arange(6), b]
@@ -686,5 +720,4 @@ def test_an_error_leaves_no_hook_either(tiny) -> None:
     with pytest.raises(RunFailed, match="`fails`"):
         learn(tiny(2, shape=(1, 8, 8)), lwm, fails)
     assert not any(m._forward_hooks for net in (fails.model, lwm.teacher) for m in net.modules())
-    assert lwm.maps is None
     assert all(p.grad is None for p in lwm.teacher.parameters())  # type: ignore[union-attr]
