@@ -107,7 +107,7 @@ def test_a_run_folder_that_exists_is_refused_and_kept(capsys):
     Path("out/config.yaml").write_text("")
     assert main(["run", *SHORT, "--output", "out"]) == 2
     assert "clframe resume out" in capsys.readouterr().err
-    assert [path.name for path in Path("out").iterdir()] == ["precious"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["config.yaml", "precious"]
 
 
 def test_runs_get_folders_of_their_own(capsys):
