@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +121,21 @@ def _at(container: Any, key: Any) -> Any:
     return None
 
 
-def save(folder: Path, tree: Mapping[str, Any]) -> Path:
-    """Write `tree` as the newest checkpoint in `folder`, whole or not at all, and keep the one before it.
+def copied(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """`tree` packed, with copies of its tensors: what the run does next does not change them.
+
+    Raises `RunFailed` if something in it cannot be packed.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        packed = pack(tree, tensors)
+    except TypeError as error:
+        raise RunFailed(f"No checkpoint can be written: {error}.") from error
+    return packed, {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
+    """Write what `copied` gave as the newest checkpoint in `folder`, whole or not at all, and keep the one before it.
 
     Raises `RunFailed` if the disk is full or cannot be written; the checkpoints that were there remain.
     """
@@ -133,22 +145,14 @@ def save(folder: Path, tree: Mapping[str, Any]) -> Path:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        tensors: dict[str, Tensor] = {}
-        text = json.dumps({"format": FORMAT, "tree": pack(tree, tensors)})
-        (beside / FILES[0]).write_text(text, encoding="utf-8")
-        save_file(_apart(tensors), beside / FILES[1])
-        with ThreadPoolExecutor(max_workers=1) as disk:  # it writes while the sums are taken
-            synced = [disk.submit(sync, beside / name) for name in FILES]
-            sums = {name: _sha256(beside / name) for name in FILES}
-            write_text(beside / "manifest.json", json.dumps(sums))
-        for writing in synced:
-            writing.result()  # raises what went wrong
+        (beside / FILES[0]).write_text(json.dumps({"format": FORMAT, "tree": packed}), encoding="utf-8")
+        save_file(tensors, beside / FILES[1])
+        for name in FILES:
+            sync(beside / name)
+        write_text(beside / "manifest.json", json.dumps({name: _sha256(beside / name) for name in FILES}))
         sync(beside)
         beside.rename(target)
         sync(folder)
-    except TypeError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise RunFailed(f"No checkpoint can be written: {error}.") from error
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         kept = newest(folder)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, cast
@@ -412,7 +412,11 @@ class Engine:
 
     def how_to_go_on(self) -> str:
         """A sentence on the checkpoint that is left, or nothing if there is none."""
-        kept = checkpoint.newest(self.folder.checkpoints) if self.folder else None
+        if self.folder is None:
+            return ""
+        with suppress(RunFailed):  # an error is under way already
+            self.folder.settle()
+        kept = checkpoint.newest(self.folder.checkpoints)
         return f" The last good checkpoint is kept: `clframe resume {self.run.folder}` starts from it." if kept else ""
 
     # -------------------------------------------------------------------------------------- evaluation
@@ -499,6 +503,8 @@ class Engine:
         """Between two pieces of work: stop if a signal asked for it, save if it is time."""
         if self.signal:
             self.save()
+            if self.folder:
+                self.folder.settle()
             name = signal.Signals(self.signal).name
             how = (
                 f"`clframe resume {self.folder.path}` goes on from here" if self.folder else "this run keeps no folder"
@@ -508,11 +514,11 @@ class Engine:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, if the run has a folder and everything is finite."""
+        """Begin to write a checkpoint, if the run has a folder and everything is finite."""
         if self.folder:
             self.check_finite()
             self.count_seconds()
-            checkpoint.save(self.folder.checkpoints, state.take(self))
+            self.folder.save(state.take(self))
         self.last_save = time.monotonic()
 
     @contextmanager

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class RunFolder:
     def __init__(self, path: Path, *, new: bool) -> None:
         self.path = path
         self._new = new
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
         if new and path.exists() and not path.is_dir():
             raise WrongUse(f"The run folder {path} is a file: name another with `--output`.")
         # a process that was killed before its run began leaves a lock and nothing else
@@ -67,7 +70,8 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Give the folder back; one in which nothing was begun goes away."""
+        """Give the folder back, when nothing is written any more; one in which nothing was begun goes away."""
+        self._disk.shutdown()
         self._lock.release()
         if self._new and not (self.path / "config.yaml").exists():
             (self.path / ".lock").unlink(missing_ok=True)
@@ -78,6 +82,20 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
+
+    def save(self, tree: Mapping[str, Any]) -> None:
+        """Write a checkpoint of `tree` as it is now, while the run goes on; first the one before must be written.
+
+        Raises `RunFailed` if that one could not be, or if something in `tree` cannot be kept.
+        """
+        self.settle()
+        self._writing = self._disk.submit(checkpoint.write, self.checkpoints, *checkpoint.copied(tree))
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written. Raises `RunFailed` if it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     @property
     def finished(self) -> bool:
@@ -147,6 +165,7 @@ class RunFolder:
 
     def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> None:
         """Write the trained model, the predictions, and last the results: they say that the run is finished."""
+        self.settle()
         tensors: dict[str, Tensor] = {}
         state = checkpoint.pack(model, tensors)
         checkpoint.write_tensors(self.path / "model.safetensors", tensors)

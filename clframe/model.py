@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clframe.errors import WrongUse
 
@@ -177,3 +178,24 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def normalizing_by_batch(model: nn.Module, like: nn.Module) -> Iterator[None]:
+    """`model` in eval mode inside, but for the batch norms that train in `like`, a network of the same modules.
+
+    Those normalise by the batch's own statistics, as they do in training, and their running ones stay.
+    """
+    norms = [
+        norm
+        for name, norm in model.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats and like.get_submodule(name).training
+    ]
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.training, norm.track_running_stats = True, False
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True

@@ -215,14 +215,14 @@ def test_a_method_that_keeps_no_images_leaves_none_in_its_checkpoints(
     normalized = [scenario.transform.normalize(image[None]) for image in images]
     needles = [t.numpy().tobytes() for t in (*images, *normalized)]
     written: list[bytes] = []
-    original = checkpoint.save
+    original = checkpoint.write
 
-    def save(folder: Path, tree: Any) -> Path:
-        path = original(folder, tree)
+    def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
+        path = original(folder, packed, tensors)
         written.extend(file.read_bytes() for file in path.iterdir())
         return path
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "write", write)
     learn(scenario, built(name), output=str(tmp_path / "run"), checkpoint_every=0.0)
     written += [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert len(written) > 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, checkpo
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import ModelPredictor
+from clframe.folder import RunFolder
 
 TRAIN = {
     "epochs": 2,
@@ -392,3 +394,65 @@ def test_modules_that_a_phase_froze_are_as_a_resumed_run_finds_them(tiny, tmp_pa
     modes = Modes()
     clframe.run(stream(tiny), "cnn-small", [modes], train=TRAIN)
     assert all(modes.seen)
+
+
+# ------------------------------------------------------------------------ written while the run goes on
+
+
+def opened(path: Path) -> RunFolder:
+    folder = RunFolder(path, new=True)
+    folder.begin("", {}, {})
+    return folder
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the run does while the disk is busy is not in it; the next one waits, and so does the end."""
+    busy, original = threading.Event(), checkpoint.write
+
+    def write(*arguments: Any) -> Path:
+        assert busy.wait(10)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    folder, weight, rows = opened(tmp_path / "run"), torch.zeros(3), [1.0]
+    folder.save({"weight": weight, "part": weight[1:], "rows": rows})
+    weight += 1
+    rows.append(2.0)
+    assert checkpoint.newest(folder.checkpoints) is None
+    busy.set()
+    folder.save({"weight": weight})
+    assert checkpoint.newest(folder.checkpoints) is not None
+    folder.close()
+    found = [checkpoint._read(folder.checkpoints / name) for name in ("000001", "000002")]
+    trees = [checkpoint.unpack(*loaded) for loaded in found]
+    assert trees[0]["rows"] == [1.0]
+    assert torch.equal(trees[0]["weight"], torch.zeros(3))
+    assert torch.equal(trees[0]["part"], torch.zeros(2))
+    assert torch.equal(trees[1]["weight"], torch.ones(3))
+
+
+def test_what_kept_a_checkpoint_from_being_written_is_told_once_and_stops_the_run(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At the next checkpoint, or at the end; the one before is kept."""
+    original, written = checkpoint.save_file, []
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    folder = opened(tmp_path / "alone")
+    for number in range(2):
+        folder.save({"number": number})
+    with pytest.raises(RunFailed, match=r"000002 could not be written \(.*No space left.*000001 is kept"):
+        folder.save({"number": 2})
+    folder.settle()
+    folder.close()
+    written.clear()
+    with pytest.raises(RunFailed, match=r"000002 could not be written \(.*No space left.*000001 is kept: make room"):
+        clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "run"), "predictions": False})
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000001"]
+    assert not (tmp_path / "run" / "results.json").exists()
