@@ -206,7 +206,7 @@ class GradientSums:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
                     found = self._by_vmap(parameters, x, task, vectors)
-            except (RuntimeError, ValueError, NotImplementedError):
+            except (RuntimeError, ValueError):
                 # not every module can go: one that reads values, or calls an operator without a batching rule
                 self._vmap_works = False
         if not self._vmap_works:
