@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clframe import checkpoint, registry, state
-from clframe.config import Config, TrainSettings, parse_yaml, resolve, to_yaml
+from clframe.config import OBJECT, Config, TrainSettings, parse_yaml, resolve, to_yaml
 from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
@@ -26,8 +26,6 @@ from clframe.options import explain
 from clframe.plugin import Plugin
 from clframe.record import results_of, scenario_of, split_of
 from clframe.results import Results
-
-OBJECT = "python object"  # the option under which a configuration names what only Python can give
 
 
 def run(

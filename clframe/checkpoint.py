@@ -146,7 +146,7 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         (beside / FILES[0]).write_text(json.dumps({"format": FORMAT, "tree": packed}), encoding="utf-8")
-        save_file(tensors, beside / FILES[1])
+        _save(tensors, beside / FILES[1])
         for name in FILES:
             sync(beside / name)
         write_text(beside / "manifest.json", json.dumps({name: _sha256(beside / name) for name in FILES}))
@@ -231,7 +231,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` as safetensors to `path` whole or not at all. Raises `OSError` if that fails."""
     beside = path.with_name(f".{path.name}")
     try:
-        save_file(_apart(tensors), beside)
+        _save(_apart(tensors), beside)
         sync(beside)
         beside.replace(path)
     except SafetensorError as error:  # it stands for an error of the system, too
@@ -257,6 +257,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that whoever may read its folder may read; safetensors lets the owner alone."""
+    save_file(tensors, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -149,6 +149,7 @@ DEFAULT_SCENARIO = "split-digits"
 DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
 LARGEST_FILE = 1_000_000  # bytes of a configuration
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
+OBJECT = "python object"  # the option under which a configuration names what only Python can give
 OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they suit one optimizer, not another
 Given = Mapping[str, Any]
 Named = str | Given | None  # a name, or a mapping with ``name`` and options, or options alone
@@ -241,6 +242,9 @@ def parse_yaml(text: str, where: str) -> Any:
 def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
     """The scenario with all its options, and the function that builds it (None if it is not known)."""
     name, options = _merge(layers, DEFAULT_SCENARIO)
+    if OBJECT in options:
+        problems.append(_only_in_python("scenario", name))
+        return {}, None
     try:
         build = registry.builder("scenario", name)
     except WrongUse as error:
@@ -254,6 +258,9 @@ def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[s
     name, options = _merge(layers, "")
     if not name:
         name, options = _merge([dict(suited), options], DEFAULT_MODEL)
+    if OBJECT in options:
+        problems.append(_only_in_python("model", name))
+        return {}
     try:
         build = registry.builder("model", name)
     except WrongUse as error:
@@ -264,6 +271,9 @@ def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[s
 
 def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str, Any]:
     """All options of the plugin; it is built on the way, as its constructor may refuse a combination."""
+    if OBJECT in options:
+        problems.append(_only_in_python("plugin", name))
+        return {}
     try:
         resolved = registry.build_plugin(name, options).public_options()
     except WrongUse as error:
@@ -272,6 +282,13 @@ def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str,
     if ":" in name:
         del resolved["variant"]
     return resolved
+
+
+def _only_in_python(section: str, name: str) -> str:
+    return (
+        f"The {section} `{name}` of this configuration is an object of a Python program: give it again to "
+        "`clframe.run` from Python."
+    )
 
 
 def _checked(build: Any, options: Given, section: str, name: str, problems: list[str]) -> dict[str, Any]:

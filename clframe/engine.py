@@ -130,7 +130,8 @@ class Engine:
         self.replay_checked = False
         self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # of each step; see `watch_finite`
         self.signal = 0
-        self.in_step_since = self.last_save = self.last_pulse = time.monotonic()
+        self.last_save = self.last_pulse = time.monotonic()
+        self.in_step_since: float | None = None  # the end of the phase's first step, in which torch prepares itself
         self.images_since = 0
         run.pause = self.pause
 
@@ -237,7 +238,7 @@ class Engine:
             else:
                 self.kept_optimizer = run.optimizer
                 run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run.sampler.steps else None
-            self.in_step_since, self.images_since = time.monotonic(), 0
+            self.in_step_since, self.images_since = None, 0
             yield self.batches(data)
             self.check_finite()
         self.trainable = run.sampler = None
@@ -318,7 +319,6 @@ class Engine:
         run = self.run
         self.position.steps += 1
         run.total_steps += 1
-        self.images_since += len(batch)
         self.timings[-1]["images"] += len(batch)
         log = run.total_steps % run.config.run.log_every == 0
         if log or len(self.unchecked) == UNCHECKED:
@@ -326,7 +326,11 @@ class Engine:
         if log:
             run.emit("step", **self.progress())
         now = time.monotonic()
-        if now - self.last_pulse >= PULSE:
+        if self.in_step_since is None:
+            self.in_step_since = now
+        else:
+            self.images_since += len(batch)
+        if self.images_since and now - self.last_pulse >= PULSE:
             self.last_pulse = now
             rate = self.images_since / (now - self.in_step_since)
             left = (run.steps_in_phase - run.step - 1) * len(batch) / rate

@@ -201,10 +201,12 @@ def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # which of torch's kernels it runs
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": _processor(),
         **versions,
         "torch": torch.__version__,
         "device": f"{device.type}: {name}",
@@ -219,6 +221,13 @@ def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any
 def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One phrase for each difference that can change the last bits of the figures."""
     return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in BINDING if before.get(key) != now.get(key)]
+
+
+def _processor() -> str:
+    """The CPU's model, by which speeds are compared."""
+    with contextlib.suppress(OSError, StopIteration), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git_state() -> str | None:

@@ -47,13 +47,15 @@ class Live:
     def __enter__(self) -> Self:
         if self.screen:
             self.screen.start()
+            self.screen.update(Text("Starting: torch and the data are being loaded"), refresh=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.screen:
-            self.screen.transient = error is None  # what was reached stays on the screen if the run did not finish
+            # what was reached stays on the screen if the run did not finish
+            self.screen.transient = error is None or not self.scenario
             self.screen.stop()
 
     def __call__(self, record: dict[str, Any]) -> None:

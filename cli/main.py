@@ -17,6 +17,7 @@ from clframe.errors import ClframeError
 
 if TYPE_CHECKING:
     from clframe.config import Config
+    from clframe.context import Listener
     from clframe.results import Results
 
 INTERRUPTED = 130
@@ -130,34 +131,41 @@ def run(
     """Learn a scenario and print how much of it is remembered."""
     from clframe.config import resolve, to_yaml
 
-    resolved = resolve(
-        scenario=_given(name=scenario, setting=setting, limit=limit),
-        model=model,
-        plugins=plugin or (),
-        yaml_file=config,
-        sets=set_ or (),
-        train=_given(epochs=epochs, iterations=iterations, batch_size=batch_size, lr=lr),
-        run=_given(
-            seed=seed,
-            device=device,
-            data_root=data_root,
-            output=output,
-            eval_every=eval_every,
-            tensorboard=False if no_tensorboard else None,
-        ),
-    )
-    if dry_run:
-        registry.manager([registry.build_plugin(name, options) for name, options in resolved.plugins.items()])
-        if json:
-            show.document(resolved.model_dump())
-        else:
-            print(to_yaml(resolved), end="")
-        return
-    if resolved.run.output is None:
-        resolved.run.output = str(_new_folder(resolved))
-    from clframe.api import run_config
+    def resolved() -> Config:
+        return resolve(
+            scenario=_given(name=scenario, setting=setting, limit=limit),
+            model=model,
+            plugins=plugin or (),
+            yaml_file=config,
+            sets=set_ or (),
+            train=_given(epochs=epochs, iterations=iterations, batch_size=batch_size, lr=lr),
+            run=_given(
+                seed=seed,
+                device=device,
+                data_root=data_root,
+                output=output,
+                eval_every=eval_every,
+                tensorboard=False if no_tensorboard else None,
+            ),
+        )
 
-    _shown(lambda listeners: run_config(resolved, listeners=listeners), quiet, json)
+    def learn(listeners: Sequence[Listener]) -> Results:
+        settings = resolved()
+        if settings.run.output is None:
+            settings.run.output = str(_new_folder(settings))
+        from clframe.api import run_config
+
+        return run_config(settings, listeners=listeners)
+
+    if not dry_run:
+        _shown(learn, quiet, json)
+        return
+    settings = resolved()
+    registry.manager([registry.build_plugin(name, options) for name, options in settings.plugins.items()])
+    if json:
+        show.document(settings.model_dump())
+    else:
+        print(to_yaml(settings), end="")
 
 
 @app.command()
@@ -171,9 +179,13 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Go on with a run that was stopped, to the same figures."""
-    from clframe.api import resume as go_on
 
-    _shown(lambda listeners: go_on(folder, allow_env_change=allow_env_change, listeners=listeners), quiet, json)
+    def go_on(listeners: Sequence[Listener]) -> Results:
+        from clframe.api import resume
+
+        return resume(folder, allow_env_change=allow_env_change, listeners=listeners)
+
+    _shown(go_on, quiet, json)
 
 
 @app.command()
@@ -306,7 +318,7 @@ def _new_folder(config: Config) -> Path:
     return folder
 
 
-def _shown(work: Callable[[Sequence[Any]], Results], quiet: bool, json: bool) -> None:
+def _shown(work: Callable[[Sequence[Listener]], Results], quiet: bool, json: bool) -> None:
     """Do the work of a run, showing its course, and print its results."""
     from clframe.cli.live import Live
 

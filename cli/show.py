@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,7 +98,7 @@ def results(finished: Results, as_json: bool) -> None:
     """What a run ends with: the accuracy matrices, the measures, and where everything is."""
     folder = str(finished.folder) if finished.folder else None
     curves = folder and finished.folder and (finished.folder / "tensorboard").is_dir()
-    command = f"tensorboard --logdir {folder}" if curves else None
+    command = f"{_tensorboard()} --logdir {shlex.quote(folder)}" if folder and curves else None
     if as_json:
         document({"folder": folder, "tensorboard": command, **finished.data, "timings": finished.timings})
         return
@@ -104,7 +107,11 @@ def results(finished: Results, as_json: bool) -> None:
         columns = range(1, max(map(len, matrix), default=0) + 1)
         table(
             ["", *(f"on {j}" for j in columns)],
-            [[f"after {i}", *map(percent, row)] for i, row in enumerate(matrix, start=1)],
+            [
+                [f"after {i}", *map(percent, row)]
+                for i, row in enumerate(matrix, start=1)
+                if any(share is not None for share in row)  # a joint run learns at its end, all at once
+            ],
             numbers=True,
         )
         if not sys.stdout.isatty():
@@ -122,3 +129,11 @@ def results(finished: Results, as_json: bool) -> None:
         line(f"Run folder: {folder}")
     if command:
         line(f"Curves: {command}")
+
+
+def _tensorboard() -> str:
+    """The command that starts TensorBoard; the one beside this Python where none is on the path."""
+    if shutil.which("tensorboard"):
+        return "tensorboard"
+    beside = Path(sys.executable).with_name("tensorboard")
+    return shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m tensorboard.main"

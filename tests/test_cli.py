@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import clframe
 from clframe import registry
+from clframe.backbones import mlp_100
 from clframe.cli import main as cli
 from clframe.cli.live import Live
 from clframe.cli.main import main
@@ -122,6 +125,61 @@ def test_the_configuration_of_a_run_runs_again_to_the_same_figures(capsys):
     assert main(["run", *SHORT, "--seed", "3", "--output", "one", "--quiet"]) == 0
     assert main(["run", "--config", "one/config.yaml", "--output", "two", "--quiet"]) == 0
     assert Path("one/results.json").read_bytes() == Path("two/results.json").read_bytes()
+
+
+def test_a_configuration_that_names_python_objects_is_refused_and_all_of_them_told(capsys, tiny):
+    class Watcher(clframe.Plugin):
+        name = "watcher"
+
+    clframe.run(tiny(), mlp_100((1, 4, 4)), [Watcher()], run={"output": "one"})
+    assert main(["run", "--config", "one/config.yaml", "--output", "two"]) == 2
+    end = "of this configuration is an object of a Python program: give it again to `clframe.run` from Python."
+    assert capsys.readouterr().err.splitlines() == [
+        f"clframe: The scenario `tiny` {end}",
+        f"clframe: The model `FeatureNet` {end}",
+        f"clframe: The plugin `watcher` {end}",
+    ]
+    assert not Path("two").exists()
+
+
+def test_whoever_may_read_the_folder_of_a_run_may_read_its_files(capsys):
+    before = os.umask(0o027)
+    try:
+        assert main(["run", *SHORT, "--output", "out", "--quiet"]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in Path("out").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {path.name for path in files} > {"model.safetensors", "results.json", "manifest.json"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+
+
+def test_the_run_folder_names_the_processor_and_what_torch_makes_of_it(capsys):
+    assert main(["run", *SHORT, "--output", "out", "--quiet"]) == 0
+    found = json.loads(Path("out/environment.json").read_text())
+    assert found["device"] == f"cpu: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    cpus = Path("/proc/cpuinfo")
+    assert found["processor"] in (cpus.read_text() if cpus.exists() else platform.processor() or platform.machine())
+
+
+def test_a_joint_run_shows_the_one_row_that_it_has(capsys):
+    assert main(["run", *SHORT, "--plugin", "joint", "--output", "out", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [["after", "5"], []]
+    matrix = json.loads(Path("out/results.json").read_text())["accuracy"]["class"]
+    assert matrix[:4] == [[None] * 5] * 4
+
+
+def test_the_command_for_the_curves_works_where_none_is_on_the_path(capsys, monkeypatch):
+    arguments = [argument for argument in SHORT if argument != "--no-tensorboard"]
+    monkeypatch.setenv("PATH", str(Path.cwd()))
+    assert main(["run", *arguments, "--output", "my curves", "--quiet"]) == 0
+    beside = Path(sys.executable).with_name("tensorboard")
+    start = str(beside) if beside.exists() else f"{sys.executable} -m tensorboard.main"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Curves: {start} --logdir 'my curves'"
+    Path("tensorboard").write_text("")
+    Path("tensorboard").chmod(0o755)
+    assert main(["run", *arguments, "--output", "curves", "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Curves: tensorboard --logdir curves"
 
 
 def test_every_flag_reaches_the_configuration(capsys):
@@ -417,12 +475,21 @@ def test_on_a_terminal_a_table_shows_the_course(capsys, monkeypatch):
         records(live)
     out, err = capsys.readouterr()
     assert out == ""
+    assert "Starting: torch and the data are being loaded" in err
     assert "split-digits: experience 1 of 2  epoch 2  step 20 of 30  12,346 images/s  " in err
     assert "loss: base 0.25, ewc 0.5; learning rate 0.001" in err
     assert "fisher: 3 of 7" in err
     assert "\x1b[3" not in err  # no colours
     assert re.search(r"class-incremental, % +on 1 +on 2 +mean", unstyled(err))
     assert re.search(r"after 2 +25\.0 +100\.0 +62\.5", unstyled(err))
+
+
+def test_a_refused_run_leaves_nothing_of_the_table_on_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["run", "--plugin", "ewcc"]) == 2
+    err = capsys.readouterr().err
+    assert err.index("Starting") < err.rindex("\x1b[2K") < err.index("clframe: There is no plugin `ewcc`.")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -755,3 +755,21 @@ def test_after_a_phase_what_was_frozen_before_it_is_frozen_still_also_after_an_e
         fail()
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["1.weight"]
     assert all(module.training for module in net.modules())  # as a run that is resumed here finds it
+
+
+def test_the_speed_shown_leaves_out_the_first_step_of_a_phase(tiny, monkeypatch):
+    """It is the one in which torch prepares itself: the time left would be many times too long."""
+
+    class Slow(Plugin):
+        @hookimpl
+        def after_backward(self, run, batch):
+            clock[0] += 100.0 if run.step == 0 else 2.0
+
+    clock, shown = [0.0], []
+    monkeypatch.setattr("clframe.engine.time.monotonic", lambda: clock[0])
+    listener = [lambda record: shown.append(record) if record["kind"] == "progress" else None]
+    train = {"iterations": 5, "batch_size": 8}
+    clframe.run(tiny(experiences=2), "mlp-100", [Slow()], train=train, listeners=listener)
+    assert [record["step"] for record in shown] == [2, 3, 4, 5] * 2
+    assert {record["images_per_second"] for record in shown} == {4.0}
+    assert [record["seconds_left"] for record in shown] == [6.0, 4.0, 2.0, 0.0] * 2
