@@ -88,7 +88,8 @@ class TrainSettings(BaseModel):
         try:
             self.of(0)
         except ValidationError as error:
-            raise ValueError(" ".join(explain(error, "train.first")).rstrip(".")) from None
+            told = " ".join(explain(error, "train.first")).rstrip(".")
+            raise ValueError(re.sub(r"`train\.(?!first\b)", "`train.first.", told)) from None
 
     def of(self, experience: int) -> TrainSettings:
         """The settings of the experience with this index: `first` holds for index 0."""
@@ -96,6 +97,10 @@ class TrainSettings(BaseModel):
             return self
         length = {other: None for name, other in LENGTH.items() if self.first.get(name) is not None}
         return TrainSettings(**{**self.model_dump(), **length, **self.first, "first": None})
+
+    def lr_of(self, parameter: str) -> float:
+        """The learning rate of the parameter of this name."""
+        return self.head_lr if self.head_lr is not None and parameter.startswith("head.") else self.lr
 
 
 class RunSettings(BaseModel):

@@ -162,9 +162,9 @@ class Quadratic(nn.Module):
         value: Tensor = _HalfSquares.apply(len(theta), *theta, *self.anchor.values(), *self.precision.values())
         return value + self.constant
 
-    def largest(self) -> float:
-        """The largest of A, 0 if it is empty."""
-        return max((float(a.max()) for a in self.precision.values() if a.numel()), default=0.0)
+    def largest(self) -> dict[str, float]:
+        """The largest of A within each parameter."""
+        return {name: float(a.max()) for name, a in self.precision.items() if a.numel()}
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict holds."""
@@ -255,16 +255,18 @@ def too_stiff(run: Run, option: str, strength: float, penalty: Quadratic) -> lis
         strength: what the penalty is multiplied by.
         penalty: the springs.
     """
-    settings = run.settings
-    curvature, m = strength * penalty.largest(), settings.momentum
+    settings, m = run.settings, run.settings.momentum
+    springs = [(settings.lr_of(name), strength * a) for name, a in penalty.largest().items()]
+    lr, curvature = max(springs, key=lambda spring: spring[0] * spring[1], default=(settings.lr, 0.0))
     bound = 2 * (1 + m) / (1 + 2 * m * settings.nesterov)
     # springs that are not finite have no bound to be told of: the loss term itself is reported then
-    if settings.optimizer != "sgd" or not bound <= settings.lr * curvature < math.inf:
+    if settings.optimizer != "sgd" or not bound <= lr * curvature < math.inf:
         return []
+    rate = "train.lr" if lr == settings.lr else "train.head_lr"
     return [
-        f"`{option}` is too strong for SGD here: `train.lr` {settings.lr:g} times the stiffest spring, "
-        f"{curvature:.3g}, is {settings.lr * curvature:.3g}, and must stay below {bound:g}; divide one of them by "
-        f"{math.floor(settings.lr * curvature / bound) + 1} or more, or use Adam."
+        f"`{option}` is too strong for SGD here: `{rate}` {lr:g} times the stiffest spring, {curvature:.3g}, is "
+        f"{lr * curvature:.3g}, and must stay below {bound:g}; divide one of them by "
+        f"{math.floor(lr * curvature / bound) + 1} or more, or use Adam."
     ]
 
 

@@ -204,8 +204,7 @@ def group_parameters(
     """Parameter groups, each with its ``base_lr``, its ``weight_decay`` and the ``names`` of what it holds."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        rate = settings.head_lr if settings.head_lr is not None and name.startswith("head.") else settings.lr
-        rate = rate if lr is None else lr
+        rate = settings.lr_of(name) if lr is None else lr
         decay = settings.weight_decay if settings.decay == "all" or parameter.dim() > 1 else 0.0
         new: dict[str, Any] = {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
         group = groups.setdefault((rate, decay), new)

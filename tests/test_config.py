@@ -358,9 +358,12 @@ def test_a_first_experience_that_differs_in_nothing_changes_nothing(tiny):
         ({"first": {}}, "`train.first.first` is not an option of `train.first`."),
         ({"lr": -1.0}, "`train.first.lr` is -1.0: it should be greater than 0."),
         ({"epochs": 1.5}, "`train.first.epochs` is 1.5: it should be a valid integer."),
-        ({"epochs": 1, "iterations": 2}, "`train.epochs` and `train.iterations` exclude each other; set one of them."),
+        (
+            {"epochs": 1, "iterations": 2},
+            "`train.first.epochs` and `train.first.iterations` exclude each other; set one of them.",
+        ),
         ({"optimizer": "sdg"}, "`train.first.optimizer` is 'sdg': it should be 'sgd', 'adam' or 'adamw'."),
-        ({"nesterov": True}, "`train.nesterov` needs a `train.momentum` above 0."),
+        ({"nesterov": True}, "`train.first.nesterov` needs a `train.first.momentum` above 0."),
         (3, "`train.first` is 3: it should be a valid dictionary."),
     ],
 )

@@ -796,10 +796,10 @@ def test_mean_over_images_goes_on_where_its_state_was_taken(monkeypatch: pytest.
 
 def test_largest_precision() -> None:
     quadratic = Quadratic()
-    assert quadratic.largest() == 0
+    assert quadratic.largest() == {}
     quadratic.add({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([2.0]), "none": torch.empty(0)}, ANCHOR)
     quadratic.add({"a": torch.tensor([1.0, 0.5])}, ANCHOR)
-    assert quadratic.largest() == 5.5
+    assert quadratic.largest() == {"a": 5.5, "b": 2.0}
 
 
 ANCHOR = {"a": torch.zeros(2), "b": torch.zeros(1), "none": torch.empty(0)}
@@ -841,6 +841,23 @@ def test_sentence_on_stiffness_has_the_numbers() -> None:
     assert "below 3.8; divide one of them by 4 or more" in told_of(60.0, momentum=0.9)[0]
     assert "below 1.35714; divide one of them by 9 or more" in told_of(60.0, momentum=0.9, nesterov=True)[0]
     assert told_of(9.9) == []
+
+
+def test_springs_of_the_head_are_told_of_at_its_own_learning_rate() -> None:
+    quadratic = Quadratic()
+    a = {"backbone.w": torch.tensor([6.0]), "head.0.weight": torch.tensor([5.0])}
+    quadratic.add(a, {name: torch.zeros(1) for name in a})
+    sentences = [
+        too_stiff(
+            SimpleNamespace(settings=TrainSettings(optimizer="sgd", lr=0.1, head_lr=head_lr)),  # type: ignore[arg-type]
+            "my.option",
+            2.0,
+            quadratic,
+        )
+        for head_lr in (None, 0.05, 0.5)
+    ]
+    assert sentences[:2] == [[], []]
+    assert "`train.head_lr` 0.5 times the stiffest spring, 10, is 5, and must stay below 2" in sentences[2][0]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
