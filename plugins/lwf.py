@@ -16,23 +16,28 @@ from clframe.errors import WrongUse
 from clframe.options import NonNegative, Positive
 from clframe.training import warm_up, warm_up_problems
 
-Form = Literal["heads", "local", "seen", "padded", "all", "mc"]
-LOGITS = {"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "all": "all", "mc": "all"}
+Form = Literal["heads", "local", "seen", "padded", "padded-mean", "all", "mc"]
+LOGITS = {
+    **{"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "padded-mean": "seen"},
+    **{"all": "all", "mc": "all"},
+}
 
 
 class LwF(Plugin):
     """Distils the network of the last experience, its teacher, on the images of the new one.
 
     L = loss + lambda KD, KD = -sum_c s_T(old)_c log s_T(new)_c with s_T(z) = softmax(z / T), not multiplied by T^2. The
-    teacher answers in eval mode, on the very view of the image that is trained on. There are six forms, of which all
-    but the first are for class-incremental learning:
+    teacher answers in eval mode, on the very view of the image that is trained on. There are seven forms, of which
+    all but the first are for class-incremental learning:
 
     - heads: the paper's. The loss is over the task's own head; KD is summed over the old heads, a softmax each. Old
       heads are trained.
     - local: the loss is over the current classes, KD over the old ones together (as FACIL and PyCIL have it).
     - seen: the loss is over all classes seen, KD over the old ones together (as Mammoth has it).
     - padded: both are over all classes seen; the old network's share of new classes in KD is 0 (as van de Ven and
-      Tolias, 2019, have it, with T^2, that is with lambda = 4 for T = 2).
+      Tolias, 2019, write it, with T^2, that is with lambda = 4 for T = 2).
+    - padded-mean: so, but KD is averaged over the classes seen, not summed: its weight falls as classes come (as the
+      first code of van de Ven and Tolias has it, which gave their figures of 2019).
     - all: both are over all classes from the start (as van de Ven et al., 2022, have it).
     - mc: LwF.MC of Rebuffi et al. (iCaRL, 2017): sigmoid outputs, targets 0 and 1 for new classes and the teacher's
       sigmoid for old ones, averaged over all outputs.
@@ -118,13 +123,16 @@ class LwF(Plugin):
         if self.teacher is None or self.form == "mc":
             return None
         q = self._old_logits(batch)
-        if self.form == "padded":  # with a score of -inf a class has no share
+        padded = self.form in ("padded", "padded-mean")
+        if padded:  # with a score of -inf a class has no share
             q = functional.pad(q, (0, outputs.logits.shape[1] - q.shape[1]), value=-torch.inf)
         if self.form == "heads":
             groups: Sequence[Sequence[int]] = run.scenario.classes[: run.experience.index]
         else:
-            groups = [range(q.shape[1]) if self.form in ("padded", "all") else run.old_classes]
+            groups = [range(q.shape[1]) if padded or self.form == "all" else run.old_classes]
         share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0
+        if self.form == "padded-mean":
+            share /= q.shape[1]
         distilled = batch.mean(soft_cross_entropy_per_group(q, outputs.logits, groups, self.temperature))
         return {self.name: self.lambda_ * share * distilled}
 

@@ -17,7 +17,10 @@ from clframe.errors import WrongUse
 from clframe.plugins.lwf import LwF
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
-LOGITS = {"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "all": "all", "mc": "all"}
+LOGITS = {
+    **{"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "padded-mean": "seen"},
+    **{"all": "all", "mc": "all"},
+}
 STILL = {**QUICK, "lr": 1e-30, "clip": 0.0}  # a network that does not move
 
 
@@ -67,9 +70,10 @@ class Watch(Plugin):
                 value = kd(q[:, :n], z[:, :n])
             elif form == "all":
                 value = kd(q, z)
-            elif form == "padded":
+            elif form in ("padded", "padded-mean"):
                 p = (q[:, :n] / temperature).softmax(1)
                 value = -(p * (z / temperature).log_softmax(1)[:, :n]).sum(1).mean()
+                value = value / z.shape[1] if form == "padded-mean" else value
             if form != "mc":
                 wanted["lwf"] = self.lwf.lambda_ * share * value
             else:
@@ -388,6 +392,7 @@ def moving(tiny_arrays) -> Any:
         ("class", {}),
         ("class", {"form": "seen"}),
         ("class", {"form": "padded"}),
+        ("class", {"form": "padded-mean"}),
         ("class", {"form": "all"}),
         ("domain", {}),
     ],
@@ -403,7 +408,14 @@ def test_the_first_experience_is_fine_tuning_to_the_bit(model: str, setting: str
 
 @pytest.mark.parametrize(
     ("setting", "form"),
-    [("task", "heads"), ("class", "local"), ("class", "seen"), ("class", "padded"), ("class", "all")],
+    [
+        ("task", "heads"),
+        ("class", "local"),
+        ("class", "seen"),
+        ("class", "padded"),
+        ("class", "padded-mean"),
+        ("class", "all"),
+    ],
 )
 def test_without_weight_all_of_it_is_fine_tuning_to_the_bit(setting: str, form: str, moving) -> None:
     """The teacher's passes draw nothing and move no running statistics."""
@@ -425,7 +437,7 @@ def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float])
 
 
 @pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0], [0.5, 0.0, 2.0]])
-@pytest.mark.parametrize("form", ["heads", "local", "seen", "padded"])
+@pytest.mark.parametrize("form", ["heads", "local", "seen", "padded", "padded-mean"])
 def test_gradient_of_the_term_by_hand(form: Any, weight: list[float]) -> None:
     """lambda w/sum(w) (s_T(z) - target) / T at the logits that take part and 0 at others; T^2 is nowhere."""
     generator = torch.Generator().manual_seed(3)
@@ -433,11 +445,12 @@ def test_gradient_of_the_term_by_hand(form: Any, weight: list[float]) -> None:
     lwf = LwF(form=form, lambda_=0.7, temperature=3.0)
     run, batch, outputs = one_batch(lwf, z.requires_grad_(), q, [2, 3, 2], weight)
     (got,) = torch.autograd.grad(lwf.penalty(run=run, batch=batch, outputs=outputs)["lwf"], z)  # type: ignore[index]
-    n = 4 if form == "padded" else 2
+    n = 4 if form in ("padded", "padded-mean") else 2
     target = torch.cat([(q / 3).softmax(1), torch.zeros(3, n - 2, dtype=torch.float64)], 1)
     share = torch.tensor(weight, dtype=torch.float64)[:, None] / sum(weight)
     wanted = torch.zeros_like(z)
-    wanted[:, :n] = 0.7 * share * ((z[:, :n] / 3).softmax(1) - target).detach() / 3
+    strength = 0.7 / 4 if form == "padded-mean" else 0.7
+    wanted[:, :n] = strength * share * ((z[:, :n] / 3).softmax(1) - target).detach() / 3
     assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-12)
 
 
