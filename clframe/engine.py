@@ -21,7 +21,6 @@ from clframe.data import Batch, Experience, ImageData, Scenario, join
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import ModelPredictor, Readings, Row, evaluate
 from clframe.folder import RunFolder
-from clframe.hooks import Hooks
 from clframe.training import (
     Phase,
     Sampler,
@@ -105,8 +104,7 @@ class Engine:
         self.run = run
         self.stream = stream
         self.folder = folder
-        self.manager = registry.manager(run.plugins)
-        self.hook = cast(Hooks, self.manager.hook)
+        self.hook = registry.callers(registry.manager(run.plugins))
         self.readings = Readings(stream.setting, stream.classes)
         self.position = Position()
         self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pluggy
@@ -243,6 +244,20 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
     except pluggy.PluginValidationError as error:
         raise WrongUse(f"A plugin does not fit the hooks: {error}") from error
     return made
+
+
+def callers(made: pluggy.PluginManager) -> Hooks:
+    """The hooks of `made`, to call by their names; one that no plugin answers costs nothing, as in most steps."""
+    calls: dict[str, Callable[..., Any]] = {}
+    for hook in HOOKS:
+        calls[hook] = relay = getattr(made.hook, hook)
+        if not relay.get_hookimpls():
+            calls[hook] = partial(_unanswered, None if relay.spec.opts["firstresult"] else ())
+    return cast(Hooks, SimpleNamespace(**calls))
+
+
+def _unanswered(answer: object, **arguments: object) -> object:
+    return answer
 
 
 def hooks_of(cls: type) -> list[str]:

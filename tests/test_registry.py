@@ -307,6 +307,17 @@ def test_two_owners_are_refused_and_both_named():
     registry.manager([First(), Wrapped()])
 
 
+def test_hooks_that_nobody_answers_are_answered_with_nothing():
+    made = registry.manager([Owner()])
+    hook = registry.callers(made)
+    given = {"run": None, "batch": None, "outputs": None}
+    assert hook.base_loss is made.hook.base_loss
+    assert hook.predictor is made.hook.predictor
+    assert list(hook.penalty(**given)) == made.hook.penalty(**given) == []
+    assert registry.callers(registry.manager([])).base_loss(**given) is None
+    assert vars(hook).keys() == set(registry.HOOKS)
+
+
 def test_declared_conflicts_and_repeats_are_refused_together():
     assert refusal(registry.manager, [Hates(), First(), First()]).splitlines() == [
         "The plugin `first` is in the run twice; name it once.",
