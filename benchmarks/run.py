@@ -88,7 +88,7 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
     def fisher_cost() -> Measured:
         import fisher_cost
 
-        return fisher_cost.measure(fewer)
+        return fisher_cost.measure(repetitions // 3)
 
     def growth() -> Measured:
         import growth
@@ -105,7 +105,7 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
 
         return method_cost.measure(data_root, fewer)
 
-    fewer = repetitions // 2 + 1  # of the many short ones, so that all parts end within 20 minutes
+    fewer = repetitions // 2 + 1  # where they are many or long, so that all parts end within 20 minutes
     parts: dict[str, tuple[Callable[[], Measured], bool]] = {
         "hook_cost": (hook_cost, False),
         "fisher_cost": (fisher_cost, False),
