@@ -337,10 +337,8 @@ def _check(engine: Engine) -> None:
 def _logits_problems(run: Run) -> list[str]:
     """One sentence for each plugin whose loss is made for other logits than those of the run."""
     chosen = run.config.train.logits
-    wanted = {
-        p: logits for p in run.plugins if (logits := p.wanted_logits(run.scenario.setting)) and logits != run.logits
-    }
-    other = next((p.name for p in run.plugins if p.wanted_logits(run.scenario.setting) == run.logits), "")
+    wanted = {p: logits for p in run.plugins if (logits := p.wanted_logits(run)) and logits != run.logits}
+    other = next((p.name for p in run.plugins if p.wanted_logits(run) == run.logits), "")
     if chosen:
         asked = f"`train.logits` is {chosen}: leave that out, or choose another form."
     else:
@@ -369,7 +367,7 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
     """Run the engine from its start, or from a loaded checkpoint, to the results."""
     run = engine.run
     if engine.folder:
-        run.listeners.append(_metrics_writer(engine.folder))
+        run.listeners.append(_writer(engine.folder))
     try:
         with engine.stoppable():
             try:
@@ -416,10 +414,12 @@ def _blame(engine: Engine, error: Exception) -> str | None:
     return None
 
 
-def _metrics_writer(folder: RunFolder) -> Listener:
+def _writer(folder: RunFolder) -> Listener:
     def write(record: dict[str, Any]) -> None:
         if record["kind"] in ("step", "within", "eval", "log"):
             folder.append_metrics(record)
+        elif record["kind"] == "images":
+            folder.keep_picture(record["name"], record["experience"], record["picture"])
 
     return write
 

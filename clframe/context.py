@@ -14,6 +14,7 @@ from torch.nn import functional
 from clframe.config import Config, TrainSettings
 from clframe.data import Batch, Experience, ImageData, Scenario
 from clframe.model import IncrementalNet, Outputs, class_mask, masked
+from clframe.pictures import grid
 from clframe.plugin import Plugin
 from clframe.training import Phase, Sampler
 
@@ -69,7 +70,7 @@ class Run:
         self.losses: dict[str, Tensor] = {}
         self.task_gradients: dict[str, Tensor] = {}
         self.total_steps = 0
-        wanted = [logits for plugin in plugins if (logits := plugin.wanted_logits(scenario.setting))]
+        wanted = [logits for plugin in plugins if (logits := plugin.wanted_logits(self))]
         default = wanted[0] if wanted else "own" if scenario.setting == "task" else "seen"
         self.logits: str = config.train.logits or default
         self.generators: dict[str, torch.Generator] = {}
@@ -121,6 +122,15 @@ class Run:
         """Blocks of the head, by number, that have classes which no earlier experience had; none in domains."""
         return self.model.blocks_of(set(self.experience.classes).difference(self.old_classes))
 
+    @property
+    def replaying(self) -> list[str]:
+        """The names of the plugins that bring images of earlier classes back."""
+        return [plugin.name for plugin in self.plugins if plugin.replays]
+
+    def of(self, plugin: Plugin, batch: Batch) -> Tensor:
+        """The rows of `batch` that `plugin` added, [B] bool."""
+        return batch.origin == self.plugins.index(plugin) + 1
+
     def rng(self, name: str) -> torch.Generator:
         """The generator (on the CPU) of that name: a plugin's only source of randomness, saved in checkpoints."""
         if name not in self.generators:
@@ -160,6 +170,14 @@ class Run:
     def log(self, values: Mapping[str, float]) -> None:
         """Record named values: in `metrics.jsonl`, in TensorBoard, with every other listener."""
         self.emit("log", experience=self.experience.index, total_step=self.total_steps, values=dict(values))
+
+    def show(self, name: str, images: Tensor) -> None:
+        """Let people see `images` [N, C, H, W], raw as those of the data set, of the experience under way.
+
+        They are one picture, row by row, in the run folder and in TensorBoard. `name` begins with the plugin's.
+        """
+        picture = grid(images.float() / self.scenario.transform.scale)
+        self.emit("images", name=name, experience=self.experience.index, picture=picture)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Give the record of that kind to all listeners."""

@@ -31,6 +31,8 @@ class Batch:
         weight: [B] float32 weight of each row in the base loss.
         origin: [B] int64; 0 = the experience itself, k = added by the k-th plugin of the run.
         targets: named per-row tensors, such as stored logits; rows that came without one hold zeros.
+        raw: [n, ...] the first n rows as the data set has them, neither augmented nor normalised: those that were drawn
+            for the step, before any joined them.
     """
 
     x: Tensor
@@ -40,9 +42,17 @@ class Batch:
     weight: Tensor
     origin: Tensor
     targets: dict[str, Tensor] = field(default_factory=dict)
+    raw: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def fresh(self) -> ImageData:
+        """The rows of the experience itself as the data set has them: what a memory may keep of this step."""
+        n = 0 if self.raw is None else len(self.raw)
+        x = self.x[:0] if self.raw is None else self.raw
+        drawn = ImageData(x, self.y[:n], index=self.index[:n], task=self.task[:n])
+        return drawn.rows((self.origin[:n] == 0).nonzero().flatten())
 
     def mean(self, values: Tensor, only: Tensor | None = None) -> Tensor:
         """The mean of one value per row [B], weighted: sum(w * v) / sum(w).
@@ -60,7 +70,7 @@ def join(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
-    return Batch(**columns, targets=_join_targets(parts))
+    return Batch(**columns, targets=_join_targets(parts), raw=parts[0].raw)
 
 
 class ImageData:
@@ -214,6 +224,7 @@ class Transform:
             rows.weight.contiguous(),
             rows.origin.contiguous(),
             targets=dict(rows.targets),
+            raw=rows.x,
         )
 
 

@@ -19,7 +19,7 @@ from clframe import checkpoint, registry, state
 from clframe.context import Run
 from clframe.data import Batch, Experience, ImageData, Scenario, join
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
-from clframe.evaluate import ModelPredictor, Readings, Row, evaluate
+from clframe.evaluate import ModelPredictor, Readings, Row, answered, evaluate
 from clframe.folder import RunFolder
 from clframe.training import (
     Phase,
@@ -119,7 +119,7 @@ class Engine:
             for hook in ONE_BY_ONE
         }
         self.replays = self.callers["extra_batch"]
-        self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}
+        self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}  # as `Run.of` knows them
         self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
         self.kept_optimizer: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
         self.trained: dict[str, nn.Parameter] = {}
@@ -485,6 +485,7 @@ class Engine:
         """The untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
         last, n_classes = len(self.stream) - 1, self.run.model.n_classes
         if last and self.readings.covered(self.readings.last, 0, last, n_classes):
+            n_classes = answered(self.predictor(), n_classes)
             accuracy = self.evaluated(keep_scores=False).accuracy
             self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
 

@@ -25,11 +25,13 @@ class Predictor(nn.Module):
         scores: ``logits``, or ``distances`` (negated), of which no NLL and no calibration error is computed.
         uses_task: the scores depend on the task that is given.
         needs_task: there are no scores without a task, so the run has no class-incremental reading.
+        n_classes: how many of the head's classes, from the first, it can answer with; None: all.
     """
 
     scores: ClassVar[Literal["logits", "distances"]] = "logits"
     uses_task: ClassVar[bool] = True
     needs_task: ClassVar[bool] = False
+    n_classes: int | None = None
 
 
 class ModelPredictor(Predictor):
@@ -45,6 +47,12 @@ class ModelPredictor(Predictor):
         """Logits [B, C]."""
         logits: Tensor = self.model(x, task).logits
         return logits
+
+
+def answered(predictor: nn.Module, n_classes: int) -> int:
+    """How many of the `n_classes` of the head `predictor` can answer with."""
+    limit: int | None = getattr(predictor, "n_classes", None)
+    return n_classes if limit is None else limit
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def evaluate(
     for name in names:
         row.accuracy[name], row.scores[name] = [], []
     uses_task = getattr(predictor, "uses_task", True)
+    n_classes = answered(predictor, n_classes)
     with evaluating(predictor), torch.no_grad():
         for on, experience in enumerate(scenario):
             covered = [name for name in names if readings.covered(name, after, on, n_classes)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from clframe import checkpoint
 from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.evaluate import Row
+from clframe.pictures import png
 from clframe.results import FILE as RESULTS
 from clframe.results import Results, to_json
 
@@ -162,6 +163,12 @@ class RunFolder:
         tensors |= {f"labels/{on}": labels for on, labels in enumerate(row.labels) if len(labels)}
         (self.path / "predictions").mkdir(exist_ok=True)
         checkpoint.write_tensors(self.path / "predictions" / f"{after:04d}.safetensors", tensors)
+
+    def keep_picture(self, name: str, experience: int, picture: Tensor) -> None:
+        """Write ``pictures/<name>-<experience>.png`` of a picture [H, W, 3] uint8; experiences count from 1."""
+        (self.path / "pictures").mkdir(exist_ok=True)
+        file = self.path / "pictures" / f"{name.replace('/', '-')}-{experience + 1}.png"
+        file.write_bytes(png(picture.numpy()))
 
     def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> None:
         """Write the trained model, the predictions, and last the results: they say that the run is finished."""

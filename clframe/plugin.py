@@ -39,6 +39,7 @@ class Plugin(metaclass=_Validated):
     - ``settings``: the scenario settings that it can serve.
     - ``conflicts``: names of plugins that it cannot run beside.
     - ``needs_task_gradient``: the engine goes backward through the base loss first, see ``after_backward``.
+    - ``replays``: it brings images of earlier classes back, kept or made, by ``extra_data`` or ``extra_batch``.
     - ``keeps_images``: it stores training images; a method that does not say so must not.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
@@ -53,8 +54,9 @@ class Plugin(metaclass=_Validated):
     settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs_task_gradient: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
-    keeps_experiences: ClassVar[bool] = False
+    keeps_experiences: bool = False  # an instance may say so, where an option decides
     observer: ClassVar[bool] = False
     citation: ClassVar[str] = ""
 
@@ -73,11 +75,11 @@ class Plugin(metaclass=_Validated):
         """Whether, with these options, it answers this hook of its, of which a run has one owner at most."""
         return True
 
-    def wanted_logits(self, setting: str) -> str | None:
-        """The ``train.logits`` that its loss is made for in this setting of the scenario; None: any.
+    def wanted_logits(self, run: Run) -> str | None:
+        """The ``train.logits`` that its loss is made for in this run; None: any.
 
-        They are in force where the user chose none. A run in which it and the user, or another plugin, want different
-        ones is refused.
+        Of the run, scenario and plugins are known. They are in force where the user chose none. A run in which it and
+        the user, or another plugin, want different ones is refused.
         """
         return None
 

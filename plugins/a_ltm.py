@@ -12,7 +12,6 @@ from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.distill import half_squared_distance, soft_cross_entropy_per_group
 from clframe.options import NonNegative
-from clframe.registry import hooks_of
 
 
 class ALTM(Plugin):
@@ -45,8 +44,7 @@ class ALTM(Plugin):
 
     def problems(self, run: Run) -> Iterable[str]:
         """Somebody must bring the images of the active form."""
-        bring = {"extra_data", "extra_batch"}
-        if self.on == "replay" and not any(bring & set(hooks_of(type(plugin))) for plugin in run.plugins):
+        if self.on == "replay" and not run.replaying:
             yield (
                 "`a-ltm.on=replay` needs a plugin that brings old images back, and there is none in the run: add one, "
                 "or choose `new`."

@@ -47,7 +47,8 @@ class LwF(Plugin):
     Options:
         lambda: weight of the distillation; with `mc` 1.
         temperature: T; with `mc` it has no meaning.
-        form: null: `heads` where the task is told, `local` in class-incremental learning, `all` in domains.
+        form: null: `heads` where the task is told, `all` in domains; in class-incremental learning `local`, or `seen`
+            beside a plugin that brings old images back, as `local` has no loss for them.
         balance: in experience t (from 1), weigh the new images' loss by 1/t and the distillation by 1 - 1/t.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
             training; the paper's is 1.
@@ -76,18 +77,19 @@ class LwF(Plugin):
         """It brings its own loss for new images only where that is not the cross-entropy as it is."""
         return hook != "base_loss" or self.form == "mc" or self.balance
 
-    def form_in(self, setting: str) -> str:
-        """The form, or what null stands for in this setting."""
-        return self.form or {"task": "heads", "class": "local", "domain": "all"}[setting]
+    def form_in(self, run: Run) -> str:
+        """The form, or what null stands for in this run."""
+        among_classes = "seen" if run.replaying else "local"
+        return self.form or {"task": "heads", "class": among_classes, "domain": "all"}[run.scenario.setting]
 
-    def wanted_logits(self, setting: str) -> str:
+    def wanted_logits(self, run: Run) -> str:
         """Those that the form is made for."""
-        return LOGITS[self.form_in(setting)]
+        return LOGITS[self.form_in(run)]
 
     def problems(self, run: Run) -> Iterable[str]:
         """A form must fit the setting."""
         setting = run.scenario.setting
-        form = self.form_in(setting)
+        form = self.form_in(run)
         if form == "heads" and setting != "task":
             yield (
                 f"`lwf.form=heads` needs tasks that are told, and the setting is `{setting}`: choose another form, or "
@@ -100,7 +102,7 @@ class LwF(Plugin):
     @hookimpl
     def before_run(self, run: Run) -> None:
         """Take the form of the setting."""
-        self.form = self.form_in(run.scenario.setting)
+        self.form = self.form_in(run)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:

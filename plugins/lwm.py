@@ -66,9 +66,10 @@ class LwM(Plugin):
         self.base, self.layer = base, layer
         self.teacher: IncrementalNet | None = None
 
-    def wanted_logits(self, setting: str) -> str | None:
-        """The cross-entropy is over the current classes: there are no images of others."""
-        return {"class": "current", "task": "own"}.get(setting)
+    def wanted_logits(self, run: Run) -> str | None:
+        """The cross-entropy is over the current classes, unless images of others come back."""
+        alone = "seen" if run.replaying else "current"
+        return {"class": alone, "task": "own"}.get(run.scenario.setting)
 
     def problems(self, run: Run) -> Iterable[str]:
         """There must be maps to look at."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.hooks import hookimpl
 from clframe.metrics import Matrix, average_accuracy, forgetting
+from clframe.pictures import png
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class TensorBoard(Plugin):
     Two axes are in use. Accuracies and measures taken after an experience stand at the number of experiences learnt
     (1, 2, ...), so that the curves of methods that take unequal numbers of steps can be laid over each other:
     ``accuracy_<reading>/experience_<j>`` (all in one chart under Custom Scalars), ``average_accuracy/<reading>``,
-    ``forgetting/<reading>``, and the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops.
+    ``forgetting/<reading>``, the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops, and the images
+    that a method shows (`Run.show`), under its name.
     Everything else stands at the step of the run: ``loss/<term>``, ``learning_rate``, ``log/<name>``, and
     ``within_<reading>/experience_<j>``, the accuracies between the epochs of an experience.
 
@@ -81,6 +83,9 @@ class TensorBoard(Plugin):
             self.scalars(f"within_{record['reading']}", by_experience(record["row"]), record["total_step"])
         elif kind == "log":
             self.scalars("log", record["values"], record["total_step"])
+        elif kind == "images":
+            shown = encoded(record["name"], record["picture"].numpy())
+            self.writer.file_writer.add_summary(shown, record["experience"] + 1)
         elif kind == "eval":
             for reading, row in record["rows"].items():
                 matrix = run.accuracy[reading]
@@ -167,15 +172,10 @@ def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
 
 def encoded(tag: str, image: NDArray[np.uint8]) -> Any:
     """The summary of an image [H, W, 3]; `SummaryWriter.add_image` resamples it first and takes five times as long."""
-    from io import BytesIO
-
-    from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    png = BytesIO()
-    Image.fromarray(image).save(png, "PNG", compress_level=1)
     height, width, colours = image.shape
-    shown = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=png.getvalue())
+    shown = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=png(image))
     return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from clframe import Arrays, ImageData, Scenario, Transform, split_classes
+from clframe import Arrays, ImageData, Plugin, Scenario, Transform, split_classes
+from clframe.context import Run
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,18 @@ def tiny() -> Callable[..., Scenario]:
         shape = options.pop("shape", (1, 4, 4))
         arrays = make_arrays(shape=shape)  # type: ignore[arg-type]
         return split_classes("tiny", arrays, experiences=experiences, **options)  # type: ignore[arg-type]
+
+    return build
+
+
+@pytest.fixture
+def context() -> Callable[..., Any]:
+    """`context(setting, *plugins)`: what `Plugin.wanted_logits` needs of a run of these."""
+
+    def build(setting: str, *plugins: Plugin) -> Any:
+        run = object.__new__(Run)
+        run.plugins, run.scenario = plugins, SimpleNamespace(setting=setting)  # type: ignore[assignment]
+        return run
 
     return build
 

@@ -101,7 +101,7 @@ class Replay(Plugin):
     """Brings three images of the first experience back, from the second one on."""
 
     name = "replay"
-    keeps_images = True
+    replays = keeps_images = True
 
     def __init__(self) -> None:
         self.rows: ImageData | None = None
@@ -232,7 +232,7 @@ def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:
 
     class Kept(Plugin):
         name = "kept"
-        keeps_images = True
+        replays = keeps_images = True
 
         def __init__(self) -> None:
             self.rows: ImageData | None = None

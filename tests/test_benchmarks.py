@@ -191,7 +191,7 @@ def test_ranges_are_well_formed(run: ModuleType) -> None:
         assert entry["source"]
 
 
-def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType) -> None:
+def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, context) -> None:
     from clframe import registry
     from clframe.config import resolve
 
@@ -215,7 +215,7 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType) -> N
         name = next((n for n in sorted(registry.names("plugin"), key=len, reverse=True) if n in method), None)
         assert [*config.plugins] == ([] if method == "none" else [name])
         plugin = registry.build_plugin(name, config.plugins[name]) if name else None
-        wanted = plugin.wanted_logits(setting) if plugin else None
+        wanted = plugin.wanted_logits(context(setting, plugin)) if plugin else None
         default = "own" if setting == "task" else "seen" if cnn else "all"
         assert config.train.logits == (wanted or default)
         options = config.plugins.get(name, {})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Plugin, hookimpl, registry
+from clframe.context import Run
 from clframe.engine import Engine
 from clframe.errors import Interrupted, WrongUse
 
@@ -107,7 +108,7 @@ def stream(tiny: Any, setting: str) -> clframe.Scenario:
     return tiny(experiences=2, shape=(1, 8, 8), setting=setting)
 
 
-def refusal(a: Plugin, b: Plugin, setting: str) -> tuple[str, ...]:
+def refusal(a: Plugin, b: Plugin, run: Run) -> tuple[str, ...]:
     """The sentences that refuse the pair, by what both declare; none: it may run."""
     for hook in registry.OWNED:
         if all(hook in registry.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
@@ -117,7 +118,7 @@ def refusal(a: Plugin, b: Plugin, setting: str) -> tuple[str, ...]:
             return (f"The plugin `{one.name}` cannot run beside `{other.name}`; leave out one of them.",)
         if one.name == "joint":
             return (f"`joint` trains on all data and cannot run beside `{other.name}`; run them one by one.",)
-    wanted = [plugin.wanted_logits(setting) for plugin in (a, b)]
+    wanted = [plugin.wanted_logits(run) for plugin in (a, b)]
     if None not in wanted and wanted[0] != wanted[1]:
         form = f" (form `{b.form}`)" if b.form else ""
         made = f"`{b.name}`{form} is made for `train.logits={wanted[1]}`"
@@ -126,10 +127,10 @@ def refusal(a: Plugin, b: Plugin, setting: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS, ids=map("+".join, PAIRS))
-def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, a: str, b: str):
+def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: str):
     """Two experiences; the order of naming is without effect, but for rounding."""
     setting = setting_of(a, b)
-    sentences = refusal(*built(a, b), setting)
+    sentences = refusal(*built(a, b), context(setting, *built(a, b)))
     if sentences:
         with pytest.raises(WrongUse) as caught:
             learn(stream(tiny, setting), built(a, b))
@@ -165,14 +166,14 @@ def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, a: str, b: str):
         assert pair.changed("warm-up") == heads - {"head.0.weight", "head.0.bias"}
 
 
-def test_the_pairs_are_told_apart_as_they_should_be():
+def test_the_pairs_are_told_apart_as_they_should_be(context):
     """The test above would see a refusal that nobody meant, or one that is missing."""
     built_in = {"a-ltm", "ewc", "feature-extraction", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si", "warm-up"}
     for a, b in PAIRS:
         if {a, b} <= built_in:
-            assert refusal(*built(a, b), setting_of(a, b)) == ()
+            assert refusal(*built(a, b), context(setting_of(a, b), *built(a, b))) == ()
         elif "joint" in (a, b):
-            assert len(refusal(*built(a, b), setting_of(a, b))) == 1
+            assert len(refusal(*built(a, b), context(setting_of(a, b), *built(a, b)))) == 1
 
 
 def problems(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
@@ -205,10 +206,12 @@ def test_two_owners_are_refused_and_one_beside_a_form_that_owns_nothing_runs(tin
         ({"form": "mc"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `all`: {END}"),
     ],
 )
-def test_methods_that_are_made_for_other_logits_are_refused(tiny, lwf: dict[str, str], partner: str, sentence: str):
+def test_methods_that_are_made_for_other_logits_are_refused(
+    tiny, context, lwf: dict[str, str], partner: str, sentence: str
+):
     built_lwf = registry.build_plugin("lwf", lwf)
     assert problems(stream(tiny, "class"), built_lwf, *built(partner)) == (sentence,)
-    wanted = built_lwf.wanted_logits("class")
+    wanted = built_lwf.wanted_logits(context("class"))
     assert problems(stream(tiny, "class"), *built(partner), registry.build_plugin("lwf", lwf)) == (
         f"`lwf` (form `{lwf['form']}`) is made for `train.logits={wanted}`, but `lwm` for `current`: {END}",
     )

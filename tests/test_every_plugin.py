@@ -197,11 +197,12 @@ def test_it_leaves_no_hooks_and_no_changed_modes(name: str, stream):
 
 
 @pytest.mark.parametrize("name", sorted(LIKE_FINETUNING_AT_FIRST & set(NAMES)))
-def test_the_first_experience_is_learnt_as_without_it(name: str, stream):
+def test_the_first_experience_is_learnt_as_without_it(name: str, stream, context):
     """A method that is made for other logits is compared with fine-tuning under these."""
     plugin, with_it, without = built(name), Watching(), Watching()
     learn(stream(name), plugin, with_it)
-    learn(stream(name), without, model=MODELS.get(name, "cnn-small"), logits=plugin.wanted_logits(setting(name)))
+    wanted = plugin.wanted_logits(context(setting(name), plugin))
+    learn(stream(name), without, model=MODELS.get(name, "cnn-small"), logits=wanted)
     assert with_it.first.keys() == without.first.keys()
     assert all(torch.equal(value, without.first[key]) for key, value in with_it.first.items())
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import clframe
 from clframe import Batch, Phase, Plugin, hookimpl
+from clframe.context import Run
 from clframe.errors import Interrupted, RunFailed, WrongUse
 from clframe.evaluate import Predictor
 from clframe.hooks import HOOKS
@@ -587,8 +588,8 @@ def wanting(label: str, **wanted: str) -> Plugin:
     class Wanting(Plugin):
         name = label
 
-        def wanted_logits(self, setting: str) -> str | None:
-            return wanted.get(setting)
+        def wanted_logits(self, run: Run) -> str | None:
+            return wanted.get(run.scenario.setting)
 
         @hookimpl
         def before_run(self, run):

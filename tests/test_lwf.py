@@ -12,6 +12,7 @@ from torch import Tensor
 
 import clframe
 from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes
+from clframe.context import Run
 from clframe.distill import incremental_bce, soft_cross_entropy
 from clframe.errors import WrongUse
 from clframe.plugins.lwf import LwF
@@ -285,7 +286,7 @@ def refusal(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
 class WantsAll(Plugin):
     name = "wants-all"
 
-    def wanted_logits(self, setting: str) -> str:
+    def wanted_logits(self, run: Run) -> str:
         return "all"
 
 
