@@ -47,11 +47,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.y)
 
-    def fresh(self) -> ImageData:
-        """The rows of the experience itself as the data set has them: what a memory may keep of this step."""
-        n = 0 if self.raw is None else len(self.raw)
+    def fresh(self, **targets: Tensor) -> ImageData:
+        """The rows of the experience itself as the data set has them: what a memory may keep of this step.
+
+        `targets` are named per-row tensors [B, ...] to go with them.
+        """
         x = self.x[:0] if self.raw is None else self.raw
-        drawn = ImageData(x, self.y[:n], index=self.index[:n], task=self.task[:n])
+        n = len(x)
+        going = {name: target[:n] for name, target in targets.items()}
+        drawn = ImageData(x, self.y[:n], index=self.index[:n], task=self.task[:n], targets=going)
         return drawn.rows((self.origin[:n] == 0).nonzero().flatten())
 
     def mean(self, values: Tensor, only: Tensor | None = None) -> Tensor:

@@ -58,20 +58,21 @@ def sigmoid_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(student, targets, reduction="none").mean(1)
 
 
-def incremental_bce(logits: Tensor, y: Tensor, teacher: Tensor | None) -> Tensor:
+def incremental_bce(logits: Tensor, y: Tensor, teacher: Tensor | None, temperature: float = 1.0) -> Tensor:
     """iCaRL's loss (Rebuffi et al., CVPR 2017, algorithm 3), averaged over all C outputs; [B].
 
-    The target of a new class is 1 for the label and 0 otherwise; of an old class it is sigma(q), also where the label
-    is that old class.
+    The target of a new class is 1 for the label and 0 otherwise; of an old class it is sigma(q / T), also where the
+    label is that old class.
 
     Args:
         logits: [B, C] of all outputs, those of classes to come included (their target is 0).
         y: [B] labels.
         teacher: logits q [B, C_old] of the old classes, which are the first columns; None: there are none yet.
+        temperature: T > 0, 1 in the paper; the student's logits are not divided by it.
     """
     targets = functional.one_hot(y, logits.shape[1]).to(logits.dtype)
     if teacher is not None:
-        targets[:, : teacher.shape[1]] = teacher.detach().sigmoid()
+        targets[:, : teacher.shape[1]] = (teacher.detach() / temperature).sigmoid()
     return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 

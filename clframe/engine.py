@@ -484,8 +484,10 @@ class Engine:
     def evaluate_untrained(self) -> None:
         """The untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
         last, n_classes = len(self.stream) - 1, self.run.model.n_classes
-        if last and self.readings.covered(self.readings.last, 0, last, n_classes):
-            n_classes = answered(self.predictor(), n_classes)
+        if not last or not self.readings.covered(self.readings.last, 0, last, n_classes):
+            return
+        n_classes = answered(self.predictor(), n_classes)
+        if self.readings.covered(self.readings.last, 0, last, n_classes):
             accuracy = self.evaluated(keep_scores=False).accuracy
             self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
 

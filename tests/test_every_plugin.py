@@ -19,7 +19,10 @@ from clframe.hooks import HOOKS
 from clframe.options import options_of
 
 NAMES = registry.names("plugin")
-SMALL: dict[str, dict[str, Any]] = {}  # options that make a plugin fit the tiny scenario, where its defaults do not
+SMALL: dict[str, dict[str, Any]] = {
+    "der": {"size": 6},
+    "er": {"size": 6},
+}  # options that make a plugin fit the tiny scenario, where its defaults do not
 MODELS: dict[str, str] = {"finetune-fc": "mlp-100"}  # of those that `cnn-small` does not suit
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 # methods that act on what was learnt before leave the first experience as fine-tuning does
@@ -43,6 +46,9 @@ class Idle(Plugin):
     """Does nothing, in every hook."""
 
     name = "idle"
+
+    def owns(self, hook: str) -> bool:
+        return False
 
 
 for _hook in HOOKS:

@@ -1,0 +1,95 @@
+"""Dark experience replay (Buzzega et al., NeurIPS 2020): what the network answered once is kept with the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clframe import Batch, ImageData, Outputs, Plugin, hookimpl
+from clframe.context import Run
+from clframe.data import join
+from clframe.memory import draw, reservoir, too_small
+from clframe.model import masked
+from clframe.options import Count, NonNegative
+
+
+class DER(Plugin):
+    """Holds the logits that images of a reservoir had when they entered it; DER++ holds their labels, too.
+
+    L = loss + alpha mean ||z - h(x')||^2 / C + beta mean CE(y'', h(x'')), with images x' and x'' drawn apart (eq. 6).
+    The squared distance is averaged over the C logits that there were when z was kept, as in the authors' code.
+
+    Options:
+        size: images in the memory.
+        alpha: weight of the old logits.
+        beta: weight of the old labels: 0 is DER, more is DER++.
+        batch_size: images drawn for each of the two terms; null: as many as the batch has.
+    """
+
+    name = "der"
+    state = ("kept", "seen")
+    replays = True
+    keeps_images = True
+    citation = "Buzzega, Boschini, Porrello, Abati, Calderara, Dark experience for general continual learning, 2020"
+
+    def __init__(
+        self,
+        *,
+        size: Count = 200,
+        alpha: NonNegative = 0.5,
+        beta: NonNegative = 0.5,
+        batch_size: Count | None = None,
+    ) -> None:
+        self.size, self.alpha, self.beta, self.batch_size = size, alpha, beta, batch_size
+        self.form = "der++" if beta else "der"
+        self.kept: ImageData | None = None
+        self.seen = 0
+        self.answers: Tensor | None = None  # of the step under way
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """There must be room for each class."""
+        return too_small(self.size, max(map(max, run.scenario.classes)) + 1, "der.size")
+
+    @hookimpl
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """Images for each of the two terms, without a share in the base loss."""
+        if self.kept is None:
+            return None
+        rng, count = run.rng(self.name), self.batch_size or len(batch)
+        draws = []
+        for term in (1, 2) if self.beta else (1,):
+            rows = run.batch(draw(self.kept, count, rng), rng)
+            rows.weight.zero_()
+            rows.targets["der/term"] = torch.full_like(rows.y, term)
+            draws.append(rows)
+        return join(draws)
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """Both terms; none before there is a memory."""
+        logits = outputs.logits
+        self.answers = logits.detach()
+        if "der/term" not in batch.targets:
+            return None
+        first, second = (batch.targets["der/term"] == term for term in (1, 2))
+        then = batch.targets["der/logits"][:, : logits.shape[1]]
+        known = ~then.isnan()
+        distances = torch.where(known, logits - then, 0.0).square().sum(1) / known.sum(1).clamp(min=1)
+        terms = {f"{self.name}/logits": self.alpha * (distances * first).sum() / first.sum()}
+        if self.beta:
+            losses = functional.cross_entropy(masked(logits, run.mask(batch.task)), batch.y, reduction="none")
+            terms[f"{self.name}/labels"] = self.beta * (losses * second).sum() / second.sum()
+        return terms
+
+    @hookimpl
+    def after_step(self, run: Run, batch: Batch) -> None:
+        """The new images may enter the memory with what was answered before the step, NaN for classes to come."""
+        if run.phase.name != "train" or self.answers is None:
+            return
+        missing = len(run.scenario.class_names) - self.answers.shape[1]
+        rows = batch.fresh(**{"der/logits": functional.pad(self.answers, (0, missing), value=torch.nan)})
+        self.kept = reservoir(self.kept, rows, self.seen, self.size, run.rng(self.name))
+        self.seen += len(rows)

@@ -1,0 +1,93 @@
+"""Experience replay (Chaudhry et al., 2019): a few images of the past are kept, and shown again beside the new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from clframe import Batch, Experience, ImageData, Plugin, hookimpl
+from clframe.context import Run
+from clframe.errors import WrongUse
+from clframe.memory import at_random, balanced, draw, quota, reservoir, ring, too_small
+from clframe.options import Count
+
+
+class ER(Plugin):
+    """Joins images of a memory to each batch.
+
+    L = sum(w l) / sum(w), the cross-entropy l over the rows of both.
+
+    Options:
+        size: images in the memory, of all classes together.
+        per_class: images of each class (in domains, of each class of each experience), in place of `size`.
+        memory: `reservoir`: a uniform sample of all images ever met, brought up to date at each step; `balanced`: the
+            same number of each class, drawn at random as an experience ends, when older ones are cut; `ring`: the
+            latest ones of each class, brought up to date at each step.
+        batch_size: images drawn for a step; null: as many as the batch has.
+        weigh: `images`: each counts the same, new or old; `experiences`: in experience t (from 1) the new ones together
+            count 1/t and the old ones 1 - 1/t.
+    """
+
+    name = "er"
+    state = ("kept", "seen")
+    replays = True
+    keeps_images = True
+    citation = "Chaudhry et al., On tiny episodic memories in continual learning, 2019"
+
+    def __init__(
+        self,
+        *,
+        size: Count = 200,
+        per_class: Count | None = None,
+        memory: Literal["reservoir", "balanced", "ring"] = "reservoir",
+        batch_size: Count | None = None,
+        weigh: Literal["images", "experiences"] = "images",
+    ) -> None:
+        if per_class is not None and memory == "reservoir":
+            raise WrongUse("`er.per_class` needs a memory by class: set `er.memory` to `balanced` or `ring`.")
+        self.size, self.per_class, self.memory = size, per_class, memory
+        self.batch_size, self.weigh = batch_size, weigh
+        self.kept: ImageData | None = None
+        self.seen = 0
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """There must be room for each class."""
+        if self.per_class is None:
+            by_class = self.memory != "reservoir"
+            groups = self.groups(run) if by_class else max(map(max, run.scenario.classes)) + 1
+            yield from too_small(self.size, groups, "er.size")
+
+    def groups(self, run: Run, experiences: int | None = None) -> int:
+        """Classes of so many experiences, or of all; one that comes in two counts twice."""
+        return sum(map(len, run.scenario.classes[:experiences]))
+
+    @hookimpl
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """Images of the memory."""
+        index, rng = run.experience.index, run.rng(self.name)
+        if self.kept is None or (self.weigh == "experiences" and not index):
+            return None
+        rows = draw(self.kept, self.batch_size or len(batch), rng)
+        drawn = run.batch(rows, rng)
+        if self.weigh == "experiences":
+            drawn.weight.fill_(index * batch.weight.sum() / len(drawn))
+        return drawn
+
+    @hookimpl
+    def after_step(self, run: Run, batch: Batch) -> None:
+        """The new images may enter the memory."""
+        if run.phase.name != "train" or self.memory == "balanced":
+            return
+        rows = batch.fresh()
+        if self.memory == "ring":
+            self.kept = ring(self.kept, rows, self.per_class or quota(self.size, self.groups(run)))
+        else:
+            self.kept = reservoir(self.kept, rows, self.seen, self.size, run.rng(self.name))
+            self.seen += len(rows)
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Draw the images of this experience that stay."""
+        if self.memory == "balanced":
+            count = self.per_class or quota(self.size, self.groups(run, experience.index + 1))
+            self.kept = balanced(self.kept, experience.train.to(run.device), count, at_random(run.rng(self.name)))

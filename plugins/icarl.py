@@ -1,0 +1,169 @@
+"""iCaRL (Rebuffi et al., CVPR 2017): exemplars by herding, sigmoid distillation, the nearest mean of exemplars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe.context import Run
+from clframe.distill import incremental_bce
+from clframe.evaluate import Predictor
+from clframe.memory import balanced, draw, herding, quota, too_small
+from clframe.model import evaluating
+from clframe.options import Count, Positive
+
+
+class ICaRL(Plugin):
+    """Learns features with exemplars and distillation, and classifies by the nearest class mean of them.
+
+    L = binary cross-entropy of sigmoid outputs, averaged over all outputs: the target is the old network's sigmoid for
+    old classes, exemplars included, and else 1 for the label and 0 for the others (algorithm 3). After an experience
+    each class seen keeps m = ceil(K / classes) images, old ones the first of theirs, new ones chosen by herding on
+    normalised features (algorithms 4 and 5). An image gets the class whose mean is nearest to its normalised feature
+    (algorithm 1).
+
+    Options:
+        size: K, images in the memory, of all classes together; rounding up may add one for each class.
+        per_class: images of each class, in place of `size`.
+        batch_size: exemplars drawn beside each batch; null: they join the training images, as in the paper.
+        temperature: of the old network's outputs in the targets: sigma(z / T). 1 in the paper; van de Ven et al. (2019,
+            2022) have 2, which on split-MNIST is worth five points.
+        read_out: who answers: `nme`: the nearest mean of exemplars; `output`: the network's outputs (hybrid1 in the
+            paper); `ncm`: the nearest mean of all training images, an oracle that keeps them all.
+        flip: average the means with those of mirrored images; null: where training mirrors them.
+    """
+
+    name = "icarl"
+    state = ("exemplars", "teacher", "means")
+    predictor_state = ("means",)
+    settings = ("class",)
+    replays = True
+    keeps_images = True
+    citation = "Rebuffi, Kolesnikov, Sperl, Lampert, iCaRL: Incremental classifier and representation learning, 2017"
+
+    def __init__(
+        self,
+        *,
+        size: Count = 2000,
+        per_class: Count | None = None,
+        batch_size: Count | None = None,
+        temperature: Positive = 1.0,
+        read_out: Literal["nme", "output", "ncm"] = "nme",
+        flip: bool | None = None,
+    ) -> None:
+        self.size, self.per_class, self.batch_size = size, per_class, batch_size
+        self.temperature, self.read_out, self.flip = temperature, read_out, flip
+        self.keeps_experiences = read_out == "ncm"
+        self.form = read_out
+        self.exemplars: ImageData | None = None
+        self.teacher: IncrementalNet | None = None
+        self.means: Tensor | None = None
+
+    def owns(self, hook: str) -> bool:
+        """The network may answer itself."""
+        return hook != "predictor" or self.read_out != "output"
+
+    def wanted_logits(self, run: Run) -> str:
+        """All outputs have a target, those of classes to come too."""
+        return "all"
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """There must be room for each class."""
+        if self.per_class is None:
+            yield from too_small(self.size, max(map(max, run.scenario.classes)) + 1, "icarl.size")
+
+    @hookimpl
+    def extra_data(self) -> ImageData | None:
+        """The exemplars, unless they are drawn for each batch."""
+        return None if self.batch_size else self.exemplars
+
+    @hookimpl
+    def extra_batch(self, run: Run) -> Batch | None:
+        """Exemplars, if they are."""
+        if self.exemplars is None or not self.batch_size:
+            return None
+        rng = run.rng(self.name)
+        return run.batch(draw(self.exemplars, self.batch_size, rng), rng)
+
+    @hookimpl
+    def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor:
+        """Algorithm 3."""
+        old = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                old = self.teacher(batch.x, batch.task).logits[:, : len(run.old_classes)]
+        return batch.mean(incremental_bce(outputs.logits, batch.y, old, self.temperature))
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Cut the old sets, choose the new ones, and let the network as it is now be the next teacher."""
+        seen = len(run.old_classes) + len(experience.classes)
+        count = self.per_class or quota(self.size, seen, ceil=True)
+        new = experience.train.to(run.device)
+        self.exemplars = balanced(self.exemplars, new, count, lambda rows, m: herding(features(run, rows), m))
+        self.teacher = snapshot(run.model)
+
+    @hookimpl
+    def predictor(self, run: Run) -> nn.Module | None:
+        """The nearest mean, with means of the network as it is now."""
+        if self.read_out == "output":
+            return None
+        if self.teacher is not None or run.sampler is not None:  # else the means came with a finished run
+            self.means = self.class_means(run)
+        return NearestMean(run.model, self.means)
+
+    def class_means(self, run: Run) -> Tensor:
+        """A mean of length 1 for each class seen [C, D]; within an experience, of all images of its classes."""
+        if self.read_out == "ncm":
+            rows = ImageData.concat([e.train.to(run.device) for e in (*run.earlier, run.experience)])
+        else:
+            known = set() if self.exemplars is None else set(self.exemplars.y.tolist())
+            parts = [] if self.exemplars is None else [self.exemplars]
+            if not known >= set(run.experience.classes):
+                parts.append(run.experience.train.to(run.device))
+            rows = ImageData.concat(parts)
+        flips = run.scenario.transform.flip if self.flip is None else self.flip
+        views = [features(run, rows)] + ([features(run, rows, mirrored=True)] if flips else [])
+        classes = range(int(rows.y.max()) + 1)
+        means = [torch.stack([view[rows.y == c].mean(0) for c in classes]) for view in views]
+        return functional.normalize(torch.stack(means).mean(0), dim=1)
+
+
+def features(run: Run, rows: ImageData, *, mirrored: bool = False) -> Tensor:
+    """Features of length 1 [N, D], in eval mode, of the images as they are, or mirrored left to right."""
+    found = []
+    with evaluating(run.model), torch.no_grad():
+        for start in range(0, len(rows), run.config.run.eval_batch_size):
+            x = run.batch(rows.rows(slice(start, start + run.config.run.eval_batch_size))).x
+            found.append(functional.normalize(run.model.features(x.flip(-1) if mirrored else x), dim=1))
+    return torch.cat(found)
+
+
+class NearestMean(Predictor):
+    """Negated distances of an image's normalised feature to class means; -inf for classes that have none.
+
+    Args:
+        model: gives the features.
+        means: [C, D] of length 1, of the first C classes of the head.
+    """
+
+    scores = "distances"
+    uses_task = False
+
+    def __init__(self, model: IncrementalNet, means: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.means = next(model.parameters()).new_empty(0, 1) if means is None else means  # [C, D]
+        self.n_classes: int = len(self.means)
+
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Scores [B, C] of all classes of the head."""
+        feature = functional.normalize(self.model.features(x), dim=1)
+        # not by products, which lose half of the digits where two points are near each other
+        distances = torch.cdist(feature, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        return functional.pad(-distances, (0, self.model.n_classes - len(self.means)), value=-torch.inf)
