@@ -116,8 +116,8 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
     for name, (measure, needs_mnist) in parts.items():
         if only and name not in only:
             continue
-        if needs_mnist and not _has_mnist(data_root):
-            print(f"{name}: skipped, as there is no mnist.npz in {data_root}; name its folder with --data-root")
+        if lacking := _lacking("mnist" if needs_mnist else "", data_root):
+            print(f"{name}: skipped, as {lacking}")
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         lines, notes = measure()
@@ -137,10 +137,8 @@ def full(data_root: Path, only: Sequence[str], kills: int) -> None:
         entry = index[row["protocol"]]
         if only and entry["name"] not in only:
             continue
-        if entry["needs"] == "mnist" and not _has_mnist(data_root):
-            print(
-                f"{entry['name']}: skipped, as there is no mnist.npz in {data_root}; name its folder with --data-root"
-            )
+        if lacking := _lacking(entry["needs"], data_root):
+            print(f"{entry['name']}: skipped, as {lacking}")
             continue
         value, seconds = run_protocol(entry, row["seed"], data_root)
         about = {"commit": commit, "machine": report.machine(), "versions": report.versions()}
@@ -159,8 +157,9 @@ def full(data_root: Path, only: Sequence[str], kills: int) -> None:
         write_page()
 
 
-def _has_mnist(data_root: Path) -> bool:
-    return (data_root / "mnist.npz").is_file()
+def _lacking(data: str, data_root: Path) -> str:
+    there = not data or (data_root / f"{data}.npz").is_file()
+    return "" if there else f"there is no {data}.npz in {data_root}; name its folder with --data-root"
 
 
 def main() -> None:
@@ -169,7 +168,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["short", "full", "page"])
-    parser.add_argument("--data-root", help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)")
+    parser.add_argument(
+        "--data-root", help="folder of mnist.npz and others (default: CLFRAME_DATA, else the user's cache)"
+    )
     parser.add_argument("--repetitions", type=int, default=9, help="of the parts that compare times")
     parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, or protocols of `full`")
     parser.add_argument("--kills", type=int, default=50, help="of `full`; 0: none")

@@ -31,8 +31,9 @@ class ICaRL(Plugin):
         size: K, images in the memory, of all classes together; rounding up may add one for each class.
         per_class: images of each class, in place of `size`.
         batch_size: exemplars drawn beside each batch; null: they join the training images, as in the paper.
-        temperature: of the old network's outputs in the targets: sigma(z / T). 1 in the paper; van de Ven et al. (2019,
-            2022) have 2, which on split-MNIST is worth five points.
+        outputs: which have a target from the start: `all`, as in the paper, or only those of the classes `seen`.
+        temperature: of the old network's outputs in the targets: sigma(z / T). 1 in the paper; van de Ven and Tolias
+            (2019) have 2, and the outputs seen.
         read_out: who answers: `nme`: the nearest mean of exemplars; `output`: the network's outputs (hybrid1 in the
             paper); `ncm`: the nearest mean of all training images, an oracle that keeps them all.
         flip: average the means with those of mirrored images; null: where training mirrors them.
@@ -52,12 +53,13 @@ class ICaRL(Plugin):
         size: Count = 2000,
         per_class: Count | None = None,
         batch_size: Count | None = None,
+        outputs: Literal["all", "seen"] = "all",
         temperature: Positive = 1.0,
         read_out: Literal["nme", "output", "ncm"] = "nme",
         flip: bool | None = None,
     ) -> None:
         self.size, self.per_class, self.batch_size = size, per_class, batch_size
-        self.temperature, self.read_out, self.flip = temperature, read_out, flip
+        self.outputs, self.temperature, self.read_out, self.flip = outputs, temperature, read_out, flip
         self.keeps_experiences = read_out == "ncm"
         self.form = read_out
         self.exemplars: ImageData | None = None
@@ -69,8 +71,8 @@ class ICaRL(Plugin):
         return hook != "predictor" or self.read_out != "output"
 
     def wanted_logits(self, run: Run) -> str:
-        """All outputs have a target, those of classes to come too."""
-        return "all"
+        """In the paper all outputs have a target, those of classes to come too."""
+        return self.outputs
 
     def problems(self, run: Run) -> Iterable[str]:
         """There must be room for each class."""

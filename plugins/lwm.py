@@ -30,8 +30,9 @@ class LwM(Plugin):
     L = L_C + beta L_D + gamma L_AD. L_C is the cross-entropy over the current classes, L_D distils the logits of the
     old ones (the base classes), and L_AD is the L1 distance of the two networks' Grad-CAM maps, each of length 1, for
     one base class per image, the same in both networks. Gradients of L_AD flow through the map and through its weights,
-    which are gradients themselves. Both networks normalise by the batch where the student does in training: a look
-    in eval mode, at running statistics that the step moves, cost 10 points on digits.
+    which are gradients themselves. The student is looked at
+    as it normalises in training: a look in eval mode, at running statistics that the step moves, cost 10 points on
+    digits.
 
     The paper gives neither beta nor gamma.
 
@@ -42,6 +43,8 @@ class LwM(Plugin):
             `softmax`: as LwF has it.
         temperature: of the softmax distillation.
         base: whose top-scoring base class the maps explain.
+        teacher_norm: how the teacher's batch norms normalise: by the `batch`, where the student's do, so that equal
+            networks have equal maps; or by their `running` statistics, as in eval mode.
         layer: of the backbone, by name; its output is what is looked at. null: the last that gives maps of more than
             one pixel, behind the last convolution's batch norm and ReLU. With a batch norm that trains behind it, the
             images of a batch would share their alpha.
@@ -59,11 +62,12 @@ class LwM(Plugin):
         distill: Literal["sigmoid", "softmax"] = "sigmoid",
         temperature: Positive = 2.0,
         base: Literal["student", "teacher"] = "student",
+        teacher_norm: Literal["batch", "running"] = "batch",
         layer: str | None = None,
     ) -> None:
         self.beta, self.gamma = beta, gamma
         self.distill, self.temperature = distill, temperature
-        self.base, self.layer = base, layer
+        self.base, self.teacher_norm, self.layer = base, teacher_norm, layer
         self.teacher: IncrementalNet | None = None
 
     def wanted_logits(self, run: Run) -> str | None:
@@ -122,7 +126,9 @@ class LwM(Plugin):
     def _look(self, model: IncrementalNet, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, C] and maps [B, K, H, W], with a graph from these to those."""
         layer = model.backbone.get_submodule(self.layer)  # type: ignore[arg-type]  # chosen before the run
-        with observe(layer) as maps, normalizing_by_batch(model, like=run.model):
+        # a teacher rests in eval mode, so it has no batch norm to normalise by the batch if it is its own model
+        like = model if model is self.teacher and self.teacher_norm == "running" else run.model
+        with observe(layer) as maps, normalizing_by_batch(model, like):
             return model(batch.x, batch.task).logits, maps[-1]
 
     @staticmethod

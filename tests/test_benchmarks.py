@@ -187,7 +187,7 @@ def test_ranges_are_well_formed(run: ModuleType) -> None:
         assert 0 <= entry["low"] <= entry["expected"] <= entry["high"] <= 100, entry["name"]
         assert entry["high"] - entry["low"] <= 17, entry["name"]
         assert entry["seeds"] >= 1
-        assert entry["needs"] in ("", "mnist")
+        assert entry["needs"] in ("", "mnist", "cifar100")
         assert entry["source"]
 
 
@@ -208,11 +208,23 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
             assert config.train.logits == "own"
             assert (config.train.of(0).epochs, config.train.of(0).lr) == (10, 0.01)
             assert (config.train.of(1).epochs, config.train.of(1).lr, config.train.batch_size) == (20, 0.001, 150)
+        elif method.endswith("er-500"):
+            assert config.scenario["order"] == "natural"
+            assert config.train.optimizer == "sgd"
+            assert (config.train.epochs, config.train.batch_size, config.train.momentum) == (1, 10, 0)
+            assert all((o["size"], o["batch_size"]) == (500, 10) for o in config.plugins.values())
+        elif data == "cifar100":
+            assert config.scenario["order"] == "random"
+            assert (config.train.epochs, config.train.batch_size, config.train.lr) == (70, 128, 2.0)
+            assert (config.train.milestones, config.train.factor) == ([49, 63], 0.2)
+            assert config.model["last_relu"] is False
         else:
             assert config.scenario["order"] == "random"
-            assert (config.train.iterations, config.train.batch_size) == SIZES[data]
+            length = (1500, 32) if method.endswith("-1500") else SIZES[data]
+            assert (config.train.iterations, config.train.batch_size) == length
             assert config.train.keep_optimizer is not cnn
         name = next((n for n in sorted(registry.names("plugin"), key=len, reverse=True) if n in method), None)
+        name = "generative-replay" if method.startswith("dgr") else name
         assert [*config.plugins] == ([] if method == "none" else [name])
         plugin = registry.build_plugin(name, config.plugins[name]) if name else None
         wanted = plugin.wanted_logits(context(setting, plugin)) if plugin else None

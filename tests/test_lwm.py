@@ -325,6 +325,23 @@ def test_a_student_that_has_not_moved_is_looked_at_as_its_teacher_is(training: b
     assert terms["lwm/distill"].item() == pytest.approx(entropy.item(), rel=1e-9)
 
 
+def test_a_teacher_may_be_looked_at_in_eval_mode() -> None:
+    """Its maps and answers are then those of the network at rest, while the student normalises by the batch."""
+    bench = Bench(cnn_small((1, 8, 8)), move=0.0, gamma=1.0, teacher_norm="running", base="teacher")
+    x = images(40) * 3 + 1
+    bench.model.train()(x)
+    bench.lwm.teacher = snapshot(bench.model)
+    terms = bench.terms(x)
+    maps = []
+    for model in (bench.lwm.teacher.eval(), bench.model.train()):
+        with observe(model.backbone.net[8]) as kept:
+            q = model(x).logits
+        b = q.argmax(1, keepdim=True) if not maps else b  # noqa: F821  # of the teacher
+        maps.append(grad_cam(q.gather(1, b).squeeze(1), kept[0]))
+    assert terms["lwm/attend"].item() == pytest.approx((maps[0] - maps[1]).abs().sum(1).mean().item(), rel=1e-6)
+    assert terms["lwm/attend"].item() > 0.01
+
+
 def test_a_look_ends_with_an_error_as_well() -> None:
     """Running statistics, their counts and all modes stay, those of a part that rests included."""
     net = cnn_small((1, 8, 8)).double()
