@@ -2,7 +2,7 @@
 
     python benchmarks/avalanche_split_mnist.py --data-root FOLDER-OF-MNIST.NPZ
 
-Four variants, each with fine-tuning and with EWC:
+Four variants, each with fine-tuning and with EWC; the first two also with the methods that replay (`REPLAY`):
 
 - `clframe`: a whole `clframe.run` with all its defaults: event file, checkpoints, saved predictions, run folder.
 - `avalanche`: SplitMNIST, its data loader, its EvaluationPlugin with accuracy and forgetting, its TensorBoard logger,
@@ -41,12 +41,19 @@ from typing import Any
 
 VARIANTS = ("clframe", "avalanche", "avalanche-tensors", "minimal")
 METHODS = ("fine-tuning", "ewc")
+REPLAY = ("er", "icarl", "generative-replay")
 SELDOM = {"avalanche-tensors": 3}  # no ratio is promised of it, and it takes a quarter of the time
 THREADS = 2
 BATCH = 128
 LAMBDA = 100.0
 MEAN, STD = 0.1307, 0.3081
 EXPERIENCES = [(2 * i, 2 * i + 1) for i in range(5)]
+PLUGINS: dict[str, dict[str, Any]] = {  # with what Avalanche's classes of these names do by default
+    "ewc": {"lambda": LAMBDA, "labels": "empirical", "samples": None},
+    "er": {"size": 500, "memory": "balanced"},
+    "icarl": {"size": 2000},
+    "generative-replay": {"hidden": [400], "z": 2},
+}
 
 Figures = dict[str, Any]
 
@@ -71,7 +78,7 @@ def with_clframe(data_root: Path, layout: Path, method: str, folder: Path) -> Fi
     results = clframe.run(
         {"name": "split-mnist", "normalize": True},
         {"name": "mlp"},
-        [{"ewc": {"lambda": LAMBDA, "labels": "empirical", "samples": None}}] if method == "ewc" else [],
+        [{method: PLUGINS[method]}] if method in PLUGINS else [],
         train={"epochs": 1, "batch_size": BATCH, "lr": 1e-3, "threads": THREADS},
         run={"data_root": str(data_root), "output": str(folder / "run")},
         listeners=[listen],
@@ -113,7 +120,7 @@ def _avalanche(benchmark: Any, method: str, folder: Path) -> Figures:
     from avalanche.logging import TensorboardLogger
     from avalanche.models import SimpleMLP
     from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
-    from avalanche.training.supervised import EWC, Naive
+    from avalanche.training.supervised import EWC, GenerativeReplay, ICaRL, Naive, Replay
 
     class Clip(SupervisedPlugin):  # type: ignore[misc]
         steps = 0
@@ -126,9 +133,7 @@ def _avalanche(benchmark: Any, method: str, folder: Path) -> Figures:
     model = SimpleMLP(num_classes=10, hidden_size=400, hidden_layers=2, drop_rate=0.0)
     clip = Clip()
     common = {
-        "model": model,
         "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
-        "criterion": torch.nn.CrossEntropyLoss(),
         "train_mb_size": BATCH,
         "train_epochs": 1,
         "eval_mb_size": 512,
@@ -139,7 +144,17 @@ def _avalanche(benchmark: Any, method: str, folder: Path) -> Figures:
             loggers=[TensorboardLogger(folder / "tensorboard")],
         ),
     }
-    strategy = EWC(ewc_lambda=LAMBDA, mode="separate", **common) if method == "ewc" else Naive(**common)
+    if method == "icarl":  # it has its own loss, and builds the model of two parts
+        own = {"memory_size": 2000, "buffer_transform": None, "fixed_memory": True}
+        strategy = ICaRL(feature_extractor=model.features, classifier=model.classifier, **own, **common)
+    else:
+        kind, own = {
+            "fine-tuning": (Naive, {}),
+            "ewc": (EWC, {"ewc_lambda": LAMBDA, "mode": "separate"}),
+            "er": (Replay, {"mem_size": 500}),
+            "generative-replay": (GenerativeReplay, {}),
+        }[method]
+        strategy = kind(model=model, criterion=torch.nn.CrossEntropyLoss(), **own, **common)
     for i, experience in enumerate(benchmark.train_stream):
         strategy.train(experience)
         figures = strategy.eval(benchmark.test_stream[: i + 1])
@@ -267,7 +282,8 @@ def work(variant: str, method: str, data_root: Path, layout: Path) -> None:
 
     torch.set_num_threads(THREADS)
     if variant == "clframe":
-        modules = ["clframe.api", "clframe.plugins.ewc", "clframe.plugins.tensorboard", "clframe.scenarios.mnist"]
+        modules = ["clframe.api", "clframe.plugins.tensorboard", "clframe.scenarios.mnist"]
+        modules += [f"clframe.plugins.{method.replace('-', '_')}"] if method in PLUGINS else []
     elif variant == "minimal":
         modules = ["numpy", "safetensors.torch", "torch.utils.tensorboard"]
     else:
@@ -409,16 +425,14 @@ def measure(
         if {"clframe", "minimal"} <= set(variants):
             ratio = medians["clframe"] / medians["minimal"]
             notes.append(f"{method}: clframe takes {ratio:.3f} times the minimal loop's time (target: at most 1.10).")
-    counts = {line["steps"] for line in lines}
-    notes.append(
-        f"All variants made {counts.pop()} optimizer steps."
-        if len(counts) == 1
-        else f"The variants made different numbers of optimizer steps, {sorted(counts)}: the times cannot be compared."
-    )
-    notes.append(
-        f"{THREADS} threads, {repetitions} repetitions in turns, medians; ratios are of medians. "
-        "`avalanche-tensors` takes part in every third."
-    )
+    for method in methods:
+        counts = {line["steps"] for line in lines if line["method"] == method}
+        if len(counts) > 1:
+            notes.append(f"{method}: the variants made different numbers of optimizer steps, {sorted(counts)}.")
+    if len(counts := {line["steps"] for line in lines}) == 1:
+        notes.append(f"All variants made {counts.pop()} optimizer steps.")
+    seldom = " `avalanche-tensors` takes part in every third." if "avalanche-tensors" in variants else ""
+    notes.append(f"{THREADS} threads, {repetitions} repetitions in turns, medians; ratios are of medians.{seldom}")
     return lines, notes
 
 
@@ -429,7 +443,7 @@ def main() -> None:
         "--data-root", type=Path, help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)"
     )
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS + REPLAY)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--layout", type=Path, help=argparse.SUPPRESS)
