@@ -30,6 +30,16 @@ def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float = 2.
     return -(p * (student / temperature).log_softmax(-1)).sum(-1)
 
 
+def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(s_T(q) || s_T(z)), which is `soft_cross_entropy` less the teacher's entropy; [..., C] to [...].
+
+    Its gradient is that of `soft_cross_entropy`, and it is 0 where both say the same. A logit of the teacher may be
+    -inf, so that its share is 0: that is how one with fewer classes is padded.
+    """
+    p = (teacher.detach() / temperature).softmax(-1)
+    return functional.kl_div((student / temperature).log_softmax(-1), p, reduction="none").sum(-1)
+
+
 def soft_cross_entropy_per_group(
     teacher: Tensor, student: Tensor, groups: Sequence[Sequence[int]], temperature: float = 2.0
 ) -> Tensor:

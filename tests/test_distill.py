@@ -11,6 +11,7 @@ from clframe.distill import (
     attention_distance,
     half_squared_distance,
     incremental_bce,
+    kl_divergence,
     observe,
     sigmoid_cross_entropy,
     soft_cross_entropy,
@@ -33,6 +34,27 @@ def batch() -> Batch:
     zeros = torch.zeros(B, dtype=torch.int64)
     weight = torch.tensor([1.0, 1, 2, 0, 1])
     return Batch(torch.zeros(B, 1), zeros, zeros, zeros, weight, torch.tensor([0, 0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergence_is_its_definition_and_has_the_gradient_of_the_cross_entropy(temperature: float) -> None:
+    q, z = logits(1), logits(2).requires_grad_()
+    p, s = (q / temperature).softmax(1), (z / temperature).softmax(1)
+    found = kl_divergence(q, z, temperature)
+    assert torch.allclose(found, (p * (p / s).log()).sum(1), rtol=1e-9)
+    wanted = gradient(soft_cross_entropy(q, z, temperature).sum(), z)
+    assert torch.allclose(gradient(found.sum(), z), wanted, rtol=1e-9)
+    assert kl_divergence(q, q + 1).abs().max() < 1e-12
+
+
+def test_divergence_gives_a_padded_class_no_share() -> None:
+    """0 log 0 = 0; and the class is pushed down by its own share."""
+    q, z = logits(1, C - 2), logits(2).requires_grad_()
+    padded = torch.nn.functional.pad(q, (0, 2), value=-torch.inf)
+    found = kl_divergence(padded, z)
+    p, s = q.softmax(1), z.softmax(1)
+    assert torch.allclose(found, (p * (p / s[:, : C - 2]).log()).sum(1), rtol=1e-9)
+    assert torch.allclose(gradient(found.sum(), z)[:, C - 2 :], s[:, C - 2 :], rtol=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])

@@ -19,15 +19,21 @@ from clframe.hooks import HOOKS
 from clframe.options import options_of
 
 NAMES = registry.names("plugin")
+# options that make a plugin fit the tiny scenario, where its defaults do not, or take long
 SMALL: dict[str, dict[str, Any]] = {
+    "always-be-dreaming": {"iterations": 10, "batch_size": 8, "noise": 10, "width": 8},
+    "deep-inversion": {"per_class": 4, "iterations": 10},
     "der": {"size": 6},
     "er": {"size": 6},
-}  # options that make a plugin fit the tiny scenario, where its defaults do not
+    "generative-replay": {"hidden": [20], "z": 5},
+    "icarl": {"size": 6},
+}
 MODELS: dict[str, str] = {"finetune-fc": "mlp-100"}  # of those that `cnn-small` does not suit
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 # methods that act on what was learnt before leave the first experience as fine-tuning does
 LIKE_FINETUNING_AT_FIRST = {
     "a-ltm",
+    "deep-inversion",
     "ewc",
     "feature-extraction",
     "finetune-fc",

@@ -1,0 +1,143 @@
+"""DeepInversion (Yin et al., CVPR 2020): what was learnt is dreamt, and the dreams are replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe.context import Run
+from clframe.distill import kl_divergence
+from clframe.inversion import Dreaming, Recipe, Weights, album, dreaming_problems
+from clframe.options import Count, CountOrZero, NonNegative, Positive
+
+
+class DeepInversion(Plugin):
+    """Dreams images of the old classes from the network of the last experience, the teacher, and distils it on them.
+
+    No image is kept. Before an experience, the teacher (in eval mode) makes images x of the old classes y out of noise:
+
+        min_x CE(z(x), y) + tv TV(x) + l2 ||x||_2 + feature R_feature(x) + compete (1 - JS(z(x), r(x)))
+
+    R_feature is the distance of what enters each batch norm from its running mean and variance. With `compete` this is
+    Adaptive DeepInversion: dreams are made in rounds, and after each a rival r, a network like the teacher that began
+    anew, is distilled from it on the dreams so far; the next ones are to be images on which the two disagree (JS: the
+    Jensen-Shannon divergence, at temperature 3). The rival stands for the paper's student, as the network of the run
+    still equals the teacher when dreams are made.
+
+    Then L = loss(x_new) + dreams KL(p_old(x^) || p(x^)) + distill KL(p_old(x_new) || p(x_new)), where x^ are dreams
+    that join each batch and count in no other loss. The first KL gives new classes no share in p_old, the second is
+    over old classes alone. Where tasks are told, the first is over the head of the dream's class, and the second is the
+    sum over the old heads. Dreams are augmented as images are.
+
+    The paper's settings are, for CIFAR-10 and ResNet-34: iterations 2000, lr 0.1, tv 2.5e-5, feature 100; for ImageNet
+    and ResNet-50: iterations 20000, lr 0.05, tv 1e-4, l2 0 or 0.01, feature 0.01, compete 0.2, jitter 30, flip true.
+
+    Options:
+        per_class: dreams of each old class.
+        iterations: steps of Adam on each dream, and of the rival after each round.
+        lr: learning rate of the dreams, in the space of normalised images.
+        feature: weight of R_feature.
+        tv: weight of the total variation.
+        l2: weight of the images' norm.
+        compete: weight of the competition with a rival; 0: there is none.
+        rounds: in how many rounds dreams are made where there is a rival, the first of them without.
+        jitter: most pixels by which dreams are rolled at random in each step; null: a sixteenth of the side.
+        flip: whether dreams are mirrored at random in each step; null: as the scenario's augmentation does.
+        clip: keep dreams between the lowest and highest value that an image can have, after each step.
+        batch_size: most dreams made at a time, which bounds the memory.
+        dreams: weight of the distillation on dreams.
+        distill: weight of the distillation on new images.
+        temperature: of both distillations.
+        replay: dreams that join each batch; null: as many as it has images.
+    """
+
+    name = "deep-inversion"
+    state = ("teacher", "dreaming", "images")
+    replays = True
+    citation = "Yin et al., Dreaming to distill: data-free knowledge transfer via DeepInversion, CVPR 2020"
+
+    def __init__(
+        self,
+        *,
+        per_class: Count = 40,
+        iterations: Count = 200,
+        lr: Positive = 0.05,
+        feature: NonNegative = 10.0,
+        tv: NonNegative = 1e-3,
+        l2: NonNegative = 0.0,
+        compete: NonNegative = 0.0,
+        rounds: Annotated[int, Field(ge=2)] = 4,
+        jitter: CountOrZero | None = None,
+        flip: bool | None = None,
+        clip: bool = True,
+        batch_size: Count = 256,
+        dreams: NonNegative = 1.0,
+        distill: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        replay: Count | None = None,
+    ) -> None:
+        self.recipe = Recipe(
+            Weights(feature, tv, l2, compete),
+            *(per_class, iterations, lr, rounds if compete else 1, jitter, flip, clip, batch_size, temperature),
+        )
+        self.dreams, self.distill, self.temperature, self.replay = dreams, distill, temperature, replay
+        self.teacher: IncrementalNet | None = None
+        self.dreaming = Dreaming()
+        self.images: ImageData | None = None  # the dreams, raw
+
+    def wanted_logits(self, run: Run) -> str | None:
+        """Those of all classes seen, as dreams are of old ones; of a told task its own."""
+        return {"class": "seen", "task": "own"}.get(run.scenario.setting)
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """There must be batch norms, and images."""
+        yield from dreaming_problems(run, self)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Dream; not before the first experience."""
+        if self.teacher is not None:
+            self.images = self.dreaming.of(run, self.name, self.teacher, self.recipe)
+            run.show(self.name, album(self.images))
+
+    @hookimpl
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """Dreams, drawn at random."""
+        if self.images is None:
+            return None
+        generator = run.rng(self.name)
+        where = torch.randint(len(self.images), (self.replay or len(batch),), generator=generator)
+        rows = self.images.rows(where.to(run.device))
+        return run.batch(rows, generator if run.scenario.transform.augments else None)
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """Both distillations; none in the first experience."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            q = self.teacher(batch.x, batch.task).logits
+        z, t = outputs.logits, self.temperature
+        if run.scenario.setting == "task":
+            groups = [list(group) for group in run.scenario.classes[: run.experience.index]]
+            heads = torch.stack([kl_divergence(q[:, g], z[:, g], t) for g in groups], 1)
+            known, dreamt = heads.sum(1), heads.gather(1, batch.task.clamp(max=len(groups) - 1)[:, None])[:, 0]
+        else:
+            padded = functional.pad(q, (0, z.shape[1] - q.shape[1]), value=-torch.inf)
+            known, dreamt = kl_divergence(q, z[:, : q.shape[1]], t), kl_divergence(padded, z, t)
+        mine = run.of(self, batch)
+        return {
+            f"{self.name}/dreams": self.dreams * torch.dot(dreamt, mine.to(dreamt.dtype)) / mine.sum(),
+            f"{self.name}/distill": self.distill * batch.mean(known),
+        }
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """The network as it is now is the next teacher."""
+        self.teacher = snapshot(run.model)
