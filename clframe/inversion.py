@@ -390,15 +390,20 @@ def targets_in_parts(classes: Sequence[int], per_class: int, rounds: int, batch_
     ]
 
 
-def reborn(model: IncrementalNet, generator: torch.Generator) -> IncrementalNet:
-    """A copy of `model` whose layers are initialised anew, from a seed that `generator`, on the CPU, draws."""
+def reinitialise(model: nn.Module, generator: torch.Generator) -> None:
+    """Give the layers of `model` the weights that they begin with, from a seed that `generator`, on the CPU, draws."""
     device = next(model.parameters()).device
-    copied = snapshot(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        for module in copied.modules():
+        for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+
+
+def reborn(model: IncrementalNet, generator: torch.Generator) -> IncrementalNet:
+    """A copy of `model` that has learnt nothing; see `reinitialise`."""
+    copied = snapshot(model)
+    reinitialise(copied, generator)
     return copied
 
 

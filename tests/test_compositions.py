@@ -19,7 +19,10 @@ from clframe.errors import Interrupted, WrongUse
 
 METHODS = [name for name in registry.names("plugin") if not registry.plugin_class(name).observer]
 PAIRS = list(combinations(METHODS, 2))
-OPTIONS: dict[str, dict[str, Any]] = {"deep-inversion": {"per_class": 4, "iterations": 5}}  # where defaults take long
+OPTIONS: dict[str, dict[str, Any]] = {  # where defaults take long
+    "always-be-dreaming": {"iterations": 5, "batch_size": 8, "noise": 10, "width": 8},
+    "deep-inversion": {"per_class": 4, "iterations": 5},
+}
 TRAIN = {"epochs": 1, "batch_size": 12, "optimizer": "sgd", "lr": 0.05}
 # terms that a pair lacks, and why: the features that they hold cannot move, nor can the convolution that is looked at
 ABSENT = {

@@ -33,6 +33,7 @@ TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 # methods that act on what was learnt before leave the first experience as fine-tuning does
 LIKE_FINETUNING_AT_FIRST = {
     "a-ltm",
+    "always-be-dreaming",
     "deep-inversion",
     "ewc",
     "feature-extraction",
@@ -49,7 +50,7 @@ GROWING: set[str] = set()  # methods whose state must grow with the experiences
 
 
 class Idle(Plugin):
-    """Does nothing, in every hook."""
+    """Does nothing, in every hook, and so owns none."""
 
     name = "idle"
 

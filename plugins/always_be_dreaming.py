@@ -1,0 +1,135 @@
+"""Always be dreaming (Smith et al., ICCV 2021): a generator dreams what was learnt; features are held on its dreams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe.context import Run
+from clframe.dreamer import Dreamer, Terms, balanced_cross_entropy, generator_problems, local_cross_entropy, scores
+from clframe.inversion import SHOWN, album, task_of_class, to_raw
+from clframe.options import Count, NonNegative, Positive
+
+
+class AlwaysBeDreaming(Plugin):
+    """Learns new classes among themselves, the head on detached features of all, and holds features by the old head.
+
+    No image is kept. Before an experience a new generator G learns to make, out of noise z, images that the network of
+    the last experience, the teacher, knows and whose statistics are those that its batch norms keep:
+
+        min_G confidence CE(q/T, argmax q) + balance (1 + sum_c p_c log p_c / log K)
+            + statistics mean_l KL(N(running_l) || N(batch_l)) + smooth ||x - smoothed x||^2 / pixels
+
+    with x = G(z), q the teacher's logits of the K old classes, and p their mean softmax. In training, images of G join
+    each batch, with the class that the teacher sees in them. Then L = local + head + mu distill:
+
+    - local: cross-entropy of the new images over the new classes alone.
+    - head: cross-entropy over all classes on features that pass no gradient on: n_old / n_seen times the mean over the
+      images of old classes, plus n_new / n_seen times that of new ones. (The authors halve it, and weigh `local` by
+      n_new / n_seen, too.)
+    - distill: ||W_old f(x) - W_old f_old(x)||^2 / n_old, the mean over all images, with features f and the teacher's
+      head W_old.
+
+    The authors train G for 10,000 iterations (CIFAR-100, ResNet-32).
+
+    Options:
+        iterations: steps of the generator before each experience; the authors' number is 10000.
+        lr: learning rate of the generator's Adam.
+        batch_size: images that the generator makes in each of its steps, which bounds the memory.
+        noise: length of the noise.
+        width: channels of the generator's first maps.
+        confidence: weight of the cross-entropy against the class that leads.
+        temperature: T of that.
+        balance: weight of the classes' balance.
+        statistics: weight of the statistics of batch norms.
+        smooth: weight of the images' smoothness.
+        mu: weight of the distillation of features.
+        replay: dreams that join each batch; null: as many as it has images.
+    """
+
+    name = "always-be-dreaming"
+    state = ("teacher", "dreamer")
+    settings = ("class",)
+    replays = True
+    citation = "Smith et al., Always be dreaming: a new approach for data-free class-incremental learning, ICCV 2021"
+
+    def __init__(
+        self,
+        *,
+        iterations: Count = 1000,
+        lr: Positive = 1e-3,
+        batch_size: Count = 128,
+        noise: Count = 1000,
+        width: Count = 128,
+        confidence: NonNegative = 1.0,
+        temperature: Positive = 1e3,
+        balance: NonNegative = 1.0,
+        statistics: NonNegative = 50.0,
+        smooth: NonNegative = 1e-3,
+        mu: NonNegative = 0.1,
+        replay: Count | None = None,
+    ) -> None:
+        self.iterations, self.lr, self.batch_size, self.noise, self.width = iterations, lr, batch_size, noise, width
+        self.terms = Terms(confidence, temperature, balance, statistics, smooth)
+        self.mu, self.replay = mu, replay
+        self.teacher: IncrementalNet | None = None
+        self.dreamer: Dreamer  # built before the run
+
+    def wanted_logits(self, run: Run) -> str:
+        """Those of all classes seen, as dreams are of old ones."""
+        return "seen"
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """There must be batch norms, images whose sides can be halved twice, and new classes in each experience."""
+        yield from generator_problems(run, self)
+
+    @hookimpl
+    def before_run(self, run: Run) -> None:
+        """Build the generator."""
+        self.dreamer = Dreamer(run.scenario.input_shape, self.noise, self.width, self.lr).to(run.device)
+        self.tasks = task_of_class(run.scenario).to(run.device)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Train a new generator; none before the first experience."""
+        if self.teacher is not None:
+            self.dreamer.learn(run, self.name, self.teacher, self.terms, self.iterations, self.batch_size)
+            dreams = self.dreamer.dreams(SHOWN, self.teacher, self.tasks, run.rng(self.name))
+            run.show(self.name, album(ImageData(to_raw(dreams.x, run.scenario.transform), dreams.y)))
+
+    @hookimpl
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """Images that the generator makes for this step."""
+        if self.teacher is None:
+            return None
+        return self.dreamer.dreams(self.replay or len(batch), self.teacher, self.tasks, run.rng(self.name))
+
+    @hookimpl
+    def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
+        """Over the new classes alone; none of its own in the first experience."""
+        if self.teacher is None:
+            return None
+        n = self.teacher.n_classes
+        return batch.mean(local_cross_entropy(outputs.logits, batch.y, n), batch.y >= n)
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """The loss of the head, and that of the features; none in the first experience."""
+        if self.teacher is None:
+            return None
+        z = scores(run.model, outputs.features.detach())
+        with torch.no_grad():
+            q = self.teacher(batch.x, batch.task).logits
+        distilled = (scores(self.teacher, outputs.features) - q).square().mean()
+        return {
+            f"{self.name}/head": balanced_cross_entropy(z, batch.y, self.teacher.n_classes),
+            f"{self.name}/distill": self.mu * distilled,
+        }
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """The network as it is now is the next teacher."""
+        self.teacher = snapshot(run.model)

@@ -1,0 +1,295 @@
+"""Always be dreaming: its losses by hand, the way that each gradient takes, and stops while the generator learns."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import clframe
+from clframe import Batch, IncrementalNet, Plugin, dreamer, hookimpl, snapshot
+from clframe.backbones import cnn_small
+from clframe.engine import Engine
+from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.plugins.always_be_dreaming import AlwaysBeDreaming
+
+QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
+SHORT: dict[str, Any] = {"iterations": 6, "batch_size": 8, "noise": 10, "width": 8}
+
+
+def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small", **settings: Any) -> clframe.Results:
+    run = {name: settings.pop(name) for name in ("output", "seed") if name in settings}
+    return clframe.run(scenario, model, plugins, train=QUICK | settings, run={"tensorboard": False} | run)
+
+
+class Bench:
+    """The losses outside a run: a teacher of 4 classes, a student of 6, three new images and two dreams."""
+
+    def __init__(self, *, move: float = 0.3, **options: Any) -> None:
+        self.plugin = AlwaysBeDreaming(**options)
+        torch.manual_seed(1)
+        self.model = IncrementalNet(cnn_small((1, 8, 8)), [2, 2]).double()
+        self.plugin.teacher = snapshot(self.model)
+        self.model.grow(2)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p += move * p.abs().mean() * torch.randn_like(p)
+        self.model.eval()
+        self.run: Any = SimpleNamespace(model=self.model)
+        x, y = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.tensor([4, 5, 4, 3, 0])
+        weight = torch.tensor([1.0, 2.0, 1.0, 0, 0])
+        self.batch = Batch(x, y, torch.full((5,), -1), y // 2, weight, torch.tensor([0, 0, 0, 1, 1]))
+
+    @property
+    def outputs(self) -> Any:
+        return self.model(self.batch.x)
+
+    def terms(self) -> dict[str, Tensor]:
+        outputs = self.outputs
+        base = self.plugin.base_loss(self.run, self.batch, outputs)
+        return {"base": base, **self.plugin.penalty(self.run, self.batch, outputs)}  # type: ignore[dict-item]
+
+    def moved(self, term: str) -> set[str]:
+        """The parts of the network that a term trains."""
+        parameters = dict(self.model.named_parameters())
+        gradients = torch.autograd.grad(self.terms()[term], list(parameters.values()), allow_unused=True)
+        found = {n for n, g in zip(parameters, gradients, strict=True) if g is not None and g.abs().max() > 1e-12}
+        return {name.removesuffix(".weight").removesuffix(".bias") for name in found}
+
+
+def test_the_losses_by_hand() -> None:
+    bench = Bench(mu=0.3)
+    terms, z = bench.terms(), bench.outputs.logits
+    y = bench.batch.y
+    local = functional.cross_entropy(z[:3, 4:], y[:3] - 4, reduction="none")
+    assert terms["base"].item() == pytest.approx((local * torch.tensor([0.25, 0.5, 0.25])).sum().item(), rel=1e-6)
+    losses = functional.cross_entropy(z, y, reduction="none")
+    head = 4 / 6 * losses[3:].mean() + 2 / 6 * losses[:3].mean()
+    assert terms["always-be-dreaming/head"].item() == pytest.approx(head.item(), rel=1e-6)
+    old: Any = bench.plugin.teacher
+    weight = torch.cat([block.weight for block in old.head])
+    apart = (bench.outputs.features - old(bench.batch.x).features) @ weight.T  # the bias takes no part
+    assert terms["always-be-dreaming/distill"].item() == pytest.approx(
+        0.3 * apart.square().sum().item() / (5 * 4), rel=1e-6
+    )
+    assert len(terms) == 3
+
+
+def test_each_loss_trains_what_it_is_for() -> None:
+    """The local one nothing of the old head; that of the head only the head; that of features nothing of the head."""
+    bench = Bench()
+    backbone = {n.rsplit(".", 1)[0] for n, _ in bench.model.named_parameters() if n.startswith("backbone.")}
+    assert bench.moved("base") == backbone | {"head.2"}
+    assert bench.moved("always-be-dreaming/head") == {"head.0", "head.1", "head.2"}
+    assert bench.moved("always-be-dreaming/distill") == backbone
+    sum(bench.terms().values()).backward()  # type: ignore[union-attr]
+    assert all(p.grad is None for p in bench.plugin.teacher.parameters())  # type: ignore[union-attr]
+
+
+def test_features_that_have_not_moved_are_not_pulled() -> None:
+    bench = Bench(move=0.0)
+    term = bench.terms()["always-be-dreaming/distill"]
+    assert term.item() == pytest.approx(0, abs=1e-12)
+    gradients = torch.autograd.grad(term, list(bench.model.backbone.parameters()))
+    assert all(g.abs().max() < 1e-12 for g in gradients)
+
+
+class Watch(Plugin):
+    """What a run of the plugin, named first, shows its network."""
+
+    name = "watch"
+    observer = True
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Batch, Tensor]] = []
+        self.told: dict[str, list[float]] = {}
+        self.generators: list[dict[str, Tensor]] = []
+        self.known: dict[str, Tensor] = {}
+
+    @hookimpl
+    def before_run(self, run):
+        self.plugin = run.plugins[0]
+        run.listeners.append(self.listen)
+
+    def listen(self, record: dict[str, Any]) -> None:
+        for name, value in record["values"].items() if record["kind"] == "log" else ():
+            self.told.setdefault(name, []).append(value)
+
+    @hookimpl
+    def extra_data(self, run, experience):
+        """The generator has learnt: neither the teacher nor the run's network has moved."""
+        if experience.index:
+            now = run.model.state_dict()
+            for name, value in self.plugin.teacher.state_dict().items():
+                assert torch.equal(value, self.known[name])
+                assert torch.equal(value, now[name])
+            assert not any(m._forward_pre_hooks for m in self.plugin.teacher.modules())
+            assert not any(m.training for m in self.plugin.dreamer.generator.modules())
+            state = self.plugin.dreamer.generator.state_dict()
+            self.generators.append({name: value.clone() for name, value in state.items()})
+
+    @hookimpl
+    def after_step(self, run, batch):
+        if run.experience.index:
+            self.batches.append((batch, run.of(self.plugin, batch)))
+            assert set(run.losses) == {"base", "always-be-dreaming/head", "always-be-dreaming/distill"}
+        else:
+            assert set(run.losses) == {"base"}
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        self.known = {name: value.clone() for name, value in run.model.state_dict().items()}
+        if experience.index:
+            now = self.plugin.dreamer.generator.state_dict()
+            assert all(torch.equal(value, now[name]) for name, value in self.generators[-1].items())
+
+
+def test_in_a_run_each_step_has_new_dreams_of_the_old_classes(tiny) -> None:
+    watch = Watch()
+    learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**SHORT, replay=5), watch)
+    assert len(watch.batches) == 2 * 6
+    rows = [batch.x[mine] for batch, mine in watch.batches]
+    assert all(len(x) == 5 for x in rows)
+    assert len({x.sum().item() for x in rows}) == 12
+    for i, (batch, mine) in enumerate(watch.batches):
+        assert batch.y[mine].max() < 2 * (i // 6 + 1)
+        assert (batch.weight == (~mine).float()).all()
+    first, second = watch.generators
+    names = [name for name, value in first.items() if value.dim() > 1]
+    assert names
+    assert not any(torch.equal(first[name], second[name]) for name in names)
+    assert set(watch.told) == {f"always-be-dreaming/{what}" for what in ("confidence", "imbalance", "divergence")}
+    assert all(len(values) == 2 for values in watch.told.values())
+
+
+def test_a_run_stopped_while_the_generator_learns_goes_on_to_the_same_bits(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls, stop, within = Engine.pause, [0], [0], []
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if engine.run.hook_call.startswith("before_experience/always-be-dreaming/"):
+            within.append(calls[0])
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    options = SHORT | {"iterations": 3}
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 24}
+    whole = learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**options), output=str(tmp_path / "whole"), **settings)
+    places = list(within)
+    assert len(places) == 2 * 3
+    for k in places:
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**options), output=str(folder), **settings)
+        stop[0] = 0
+        resumed = clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), plugins=[AlwaysBeDreaming(**options)])
+        assert resumed.data == whole.data
+        for file in ("results.json", "model.safetensors", "metrics.jsonl", "pictures/always-be-dreaming-3.png"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_one_class_at_a_time_is_learnt(tiny_arrays) -> None:
+    """The teacher of the first experience has one class: nothing to balance, and no loss that is not finite."""
+    scenario = clframe.split_classes("tiny", tiny_arrays(shape=(1, 8, 8), classes=3), experiences=3)
+    watch = Watch()
+    learn(scenario, AlwaysBeDreaming(**SHORT), watch)
+    assert watch.told["always-be-dreaming/imbalance"][0] == 0
+
+
+def test_where_memory_ends_the_run_fails_and_says_what_needs_less(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(*given: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(dreamer, "generator_loss", loss)
+    with pytest.raises(RunFailed) as caught:
+        learn(tiny(2, shape=(1, 8, 8)), AlwaysBeDreaming(**SHORT))
+    assert str(caught.value) == (
+        "Out of memory on cpu while dreaming for experience 2 of 2: a smaller `always-be-dreaming.batch_size` needs "
+        "less."
+    )
+
+
+def returning(tiny_arrays: Any) -> clframe.Scenario:
+    """A scenario whose second experience brings class 1 back."""
+    arrays = tiny_arrays(shape=(1, 8, 8), classes=3)
+    groups = ((0, 1), (1, 2))
+
+    def load(i: int, part: str) -> clframe.ImageData:
+        x, y = (arrays.x_train, arrays.y_train) if part == "train" else (arrays.x_test, arrays.y_test)
+        where = (y == groups[i][0]) | (y == groups[i][1])
+        return clframe.ImageData(x[where], y[where])
+
+    return clframe.Scenario("returning", "class", groups, arrays.class_names, (1, 8, 8), load)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "sentence"),
+    [
+        (
+            "mlp-100",
+            (1, 8, 8),
+            "`always-be-dreaming` dreams from the running statistics of batch norms, and the backbone has none: choose "
+            "a model that has, such as cnn-small, resnet32 or resnet18.",
+        ),
+        (
+            "mlp-100",
+            (64,),
+            "`always-be-dreaming` dreams images [channels, height, width], and those of the scenario are [64]: choose "
+            "a scenario of images.",
+        ),
+        (
+            "cnn-small",
+            (1, 8, 6),
+            "`always-be-dreaming` makes images whose sides are divisible by 4, and those of the scenario are 8 x 6: "
+            "choose another scenario, or `deep-inversion`.",
+        ),
+        (
+            "cnn-small",
+            None,
+            "`always-be-dreaming` learns new classes among themselves, and experience 2 of `returning` brings old ones "
+            "back: choose a scenario whose experiences share no class.",
+        ),
+    ],
+)
+def test_the_refusal_is_one_sentence_and_comes_before_training(
+    model: str, shape: tuple[int, ...] | None, sentence: str, tiny, tiny_arrays
+) -> None:
+    class Trained(Plugin):
+        name = "trained"
+        observer = True
+        steps = 0
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            self.steps += 1
+
+    trained = Trained()
+    with pytest.raises(WrongUse) as caught:
+        learn(tiny(shape=shape) if shape else returning(tiny_arrays), AlwaysBeDreaming(**SHORT), trained, model=model)
+    assert caught.value.problems == (sentence,)
+    assert trained.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("iterations", 0, "`always-be-dreaming.iterations` is 0: it should be greater than or equal to 1."),
+        ("temperature", 0.0, "`always-be-dreaming.temperature` is 0.0: it should be greater than 0."),
+        ("mu", -1.0, "`always-be-dreaming.mu` is -1.0: it should be greater than or equal to 0."),
+    ],
+)
+def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
+    with pytest.raises(WrongUse) as caught:
+        AlwaysBeDreaming(**{option: value})
+    assert caught.value.problems == (sentence,)
