@@ -153,6 +153,10 @@ class Run:
             return self._classes_of_task[self.experience.index, : self.model.n_classes]
         return None
 
+    def task_of(self, y: Tensor) -> Tensor:
+        """The first task that has the class, of each of the labels `y` [B]."""
+        return self._classes_of_task[:, y].to(torch.uint8).argmax(0)
+
     def loss(self, batch: Batch, outputs: Outputs) -> Tensor:
         """Cross-entropy over the logits that take part, weighted: sum(w * l) / sum(w)."""
         logits = masked(outputs.logits, self.mask(batch.task))

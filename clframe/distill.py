@@ -40,26 +40,34 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) ->
     return functional.kl_div((student / temperature).log_softmax(-1), p, reduction="none").sum(-1)
 
 
+def hard_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
+    """The cross-entropy with the label that the teacher finds likeliest: [..., C] each to [...]."""
+    return -student.log_softmax(-1).gather(-1, teacher.argmax(-1, keepdim=True)).squeeze(-1)
+
+
 def soft_cross_entropy_per_group(
-    teacher: Tensor, student: Tensor, groups: Sequence[Sequence[int]], temperature: float = 2.0
+    teacher: Tensor, student: Tensor, groups: Sequence[Sequence[int]], temperature: float | None = 2.0
 ) -> Tensor:
     """The sum over groups of columns of `soft_cross_entropy` within the group: LwF's sum over old heads; [B].
 
     Args:
         teacher, student: logits [B, C] each.
         groups: for each head its columns; at least one.
-        temperature: T > 0.
+        temperature: T > 0; None: of `hard_cross_entropy`.
     """
+
+    def within(q: Tensor, z: Tensor) -> Tensor:
+        return hard_cross_entropy(q, z) if temperature is None else soft_cross_entropy(q, z, temperature)
+
     if len({len(group) for group in groups}) > 1:
-        parts = [soft_cross_entropy(teacher[:, g], student[:, g], temperature) for g in map(list, groups)]
-        return torch.stack(parts).sum(0)
+        return torch.stack([within(teacher[:, g], student[:, g]) for g in map(list, groups)]).sum(0)
     columns = [column for group in groups for column in group]
     if columns == list(range(len(columns))):
         q, z = teacher[:, : len(columns)], student[:, : len(columns)]
     else:
         q, z = teacher[:, columns], student[:, columns]
     shape = (len(groups), -1)  # heads of one size: one softmax for all of them
-    return soft_cross_entropy(q.unflatten(1, shape), z.unflatten(1, shape), temperature).sum(1)
+    return within(q.unflatten(1, shape), z.unflatten(1, shape)).sum(1)
 
 
 def sigmoid_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:

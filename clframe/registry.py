@@ -9,7 +9,7 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -226,9 +226,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
         built[cls.name] = plugin
         problems += _problems_of(cls)
     for hook in OWNED:
-        owners = [f"`{name}`" for name, plugin in built.items() if _owns(type(plugin), hook) and plugin.owns(hook)]
-        if len(owners) > 1:
-            problems.append(f"`{hook}` is answered by {_and(owners)}; a run can have only one of them.")
+        problems += owner_problems(built.values(), hook)
     for name, plugin in built.items():
         for other in plugin.conflicts:
             if other in built:
@@ -244,6 +242,17 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
     except pluggy.PluginValidationError as error:
         raise WrongUse(f"A plugin does not fit the hooks: {error}") from error
     return made
+
+
+def owner_problems(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> list[str]:
+    """The sentence that refuses several of `plugins` that answer `hook`, of which a run has one owner at most.
+
+    `also` is one of them that answers it in this run, whatever its ``owns`` says without knowing the run.
+    """
+    owners = [f"`{p.name}`" for p in plugins if p is also or (_owns(type(p), hook) and p.owns(hook))]
+    if len(owners) < 2:
+        return []
+    return [f"`{hook}` is answered by {_and(owners)}; a run can have only one of them."]
 
 
 def callers(made: pluggy.PluginManager) -> Hooks:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clframe import Batch
 from clframe.distill import (
     attention_distance,
     half_squared_distance,
+    hard_cross_entropy,
     incremental_bce,
     kl_divergence,
     observe,
@@ -89,6 +91,21 @@ def test_a_score_of_minus_infinity_is_a_share_of_nothing() -> None:
     assert gradient(value.sum(), z).isfinite().all()
 
 
+def test_a_hard_label_is_the_one_that_the_teacher_finds_likeliest() -> None:
+    q, z = logits(0), logits(1).requires_grad_()
+    got = hard_cross_entropy(q, z)
+    assert torch.allclose(got, functional.cross_entropy(z, q.argmax(1), reduction="none"), rtol=1e-12)
+    # as distillation of a teacher who is very sure, at temperature 1
+    assert torch.allclose(got, soft_cross_entropy(1e6 * q, z, 1.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1], [2, 3]], [[0, 1, 2], [3, 4, 5]], [[2, 3], [0, 5]], [[0, 1, 2], [3, 4]]])
+def test_each_group_has_a_hard_label_of_its_own(groups: list[list[int]]) -> None:
+    q, z = logits(0), logits(1)
+    wanted = sum(hard_cross_entropy(q[:, g], z[:, g]) for g in groups)
+    assert torch.allclose(soft_cross_entropy_per_group(q, z, groups, None), wanted, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "groups", [[[0, 1], [2, 3]], [[0, 1, 2], [3, 4, 5]], [[2, 3], [0, 5]], [[0, 1, 2], [3, 4]], [[4]], [[1, 0]]]
 )
@@ -118,7 +135,15 @@ def for_labels(q: Tensor, z: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "loss",
-    [soft_cross_entropy, per_group, sigmoid_cross_entropy, for_labels, half_squared_distance, attention_distance],
+    [
+        soft_cross_entropy,
+        hard_cross_entropy,
+        per_group,
+        sigmoid_cross_entropy,
+        for_labels,
+        half_squared_distance,
+        attention_distance,
+    ],
 )
 def test_no_gradient_reaches_the_teacher(loss) -> None:
     q, z = logits(0).requires_grad_(), logits(1).requires_grad_()
