@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "deep-inversion": {"per_class": 4, "iterations": 10},
     "der": {"size": 6},
     "er": {"size": 6},
-    "generative-replay": {"hidden": [20], "z": 5},
+    "generative-replay": {"hidden": [16], "z": 4},
     "icarl": {"size": 6},
 }
 MODELS: dict[str, str] = {"finetune-fc": "mlp-100"}  # of those that `cnn-small` does not suit
@@ -38,6 +38,7 @@ LIKE_FINETUNING_AT_FIRST = {
     "ewc",
     "feature-extraction",
     "finetune-fc",
+    "generative-replay",
     "lfl",
     "lwf",
     "lwm",

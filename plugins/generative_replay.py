@@ -1,0 +1,162 @@
+"""Deep generative replay (Shin et al., NIPS 2017): a generator recalls old images, and the old solver labels them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, registry
+from clframe.context import Run
+from clframe.distill import soft_cross_entropy_per_group
+from clframe.generators import Net, Recipe, Rehearsal, check_range
+from clframe.model import masked, snapshot
+from clframe.options import Count, Positive
+
+SHOWN = 64  # images, after each experience
+CHECKED = 500  # images, for the agreement of known labels with the solver's
+
+
+class GenerativeReplay(Plugin):
+    """Replays images of a generator that learns along, labelled by the solver as it was after the last experience.
+
+    The scholar is a generator G and a solver H, the network of the run. In experience t (from 1), with as many images
+    x' ~ G_{t-1} as there are new ones in the batch,
+
+        L = 1/t loss(x, y) + (1 - 1/t) loss(x', H_{t-1}(x')),
+
+    and after it G_t learns to generate the same mixture, of new images and G_{t-1}'s, with the same shares. Both old
+    copies are frozen and answer in eval mode. No training image is kept. G learns images as the data set has them, not
+    augmented; replayed ones are augmented as new ones are.
+
+    The old solver chooses among old classes only. Where tasks are told, the same images are labelled and scored by each
+    old head, and the loss is the mean over these heads.
+
+    Options:
+        generator: `vae`, a variational autoencoder (as van de Ven and Tolias, 2019), or `wgan`, a Wasserstein GAN with
+            gradient penalty (as the paper).
+        net: of fully connected (`mlp`) or convolutional (`conv`) layers; `conv` halves the image in each.
+        hidden: widths of the generator's layers, from the image on; null: 400 and 400, or 64 and 128 channels.
+        z: number of latent variables.
+        prior: of the `vae`: the `standard` normal, or one trainable Gaussian for each `class`: then old classes are
+            drawn alike, and the class that was drawn is the hard label.
+        labels: `hard`, the likeliest old class, or `soft`, distillation of the old solver's answers among all classes
+            that take part in the loss, of which the new ones have a share of 0.
+        temperature: of soft labels.
+        iterations: of the generator, after each experience; null: as many as the solver took steps in it.
+        lr: of the generator's Adam; null: 1e-3 for `vae`, 1e-4 for `wgan`. Its state is kept between experiences if
+            `train.keep_optimizer`.
+        critic_steps: of `wgan`, in each iteration.
+        fresh: train a new generator after each experience, as the paper does, not on from the last one's weights.
+    """
+
+    name = "generative-replay"
+    state = ("generator", "solver", "begun")
+    replays = True
+    citation = "Shin, Lee, Kim, Kim, Continual learning with deep generative replay, NIPS 2017"
+
+    def __init__(
+        self,
+        *,
+        generator: Literal["vae", "wgan"] = "vae",
+        net: Net = "mlp",
+        hidden: list[Count] | None = None,
+        z: Count = 100,
+        prior: Literal["standard", "class"] = "standard",
+        labels: Literal["hard", "soft"] = "hard",
+        temperature: Positive = 2.0,
+        iterations: Count | None = None,
+        lr: Positive | None = None,
+        critic_steps: Count = 5,
+        fresh: bool = False,
+    ) -> None:
+        self.recipe = Recipe(generator, net, hidden, z, prior, critic_steps)
+        self.labels, self.temperature = labels, temperature if labels == "soft" else None
+        self.iterations, self.lr, self.fresh = iterations, lr, fresh
+        self.solver: IncrementalNet | None = None  # H_{t-1}
+        self.begun = 0  # steps of the run before the experience
+
+    def owns(self, hook: str) -> bool:
+        """It brings its own loss for soft labels (and for those of several heads, see `problems`)."""
+        return hook != "base_loss" or self.labels == "soft"
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Images must suit the generator, and replayed classes take part in the loss."""
+        yield from self.recipe.problems(run.scenario.input_shape, self.name)
+        if run.logits == "current" and run.scenario.setting != "domain":
+            yield (
+                f"`{self.name}` brings old classes back, which `train.logits=current` leaves out of the loss: choose "
+                "`seen` or `all`."
+            )
+        if self.labels == "hard" and self._scores_heads(run):
+            yield from registry.owner_problems(run.plugins, "base_loss", also=self)
+
+    @hookimpl
+    def before_run(self, run: Run) -> None:
+        """Build the generator."""
+        shape, n, rng = run.scenario.input_shape, len(run.scenario.class_names), run.rng(self.name)
+        scale = run.scenario.transform.scale
+        self.generator = Rehearsal(lambda: self.recipe.build(shape, n, rng).to(run.device), scale, self.lr)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Images must be such as a sigmoid can give."""
+        self.begun = run.total_steps
+        check_range(experience.train, run.scenario.transform.scale, self.name)
+
+    @hookimpl
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """Replayed images; none in the first experience."""
+        if self.solver is None:
+            return None
+        n, old, rng = len(batch), len(run.old_classes), run.rng(self.name)
+        images, drawn = self.generator.recall(n, old, rng)
+        share = run.experience.index * batch.weight.sum() / n  # in all t - 1 times that of the batch
+        rows = run.batch(ImageData(images, torch.zeros_like(batch.y), weight=share.expand(n)), rng)
+        with torch.no_grad():
+            q = self.solver(rows.x).logits[:, :old]
+        rows.y = q.argmax(1) if drawn is None or self.labels == "soft" else drawn
+        rows.task = run.task_of(rows.y)
+        if self.labels == "soft" or self._scores_heads(run):  # with a score of -inf a class has no share
+            rows.targets[self.name] = functional.pad(q, (0, run.model.n_classes - old), value=-torch.inf)
+        return rows
+
+    @hookimpl
+    def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
+        """The loss with soft labels, or with those of several heads."""
+        if self.name not in batch.targets:
+            return None
+        q, z = batch.targets[self.name], outputs.logits
+        groups = run.scenario.classes[: run.experience.index] if run.logits == "own" else [range(z.shape[1])]
+        replayed = soft_cross_entropy_per_group(q, z, groups, self.temperature) / len(groups)
+        others = functional.cross_entropy(masked(z, run.mask(batch.task)), batch.y, reduction="none")
+        return batch.mean(torch.where(run.of(self, batch), replayed, others))
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Train the generator, copy the solver, and tell how good they are."""
+        ticks = run.ticks(self.name, self.iterations or run.total_steps - self.begun, resumable=True)
+        if ticks.start == 0:
+            self.generator.begin(self.fresh, run.settings.keep_optimizer)
+        data, share, rng = experience.train.to(run.device), 1 / (experience.index + 1), run.rng(self.name)
+        for _ in ticks:
+            self.generator.learn(data, share, run.settings.batch_size, len(run.old_classes), rng)
+        values = self.generator.end(self.name)
+        self.solver = snapshot(run.model)
+
+        seen = len(set(run.old_classes).union(experience.classes))
+        images, drawn = self.generator.recall(CHECKED, seen, rng)
+        if images.dim() == 4:
+            run.show(self.name, images[:SHOWN])
+        if drawn is not None:
+            with torch.no_grad():
+                answers = self.solver(run.batch(ImageData(images, drawn)).x).logits[:, :seen].argmax(1)
+            values["agreement"] = (answers == drawn).float().mean().item()
+        run.log({f"{self.name}/{name}": value for name, value in values.items()})
+
+    def _scores_heads(self, run: Run) -> bool:
+        """Whether each old head has its say on each replayed image."""
+        return run.logits == "own" and (self.labels == "soft" or self.recipe.prior == "standard")
