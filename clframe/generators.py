@@ -11,7 +11,6 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -22,7 +21,7 @@ from torch.nn import functional
 
 from clframe.data import ImageData
 from clframe.errors import RunFailed, WrongUse
-from clframe.model import evaluating
+from clframe.model import evaluating, initialised_by
 
 Net = Literal["mlp", "conv"]
 HIDDEN: dict[Net, tuple[int, ...]] = {"mlp": (400, 400), "conv": (64, 128)}  # widths where none are given
@@ -400,14 +399,6 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable
         parameter.grad = gradient
     optimizer.step()
     optimizer.zero_grad()
-
-
-@contextmanager
-def initialised_by(generator: torch.Generator) -> Iterator[None]:
-    """Modules that are built inside, on the CPU, have weights that `generator` decides; torch's own stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        yield
 
 
 def check_range(data: ImageData, scale: float, owner: str) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clframe.data import ImageData, Scenario, Transform
+from clframe.data import ImageData, Transform
 from clframe.distill import kl_divergence
 from clframe.errors import RunFailed
-from clframe.model import IncrementalNet, masked, snapshot
+from clframe.model import IncrementalNet, initialised_by, masked, snapshot
 from clframe.training import make_optimizer
 
 if TYPE_CHECKING:
@@ -281,11 +281,11 @@ class Dreaming(nn.Module):
         jitter = min(shape[1:]) // 16 if recipe.jitter is None else recipe.jitter
         flip = transform.flip if recipe.flip is None else recipe.flip
         rival = self._rival(teacher) if k else None
-        tasks = task_of_class(run.scenario).to(run.device)
+        tasks = run.task_of(torch.arange(teacher.n_classes, device=run.device))
         for i in run.ticks(f"{name}: dreams {k + 1}", len(parts) * recipe.iterations, resumable=True):
             y = parts[i // recipe.iterations].to(run.device)
             # where tasks are told, each class is among those of its task
-            mask = tasks[: teacher.n_classes] == tasks[y][:, None] if run.scenario.setting == "task" else None
+            mask = tasks == tasks[y][:, None] if run.scenario.setting == "task" else None
             if i % recipe.iterations == 0:
                 noise = torch.randn(len(y), *shape, generator=generator).to(run.device)
                 self.begin(noise, recipe.lr)
@@ -371,14 +371,6 @@ def valid_range(transform: Transform, images: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def task_of_class(scenario: Scenario) -> Tensor:
-    """For each class the first experience that has it, [C] int64."""
-    tasks = torch.full((len(scenario.class_names),), -1)
-    for task, classes in reversed(list(enumerate(scenario.classes))):
-        tasks[list(classes)] = task
-    return tasks
-
-
 def targets_in_parts(classes: Sequence[int], per_class: int, rounds: int, batch_size: int) -> list[list[Tensor]]:
     """The labels of `per_class` dreams of each class: for each round, parts [<= batch_size] of nearly equal size.
 
@@ -392,9 +384,7 @@ def targets_in_parts(classes: Sequence[int], per_class: int, rounds: int, batch_
 
 def reinitialise(model: nn.Module, generator: torch.Generator) -> None:
     """Give the layers of `model` the weights that they begin with, from a seed that `generator`, on the CPU, draws."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    with initialised_by(generator, next(model.parameters()).device):
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

@@ -199,3 +199,19 @@ def normalizing_by_batch(model: nn.Module, like: nn.Module) -> Iterator[None]:
         finally:
             for norm in norms:
                 norm.track_running_stats = True
+
+
+@contextmanager
+def initialised_by(generator: torch.Generator, device: torch.device | None = None) -> Iterator[None]:
+    """Modules whose weights are drawn inside, on the CPU or `device`, have those that `generator` decides.
+
+    Torch's own generators stay as they are.
+    """
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for place in cuda:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -10,7 +10,7 @@ from torch import Tensor
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
 from clframe.dreamer import Dreamer, Terms, balanced_cross_entropy, generator_problems, local_cross_entropy, scores
-from clframe.inversion import SHOWN, album, task_of_class, to_raw
+from clframe.inversion import SHOWN, album, to_raw
 from clframe.options import Count, NonNegative, Positive
 
 
@@ -90,7 +90,7 @@ class AlwaysBeDreaming(Plugin):
     def before_run(self, run: Run) -> None:
         """Build the generator."""
         self.dreamer = Dreamer(run.scenario.input_shape, self.noise, self.width, self.lr).to(run.device)
-        self.tasks = task_of_class(run.scenario).to(run.device)
+        self.tasks = run.task_of(torch.arange(len(run.scenario.class_names), device=run.device))
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:

@@ -114,7 +114,7 @@ class DeepInversion(Plugin):
         generator = run.rng(self.name)
         where = torch.randint(len(self.images), (self.replay or len(batch),), generator=generator)
         rows = self.images.rows(where.to(run.device))
-        return run.batch(rows, generator if run.scenario.transform.augments else None)
+        return run.batch(rows, generator)
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:

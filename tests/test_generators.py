@@ -23,10 +23,10 @@ from clframe.generators import (
     descend,
     divergence,
     gradient_penalty,
-    initialised_by,
     mixture,
     reparametrized,
 )
+from clframe.model import initialised_by
 
 SHAPE = (1, 2, 3)
 

@@ -27,7 +27,6 @@ from clframe.inversion import (
     observe_norms,
     reborn,
     targets_in_parts,
-    task_of_class,
     to_raw,
     total_variation,
     valid_range,
@@ -418,12 +417,6 @@ def test_targets_are_balanced_in_every_part(per_class: int, rounds: int, batch_s
     for part in (part.tolist() for some in parts for part in some):
         counts = [part.count(c) for c in classes]
         assert max(counts) - min(counts) <= 1
-
-
-def test_a_class_belongs_to_the_first_experience_that_has_it(tiny) -> None:
-    assert task_of_class(tiny()).tolist() == [0, 0, 1, 1, 2, 2]
-    again = SimpleNamespace(classes=((0, 1), (1, 2), (0, 3)), class_names=tuple("abcde"))
-    assert task_of_class(again).tolist() == [0, 0, 1, 2, -1]  # type: ignore[arg-type]
 
 
 def test_a_rival_begins_anew_from_the_generator_alone() -> None:
