@@ -13,7 +13,7 @@ demo: .venv/installed
 	@echo "Look at the curves of both: $(BIN)/tensorboard --logdir runs/demo"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

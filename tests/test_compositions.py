@@ -172,9 +172,10 @@ def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: s
 def test_the_pairs_are_told_apart_as_they_should_be(context):
     """The test above would see a refusal that nobody meant, or one that is missing."""
     compose = {"a-ltm", "der", "er", "ewc", "feature-extraction", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
-    compose |= {"icarl", "warm-up"}
+    compose |= {"always-be-dreaming", "deep-inversion", "generative-replay", "icarl", "warm-up"}
+    two_losses, other_logits = {"always-be-dreaming"}, {"deep-inversion", "lwf", "lwm"}
     for a, b in PAIRS:
-        if (a, b) in {("icarl", "lwf"), ("icarl", "lwm")}:  # made for other logits
+        if "icarl" in (a, b) and (two_losses | other_logits) & {a, b}:
             assert len(refusal(*built(a, b), context("class", *built(a, b)))) == 1
         elif {a, b} <= compose:
             assert refusal(*built(a, b), context(setting_of(a, b), *built(a, b))) == ()

@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "der": {"size": 6},
     "er": {"size": 6},
     "generative-replay": {"hidden": [16], "z": 4},
-    "icarl": {"size": 6},
+    "icarl": {"size": 24},
 }
 MODELS: dict[str, str] = {"finetune-fc": "mlp-100"}  # of those that `cnn-small` does not suit
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
