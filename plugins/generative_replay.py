@@ -32,8 +32,8 @@ class GenerativeReplay(Plugin):
     copies are frozen and answer in eval mode. No training image is kept. G learns images as the data set has them, not
     augmented; replayed ones are augmented as new ones are.
 
-    The old solver chooses among old classes only. Where tasks are told, the same images are labelled and scored by each
-    old head, and the loss is the mean over these heads.
+    The old solver chooses among old classes only. Where each task has its own head (`train.logits=own`), the same
+    images are labelled and scored by every old head, and the loss is the mean over these heads.
 
     Options:
         generator: `vae`, a variational autoencoder (as van de Ven and Tolias, 2019), or `wgan`, a Wasserstein GAN with
@@ -44,8 +44,9 @@ class GenerativeReplay(Plugin):
         prior: of the `vae`: the `standard` normal, or one trainable Gaussian for each `class`: then old classes are
             drawn alike, and the class that was drawn is the hard label.
         labels: `hard`, the likeliest old class, or `soft`, distillation of the old solver's answers among all classes
-            that take part in the loss, of which the new ones have a share of 0.
-        temperature: of soft labels.
+            that take part in the loss, of which the new ones have a share of 0. Van de Ven and Tolias multiply it by
+            T^2, which is left out here.
+        temperature: T of soft labels.
         iterations: of the generator, after each experience; null: as many as the solver took steps in it.
         lr: of the generator's Adam; null: 1e-3 for `vae`, 1e-4 for `wgan`. Its state is kept between experiences if
             `train.keep_optimizer`.

@@ -76,16 +76,16 @@ class Watch(Plugin):
         if run.logits != "own":
             if self.replay.labels == "hard":
                 return -z.log_softmax(1)[range(len(z)), y].mean()
-            p = (q / self.replay.temperature).softmax(1)
-            return -(p * (z / self.replay.temperature).log_softmax(1)[:, : q.shape[1]]).sum(1).mean()
+            p = (q / self.replay.options["temperature"]).softmax(1)
+            return -(p * (z / self.replay.options["temperature"]).log_softmax(1)[:, : q.shape[1]]).sum(1).mean()
         heads = []
         for group in map(list, run.scenario.classes[: run.experience.index]):
             if self.replay.labels == "hard":
                 label = q[:, group].argmax(1)
                 heads.append(-z[:, group].log_softmax(1)[range(len(z)), label].mean())
             else:
-                p = (q[:, group] / self.replay.temperature).softmax(1)
-                heads.append(-(p * (z[:, group] / self.replay.temperature).log_softmax(1)).sum(1).mean())
+                p = (q[:, group] / self.replay.options["temperature"]).softmax(1)
+                heads.append(-(p * (z[:, group] / self.replay.options["temperature"]).log_softmax(1)).sum(1).mean())
         return sum(heads) / len(heads)  # type: ignore[return-value]
 
     @hookimpl
