@@ -247,6 +247,7 @@ def load_parts(folder: Path) -> dict[str, dict[str, Any]]:
 
 TITLES = {
     "avalanche": "Split-MNIST beside Avalanche and a hand-written loop",
+    "replay": "Split-MNIST with methods that replay, beside Avalanche's",
     "method_cost": "Cost of a training step, by method, beside Avalanche",
     "fisher_cost": "Cost of importance per sample",
     "growth": "Training time and memory from 5 to 50 experiences",

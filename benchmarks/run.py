@@ -4,9 +4,10 @@
     python benchmarks/run.py full           what `make bench-full` runs: hours with a cold cache; stop it, it goes on
     python benchmarks/run.py page           RESULTS.md again, from what was measured before
 
-`short` measures speed; `--only` picks parts. `full` runs the protocols of `protocols/index.yaml`, one row per protocol,
-seed and version of the code in `rows.jsonl`, skips rows that are there, and then kills and resumes 50 times. Both end
-with the page, which `full` also renews after each protocol.
+`short` measures speed; `--only` picks parts, and the part `replay` runs only so. `full` runs the protocols of
+`protocols/index.yaml`, one row per protocol, seed and version of the code in `rows.jsonl`, skips rows that are there,
+and then kills and resumes 50 times and runs `replay`. Both end with the page, which `full` also renews after each
+protocol.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 PROTOCOLS = HERE / "protocols"
 ROWS = HERE / "rows.jsonl"
 PAGE = HERE / "RESULTS.md"
+LONG = ("replay",)  # parts of `short` that run only when they are named, or in `full`
 Measured = tuple[list[dict[str, Any]], list[str]]
 
 
@@ -105,6 +107,12 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
 
         return method_cost.measure(data_root, fewer)
 
+    def replay() -> Measured:
+        import avalanche_split_mnist as bench
+
+        lines, notes = bench.measure(data_root, repetitions // 3, bench.REPLAY, ("clframe", "avalanche"))
+        return lines, [*notes, bench.herding_time()]
+
     fewer = repetitions // 2 + 1  # where they are many or long, so that all parts end within 20 minutes
     parts: dict[str, tuple[Callable[[], Measured], bool]] = {
         "hook_cost": (hook_cost, False),
@@ -112,9 +120,10 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
         "growth": (growth, True),
         "method_cost": (method_cost, True),
         "avalanche": (avalanche, True),
+        "replay": (replay, True),
     }
     for name, (measure, needs_mnist) in parts.items():
-        if only and name not in only:
+        if name not in only and (only or name in LONG):
             continue
         if lacking := _lacking("mnist" if needs_mnist else "", data_root):
             print(f"{name}: skipped, as {lacking}")
@@ -155,6 +164,8 @@ def full(data_root: Path, only: Sequence[str], kills: int) -> None:
         report.save_part("kill_resume", lines, f"python benchmarks/kill_resume.py {kills}", notes)
         print(report.table(lines))
         write_page()
+    if not only and report.load_parts(HERE / "results").get("replay", {}).get("code") != code:
+        short(data_root, 9, LONG)
 
 
 def _lacking(data: str, data_root: Path) -> str:

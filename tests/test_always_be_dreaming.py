@@ -168,6 +168,24 @@ def test_in_a_run_each_step_has_new_dreams_of_the_old_classes(tiny) -> None:
     assert all(len(values) == 2 for values in watch.told.values())
 
 
+def test_each_generator_begins_anew_and_so_does_its_optimizer(tiny) -> None:
+    """With steps too small to be seen, what differs between two experiences is the beginning."""
+    watch, steps = Watch(), []
+
+    class Steps(Plugin):
+        name = "steps"
+        observer = True
+
+        @hookimpl
+        def after_experience(self, run, experience):
+            steps.extend({int(state["step"]) for state in watch.plugin.dreamer.adam.state.values()})
+
+    learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**SHORT | {"lr": 1e-9}), watch, Steps())
+    first, second = (generator["first.weight"] for generator in watch.generators)
+    assert (first - second).abs().mean() > 0.1
+    assert steps == [6, 6]
+
+
 def test_a_run_stopped_while_the_generator_learns_goes_on_to_the_same_bits(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,23 @@ def test_the_teacher_is_shown_a_part_at_a_time(tiny, monkeypatch: pytest.MonkeyP
     assert watch.dreams[0].y.bincount().tolist() == [7, 7, 7]
 
 
+@pytest.mark.parametrize("setting", ["class", "task"])
+def test_a_dream_is_sought_among_the_classes_of_its_task_where_that_is_told(
+    setting: str, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[tuple[list[int], Any]] = []
+    original = inversion.inversion_loss
+
+    def loss(teacher: Any, x: Tensor, y: Tensor, weights: Any, mask: Any, rival: Any) -> Tensor:
+        masks.append((y.tolist(), None if mask is None else mask.int().tolist()))
+        return original(teacher, x, y, weights, mask, rival)
+
+    monkeypatch.setattr(inversion, "inversion_loss", loss)
+    learn(tiny(shape=(1, 8, 8), setting=setting), DeepInversion(per_class=1, iterations=1))
+    wanted = ([[1, 1], [1, 1]], [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2) if setting == "task" else (None, None)
+    assert masks == [([0, 1], wanted[0]), ([0, 1, 2, 3], wanted[1])]
+
+
 def test_in_rounds_a_rival_learns_and_the_next_dreams_compete_with_it(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[IncrementalNet | None, int]] = []
     moved: list[bool] = []
