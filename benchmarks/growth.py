@@ -34,6 +34,9 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "lwf": [{"lwf": {"form": "all"}}],
     "lfl": [{"lfl": {}}],
     "a-ltm": [{"a-ltm": {}}],
+    "er": [{"er": {"size": 500}}],
+    "der": [{"der": {"size": 500}}],
+    "generative-replay": [{"generative-replay": {}}],
 }
 # median of eight experiences; the first has no penalty yet, and torch starts up in it
 EARLY, LATE = slice(2, 10), slice(EXPERIENCES - 8, EXPERIENCES)
@@ -133,7 +136,7 @@ def compare(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[di
         "Seconds are the median of an experience early in the run (3 to 10) and late in it (43 to 50); MiB is the "
         "highest within experience 5 and 50.",
         f"{PER_CLASS * 10} images and {EPOCHS} epochs per experience, batches of 128, 1 thread; MLP 400-400, one head "
-        "for all experiences; every method with its defaults.",
+        "for all experiences; every method with its defaults, but a memory of 500 images where there is one.",
     ]
 
 
