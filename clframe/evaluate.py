@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clframe.data import Scenario, Setting
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
@@ -47,6 +48,31 @@ class ModelPredictor(Predictor):
         """Logits [B, C]."""
         logits: Tensor = self.model(x, task).logits
         return logits
+
+
+class NearestMean(Predictor):
+    """Negated distances of an image's normalised feature to class means; -inf for classes that have none.
+
+    Args:
+        model: gives the features.
+        means: [C, D] of length 1, of the first C classes of the head.
+    """
+
+    scores = "distances"
+    uses_task = False
+
+    def __init__(self, model: IncrementalNet, means: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.means = next(model.parameters()).new_empty(0, 1) if means is None else means  # [C, D]
+        self.n_classes: int = len(self.means)
+
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        """Scores [B, C] of all classes of the head."""
+        feature = functional.normalize(self.model.features(x), dim=1)
+        # not by products, which lose half of the digits where two points are near each other
+        distances = torch.cdist(feature, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        return functional.pad(-distances, (0, self.model.n_classes - len(self.means)), value=-torch.inf)
 
 
 def answered(predictor: nn.Module, n_classes: int) -> int:

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.nn import functional
 from clframe.data import ImageData
 from clframe.errors import RunFailed, WrongUse
 from clframe.model import evaluating, initialised_by
+
+if TYPE_CHECKING:
+    from clframe.context import Run
 
 Net = Literal["mlp", "conv"]
 HIDDEN: dict[Net, tuple[int, ...]] = {"mlp": (400, 400), "conv": (64, 128)}  # widths where none are given
@@ -310,6 +313,20 @@ class Rehearsal(nn.Module):
             return mixture(new, (self.previous.sample(n, generator, y), y, 1 - share))
 
         self.losses = self.model.step(self.optimizer, draw, generator)
+
+    def rehearse(
+        self, run: Run, owner: str, data: ImageData, share: float, iterations: int, *, fresh: bool = False
+    ) -> dict[str, float]:
+        """A whole set, in so many ticks of the plugin `owner`, between which the run can be saved; the latest losses.
+
+        Raises `RunFailed`, naming `owner`, if these are not finite.
+        """
+        ticks = run.ticks(owner, iterations, resumable=True)
+        if ticks.start == 0:
+            self.begin(fresh, run.settings.keep_optimizer)
+        for _ in ticks:
+            self.learn(data, share, run.settings.batch_size, len(run.old_classes), run.rng(owner))
+        return self.end(owner)
 
     def end(self, owner: str) -> dict[str, float]:
         """The set is learnt: the latest losses. Raises `RunFailed`, naming `owner`, if they are not finite."""

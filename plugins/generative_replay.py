@@ -139,17 +139,13 @@ class GenerativeReplay(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Train the generator, copy the solver, and tell how good they are."""
-        ticks = run.ticks(self.name, self.iterations or run.total_steps - self.begun, resumable=True)
-        if ticks.start == 0:
-            self.generator.begin(self.fresh, run.settings.keep_optimizer)
-        data, share, rng = experience.train.to(run.device), 1 / (experience.index + 1), run.rng(self.name)
-        for _ in ticks:
-            self.generator.learn(data, share, run.settings.batch_size, len(run.old_classes), rng)
-        values = self.generator.end(self.name)
+        data, share = experience.train.to(run.device), 1 / (experience.index + 1)
+        iterations = self.iterations or run.total_steps - self.begun
+        values = self.generator.rehearse(run, self.name, data, share, iterations, fresh=self.fresh)
         self.solver = snapshot(run.model)
 
         seen = len(set(run.old_classes).union(experience.classes))
-        images, drawn = self.generator.recall(CHECKED, seen, rng)
+        images, drawn = self.generator.recall(CHECKED, seen, run.rng(self.name))
         if images.dim() == 4:
             run.show(self.name, images[:SHOWN])
         if drawn is not None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
 from clframe.distill import incremental_bce
-from clframe.evaluate import Predictor
+from clframe.evaluate import NearestMean
 from clframe.memory import balanced, draw, herding, quota, too_small
 from clframe.model import evaluating
 from clframe.options import Count, Positive
@@ -144,28 +144,3 @@ def features(run: Run, rows: ImageData, *, mirrored: bool = False) -> Tensor:
             x = run.batch(rows.rows(slice(start, start + run.config.run.eval_batch_size))).x
             found.append(functional.normalize(run.model.features(x.flip(-1) if mirrored else x), dim=1))
     return torch.cat(found)
-
-
-class NearestMean(Predictor):
-    """Negated distances of an image's normalised feature to class means; -inf for classes that have none.
-
-    Args:
-        model: gives the features.
-        means: [C, D] of length 1, of the first C classes of the head.
-    """
-
-    scores = "distances"
-    uses_task = False
-
-    def __init__(self, model: IncrementalNet, means: Tensor | None) -> None:
-        super().__init__()
-        self.model = model
-        self.means = next(model.parameters()).new_empty(0, 1) if means is None else means  # [C, D]
-        self.n_classes: int = len(self.means)
-
-    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        """Scores [B, C] of all classes of the head."""
-        feature = functional.normalize(self.model.features(x), dim=1)
-        # not by products, which lose half of the digits where two points are near each other
-        distances = torch.cdist(feature, self.means, compute_mode="donot_use_mm_for_euclid_dist")
-        return functional.pad(-distances, (0, self.model.n_classes - len(self.means)), value=-torch.inf)
