@@ -64,15 +64,20 @@ def mlp_100(input_shape: tuple[int, ...]) -> nn.Module:
     return mlp(input_shape, hidden=[100, 100])
 
 
-def cnn_small(input_shape: tuple[int, ...]) -> nn.Module:
-    """Three 3x3 convolutions (32, 32 of stride 2, 64), each with BatchNorm and ReLU, then the average pixel.
+def cnn_small(input_shape: tuple[int, ...], *, widths: list[Count] = [32, 32, 64]) -> nn.Module:  # noqa: B006
+    """3x3 convolutions, each with BatchNorm and ReLU, then the average pixel; the second one is of stride 2.
 
     For images from 8x8 (scikit-learn's digits) to 28x28 (MNIST).
+
+    Options:
+        widths: channels of each convolution.
     """
+    if not widths:
+        raise WrongUse("`model.widths` is empty: `cnn-small` needs the width of one convolution at least.")
     layers: list[nn.Module] = []
-    for fan_in, fan_out, stride in ((_channels(input_shape, "cnn-small"), 32, 1), (32, 32, 2), (32, 64, 1)):
-        layers += [_conv(fan_in, fan_out, stride), nn.BatchNorm2d(fan_out), nn.ReLU()]
-    return FeatureNet(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64)
+    for i, (fan_in, fan_out) in enumerate(pairwise([_channels(input_shape, "cnn-small"), *widths])):
+        layers += [_conv(fan_in, fan_out, 2 if i == 1 else 1), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    return FeatureNet(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1])
 
 
 def resnet32(input_shape: tuple[int, ...], *, last_relu: bool = True) -> nn.Module:
@@ -133,6 +138,7 @@ class ResNet(nn.Module):
         else:
             self.conv1 = _conv(channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if large else nn.Identity()
         self.stages = len(widths)
         fan_in = widths[0]
@@ -151,7 +157,7 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features [B, width] of the images `x`."""
-        x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return x.mean((2, 3))
@@ -170,7 +176,8 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(fan_out)
         self.conv2 = _conv(fan_out, fan_out)
         self.bn2 = nn.BatchNorm2d(fan_out)
-        self.relu = relu
+        self.relu = nn.ReLU()
+        self.last = nn.ReLU() if relu else nn.Identity()
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or fan_in != fan_out:
             if shortcut == "A":
@@ -181,9 +188,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H / stride, W / stride]."""
-        out = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
-        out = out + self.downsample(x)
-        return functional.relu(out) if self.relu else out
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        summed: Tensor = self.last(out + self.downsample(x))
+        return summed
 
 
 class Subsample(nn.Module):

@@ -113,6 +113,11 @@ class Run:
         return sorted({c for group in self.scenario.classes[: self.experience.index] for c in group})
 
     @property
+    def n_seen(self) -> int:
+        """Classes of the experience under way and those before it: labels from 0 on, without a gap."""
+        return max(c for group in self.scenario.classes[: self.experience.index + 1] for c in group) + 1
+
+    @property
     def old_blocks(self) -> list[int]:
         """Blocks of the head, by number, of earlier classes that the experience under way does not have."""
         return self.model.blocks_of(set(self.old_classes).difference(self.experience.classes))

@@ -50,6 +50,22 @@ class ModelPredictor(Predictor):
         return logits
 
 
+class TaskPredictor(ModelPredictor):
+    """The logits of a network that computes something else for each task, which has to be told.
+
+    Args:
+        model: the network.
+        n_classes: classes of the tasks learnt so far; for later ones there is nothing to compute with.
+    """
+
+    uses_task = True
+    needs_task = True
+
+    def __init__(self, model: IncrementalNet, n_classes: int) -> None:
+        super().__init__(model)
+        self.n_classes = n_classes
+
+
 class NearestMean(Predictor):
     """Negated distances of an image's normalised feature to class means; -inf for classes that have none.
 

@@ -49,6 +49,15 @@ class Outputs:
         return self.logits[:, self._ends[k - 1] if k else 0 : self._ends[k]]
 
 
+class PerTask(nn.Module):
+    """A module that computes something else for each task.
+
+    `IncrementalNet.forward` tells it by `task` whose turn it is, and `IncrementalNet.select` while nothing is told.
+    """
+
+    task = 0
+
+
 class IncrementalNet(nn.Module):
     """A backbone and a head that is a list of linear blocks, one per growth; column = label.
 
@@ -60,6 +69,7 @@ class IncrementalNet(nn.Module):
 
     Attributes:
         grown: number of experiences that it has grown for; a copy of it can be rebuilt by growing as often.
+        selected: the task that its `PerTask` modules compute for where none is told; None: it has no such modules.
     """
 
     def __init__(self, backbone: nn.Module, blocks: Sequence[int] = ()) -> None:
@@ -72,6 +82,7 @@ class IncrementalNet(nn.Module):
         self.backbone = backbone
         self.head = nn.ModuleList()
         self.grown = 0
+        self.selected: int | None = None
         for size in blocks:
             self.grow(size)
 
@@ -101,8 +112,36 @@ class IncrementalNet(nn.Module):
         """Features [B, D] of the images `x`."""
         return self.backbone.features(x)
 
+    def select(self, task: int) -> None:
+        """Let the `PerTask` modules compute for `task` from now on, wherever none is told."""
+        self.selected = task
+        self._turn(task)
+
     def forward(self, x: Tensor, task: Tensor | None = None) -> Outputs:
-        """Outputs for normalised images `x` [B, ...]; `task` [B] is for structure that plugins install."""
+        """Outputs for normalised images `x` [B, ...]; `task` [B] tells `PerTask` modules what to compute for."""
+        if task is None or self.selected is None:
+            return self._outputs(x)
+        tasks = task.unique().tolist()  # the one thing that a step asks the device for, of such a network
+        try:
+            places = [(task == t).nonzero().flatten() for t in tasks] if len(tasks) > 1 else [slice(None)]
+            parts = []
+            for t, where in zip(tasks, places, strict=True):
+                self._turn(t)
+                parts.append(self._outputs(x[where]))
+        finally:
+            self._turn(self.selected)
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.cat(places).argsort()  # type: ignore[arg-type]
+        features, logits = (torch.cat([getattr(p, name) for p in parts])[back] for name in ("features", "logits"))
+        return Outputs(features, logits, list(itertools.accumulate(self.blocks)))
+
+    def _turn(self, task: int) -> None:
+        for module in self.modules():
+            if isinstance(module, PerTask):
+                module.task = task
+
+    def _outputs(self, x: Tensor) -> Outputs:
         features = self.features(x)
         ends = list(itertools.accumulate(self.blocks))
         if len(ends) > 1 and all(map(_is_plain, self.head)):  # one product for all blocks

@@ -39,6 +39,8 @@ class Plugin(metaclass=_Validated):
     - ``settings``: the scenario settings that it can serve.
     - ``conflicts``: names of plugins that it cannot run beside.
     - ``needs_task_gradient``: the engine goes backward through the base loss first, see ``after_backward``.
+    - ``isolates``: it decides what of the network each task may use and change, so that nothing learnt changes: no
+      other plugin may change what is learnt beside it.
     - ``replays``: it brings images of earlier classes back, kept or made, by ``extra_data`` or ``extra_batch``.
     - ``keeps_images``: it stores training images; a method that does not say so must not.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
@@ -54,6 +56,7 @@ class Plugin(metaclass=_Validated):
     settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs_task_gradient: ClassVar[bool] = False
+    isolates: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
     keeps_experiences: bool = False  # an instance may say so, where an option decides

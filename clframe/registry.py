@@ -39,6 +39,17 @@ GROUPS: dict[Kind, str] = {
 }
 RESERVED = ("train", "scenario", "model", "run")  # what `--set` uses itself
 OWNED = ("base_loss", "predictor")  # hooks that a run has one owner of at most
+ACTING = (  # hooks by which a plugin changes what is learnt
+    "grow",
+    "before_experience",
+    "extra_data",
+    "extra_batch",
+    "base_loss",
+    "penalty",
+    "after_backward",
+    "after_step",
+    "predictor",
+)
 SUPPLIED = ("data_root", "input_shape", "variant")  # a builder's parameters that are no options
 
 
@@ -225,7 +236,9 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
             problems.append(f"A plugin cannot be called `{cls.name}`: `--set {cls.name}.x=...` means something else.")
         built[cls.name] = plugin
         problems += _problems_of(cls)
-    for hook in OWNED:
+    alone = [problem for plugin in built.values() for problem in isolation_problems(plugin, built.values())]
+    problems += alone
+    for hook in () if alone else OWNED:
         problems += owner_problems(built.values(), hook)
     for name, plugin in built.items():
         for other in plugin.conflicts:
@@ -242,6 +255,27 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
     except pluggy.PluginValidationError as error:
         raise WrongUse(f"A plugin does not fit the hooks: {error}") from error
     return made
+
+
+def isolation_problems(plugin: Plugin, plugins: Iterable[Plugin]) -> list[str]:
+    """The sentences that refuse others of `plugins` beside `plugin`, if it is one that ``isolates``."""
+    if not plugin.isolates:
+        return []
+    problems = []
+    others = [p for p in plugins if p is not plugin]
+    for other in others:
+        if other.isolates:
+            if plugin.name < other.name:  # one sentence for both
+                problems.append(
+                    f"`{plugin.name}` and `{other.name}` each decide what of the network a task may use; leave out one "
+                    "of them."
+                )
+        elif not other.observer and set(ACTING) & set(hooks_of(type(other))):
+            problems.append(
+                f"`{other.name}` has nothing to do beside `{plugin.name}`, where nothing that was learnt can change; "
+                "leave out one of them."
+            )
+    return problems
 
 
 def owner_problems(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> list[str]:

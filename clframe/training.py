@@ -201,11 +201,15 @@ def optimizer_of(groups: list[dict[str, Any]], settings: TrainSettings) -> torch
 def group_parameters(
     parameters: dict[str, nn.Parameter], settings: TrainSettings, lr: float | None
 ) -> list[dict[str, Any]]:
-    """Parameter groups, each with its ``base_lr``, its ``weight_decay`` and the ``names`` of what it holds."""
+    """Parameter groups, each with its ``base_lr``, its ``weight_decay`` and the ``names`` of what it holds.
+
+    A parameter whose attribute ``decays`` is false has no decay, whatever the settings say.
+    """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         rate = settings.lr_of(name) if lr is None else lr
-        decay = settings.weight_decay if settings.decay == "all" or parameter.dim() > 1 else 0.0
+        decays = getattr(parameter, "decays", settings.decay == "all" or parameter.dim() > 1)
+        decay = settings.weight_decay if decays else 0.0
         new: dict[str, Any] = {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
         group = groups.setdefault((rate, decay), new)
         group["params"].append(parameter)

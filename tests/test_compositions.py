@@ -21,6 +21,7 @@ METHODS = [name for name in registry.names("plugin") if not registry.plugin_clas
 PAIRS = list(combinations(METHODS, 2))
 OPTIONS: dict[str, dict[str, Any]] = {  # where defaults take long
     "always-be-dreaming": {"iterations": 5, "batch_size": 8, "noise": 10, "width": 8},
+    "channel-gating": {"classifier_iterations": 5, "size": 12},
     "deep-inversion": {"per_class": 4, "iterations": 5},
 }
 TRAIN = {"epochs": 1, "batch_size": 12, "optimizer": "sgd", "lr": 0.05}
@@ -31,6 +32,7 @@ ABSENT = {
 }
 # beside feature extraction these have nothing to hold: all that is old is frozen
 NOTHING_TO_HOLD = {"a-ltm", "ewc", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
+ISOLATING = {name for name in METHODS if registry.plugin_class(name).isolates}
 END = "choose other forms, or run them apart."
 USER_END = "leave that out, or choose another form."
 
@@ -85,8 +87,9 @@ def built(*names: str) -> list[Plugin]:
 
 
 def setting_of(*names: str) -> str:
-    """A setting that all of them serve."""
-    return next(s for s in ("class", "task", "domain") if all(s in registry.plugin_class(n).settings for n in names))
+    """A setting that all of them serve; if there is none, one that the first serves."""
+    served = [registry.plugin_class(n).settings for n in names]
+    return next((s for s in ("class", "task", "domain") if all(s in given for given in served)), served[0][0])
 
 
 def learn(scenario: Any, plugins: list[Plugin], train: Any = None, **run: Any) -> Witness:
@@ -113,6 +116,13 @@ def stream(tiny: Any, setting: str) -> clframe.Scenario:
 
 def refusal(a: Plugin, b: Plugin, run: Run) -> tuple[str, ...]:
     """The sentences that refuse the pair, by what both declare; none: it may run."""
+    if a.isolates and b.isolates:
+        both = f"`{a.name}` and `{b.name}` each decide what of the network a task may use; leave out one of them."
+        return (both,)
+    for one, other in ((a, b), (b, a)):
+        if one.isolates and other.name != "warm-up":
+            nothing = f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learnt can change; "
+            return (nothing + "leave out one of them.",)
     for hook in registry.OWNED:
         if all(hook in registry.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
             return (f"`{hook}` is answered by `{a.name}` and `{b.name}`; a run can have only one of them.",)
@@ -165,7 +175,7 @@ def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: s
         assert changed == {"backbone.fc.weight", "backbone.fc.bias"} | heads - {"head.0.weight", "head.0.bias"}
     elif "lfl" in (a, b):
         assert changed == end.keys() - {"head.0.weight", "head.0.bias"}
-    if "warm-up" in (a, b):
+    if "warm-up" in (a, b) and not {a, b} & ISOLATING:
         assert pair.changed("warm-up") == heads - {"head.0.weight", "head.0.bias"}
 
 
@@ -174,8 +184,11 @@ def test_the_pairs_are_told_apart_as_they_should_be(context):
     compose = {"a-ltm", "der", "er", "ewc", "feature-extraction", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
     compose |= {"always-be-dreaming", "deep-inversion", "generative-replay", "icarl", "warm-up"}
     two_losses, other_logits = {"always-be-dreaming"}, {"deep-inversion", "lwf", "lwm"}
+    assert ISOLATING == {"channel-gating", "duplicate", "hat", "packnet", "piggyback"}
     for a, b in PAIRS:
-        if "icarl" in (a, b) and (two_losses | other_logits) & {a, b}:
+        if {a, b} & ISOLATING:
+            assert len(refusal(*built(a, b), context("task", *built(a, b)))) == ("warm-up" not in (a, b))
+        elif "icarl" in (a, b) and (two_losses | other_logits) & {a, b}:
             assert len(refusal(*built(a, b), context("class", *built(a, b)))) == 1
         elif {a, b} <= compose:
             assert refusal(*built(a, b), context(setting_of(a, b), *built(a, b))) == ()

@@ -22,6 +22,7 @@ NAMES = registry.names("plugin")
 # options that make a plugin fit the tiny scenario, where its defaults do not, or take long
 SMALL: dict[str, dict[str, Any]] = {
     "always-be-dreaming": {"iterations": 10, "batch_size": 8, "noise": 10, "width": 8},
+    "channel-gating": {"classifier_iterations": 10, "size": 12},
     "deep-inversion": {"per_class": 4, "iterations": 10},
     "der": {"size": 6},
     "er": {"size": 6},
@@ -35,6 +36,7 @@ LIKE_FINETUNING_AT_FIRST = {
     "a-ltm",
     "always-be-dreaming",
     "deep-inversion",
+    "duplicate",
     "ewc",
     "feature-extraction",
     "finetune-fc",
@@ -43,6 +45,7 @@ LIKE_FINETUNING_AT_FIRST = {
     "lwf",
     "lwm",
     "mas",
+    "piggyback",
     "si",
     "tensorboard",
     "warm-up",
@@ -161,11 +164,11 @@ def test_a_stopped_run_resumes_to_the_same_bits(name: str, stream, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_plugin_that_does_nothing_changes_nothing_beside_it(name: str, stream):
+def test_a_plugin_that_does_nothing_changes_nothing_beside_it(name: str, stream, monkeypatch: pytest.MonkeyPatch):
     alone, beside = Watching(), Watching()
     learn(stream(name), built(name), alone)
-    if name == "joint":
-        Idle.observer = True  # the oracle refuses any method beside it
+    # the oracle, and what isolates tasks, refuse any method beside them
+    monkeypatch.setattr(Idle, "observer", name == "joint" or registry.plugin_class(name).isolates)
     learn(stream(name), Idle(), built(name), beside)
     assert alone.weights.keys() == beside.weights.keys()
     assert all(torch.equal(value, beside.weights[key]) for key, value in alone.weights.items())
@@ -180,6 +183,7 @@ def test_its_penalties_pull(name: str, stream):
 
     class Probing(Plugin):
         name = "probing"
+        observer = True
 
         @hookimpl
         def after_step(self, run, batch):

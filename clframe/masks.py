@@ -1,0 +1,422 @@
+"""Parts of a network that belong to tasks: binary masks of weights, gates of units, norms for each task.
+
+What differs by task is a `clframe.model.PerTask` module, installed in the hook ``grow``, in a backbone of any kind: as
+a parametrisation of a layer's weight (`WeightMask`, `WeightOwner`), or around the layer (`Gated`). `Held` keeps single
+entries of parameters as they are, whatever the optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.activation import __all__ as ACTIVATIONS
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from clframe.model import PerTask, evaluating
+
+M = TypeVar("M", bound=nn.Module)
+G = TypeVar("G", bound="Gated")
+
+# ------------------------------------------------------------------------------------ masks of weights
+
+
+class _Threshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, threshold: float, ternary: bool) -> Tensor:
+        mask = (real > threshold).to(real.dtype)
+        return mask - (real < 0).to(real.dtype) if ternary else mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+def threshold(real: Tensor, at: float, ternary: bool = False) -> Tensor:
+    """1 where `real` > `at`, else 0; and -1 where it is below 0, if `ternary`. Backward it is the identity.
+
+    The straight-through estimator of Mallya, Davis and Lazebnik (Piggyback, ECCV 2018), section 3.
+    """
+    mask: Tensor = _Threshold.apply(real, at, ternary)
+    return mask
+
+
+def packed(bits: Tensor) -> Tensor:
+    """The values [n] bool as bits of [ceil(n / 8)] uint8."""
+    padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.uint8, device=bits.device)
+    padded[: len(bits)] = bits
+    return (padded.view(-1, 8) << _places(bits)).sum(1).to(torch.uint8)
+
+
+def unpacked(data: Tensor, n: int) -> Tensor:
+    """The first `n` bits of what `packed` gave, [n] bool."""
+    return ((data[:, None] >> _places(data)) & 1).flatten()[:n].bool()
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
+def layers_of(net: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers and convolutions of `net`, by name."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
+
+
+def masked_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]:
+    """Put what `build` makes of each layer's weight between the weight and the layer; what was put there, by layer."""
+    made = {}
+    for name, layer in layers_of(net).items():
+        made[name] = build(layer.weight)  # type: ignore[arg-type]
+        parametrize.register_parametrization(layer, "weight", made[name], unsafe=True)
+    return made
+
+
+def installed(net: nn.Module, kind: type[M]) -> dict[str, M]:
+    """All modules of a kind in `net`, by the name of the layer that they are in or around."""
+    found = {name: m for name, m in net.named_modules() if isinstance(m, kind)}
+    return {name.removesuffix(".parametrizations.weight.0"): m for name, m in found.items()}
+
+
+class WeightMask(PerTask):
+    """A parametrisation: the weight times a binary (or ternary) mask of the task.
+
+    The mask that is being learnt is a real one, a parameter; of those that are learnt only the bits remain: one for
+    each weight, two if `ternary`. Tasks before `first` have the weight itself.
+
+    Args:
+        weight: that is masked.
+        first: the first task that has a mask.
+        init: of the real mask.
+        at: the threshold of the real mask.
+        ternary: see `threshold`.
+    """
+
+    bits: Tensor
+    real: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, first: int, init: float, at: float, ternary: bool = False) -> None:
+        super().__init__()
+        self.first, self.init, self.at, self.ternary = first, init, at, ternary
+        self.shape = weight.shape
+        self.register_parameter("real", None)
+        self.register_buffer("bits", packed(weight.new_zeros(weight.numel(), dtype=torch.bool)).expand(0, 2, -1))
+
+    def begin(self, weight: Tensor) -> None:
+        """A task comes; also replayed before its mask is loaded."""
+        self.real = nn.Parameter(torch.full_like(weight, self.init))
+        self.real.decays = False  # type: ignore[attr-defined]
+        row = self.bits.new_zeros(1, 2 if self.ternary else 1, -(-weight.numel() // 8))
+        self.bits = torch.cat([self.bits[:, : row.shape[1]], row])
+
+    def finish(self) -> float:
+        """The task is learnt: keep the bits alone; the share of weights that it uses."""
+        with torch.no_grad():
+            mask = self.mask()
+        signs = (mask > 0, mask < 0) if self.ternary else (mask > 0,)
+        self.bits[-1] = torch.stack([packed(sign.flatten()) for sign in signs])
+        self.real = None
+        return (mask != 0).float().mean().item()
+
+    def mask(self) -> Tensor:
+        """Of the task whose turn it is, in the shape of the weight, which has one."""
+        k = self.task - self.first
+        if self.real is not None and k >= len(self.bits) - 1:
+            return threshold(self.real, self.at, self.ternary)
+        signs = [unpacked(row, self.shape.numel()).view(self.shape).float() for row in self.bits[k]]
+        return signs[0] - signs[1] if self.ternary else signs[0]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the task computes with."""
+        return weight * self.mask() if self.task >= self.first and len(self.bits) else weight
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}real" not in state:  # it was saved after the task was learnt
+            self.real = None
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class WeightOwner(PerTask):
+    """A parametrisation: what the tasks up to the one whose turn it is own of the weight; the rest is 0.
+
+    The latest task sees all of it: what nobody owns is its to train, and 0 when it is done.
+
+    Attributes:
+        owner: [as the weight] uint8, for each entry the number of its task, from 1; 0: it is free.
+        latest: the latest task.
+    """
+
+    owner: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.latest = 0
+        self.register_buffer("owner", torch.zeros_like(weight, dtype=torch.uint8))
+
+    def take(self, weight: Tensor, share: float) -> None:
+        """The latest task takes the largest `share` of the free entries, in magnitude; the others become 0."""
+        free = (self.owner == 0).nonzero(as_tuple=True)
+        values = weight.detach()[free].abs()
+        count = round(share * len(values))
+        mine = values.argsort(descending=True, stable=True)[:count]
+        self.owner[tuple(axis[mine] for axis in free)] = self.latest + 1
+        with torch.no_grad():
+            weight.masked_fill_(self.owner == 0, 0.0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the task computes with."""
+        if self.task >= self.latest:
+            return weight
+        return weight * ((self.owner > 0) & (self.owner <= self.task + 1))
+
+
+class Held:
+    """Entries of parameters that stay exactly as they are now, whatever the optimizer, its momentum or its decay do.
+
+    Args:
+        entries: pairs of a parameter, and a mask of the entries that are held, which can be broadcast to its shape.
+    """
+
+    def __init__(self, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        self.entries = [(p, mask.expand_as(p), p.detach().clone()) for p, mask in entries]
+
+    def clear_gradients(self) -> None:
+        """To be called before the optimizer's step, and before gradients are clipped."""
+        for parameter, mask, _ in self.entries:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(mask, 0.0)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """To be called after the step."""
+        for parameter, mask, value in self.entries:
+            parameter.copy_(torch.where(mask, value, parameter))
+
+
+# --------------------------------------------------------------------------- norms and gates of units
+
+
+class TaskNorm(PerTask):
+    """A batch norm for each task, with statistics of its own.
+
+    Args:
+        norm: of the first task, the one that stood there.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([norm])
+
+    def add(self) -> None:
+        """One for another task, as new."""
+        made = copy.deepcopy(self.norms[0]).requires_grad_(True)
+        made.reset_parameters()  # type: ignore[operator]
+        self.norms.append(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, normalised for the task."""
+        normalised: Tensor = self.norms[min(self.task, len(self.norms) - 1)](x)
+        return normalised
+
+
+def norms_by_task(net: nn.Module) -> None:
+    """Put a `TaskNorm` in the place of each batch norm of `net` that is not in one yet."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, _BatchNorm) and not isinstance(net.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+            net.set_submodule(name, TaskNorm(module))
+
+
+def followed_by(
+    net: nn.Module, layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...], input_shape: Sequence[int]
+) -> dict[str, str]:
+    """Which module of these `kinds`, by name, takes the output of which of the `layers`, as seen in a forward pass."""
+    given: list[tuple[Tensor, str]] = []  # holds the outputs, so that no other tensor takes the place of one
+    found: dict[str, str] = {}
+
+    def out(name: str) -> Callable[..., None]:
+        return lambda module, args, output: given.append((output, name))
+
+    def into(taker: str) -> Callable[..., None]:
+        return lambda module, args: found.update({name: taker for output, name in given if output is args[0]})
+
+    takers = {name: m for name, m in net.named_modules() if isinstance(m, kinds)}
+    hooks = [layer.register_forward_hook(out(name)) for name, layer in layers.items()]
+    hooks += [m.register_forward_pre_hook(into(name)) for name, m in takers.items()]
+    _try(net, input_shape, hooks)
+    return found
+
+
+class Gated(PerTask):
+    """A layer, the norm after it, and a gate of the task for each of its units, which multiplies what comes out.
+
+    Gates come after the activation, as their gradient depends on it: where one follows directly, it is done here, and
+    doing it again where it stands changes nothing.
+
+    Args:
+        layer: a linear layer, or a convolution.
+        norm: the norm that took its output; None: there was none.
+
+    Attributes:
+        active: the ReLU that follows directly; None: none does.
+    """
+
+    def __init__(self, layer: nn.Module, norm: _BatchNorm | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm: nn.Module = nn.Identity() if norm is None else TaskNorm(norm)
+        assert isinstance(layer.weight, Tensor)
+        self.units = len(layer.weight)
+        self.active: nn.Module | None = None
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Gates [B, C] of the units for the input `x`, or [1, C] for every one."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] to [B, C, ...]."""
+        z: Tensor = self.norm(self.layer(x))
+        if self.active is not None:
+            z = self.active(z)
+        gate = self.gate(x)
+        return z * gate.view(*gate.shape, *[1] * (z.dim() - 2))
+
+
+class AttentionGate(Gated):
+    """Hard attention to the task (Serra et al., ICML 2018, section 2): gates sigmoid(s e), the same for each input.
+
+    Args:
+        layer, norm: see `Gated`.
+        s_max: the s of answers, and of tasks that are learnt.
+
+    Attributes:
+        s: of training.
+        used: [C] for each unit the most that any learnt task attends to it.
+    """
+
+    used: Tensor
+
+    def __init__(self, layer: nn.Module, norm: _BatchNorm | None, s_max: float) -> None:
+        super().__init__(layer, norm)
+        self.s = self.s_max = s_max
+        self.embeddings = nn.ParameterList()
+        self.register_buffer("used", torch.zeros(self.units, device=layer.weight.device))  # type: ignore[arg-type]
+
+    def add(self, generator: torch.Generator) -> None:
+        """A task comes; its embedding is standard normal."""
+        embedding = nn.Parameter(torch.randn(self.units, generator=generator).to(self.used))
+        embedding.decays = False  # type: ignore[attr-defined]
+        self.embeddings.append(embedding)
+
+    def attention(self) -> Tensor:
+        """Of the task whose turn it is, [C]."""
+        s = self.s if self.training else self.s_max
+        attention: Tensor = (s * self.embeddings[min(self.task, len(self.embeddings) - 1)]).sigmoid()
+        return attention
+
+    def gate(self, x: Tensor) -> Tensor:
+        """[1, C]."""
+        return self.attention()[None]
+
+    def compensate(self) -> None:
+        """Free the embedding's gradient of the factor that s brings (equation 5)."""
+        e = self.embeddings[-1]
+        if e.grad is not None:
+            with torch.no_grad():
+                steep = (self.s * e).clamp(-50, 50).cosh() + 1
+                e.grad *= self.s_max / self.s * steep / (e.cosh() + 1)
+
+    def kept(self, entering: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """How much each weight, and each bias, keeps of what it was: min(a_i, a_j) and a_i (equation 2).
+
+        Args:
+            entering: [C_in] how much of what enters comes from units that learnt tasks attend to.
+        """
+        weight, bias = self.layer.weight, self.layer.bias
+        assert isinstance(weight, nn.Parameter)
+        out = self.used.view(-1, *[1] * (weight.dim() - 1))
+        groups = entering.view(-1, weight.shape[1])  # of a convolution in groups
+        into = groups.repeat_interleave(len(weight) // len(groups), 0).view(
+            *weight.shape[:2], *[1] * (weight.dim() - 2)
+        )
+        pairs = [(weight, torch.minimum(out, into).expand_as(weight))]
+        return [*pairs, (bias, self.used)] if isinstance(bias, nn.Parameter) else pairs
+
+    def close(self) -> float:
+        """The task is learnt; the share of units that it attends to."""
+        attention: Tensor = (self.s_max * self.embeddings[-1].detach()).sigmoid()
+        self.used.copy_(torch.maximum(self.used, attention))
+        return (attention > 0.5).float().mean().item()
+
+
+def gate_layers(
+    net: nn.Module,
+    layers: Mapping[str, nn.Module],
+    input_shape: Sequence[int],
+    build: Callable[[nn.Module, _BatchNorm | None], G],
+) -> dict[str, G]:
+    """Put what `build` makes of each of the `layers` and the norm after it in the place of both; by the layer."""
+    after = followed_by(net, layers, (_BatchNorm,), input_shape)
+    ends = {name: net.get_submodule(after.get(name, name)) for name in layers}
+    relus = followed_by(net, ends, (nn.ReLU, nn.ReLU6), input_shape)
+    made = {}
+    for name, layer in layers.items():
+        norm = net.get_submodule(after[name]) if name in after else None
+        made[name] = build(layer, norm)  # type: ignore[arg-type]
+        if name in relus:
+            made[name].active = type(net.get_submodule(relus[name]))()
+        net.set_submodule(name, made[name])
+        if norm is not None:
+            net.set_submodule(after[name], nn.Identity())
+    return made
+
+
+def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
+    """How much of what enters each gated layer comes from units that count, by the layer's name.
+
+    `units` gives for each layer how much its units count, [C] from 0 to 1. They are sent through the backbone as if
+    they were what the layers give: activations, pooling and sums do with them what they do with features, so that this
+    holds for any order of layers. Norms that stand before their layers give 1, and so do the image's pixels.
+
+    Returns:
+        [C_in] of each layer, the most of any pixel.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].clamp(0, 1)
+            found[name] = x.amax([0, *range(2, x.dim())])
+
+        return hook
+
+    def instead(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return units[name].view(-1, *[1] * (output.dim() - 2)).expand_as(output)
+
+        return hook
+
+    hooks = []
+    for name, module in net.named_modules():
+        if name in units:
+            hooks += [module.register_forward_pre_hook(note(name)), module.register_forward_hook(instead(name))]
+        elif isinstance(module, _BatchNorm):
+            hooks.append(module.register_forward_hook(lambda module, args, output: torch.ones_like(output)))
+        elif type(module).__name__ in ACTIVATIONS and not list(module.parameters()):
+            hooks.append(module.register_forward_hook(lambda module, args, output: args[0]))
+    _try(net, input_shape, hooks)
+    return found
+
+
+def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any]) -> None:
+    """A forward pass of an image of ones, which changes nothing but what the hooks note; they are removed."""
+    like = next(net.parameters())
+    try:
+        with evaluating(net), torch.no_grad():
+            net.features(torch.ones(1, *input_shape).to(like))  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()

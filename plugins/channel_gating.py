@@ -1,0 +1,181 @@
+"""Conditional channel gated networks (Abati et al., CVPR 2020): each task opens the channels that an image needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clframe import Batch, Experience, Outputs, Plugin, hookimpl
+from clframe.context import Run
+from clframe.evaluate import TaskPredictor
+from clframe.gates import ConditionalConv, convolutions_of, firing, open_relus
+from clframe.generators import Net, Recipe
+from clframe.masks import Held, TaskNorm, gate_layers, installed, norms_by_task
+from clframe.model import freeze, thaw
+from clframe.options import Count, NonNegative, Share
+from clframe.task_inference import PathPredictor, Recollection, TaskClassifier
+
+
+class ChannelGating(Plugin):
+    """Gates the channels of each convolution, image by image, with gates of each task; kernels that fired are fixed.
+
+    A gate sees the average pixel of the convolution's input (two linear layers) and is binary: noisy in training, with
+    a straight-through gradient, and fixed in answers. Gates multiply what comes out of the batch norm, of which each
+    task has its own. L = loss + sparsity / layers * sum of the open shares (eq. 4).
+
+    After an experience the kernels whose gates fired for any of its images, those held out for validation if there are
+    any, are fixed for good, and the others begin anew (section 3.2). Channels that never fired stay shut for the task,
+    so its answers stay as they are to the bit. Other parameters of the backbone are fixed after the first experience.
+
+    Where no task is told, a task classifier (section 3.3) chooses the path and the head: it sees the features of all
+    paths and is trained after each experience on the new images and on remembered ones, of all tasks alike.
+
+    Curves: `channel-gating/open/LAYER`: the mean share of open gates, `channel-gating/free/LAYER`: of kernels that are
+    left to train.
+
+    Options:
+        sparsity: lambda_s.
+        sparsity_after: share of an experience's steps without sparsity, in the beginning.
+        bias: of new gates' logits, so that most are open.
+        memory: of the task classifier: `episodic`: images that are kept; `generative`: a Wasserstein GAN of each task.
+        size: images in the episodic memory, of all classes together.
+        per_class: images of each class in it, in place of `size`.
+        classifier_iterations: steps of the task classifier, after each experience.
+        generator_iterations: steps of each task's GAN.
+        generator_net: of fully connected (`mlp`) or convolutional (`conv`) layers.
+    """
+
+    name = "channel-gating"
+    state = ("past", "classifier", "frozen")
+    predictor_state = ("classifier",)
+    settings = ("task", "class")
+    isolates = True
+    keeps_images = True
+    citation = "Abati et al., Conditional channel gated networks for task-aware continual learning, CVPR 2020"
+
+    def __init__(
+        self,
+        *,
+        sparsity: NonNegative = 1.0,
+        sparsity_after: Share = 0.25,
+        bias: float = 1.5,
+        memory: Literal["episodic", "generative"] = "episodic",
+        size: Count = 1000,
+        per_class: Count | None = None,
+        classifier_iterations: Count = 400,
+        generator_iterations: Count = 2000,
+        generator_net: Net = "mlp",
+    ) -> None:
+        self.sparsity, self.sparsity_after, self.bias = sparsity, sparsity_after, bias
+        self.classifier_iterations = classifier_iterations
+        recipe = Recipe("wgan", generator_net) if memory == "generative" else None
+        self.past = Recollection(size, per_class, recipe, generator_iterations)
+        self.classifier = TaskClassifier()
+        self.frozen: list[str] = []
+        self.held: Held | None = None
+
+    def wanted_logits(self, run: Run) -> str:
+        """A task's path is trained by its own classes."""
+        return "own"
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """There must be convolutions, and images for the task classifier."""
+        if not convolutions_of(run.model.backbone):
+            model = run.config.model["name"]
+            yield f"`{self.name}` gates convolutions, and `{model}` has none: choose another `--model`."
+        if run.scenario.setting == "class":
+            yield from self.past.problems(run, self.name)
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Where no kernel is left, a task has gates, norms and a head alone."""
+        convs = installed(run.model.backbone, ConditionalConv)
+        if full := [name for name, conv in convs.items() if conv.used(run.experience.index).all()]:
+            where = ", ".join(full)
+            yield f"`{self.name}` has no free kernel left in {where}: a larger `{self.name}.sparsity` leaves more."
+
+    @hookimpl
+    def grow(self, run: Run, experience: Experience) -> None:
+        """Gates and norms of another task."""
+        net, rng, t = run.model.backbone, run.rng(self.name), experience.index
+        if not t:
+            n = len(run.scenario)
+            gate_layers(
+                net, convolutions_of(net), run.scenario.input_shape, lambda c, norm: ConditionalConv(c, norm, n)
+            )
+            norms_by_task(net)
+            open_relus(net)
+        for conv in installed(net, ConditionalConv).values():
+            conv.add(self.bias, rng)
+        for norm in installed(net, TaskNorm).values():
+            if t:
+                norm.add()
+        if run.scenario.setting == "class":
+            self.classifier.grow(t + 1, net.width, rng, run.device)
+            self.past.grow(run, self.name)
+        run.model.select(experience.task)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """What is the earlier tasks' own rests, and single kernels are held."""
+        t, convs = experience.index, installed(run.model.backbone, ConditionalConv)
+        old = [f"*.{place}.{k}.*" for k in range(t) for place in ("gates", "norms")]
+        gated = {id(p) for conv in convs.values() for p in conv.parameters()}
+        norms = {id(p) for norm in installed(run.model, TaskNorm).values() for p in norm.parameters()}
+        rest = [name for name, p in run.model.named_parameters() if id(p) not in gated | norms and "head." not in name]
+        self.frozen += freeze(run.model, [*old, *(f"head.{k}.*" for k in run.old_blocks), *(rest if t else [])])
+        self.held = None
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """The mean share of open gates (equation 4)."""
+        if run.step < self.sparsity_after * run.steps_in_phase:
+            return None
+        convs = installed(run.model.backbone, ConditionalConv).values()
+        shares = [conv.latest.mean() for conv in convs if conv.latest is not None]
+        return {self.name: self.sparsity * torch.stack(shares).mean()}
+
+    @hookimpl
+    def after_backward(self, run: Run) -> None:
+        """Kernels that fired for earlier tasks do not move."""
+        if self.held is None:
+            convs = installed(run.model.backbone, ConditionalConv).values()
+            self.held = Held(pair for conv in convs for pair in conv.entries(conv.used(run.experience.index)))
+        self.held.clear_gradients()
+
+    @hookimpl
+    def after_step(self, run: Run) -> None:
+        """Nor by the optimizer's own ways."""
+        assert self.held is not None
+        self.held.put_back()
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Fix what fired, renew the rest, and learn to tell the tasks apart."""
+        t, data = experience.index, experience.train.to(run.device)
+        for name, often in firing(run, experience.val.to(run.device) if len(experience.val) else data).items():
+            conv = installed(run.model.backbone, ConditionalConv)[name]
+            conv.fired[t] = often > 0
+            free = ~conv.used(t + 1)
+            conv.renew(free, run.rng(self.name))
+            curves = {"open": often.mean().item(), "free": free.float().mean().item()}
+            run.log({f"{self.name}/{curve}/{name}": value for curve, value in curves.items()})
+        if run.scenario.setting == "class":
+            images = [*self.past.images(run, self.name), data]
+            loss = self.classifier.learn(run, self.name, images, self.classifier_iterations)
+            run.log({f"{self.name}/task-classifier": loss})
+            self.past.keep(run, self.name, data)
+
+    @hookimpl
+    def predictor(self, run: Run) -> nn.Module:
+        """The path and the head of the task that is told, or that the classifier finds."""
+        if run.scenario.setting == "task":
+            return TaskPredictor(run.model, run.n_seen)
+        return PathPredictor(run.model, self.classifier, run.scenario.classes[: self.classifier.tasks])
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)

@@ -1,0 +1,96 @@
+"""Duplicate and fine-tune, a baseline of Li and Hoiem (LwF, 2017): each task has a whole network of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+from torch import Tensor, nn
+
+from clframe import Experience, Plugin, hookimpl
+from clframe.context import Run
+from clframe.evaluate import TaskPredictor
+from clframe.model import PerTask, freeze, thaw
+
+
+class Duplicate(Plugin):
+    """Fine-tunes a copy of the original network for each task, beside those of the tasks before.
+
+    Nothing is forgotten, and nothing that one task learns helps another; each costs a whole network.
+
+    Options:
+        start: what each copy begins as: the `original` network, with its initial weights or those that it was given;
+            or the one that learnt the `first` experience.
+    """
+
+    name = "duplicate"
+    state = ("original", "frozen")
+    settings = ("task",)
+    isolates = True
+    citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
+
+    def __init__(self, *, start: Literal["original", "first"] = "original") -> None:
+        self.start = start
+        self.original: dict[str, Tensor] = {}
+        self.frozen: list[str] = []
+
+    @hookimpl
+    def grow(self, run: Run, experience: Experience) -> None:
+        """Another backbone; its weights come later."""
+        if experience.index == 1:
+            run.model.set_submodule("backbone", Copies(run.model.backbone))
+        if experience.index:
+            run.model.backbone.add()  # type: ignore[operator]
+        run.model.select(experience.task)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Keep the original, or begin as it was; the other networks rest."""
+        if not experience.index:
+            self.keep(run.model.backbone)
+            return
+        run.model.backbone.copies[-1].load_state_dict(self.original)  # type: ignore[index, union-attr]
+        old = [f"{place}.{k}.*" for place in ("backbone.copies", "head") for k in range(experience.index)]
+        self.frozen += freeze(run.model, old)
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Keep what the first experience made of the network, if the copies are to begin so."""
+        if not experience.index and self.start == "first":
+            self.keep(run.model.backbone)
+
+    def keep(self, backbone: nn.Module) -> None:
+        """Keep these weights for the copies to come."""
+        self.original = {name: value.clone() for name, value in backbone.state_dict().items()}
+
+    @hookimpl
+    def predictor(self, run: Run) -> nn.Module:
+        """The task's network and head."""
+        return TaskPredictor(run.model, run.n_seen)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)
+
+
+class Copies(PerTask):
+    """A backbone for each task.
+
+    Args:
+        backbone: of the first task.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList([backbone])
+        self.width = backbone.width
+
+    def add(self) -> None:
+        """One for another task."""
+        self.copies.append(copy.deepcopy(self.copies[0]).requires_grad_(True))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features [B, D] of the task's backbone."""
+        features: Tensor = self.copies[min(self.task, len(self.copies) - 1)].features(x)  # type: ignore[operator]
+        return features

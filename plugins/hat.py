@@ -1,0 +1,128 @@
+"""HAT (Serra et al., ICML 2018): each task learns an attention over units, and protects what it attends to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clframe import Batch, Experience, Outputs, Plugin, hookimpl
+from clframe.context import Run
+from clframe.evaluate import TaskPredictor
+from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layers_of, reached
+from clframe.model import freeze, thaw
+from clframe.options import NonNegative, Positive
+
+LARGEST = 6.0  # of an embedding, in magnitude; beyond it the gate's gradient is gone (appendix of the paper)
+
+
+class HAT(Plugin):
+    """Hard attention to the task: gates a_l = sigmoid(s e_l) multiply the units of each layer l, for an embedding e_l.
+
+    Within an epoch s rises from 1 / s_max to s_max (eq. 3), where it stays for answers, so that gates are all but
+    binary; the embedding's gradient is freed of the factor that s brings (eq. 5). Where a is the most that any earlier
+    task had of a unit, a weight from unit j to unit i keeps min(a_i, a_j) of what it was in each step (eq. 2), and
+
+        L = loss + c sum a_t (1 - a) / sum (1 - a)                                       (eq. 6)
+
+    makes the new task use units that others do. The paper scales gradients, for plain SGD; here it is the step, which
+    is the same there, and protects from momentum, weight decay and Adam's rescaling, too. Units are those of all linear
+    layers and convolutions, gated after their batch norm. Batch norms are of each task. The task has to be told.
+
+    Curves: `hat/open/LAYER`: the share of the layer's units that the task attends to; `hat/free/LAYER`: that no task
+    does.
+
+    Options:
+        sparsity: c.
+        s_max: the largest s.
+    """
+
+    name = "hat"
+    state = ("frozen",)
+    settings = ("task",)
+    isolates = True
+    citation = (
+        "Serra, Suris, Miron, Karatzoglou, Overcoming catastrophic forgetting with hard attention to the task, 2018"
+    )
+
+    def __init__(self, *, sparsity: NonNegative = 0.75, s_max: Positive = 400.0) -> None:
+        self.sparsity, self.s_max = sparsity, s_max
+        self.frozen: list[str] = []
+        self.kept: dict[nn.Parameter, Tensor] | None = None  # how much each weight keeps
+        self.before: list[Tensor] = []
+
+    @hookimpl
+    def grow(self, run: Run, experience: Experience) -> None:
+        """Gates of another task."""
+        net, shape = run.model.backbone, run.scenario.input_shape
+        if not experience.index:
+            gate_layers(net, layers_of(net), shape, lambda layer, norm: AttentionGate(layer, norm, self.s_max))
+        for gate in installed(net, AttentionGate).values():
+            gate.add(run.rng(self.name))
+        for norm in installed(net, TaskNorm).values():
+            if experience.index:
+                norm.add()
+        run.model.select(experience.task)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """What is the earlier tasks' own rests."""
+        self.kept = None
+        k = range(experience.index)
+        old = [f"{place}.{i}" for i in k for place in ("*.embeddings", "*.norms")]
+        self.frozen += freeze(run.model, [*old, *(f"{o}.*" for o in old), *(f"head.{i}.*" for i in run.old_blocks)])
+
+    @hookimpl
+    def extra_batch(self, run: Run) -> None:
+        """The one hook before the network computes: s of this step."""
+        assert run.sampler is not None
+        batches = run.sampler.batches_per_epoch
+        done = run.step % batches / (batches - 1) if batches > 1 else 1.0
+        for gate in installed(run.model, AttentionGate).values():
+            gate.s = 1 / self.s_max + (self.s_max - 1 / self.s_max) * done
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
+        """Equation 6, less the loss."""
+        gates = installed(run.model, AttentionGate).values()
+        asked = torch.stack([torch.dot(gate.attention(), 1 - gate.used) for gate in gates]).sum()
+        free = torch.stack([(1 - gate.used).sum() for gate in gates]).sum()
+        return {self.name: self.sparsity * asked / free.clamp(min=1)}
+
+    @hookimpl
+    def after_backward(self, run: Run) -> None:
+        """Equation 5; and remember where the weights were."""
+        gates = installed(run.model.backbone, AttentionGate)
+        for gate in gates.values():
+            gate.compensate()
+        if self.kept is None:
+            used = {name: gate.used for name, gate in gates.items()}
+            entering = reached(run.model.backbone, used, run.scenario.input_shape)
+            self.kept = {p: k for name, gate in gates.items() for p, k in gate.kept(entering[name])}
+        self.before = [p.detach().clone() for p in self.kept]
+
+    @hookimpl
+    def after_step(self, run: Run) -> None:
+        """Equation 2, of the step."""
+        assert self.kept is not None
+        with torch.no_grad():
+            for (parameter, kept), before in zip(self.kept.items(), self.before, strict=True):
+                parameter.lerp_(before, kept)
+            for gate in installed(run.model, AttentionGate).values():
+                gate.embeddings[-1].clamp_(-LARGEST, LARGEST)
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """What the task attends to is used from now on."""
+        for name, gate in installed(run.model.backbone, AttentionGate).items():
+            opened = gate.close()
+            run.log({f"hat/open/{name}": opened, f"hat/free/{name}": (gate.used < 0.5).float().mean().item()})
+
+    @hookimpl
+    def predictor(self, run: Run) -> nn.Module:
+        """The network under the task's attention, and its head."""
+        return TaskPredictor(run.model, run.n_seen)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)

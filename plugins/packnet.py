@@ -1,0 +1,133 @@
+"""PackNet (Mallya and Lazebnik, CVPR 2018): each task takes some weights of one network, and leaves the rest free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from clframe import Batch, Experience, Phase, Plugin, hookimpl
+from clframe.context import Run
+from clframe.evaluate import TaskPredictor
+from clframe.masks import Held, WeightOwner, installed, masked_weights
+from clframe.model import freeze, thaw
+from clframe.options import NonNegative
+
+MOST_TASKS = 255
+
+
+class PackNet(Plugin):
+    """After each experience, prunes the weights that the task trained, retrains those that stay, and fixes them.
+
+    A task trains the weights that are free, from 0 on but for the first task, and computes with those of the tasks
+    before it as well. When it is trained, the smallest `prune` of its weights in each convolution and linear layer,
+    in magnitude, become 0 and free again; a phase `retrain` trains the others on, which are fixed after it. Biases
+    and batch norms are fixed after the first experience. Nothing is forgotten, and the task has to be told.
+
+    Curves: `packnet/free/LAYER`: the share of the layer's weights that no task owns.
+
+    Options:
+        prune: share of the task's weights that are given back; the paper has 0.5 and 0.75.
+        retrain: length of the phase after pruning, relative to the experience's own training.
+        pretrained: the network came with weights: biases and batch norms are fixed from the first experience on.
+    """
+
+    name = "packnet"
+    state = ("frozen",)
+    settings = ("task",)
+    isolates = True
+    citation = "Mallya and Lazebnik, PackNet: adding multiple tasks to a single network by iterative pruning, CVPR 2018"
+
+    def __init__(
+        self,
+        *,
+        prune: Annotated[float, Field(gt=0, lt=1)] = 0.75,
+        retrain: NonNegative = 0.5,
+        pretrained: bool = False,
+    ) -> None:
+        self.prune, self.retrain, self.pretrained = prune, retrain, pretrained
+        self.frozen: list[str] = []
+        self.held: Held | None = None
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """An owner is one byte."""
+        if len(run.scenario) > MOST_TASKS:
+            yield f"`packnet` can tell {MOST_TASKS} tasks apart, and the scenario has {len(run.scenario)} experiences."
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Where nothing is free any more, only a head is trained."""
+        full = [name for name, free in self.free(run).items() if not free]
+        if full:
+            yield f"`packnet` has no free weight left in {', '.join(full)}: a larger `packnet.prune` leaves more."
+
+    @hookimpl
+    def grow(self, run: Run, experience: Experience) -> None:
+        """Nobody owns anything, or another task comes."""
+        if not experience.index:
+            masked_weights(run.model.backbone, WeightOwner)
+        for part in installed(run.model.backbone, WeightOwner).values():
+            part.latest = experience.index
+        run.model.select(experience.task)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """All rests but the weights, of which single ones are held, and the new head."""
+        self.held = None
+        if experience.index or self.pretrained:
+            names = [
+                n for n, _ in run.model.backbone.named_parameters(prefix="backbone") if "parametrizations" not in n
+            ]
+            self.frozen += freeze(run.model, [*names, *(f"head.{k}.*" for k in run.old_blocks)])
+
+    @hookimpl
+    def phases(self, run: Run) -> list[Phase] | None:
+        """The retraining."""
+        lengths = Phase("train").length(run.settings).values()
+        epochs, iterations = (n and max(1, round(self.retrain * n)) for n in lengths)
+        return [Phase("retrain", "after", epochs, iterations)] if self.retrain else None
+
+    @hookimpl
+    def after_backward(self, run: Run) -> None:
+        """Hold what is not this phase's to train."""
+        if self.held is None:
+            mine = run.experience.index + 1 if run.phase.name == "retrain" else 0
+            self.held = Held((weight, part.owner != mine) for weight, part in self.parts(run))
+        self.held.clear_gradients()
+
+    @hookimpl
+    def after_step(self, run: Run, batch: Batch) -> None:
+        """Put back what an optimizer moved all the same; prune when the training ends."""
+        assert self.held is not None
+        self.held.put_back()
+        if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
+            for weight, part in self.parts(run):
+                part.take(weight, 1 - self.prune)
+            self.held = None
+
+    @hookimpl
+    def after_experience(self, run: Run) -> None:
+        """Tell what is left."""
+        run.log({f"packnet/free/{name}": free for name, free in self.free(run).items()})
+
+    def parts(self, run: Run) -> list[tuple[nn.Parameter, WeightOwner]]:
+        """Each layer's weight and whose it is."""
+        backbone = run.model.backbone
+        found = installed(backbone, WeightOwner).items()
+        return [(backbone.get_submodule(name).parametrizations.weight.original, part) for name, part in found]  # type: ignore[union-attr, misc]
+
+    def free(self, run: Run) -> dict[str, float]:
+        """The share of each layer's weights that no task owns."""
+        parts = installed(run.model.backbone, WeightOwner).items()
+        return {name: (part.owner == 0).float().mean().item() for name, part in parts}
+
+    @hookimpl
+    def predictor(self, run: Run) -> nn.Module:
+        """The network with the weights of the tasks up to the one that is told, and its head."""
+        return TaskPredictor(run.model, run.n_seen)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)

@@ -1,0 +1,110 @@
+"""Piggyback (Mallya, Davis, Lazebnik, ECCV 2018): each task learns a binary mask over the weights of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+from clframe import Experience, Plugin, hookimpl
+from clframe.context import Run
+from clframe.evaluate import TaskPredictor
+from clframe.masks import TaskNorm, WeightMask, installed, masked_weights, norms_by_task
+from clframe.model import freeze, thaw
+from clframe.options import Positive
+
+
+class Piggyback(Plugin):
+    """Learns for each task which weights of a fixed network to use, and a head.
+
+    The weight W of each convolution and linear layer becomes W * m with m = 1 where a real mask exceeds a threshold,
+    else 0 (eq. 1 and 2); the gradient of m is given to the real mask (eq. 3 and 4). Biases are not masked. A finished
+    mask is kept as bits, one for each weight. The optimizer holds real masks and the new head alone, without weight
+    decay of masks. Nothing is forgotten, the order of tasks is without effect, and the task has to be told.
+
+    Curves: `piggyback/used/LAYER`: the share of the layer's weights that the task uses.
+
+    Options:
+        pretrained: the network came with weights, and the first experience has a mask, too; else the network is what
+            the first experience makes of it.
+        init: value of real masks before training; as it exceeds the threshold, the whole network is used then.
+        threshold: where a real mask becomes 1.
+        ternary: masks of -1, 0 and 1, with -1 where the real mask is below 0; two bits for each weight.
+        norm: batch norms: `frozen`, with the statistics of the network that is masked; `task`: each task trains its
+            own, which begin as the network's.
+    """
+
+    name = "piggyback"
+    state = ("frozen",)
+    settings = ("task",)
+    isolates = True
+    citation = "Mallya, Davis, Lazebnik, Piggyback: adapting a single network to multiple tasks, ECCV 2018"
+
+    def __init__(
+        self,
+        *,
+        pretrained: bool = False,
+        init: Positive = 1e-2,
+        threshold: Positive = 5e-3,
+        ternary: bool = False,
+        norm: Literal["frozen", "task"] = "frozen",
+    ) -> None:
+        self.first = 0 if pretrained else 1
+        self.init, self.threshold, self.ternary, self.norm = init, threshold, ternary, norm
+        self.frozen: list[str] = []
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """A mask must not be empty before it is trained."""
+        if self.threshold >= self.init:
+            yield (
+                f"`piggyback.threshold` is {self.threshold:g}, which no mask exceeds, as all begin at "
+                f"`piggyback.init`, {self.init:g}: choose a lower threshold."
+            )
+
+    @hookimpl
+    def grow(self, run: Run, experience: Experience) -> None:
+        """A real mask for each weight."""
+        if experience.index < self.first:
+            return
+        backbone = run.model.backbone
+        if experience.index == self.first:
+            masked_weights(backbone, lambda w: WeightMask(w, self.first, self.init, self.threshold, self.ternary))
+            if self.norm == "task":
+                norms_by_task(backbone)
+        for name, mask in installed(backbone, WeightMask).items():
+            mask.begin(backbone.get_submodule(name).parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+        for norm in installed(backbone, TaskNorm).values():
+            if experience.index:
+                norm.add()
+        run.model.select(experience.task)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """All rests but the task's masks, norms and head."""
+        if experience.index < self.first:
+            return
+        own = {id(mask.real) for mask in installed(run.model, WeightMask).values()}
+        own |= {id(p) for block in run.new_blocks for p in run.model.head[block].parameters()}
+        for norm in installed(run.model, TaskNorm).values():
+            norm.norms[-1].load_state_dict(norm.norms[0].state_dict())
+            own |= {id(p) for p in norm.norms[-1].parameters()}
+        self.frozen += freeze(run.model, [name for name, p in run.model.named_parameters() if id(p) not in own])
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Keep the bits."""
+        masks = installed(run.model.backbone, WeightMask)
+        run.log({f"piggyback/used/{name}": mask.finish() for name, mask in masks.items()})
+        if masks:
+            run.optimizer = None  # the real masks that it holds are gone
+
+    @hookimpl
+    def predictor(self, run: Run) -> nn.Module:
+        """The network under the task's mask, and its head."""
+        return TaskPredictor(run.model, run.n_seen)
+
+    @hookimpl
+    def after_run(self, run: Run) -> None:
+        """Leave the model as trainable as it was."""
+        thaw(run.model, self.frozen)
