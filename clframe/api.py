@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clframe import checkpoint, registry, state
-from clframe.config import OBJECT, Config, TrainSettings, parse_yaml, resolve, to_yaml
+from clframe.config import OBJECT, START, Config, TrainSettings, parse_yaml, resolve, to_yaml
 from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
@@ -86,6 +86,8 @@ def run_config(
         folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
         try:
             engine = _build(config, device, folder, scenario, model, plugins, listeners)
+            if start := config.model.get(START):
+                _start_from(engine.run.model.backbone, Path(start).expanduser(), config.model["name"])
             _check(engine)
             if folder:
                 config.run.device = str(device)
@@ -309,11 +311,28 @@ def _build(
     if config.run.tensorboard and folder and "tensorboard" not in config.plugins:
         members.append(registry.build_plugin("tensorboard", {}))
     if model is None:
-        model = registry.build_backbone(_by_name(config.model, "model"), scenario.input_shape)
+        spec = {name: value for name, value in _by_name(config.model, "model").items() if name != START}
+        model = registry.build_backbone(spec, scenario.input_shape)
     scenario.hold_out(config.train.val, config.run.seed)
     scenario.to(device)
     run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
     return Engine(run, scenario, folder)
+
+
+def _start_from(backbone: nn.Module, path: Path, name: str) -> None:
+    """Give `backbone`, the model `name`, the weights that the run in `path` ended with. Raises `DataError`."""
+    _, packed, tensors = read_model(path)
+    saved = checkpoint.unpack(dict(packed["dict"])["model"], tensors)
+    weights = {key.removeprefix("backbone."): value for key, value in saved.items() if key.startswith("backbone.")}
+    wanted = backbone.state_dict()
+    for key in sorted(wanted.keys() | weights.keys()):
+        there, here = (f"of shape {list(of[key].shape)}" if key in of else "missing" for of in (weights, wanted))
+        if there != here:
+            raise DataError(
+                f"The network of `model.start`, the run in {path}, is not a `{name}` for these images: its `{key}` is "
+                f"{there}, and here it is {here}: start from a run of the same model, without methods that change it."
+            )
+    backbone.load_state_dict(weights)
 
 
 def _check(engine: Engine) -> None:

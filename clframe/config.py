@@ -153,6 +153,7 @@ def data_root(given: str | None) -> Path:
 DEFAULT_SCENARIO = "split-digits"
 DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
 LARGEST_FILE = 1_000_000  # bytes of a configuration
+START = "start"  # of any model: the finished run whose backbone it begins as
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
 OBJECT = "python object"  # the option under which a configuration names what only Python can give
 OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they suit one optimizer, not another
@@ -271,7 +272,11 @@ def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[s
     except WrongUse as error:
         problems += error.problems
         return {}
-    return {"name": name, **_checked(build, options, "model", name, problems)}
+    start = options.get(START)
+    if START in options and not isinstance(start, str):
+        problems.append(f"`model.{START}` is {start!r}; it must be the folder of a finished run.")
+    options = {option: value for option, value in options.items() if option != START}
+    return {"name": name, **_checked(build, options, "model", name, problems), **({START: start} if start else {})}
 
 
 def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str, Any]:

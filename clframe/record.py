@@ -19,7 +19,6 @@ from clframe.data import Scenario, Transform
 from clframe.engine import Engine
 from clframe.errors import WrongUse
 from clframe.model import masked
-from clframe.plugin import Plugin
 from clframe.results import FORMAT, Results
 
 
@@ -61,7 +60,8 @@ def results_of(engine: Engine) -> Results:
             for reading in row.accuracy
             if row.kind == "logits"
         },
-        "storage": {plugin.name: _storage(plugin) for plugin in methods},
+        "model": _size(dict(run.model.state_dict())),
+        "storage": {plugin.name: _size(state.of_plugin(plugin, plugin.state)) for plugin in methods},
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timings = {
@@ -115,10 +115,10 @@ def _in_words(reading: str, logits: str) -> str:
     return f"task-incremental ({head}): the task is given, the answer is among its classes"
 
 
-def _storage(plugin: Plugin) -> dict[str, int]:
-    """Bytes and numbers that a method keeps between experiences."""
+def _size(kept: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes and numbers of what a method keeps between experiences, or of the trained network."""
     tensors: dict[str, Tensor] = {}
-    checkpoint.pack(state.of_plugin(plugin, plugin.state), tensors)
+    checkpoint.pack(kept, tensors)
     return {
         "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),

@@ -23,7 +23,7 @@ def about_plugin(name: str, json: bool) -> None:
         "hooks": registry.hooks_of(cls),
         "settings": list(cls.settings),
         "state": list(cls.state),
-        "conflicts": list(cls.conflicts),
+        "conflicts": ["every method that changes what is learnt"] if cls.isolates else list(cls.conflicts),
         "keeps training images": cls.keeps_images,
     }
     description = _description(cls)
