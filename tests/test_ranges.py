@@ -27,6 +27,17 @@ PROTOCOLS = Path(__file__).parent.parent / "benchmarks" / "protocols"
         ("digits-class-lwf-local", 28, 62),
         ("digits-class-lwf-all", 19, 45),
         ("digits-task-cnn-lwm", 96, 100),
+        ("digits-class-er", 88, 98),
+        ("digits-task-er", 96, 100),
+        ("digits-class-icarl", 84, 95),
+        ("digits-class-dgr-hard", 30, 85),
+        ("digits-task-dgr", 90, 100),
+        ("digits-task-cnn-deep-inversion", 96, 100),
+        ("digits-task-duplicate", 98, 100),
+        ("digits-task-piggyback", 97, 100),
+        ("digits-task-packnet", 96, 100),
+        ("digits-task-hat", 92, 100),
+        ("digits-task-cnn-channel-gating", 95, 100),
     ],
 )
 def test_one_seed_lies_where_the_method_does(protocol: str, low: float, high: float) -> None:
