@@ -107,8 +107,8 @@ def measure(sparsities: Sequence[float] = SPARSITIES, width: int = 64) -> tuple[
     torch.set_num_threads(threads)
     return lines, [
         f"Logits differ by {most:.1e} at most (target: 1e-6): {'reached' if most <= 1e-6 else 'NOT reached'}.",
-        f"cnn-small of {width} channels on 8x8 digits, {IMAGES} images at a time, 1 thread; medians of {REPETITIONS} in "
-        "turns.",
+        f"cnn-small of {width} channels on 8x8 digits, {IMAGES} images at a time, 1 thread; medians of {REPETITIONS}, "
+        "in turns.",
     ]
 
 
