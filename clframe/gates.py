@@ -149,8 +149,8 @@ class OpenReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """max(x, 0), and at most `most`."""
-        x = x.where(x >= 0, 0.0)  # what clamp's gradient is at its bounds depends on torch's version
-        return x if self.most is None else x.where(x <= self.most, self.most)
+        x = x.masked_fill(x < 0, 0.0)  # what clamp's gradient is at its bounds depends on torch's version
+        return x if self.most is None else x.masked_fill(x > self.most, self.most)
 
 
 def open_relus(net: nn.Module) -> None:
