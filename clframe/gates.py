@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from clframe.masks import Gated, installed
-from clframe.model import evaluating, initialised_by
+from clframe.masks import Gated, TaskNorm, gate_layers, installed, norms_by_task
+from clframe.model import IncrementalNet, evaluating, initialised_by
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -48,7 +49,7 @@ def fire(logits: Tensor, noise: Tensor | None = None, temperature: float = TEMPE
 
 def logistic(like: Tensor) -> Tensor:
     """Standard logistic noise of the shape of `like`."""
-    return torch.rand_like(like).clamp(min=torch.finfo(like.dtype).tiny).logit(eps=torch.finfo(like.dtype).eps)
+    return torch.rand_like(like).logit(eps=torch.finfo(like.dtype).eps)
 
 
 class Gate(nn.Module):
@@ -92,8 +93,7 @@ class ConditionalConv(Gated):
         gates: of each task.
         fired: [tasks, C] bool, the channels that a learnt task may use: those that fired for any of its images. True
             for tasks that are not learnt yet.
-        learnt: number of learnt tasks.
-        latest: [B, C] gates of the latest forward pass.
+        latest: [B, C] gates of the latest forward pass; copies of the module have none.
     """
 
     fired: Tensor
@@ -105,6 +105,9 @@ class ConditionalConv(Gated):
         self.latest: Tensor | None = None
         device = self.layer.weight.device
         self.register_buffer("fired", torch.ones(tasks, self.units, dtype=torch.bool, device=device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "latest": None}  # within a step it has a graph, which cannot be copied
 
     def add(self, bias: float, generator: torch.Generator) -> None:
         """A task comes, with new gates."""
@@ -146,13 +149,13 @@ class OpenReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """max(x, 0), and at most `most`."""
-        x = x.where(x >= 0, 0.0)  # what clamp's gradient is at its bounds depends on torch's version
-        return x if self.most is None else x.where(x <= self.most, self.most)
+        x = x.masked_fill(x < 0, 0.0)  # what clamp's gradient is at its bounds depends on torch's version
+        return x if self.most is None else x.masked_fill(x > self.most, self.most)
 
 
 def open_relus(net: nn.Module) -> None:
     """Put an `OpenReLU` in the place of each ReLU of `net`."""
-    for name, module in list(net.named_modules()):
+    for name, module in list(net.named_modules(remove_duplicate=False)):  # one may stand in several places
         if type(module) in (nn.ReLU, nn.ReLU6):
             net.set_submodule(name, OpenReLU(6.0 if type(module) is nn.ReLU6 else None))
 
@@ -162,15 +165,92 @@ def convolutions_of(net: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
 
 
+def condition(net: nn.Module, input_shape: Sequence[int], tasks: int) -> None:
+    """Make a `ConditionalConv` of each convolution of `net`, and all its norms those of tasks, of which none has come.
+
+    Shut gates get their gradient through `OpenReLU`.
+    """
+    gate_layers(net, convolutions_of(net), input_shape, lambda layer, norm: ConditionalConv(layer, norm, tasks))
+    norms_by_task(net)
+    open_relus(net)
+
+
+def fixed(model: IncrementalNet, task: int) -> list[str]:
+    """The parameters of the backbone, by name, that do not train in `task`, the latest.
+
+    Those are the gates and the norms of tasks before it and, in all but the first, what is neither a task's own nor a
+    convolution's: of those, single kernels train.
+    """
+    if not task:
+        return []
+    convs, norms = installed(model, ConditionalConv).values(), installed(model, TaskNorm).values()
+    trained = [*(conv.layer for conv in convs), *(conv.gates[task] for conv in convs), *(n.norms[task] for n in norms)]
+    ids = {id(p) for module in trained for p in module.parameters()}
+    return [f"backbone.{name}" for name, p in model.backbone.named_parameters() if id(p) not in ids]
+
+
+def deaf(net: nn.Module, input_shape: Sequence[int]) -> list[str]:
+    """The convolutions of `net`, a backbone as built, whose gates would never learn to open once they are shut.
+
+    Half of the gates are shut, at random, in a copy of `net` in eval mode, but for batch norms, which have learnt
+    nothing yet; a convolution is deaf if none of its shut gates has a gradient from the features of 4 images of noise.
+    With half of the gates open, no layer hides those before it.
+    """
+    net, generator = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    condition(net, input_shape, tasks=1)
+    like = next(net.parameters())
+    gates: list[Tensor] = []
+    names: list[str] = []
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like)
+
+    def halved(name: str, units: int) -> Callable[[Tensor], Tensor]:
+        def gate(x: Tensor) -> Tensor:
+            names.append(name)
+            gates.append((noise(len(x), units) > 0).to(like).requires_grad_())
+            return gates[-1]
+
+        return gate
+
+    for name, conv in installed(net, ConditionalConv).items():
+        conv.gate = halved(name, conv.units)  # type: ignore[method-assign, assignment]
+    for module in net.eval().modules():
+        module.training = isinstance(module, _BatchNorm)
+    features = net.features(noise(4, *input_shape))  # type: ignore[operator]
+    score = (features * noise(*features.shape)).sum()
+    gradients = torch.autograd.grad(score, gates, allow_unused=True, materialize_grads=True)
+    heard = {name for name, gate, grad in zip(names, gates, gradients, strict=True) if grad[gate == 0].any()}
+    return [name for name in dict.fromkeys(names) if name not in heard]
+
+
 def firing(run: Run, rows: ImageData) -> dict[str, Tensor]:
     """How often each channel fires for the images `rows`, [C] from 0 to 1, by convolution; in eval mode."""
     convs = installed(run.model.backbone, ConditionalConv)
     sums = {name: conv.fired.new_zeros(conv.units, dtype=torch.float64) for name, conv in convs.items()}
     size = run.config.run.eval_batch_size
+    for conv in convs.values():
+        conv.latest = None  # one that the network does not use never fires
     with evaluating(run.model), torch.no_grad():
         for start in range(0, len(rows), size):
             run.model.features(run.batch(rows.rows(slice(start, start + size))).x)
             for name, conv in convs.items():
-                assert conv.latest is not None
-                sums[name] += conv.latest.sum(0)
+                if conv.latest is not None:
+                    sums[name] += conv.latest.sum(0)
     return {name: total / max(1, len(rows)) for name, total in sums.items()}
+
+
+def settle(run: Run, rows: ImageData, generator: torch.Generator) -> dict[str, float]:
+    """The experience is learnt: kernels that fire for `rows` are its path, and those that never fired begin anew.
+
+    Returns:
+        ``open/LAYER``, how many gates were open for an image, and ``free/LAYER``, how many kernels are left, in shares.
+    """
+    curves: dict[str, float] = {}
+    for name, often in firing(run, rows).items():
+        conv = installed(run.model.backbone, ConditionalConv)[name]
+        conv.fired[run.experience.index] = often > 0
+        free = ~conv.used(run.experience.index + 1)
+        conv.renew(free, generator)
+        curves |= {f"open/{name}": often.mean().item(), f"free/{name}": free.float().mean().item()}
+    return curves

@@ -225,8 +225,9 @@ class TaskNorm(PerTask):
 
 def norms_by_task(net: nn.Module) -> None:
     """Put a `TaskNorm` in the place of each batch norm of `net` that is not in one yet."""
+    done = {id(norm) for owner in net.modules() if isinstance(owner, TaskNorm) for norm in owner.norms}
     for name, module in list(net.named_modules()):
-        if isinstance(module, _BatchNorm) and not isinstance(net.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+        if isinstance(module, _BatchNorm) and id(module) not in done:
             net.set_submodule(name, TaskNorm(module))
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from clframe.data import ImageData
 from clframe.evaluate import Predictor
-from clframe.generators import Recipe, Rehearsal
+from clframe.generators import HIDDEN as WIDTHS
+from clframe.generators import Recipe, Rehearsal, check_range, conv_problems
 from clframe.memory import at_random, balanced, quota, too_small
 from clframe.model import IncrementalNet, evaluating, initialised_by
 
@@ -50,10 +51,10 @@ class TaskClassifier(nn.Module):
         logits: Tensor = self.net(features)
         return logits
 
-    def learn(self, run: Run, owner: str, images: Sequence[ImageData], iterations: int) -> float:
-        """Learn to tell these images of each task apart, in batches in which all tasks are alike; the latest loss.
+    def learn(self, run: Run, owner: str, images: Sequence[ImageData], iterations: int) -> None:
+        """Learn to tell these images of each task apart, in batches in which all tasks are alike.
 
-        The work is that of the plugin `owner`, in ticks.
+        The curve ``OWNER/task-classifier`` is the latest loss. The work is that of the plugin `owner`, in ticks.
         """
         rng = run.rng(owner)
         known = [self._features_of(run, rows) for rows in images]
@@ -68,7 +69,7 @@ class TaskClassifier(nn.Module):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return loss.item()
+        run.log({f"{owner}/task-classifier": loss.item()})
 
     def _features_of(self, run: Run, rows: ImageData) -> Tensor:
         parts = []
@@ -97,9 +98,9 @@ class Recollection(nn.Module):
 
     def problems(self, run: Run, owner: str) -> Iterator[str]:
         """A sentence for each reason why `owner`, which has options of these names, cannot have it."""
-        if self.recipe:
-            yield from self.recipe.problems(run.scenario.input_shape, f"{owner}.generator")
-        elif self.per_class is None:
+        if self.recipe and self.recipe.net == "conv":
+            yield from conv_problems(run.scenario.input_shape, len(WIDTHS["conv"]), f"`{owner}.generator_net=conv`")
+        elif self.recipe is None and self.per_class is None:
             yield from too_small(self.size, len(run.scenario.class_names), f"{owner}.size")
 
     def grow(self, run: Run, owner: str) -> None:
@@ -107,6 +108,11 @@ class Recollection(nn.Module):
         if self.recipe:
             build = partial(self.recipe.build, run.scenario.input_shape, 1, run.rng(owner))
             self.generators.append(Rehearsal(build, run.scenario.transform.scale).to(run.device))
+
+    def check(self, run: Run, owner: str, data: ImageData) -> None:
+        """Raise `WrongUse` if these images of a task are not such as its generator can make."""
+        if self.recipe:
+            check_range(data, run.scenario.transform.scale, owner)
 
     def images(self, run: Run, owner: str) -> list[ImageData]:
         """Of each task before the one under way."""
@@ -116,7 +122,10 @@ class Recollection(nn.Module):
         return [ImageData(images, images.new_zeros(len(images), dtype=torch.int64)) for images in drawn]
 
     def keep(self, run: Run, owner: str, data: ImageData) -> None:
-        """Remember the task of these images, all that it has; show what its generator makes of them."""
+        """Remember the task of these images, all that it has; show what its generator makes of them.
+
+        The run can be saved within, so this should come first in a hook.
+        """
         if self.recipe:
             made = self._made()[-1]
             losses = made.rehearse(run, owner, data, 1.0, self.iterations)

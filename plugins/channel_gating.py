@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.gates import ConditionalConv, convolutions_of, firing, open_relus
+from clframe.gates import ConditionalConv, condition, convolutions_of, deaf, fixed, settle
 from clframe.generators import Net, Recipe
-from clframe.masks import Held, TaskNorm, gate_layers, installed, norms_by_task
+from clframe.masks import Held, TaskNorm, installed
 from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative, Share
 from clframe.task_inference import PathPredictor, Recollection, TaskClassifier
@@ -34,7 +34,8 @@ class ChannelGating(Plugin):
     paths and is trained after each experience on the new images and on remembered ones, of all tasks alike.
 
     Curves: `channel-gating/open/LAYER`: the mean share of open gates, `channel-gating/free/LAYER`: of kernels that are
-    left to train.
+    left to train; `channel-gating/task-classifier`: the classifier's latest loss, and that of a generator, `distance`
+    and `penalty`.
 
     Options:
         sparsity: lambda_s.
@@ -86,6 +87,9 @@ class ChannelGating(Plugin):
         if not convolutions_of(run.model.backbone):
             model = run.config.model["name"]
             yield f"`{self.name}` gates convolutions, and `{model}` has none: choose another `--model`."
+        elif silent := deaf(run.model.backbone, run.scenario.input_shape):
+            where = ", ".join(silent)
+            yield f"`{self.name}` can never open shut gates of {where}: their activations should be `nn.ReLU` modules."
         if run.scenario.setting == "class":
             yield from self.past.problems(run, self.name)
 
@@ -101,12 +105,7 @@ class ChannelGating(Plugin):
         """Gates and norms of another task."""
         net, rng, t = run.model.backbone, run.rng(self.name), experience.index
         if not t:
-            n = len(run.scenario)
-            gate_layers(
-                net, convolutions_of(net), run.scenario.input_shape, lambda c, norm: ConditionalConv(c, norm, n)
-            )
-            norms_by_task(net)
-            open_relus(net)
+            condition(net, run.scenario.input_shape, len(run.scenario))
         for conv in installed(net, ConditionalConv).values():
             conv.add(self.bias, rng)
         for norm in installed(net, TaskNorm).values():
@@ -120,13 +119,11 @@ class ChannelGating(Plugin):
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
         """What is the earlier tasks' own rests, and single kernels are held."""
-        t, convs = experience.index, installed(run.model.backbone, ConditionalConv)
-        old = [f"*.{place}.{k}.*" for k in range(t) for place in ("gates", "norms")]
-        gated = {id(p) for conv in convs.values() for p in conv.parameters()}
-        norms = {id(p) for norm in installed(run.model, TaskNorm).values() for p in norm.parameters()}
-        rest = [name for name, p in run.model.named_parameters() if id(p) not in gated | norms and "head." not in name]
-        self.frozen += freeze(run.model, [*old, *(f"head.{k}.*" for k in run.old_blocks), *(rest if t else [])])
+        heads = [f"head.{k}.*" for k in run.old_blocks]
+        self.frozen += freeze(run.model, [*fixed(run.model, experience.index), *heads])
         self.held = None
+        if run.scenario.setting == "class":
+            self.past.check(run, self.name, experience.train)
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
@@ -154,19 +151,14 @@ class ChannelGating(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Fix what fired, renew the rest, and learn to tell the tasks apart."""
-        t, data = experience.index, experience.train.to(run.device)
-        for name, often in firing(run, experience.val.to(run.device) if len(experience.val) else data).items():
-            conv = installed(run.model.backbone, ConditionalConv)[name]
-            conv.fired[t] = often > 0
-            free = ~conv.used(t + 1)
-            conv.renew(free, run.rng(self.name))
-            curves = {"open": often.mean().item(), "free": free.float().mean().item()}
-            run.log({f"{self.name}/{curve}/{name}": value for curve, value in curves.items()})
-        if run.scenario.setting == "class":
-            images = [*self.past.images(run, self.name), data]
-            loss = self.classifier.learn(run, self.name, images, self.classifier_iterations)
-            run.log({f"{self.name}/task-classifier": loss})
+        data, rng, tells = experience.train.to(run.device), run.rng(self.name), run.scenario.setting == "class"
+        if tells:  # first of all, as the run may be saved in the midst of it
             self.past.keep(run, self.name, data)
+        curves = settle(run, experience.val.to(run.device) if len(experience.val) else data, rng)
+        run.log({f"{self.name}/{curve}": value for curve, value in curves.items()})
+        if tells:
+            images = [*self.past.images(run, self.name), data]
+            self.classifier.learn(run, self.name, images, self.classifier_iterations)
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:

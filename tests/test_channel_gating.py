@@ -1,0 +1,377 @@
+"""Conditional channel gated networks: what was learnt stays to the last bit, and only what fired is fixed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import clframe
+from clframe import Plugin, hookimpl
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
+from clframe.gates import ConditionalConv, firing
+from clframe.masks import installed
+from clframe.model import evaluating
+from clframe.plugins.channel_gating import ChannelGating
+
+TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.02}
+MOVERS = {  # all that moves weights whose gradient is zero
+    "adam": {"optimizer": "adam", "weight_decay": 0.1, "decay": "all"},
+    "adam-kept": {"optimizer": "adam", "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
+    "adamw-kept": {"optimizer": "adamw", "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
+    "sgd-kept": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
+}
+NET = {"name": "cnn-small", "widths": [9, 8, 12]}
+QUICK = {"classifier_iterations": 3, "size": 12}
+
+
+class Rich(nn.Module):
+    """All that could leak: a shortcut, norms in a list that follow no convolution, a linear layer, one named head."""
+
+    width = 6
+
+    def __init__(self, relu: Any = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+            self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm1d(8, affine=False)])
+            self.head = nn.Linear(8, 6)
+        self.relu = relu or nn.ReLU()
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norms[0](self.first(x)))
+        x = self.relu(self.norms[1](x + self.second(x)))
+        return self.head(self.norms[2](x.mean((2, 3)))).tanh()
+
+
+class Watch(Plugin):
+    """Told twice of each experience's end, before the gates are settled and afterwards, as `before` and by itself."""
+
+    name = "watch"
+    observer = True
+
+    def __init__(self) -> None:
+        self.before = Early()
+        self.answers: list[list[tuple[Tensor, Tensor]]] = []  # of each evaluation, for each task so far
+        self.fixed: list[dict[str, Tensor]] = []
+        self.kernels: list[dict[str, Tensor]] = []
+        self.trained: list[set[str]] = []
+        self.optimized: list[set[str]] = []
+        self.terms: list[float | None] = []
+        self.expected: list[float] = []
+        self.records: list[dict[str, Any]] = []
+        self.hinted: list[list[str]] = []
+
+    @hookimpl
+    def before_run(self, run):
+        self.run = run
+        run.listeners.append(self.records.append)
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        (gating,) = (p for p in run.plugins if isinstance(p, ChannelGating))
+        self.hinted.append(list(gating.hints(run)))
+
+    @hookimpl
+    def after_step(self, run, batch):
+        shares = [conv.latest.mean() for conv in convs_of(run).values()]
+        self.expected.append(torch.stack(shares).mean().item())
+        self.terms.append(run.losses["channel-gating"].item() if "channel-gating" in run.losses else None)
+        if run.step == 0:
+            self.trained.append({name for name, p in run.model.named_parameters() if p.requires_grad})
+            self.optimized.append({name for group in run.optimizer.param_groups for name in group["names"]})
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        t = experience.index
+        self.fixed.append({name: conv.used(t + 1).clone() for name, conv in convs_of(run).items()})
+        self.kernels.append(kernels(run))
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        x = 3 * torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        with evaluating(run.model), torch.no_grad():
+            given = [run.model(x, torch.full((9,), k)) for k in range(experience.index + 1)]
+        self.answers.append([(outputs.features, outputs.head(k)) for k, outputs in enumerate(given)])
+
+
+class Early(Plugin):
+    """Comes before the method."""
+
+    name = "early"
+    observer = True
+
+    def __init__(self) -> None:
+        self.kernels: list[dict[str, Tensor]] = []
+        self.fire: list[dict[str, dict[str, Tensor]]] = []
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        self.kernels.append(kernels(run))
+        parts = {"train": experience.train, "val": experience.val}
+        self.fire.append({part: firing(run, rows) for part, rows in parts.items() if len(rows)})
+
+
+def convs_of(run: Any) -> dict[str, ConditionalConv]:
+    return installed(run.model.backbone, ConditionalConv)
+
+
+def kernels(run: Any) -> dict[str, Tensor]:
+    return {name: conv.layer.weight.detach().clone() for name, conv in convs_of(run).items()}
+
+
+def learn(
+    scenario: Any, gating: ChannelGating, *others: Plugin, model: Any = None, train: Any = None, **run: Any
+) -> clframe.Results:
+    early = [plugin.before for plugin in others if isinstance(plugin, Watch)]
+    plugins = [*early, gating, *others]
+    return clframe.run(scenario, model or NET, plugins, train=TRAIN | (train or {}), run={"tensorboard": False, **run})
+
+
+@pytest.fixture
+def scenario(tiny):
+    return lambda setting="task", **options: tiny(setting=setting, shape=(1, 8, 8), **options)
+
+
+# ---------------------------------------------------------------------------------- nothing is forgotten
+
+
+@pytest.mark.parametrize("mover", sorted(MOVERS))
+@pytest.mark.parametrize("setting", ["class", "task"])
+def test_answers_of_earlier_tasks_stay_to_the_last_bit(scenario, setting: str, mover: str) -> None:
+    """For images of any kind: noise opens other gates than those of the task do."""
+    for model in (NET, Rich()):
+        watch = Watch()
+        results = learn(
+            scenario(setting), ChannelGating(bias=0.0, sparsity=0.0, **QUICK), watch, model=model, train=MOVERS[mover]
+        )
+        assert [len(given) for given in watch.answers] == [1, 2, 3]
+        for later in (1, 2):
+            for k in range(later):
+                for before, after in zip(watch.answers[k][k], watch.answers[later][k], strict=True):
+                    assert torch.equal(before, after)
+        assert results.measures["task"]["forgetting"] == 0.0
+        rows = results.accuracy["task"]
+        assert all(rows[i][j] == rows[j][j] for i in range(3) for j in range(i))
+        # and something was there to be kept, and to be learnt
+        used = [torch.cat(list(fixed.values())) for fixed in watch.fixed]
+        assert used[0].any()
+        assert not used[1].all()
+        assert any(not torch.equal(watch.kernels[0][name], watch.before.kernels[1][name]) for name in watch.fixed[0])
+
+
+def test_fixed_kernels_are_ever_more_and_those_that_never_fired_begin_anew(scenario) -> None:
+    watch = Watch()
+    learn(scenario(), ChannelGating(bias=0.0, sparsity=0.0), watch, train=MOVERS["sgd-kept"])
+    some = 0
+    for t in range(3):
+        for name, fixed in watch.fixed[t].items():
+            ever = torch.stack([watch.before.fire[k]["train"][name] > 0 for k in range(t + 1)]).any(0)
+            assert torch.equal(fixed, ever)
+            same = (watch.kernels[t][name] == watch.before.kernels[t][name]).flatten(1).all(1)
+            assert torch.equal(same, fixed)  # exactly those that never fired are renewed
+            if t:
+                assert not (watch.fixed[t - 1][name] & ~fixed).any()
+                moved = (watch.kernels[t - 1][name] != watch.before.kernels[t][name]).flatten(1).any(1)
+                assert torch.equal(moved, ~watch.fixed[t - 1][name])  # and the others train
+            some += int(fixed.sum()) * int((~fixed).sum()) > 0
+    assert some >= 6
+
+
+def test_what_is_of_earlier_tasks_does_not_train(scenario) -> None:
+    watch = Watch()
+    learn(scenario(), ChannelGating(bias=0.0, sparsity=0.0), watch, model=Rich(), train=MOVERS["adam-kept"])
+    gate = [f"{layer}.{kind}" for layer in ("inner", "norm", "outer") for kind in ("weight", "bias")]
+    kernels = {"backbone.first.layer.weight", "backbone.first.layer.bias", "backbone.second.layer.weight"}
+    for t in range(3):
+        own = {f"backbone.{conv}.gates.{t}.{part}" for conv in ("first", "second") for part in gate}
+        norms = ("first.norm", "norms.1")  # the latter follows no convolution directly
+        own |= {f"backbone.{norm}.norms.{t}.{kind}" for norm in norms for kind in ("weight", "bias")}
+        own |= {f"head.{t}.weight", f"head.{t}.bias"} | kernels
+        rest = set() if t else {"backbone.head.weight", "backbone.head.bias"}
+        assert watch.trained[t] == watch.optimized[t] == own | rest
+    assert all(p.requires_grad for p in watch.run.model.parameters())  # after the run
+
+
+def test_held_out_images_tell_what_fired_where_there_are_any(scenario) -> None:
+    found = []
+    for val in (0.25, 0.0):
+        watch = Watch()
+        learn(scenario(), ChannelGating(bias=0.0), watch, train={"val": val})
+        part = "val" if val else "train"
+        found += [
+            (fire["val"][name] > 0).tolist() != (fire["train"][name] > 0).tolist()
+            for fire in watch.before.fire
+            for name in fire[part]
+            if val
+        ]
+        for t, fire in enumerate(watch.before.fire):
+            assert set(fire) == ({"train", "val"} if val else {"train"})
+            for name, conv in convs_of(watch.run).items():
+                assert conv.fired[t].tolist() == (fire[part][name] > 0).tolist()
+    assert any(found)
+
+
+# --------------------------------------------------------------------------------- the loss, and curves
+
+
+@pytest.mark.parametrize(("sparsity", "after"), [(2.0, 0.5), (0.5, 0.0), (1.0, 1.0)])
+def test_the_penalty_is_sparsity_times_the_mean_share_of_open_gates(scenario, sparsity: float, after: float) -> None:
+    watch = Watch()
+    learn(scenario(), ChannelGating(sparsity=sparsity, sparsity_after=after), watch)
+    assert len(watch.terms) == 18
+    for step, (term, share) in enumerate(zip(watch.terms, watch.expected, strict=True)):
+        if step % 6 < after * 6:
+            assert term is None
+        else:
+            assert term == pytest.approx(sparsity * share, rel=1e-6)
+    assert 0 < min(watch.expected) < max(watch.expected) < 1
+
+
+def test_sparsity_shuts_gates(scenario) -> None:
+    """Its gradient reaches the gates: with a strong one, fewer are open in the end."""
+    shares = []
+    for sparsity in (0.0, 50.0):
+        watch = Watch()
+        learn(scenario(), ChannelGating(sparsity=sparsity, sparsity_after=0.0), watch, train={"epochs": 5})
+        shares.append(watch.expected[14])
+    assert shares[1] < shares[0] - 0.2
+
+
+def test_curves_are_logged_under_the_names_that_are_documented(scenario) -> None:
+    layers = ["net.0", "net.3", "net.6"]
+    for memory in ("episodic", "generative"):
+        watch = Watch()
+        gating = ChannelGating(memory=memory, generator_iterations=1, **QUICK)
+        learn(scenario("class", experiences=2), gating, watch)
+        for t in range(2):
+            values: dict[str, float] = {}
+            for r in watch.records:
+                if r["kind"] == "log" and r["experience"] == t:
+                    values |= r["values"]
+            curves = {f"{curve}/{layer}" for curve in ("open", "free") for layer in layers} | {"task-classifier"}
+            curves |= {"distance", "penalty"} if memory == "generative" else set()
+            assert set(values) == {f"channel-gating/{curve}" for curve in curves}
+            for layer in layers:
+                often, used = watch.before.fire[t]["train"][layer], watch.fixed[t][layer]
+                assert values[f"channel-gating/open/{layer}"] == pytest.approx(often.mean().item())
+                assert values[f"channel-gating/free/{layer}"] == pytest.approx((~used).double().mean().item())
+
+
+def test_where_no_kernel_is_left_it_names_the_layers(scenario) -> None:
+    watch = Watch()
+    learn(scenario(), ChannelGating(sparsity=0.0, bias=100.0), watch)
+    full = "net.0, net.3, net.6"
+    hint = f"`channel-gating` has no free kernel left in {full}: a larger `channel-gating.sparsity` leaves more."
+    assert watch.hinted == [[], [hint], [hint]]
+    assert [r["text"] for r in watch.records if r["kind"] == "message"] == [hint, hint]
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+def test_it_is_refused_where_it_cannot_be_right(scenario, tiny) -> None:
+    def problems(stream: Any, model: Any = None, **options: Any) -> tuple[str, ...]:
+        with pytest.raises(WrongUse) as caught:
+            learn(stream, ChannelGating(**options), model=model)
+        return caught.value.problems
+
+    assert problems(scenario(), "mlp") == (
+        "`channel-gating` gates convolutions, and `mlp` has none: choose another `--model`.",
+    )
+    assert problems(scenario("domain")) == (
+        "The plugin `channel-gating` cannot serve the setting `domain` of `tiny`; it serves `task` and `class`: choose "
+        "with `--setting`.",
+    )
+    assert problems(scenario("class"), size=5) == (
+        "`channel-gating.size` is 5, and there are 6 classes to remember: give each of them one image at least.",
+    )
+    generative = {"memory": "generative", "generator_net": "conv"}
+    assert problems(tiny(shape=(1, 6, 6)), **generative) == (
+        "`channel-gating.generator_net=conv` halves images 2 times and needs sides that are divisible by 4, and these "
+        "have 6x6 pixels.",
+    )
+    deaf = "`channel-gating` can never open shut gates of first: their activations should be `nn.ReLU` modules."
+    assert problems(scenario(), Rich(functional.relu)) == (deaf,)
+    learn(scenario(), ChannelGating(size=5), train={"epochs": 1})  # where tasks are told, nothing is remembered
+
+
+# ---------------------------------------------------------------------------------------- saving, loading
+
+
+@pytest.mark.parametrize("memory", ["episodic", "generative"])
+def test_a_loaded_run_answers_as_the_run_did_and_holds_no_image(scenario, tmp_path: Path, memory: str) -> None:
+    stream, watch = scenario("class"), Watch()
+    options = {"memory": memory, "generator_iterations": 2, "size": 12, "classifier_iterations": 100}
+    gating = ChannelGating(**options)
+    results = learn(stream, gating, watch, output=str(tmp_path / "run"))
+    loaded = clframe.load(tmp_path / "run", plugins=[Early(), ChannelGating(**options), Watch()])
+    for on, experience in enumerate(stream):
+        x, y = experience.test.x, experience.test.y
+        predictor = gating.predictor(watch.run)
+        with evaluating(predictor), torch.no_grad():
+            assert torch.equal(loaded(x), predictor(x.float() / 255))
+            told = predictor(x.float() / 255, torch.full_like(y, on))
+        own = slice(2 * on, 2 * on + 2)
+        assert torch.equal(loaded(x, on)[:, own], told[:, own])
+        for reading, scores in (("class", loaded(x)), ("task", loaded(x, on))):
+            assert (scores.argmax(1) == y).double().mean() == pytest.approx(results.accuracy[reading][2][on])
+    written = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert not any(image.numpy().tobytes() in written for e in stream for image in e.train.x)
+
+
+def test_a_stop_within_a_tasks_gan_changes_no_bit(scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is saved in the midst of `after_experience`; nothing that comes before may be done twice."""
+    options = {"memory": "generative", "generator_iterations": 4, **QUICK}
+    stop, calls = 0, 0
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            engine.signal = signal.SIGTERM
+        elif engine.run.tick_done and stop == 0:
+            within.append(calls)
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    within: list[int] = []
+
+    def stream() -> Any:
+        return scenario("class", experiences=2)
+
+    learn(stream(), ChannelGating(**options), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    assert len(within) == 8
+    for stop in (within[1], within[6]):
+        calls, folder = 0, tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            learn(stream(), ChannelGating(**options), train={"epochs": 1}, output=str(folder))
+        stop = -1
+        clframe.resume(folder, scenario=stream(), plugins=[ChannelGating(**options)])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------ on real images
+
+
+def test_it_learns_digits_and_forgets_nothing() -> None:
+    train = {"iterations": 100, "epochs": None, "batch_size": 32, "lr": 1e-2, "optimizer": "adam"}
+    results = clframe.run(
+        {"name": "split-digits", "setting": "task"},
+        {"name": "cnn-small", "widths": [8, 8, 16]},
+        [ChannelGating()],
+        train=train,
+        run={"tensorboard": False},
+    )
+    assert results.measures["task"]["forgetting"] == 0.0
+    assert results.measures["task"]["average_accuracy"] > 0.9
