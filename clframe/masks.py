@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import normalization
 from torch.nn.modules.activation import __all__ as ACTIVATIONS
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -22,6 +23,7 @@ from clframe.model import PerTask, evaluating
 
 M = TypeVar("M", bound=nn.Module)
 G = TypeVar("G", bound="Gated")
+NORMS = (_NormBase, *(getattr(normalization, name) for name in normalization.__all__))
 
 # ------------------------------------------------------------------------------------ masks of weights
 
@@ -225,8 +227,9 @@ class TaskNorm(PerTask):
 
 def norms_by_task(net: nn.Module) -> None:
     """Put a `TaskNorm` in the place of each batch norm of `net` that is not in one yet."""
+    there = {id(norm) for module in net.modules() if isinstance(module, TaskNorm) for norm in module.norms}
     for name, module in list(net.named_modules()):
-        if isinstance(module, _BatchNorm) and not isinstance(net.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+        if isinstance(module, _BatchNorm) and id(module) not in there:
             net.set_submodule(name, TaskNorm(module))
 
 
@@ -241,13 +244,18 @@ def followed_by(
         return lambda module, args, output: given.append((output, name))
 
     def into(taker: str) -> Callable[..., None]:
-        return lambda module, args: found.update({name: taker for output, name in given if output is args[0]})
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for output, name in given:
+                if args and output is args[0]:
+                    found.setdefault(name, taker)  # the first: one that works in place gives the same tensor
 
-    takers = {name: m for name, m in net.named_modules() if isinstance(m, kinds)}
+        return hook
+
+    takers = {name: m for name, m in net.named_modules() if not list(m.children())}
     hooks = [layer.register_forward_hook(out(name)) for name, layer in layers.items()]
-    hooks += [m.register_forward_pre_hook(into(name)) for name, m in takers.items()]
+    hooks += [m.register_forward_pre_hook(into(name)) for name, m in takers.items() if type(m) is not nn.Identity]
     _try(net, input_shape, hooks)
-    return found
+    return {name: taker for name, taker in found.items() if isinstance(takers[taker], kinds)}
 
 
 class Gated(PerTask):
@@ -403,7 +411,7 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
     for name, module in net.named_modules():
         if name in units:
             hooks += [module.register_forward_pre_hook(note(name)), module.register_forward_hook(instead(name))]
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, NORMS):
             hooks.append(module.register_forward_hook(lambda module, args, output: torch.ones_like(output)))
         elif type(module).__name__ in ACTIVATIONS and not list(module.parameters()):
             hooks.append(module.register_forward_hook(lambda module, args, output: args[0]))
