@@ -11,7 +11,7 @@ from torch import nn
 from clframe import Batch, Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import Held, WeightOwner, installed, masked_weights
+from clframe.masks import Held, WeightOwner, installed, masked_weights, rest_norms
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
 
@@ -67,6 +67,8 @@ class PackNet(Plugin):
         """Nobody owns anything, or another task comes."""
         if not experience.index:
             masked_weights(run.model.backbone, WeightOwner)
+        if experience.index == (0 if self.pretrained else 1):
+            rest_norms(run.model.backbone)
         for part in installed(run.model.backbone, WeightOwner).values():
             part.latest = experience.index
         run.model.select(experience.task)

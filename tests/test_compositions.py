@@ -126,7 +126,9 @@ def refusal(a: Plugin, b: Plugin, run: Run) -> tuple[str, ...]:
         return (both,)
     for one, other in ((a, b), (b, a)):
         if one.isolates and other.name != "warm-up":
-            nothing = f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learnt can change; "
+            nothing = (
+                f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learnt can change; "
+            )
             return (nothing + "leave out one of them.",)
     for hook in registry.OWNED:
         if all(hook in registry.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
@@ -189,7 +191,7 @@ def test_the_pairs_are_told_apart_as_they_should_be(context):
     compose = {"a-ltm", "der", "er", "ewc", "feature-extraction", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
     compose |= {"always-be-dreaming", "deep-inversion", "generative-replay", "icarl", "warm-up"}
     two_losses, other_logits = {"always-be-dreaming"}, {"deep-inversion", "lwf", "lwm"}
-    assert ISOLATING == {"channel-gating", "duplicate", "hat", "packnet", "piggyback"}
+    assert {"channel-gating", "duplicate", "hat", "packnet", "piggyback"} == ISOLATING
     for a, b in PAIRS:
         if {a, b} & ISOLATING:
             assert len(refusal(*built(a, b), context("task", *built(a, b)))) == ("warm-up" not in (a, b))
