@@ -94,7 +94,8 @@ class PackNet(Plugin):
     def after_backward(self, run: Run) -> None:
         """Hold what is not this phase's to train."""
         if self.held is None:
-            mine = run.experience.index + 1 if run.phase.name == "retrain" else 0
+            pruned = run.phase.name != "train" and run.phase.place == "after"  # by `retrain`, and by others' phases
+            mine = run.experience.index + 1 if pruned else 0
             self.held = Held((weight, part.owner != mine) for weight, part in self.parts(run))
         self.held.clear_gradients()
 
