@@ -414,7 +414,8 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
 
     `units` gives for each layer how much its units count, [C] from 0 to 1. They are sent through the backbone as if
     they were what the layers give: activations, pooling and sums do with them what they do with features, so that this
-    holds for any order of layers. Norms that stand before their layers give 1, and so do the image's pixels.
+    holds for any order of layers. Norms that stand before their layers give 1, and so do the image's pixels;
+    parameters that are in no layer count as 1.
 
     Returns:
         [C_in] of each layer, the most of any pixel.
@@ -434,6 +435,8 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
 
         return hook
 
+    layers = {id(p) for name in units for p in net.get_submodule(name).parameters()}
+    others = [(p, p.data) for p in net.parameters() if id(p) not in layers]
     hooks = []
     for name, module in net.named_modules():
         if name in units:
@@ -442,7 +445,13 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
             hooks.append(module.register_forward_hook(lambda module, args, output: torch.ones_like(output)))
         elif type(module).__name__ in ACTIVATIONS and not list(module.parameters()):
             hooks.append(module.register_forward_hook(lambda module, args, output: args[0]))
-    _try(net, input_shape, hooks)
+    try:
+        for parameter, _ in others:
+            parameter.data = torch.ones_like(parameter)
+        _try(net, input_shape, hooks)
+    finally:
+        for parameter, value in others:
+            parameter.data = value
     return found
 
 

@@ -456,6 +456,25 @@ def test_what_passes_another_norm_counts_as_used(norm: nn.Module):
     assert found["net.4"].tolist() == [1, 1]
 
 
+def test_parameters_that_are_in_no_layer_pass_on_what_they_take():
+    """However small they are, as scales of branches often begin."""
+
+    class Branch(nn.Module):
+        width = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.scale = nn.Linear(4, 2), nn.Linear(2, 2), nn.Parameter(torch.tensor([1e-6, -1.0]))
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.two(self.scale * self.one(x.flatten(1)))
+
+    net = gated(seeded(Branch), (1, 2, 2))
+    before = copy.deepcopy(net.state_dict())
+    assert reached(net, used(one=[0.5, 1.0], two=[0.0, 0.0]), (1, 2, 2))["two"].tolist() == [0.5, 1.0]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_looking_for_what_is_reached_changes_nothing():
     net = gated(NETS["cnn-small"][0](), (1, 8, 8)).train()
     before = copy.deepcopy(net.state_dict())
