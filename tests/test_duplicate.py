@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Plugin, Scenario, hookimpl, split_classes
-from clframe.errors import WrongUse
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
 from clframe.model import evaluating
 from clframe.plugins.duplicate import Copies, Duplicate
 
@@ -183,6 +185,32 @@ def test_what_the_user_froze_is_frozen_in_each_copy(stream: Scenario):
         assert torch.equal(network(witness.after[2], k)["conv.weight"], original["conv.weight"])
     frozen = {n for n, p in witness.model.named_parameters() if not p.requires_grad}
     assert frozen == {f"backbone.copies.{k}.conv.{p}" for k in range(3) for p in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("start", ["original", "first"])
+def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, Duplicate(start=start), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, Duplicate(start=start), model=Small(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=Small(), plugins=[Duplicate(start=start)])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 @pytest.mark.parametrize("start", ["original", "first"])

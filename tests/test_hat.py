@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl
 from clframe.backbones import FeatureNet, cnn_small, mlp
-from clframe.errors import WrongUse
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
 from clframe.masks import AttentionGate, TaskNorm, installed
 from clframe.model import evaluating
 from clframe.plugins.hat import HAT
@@ -350,6 +352,32 @@ def test_curves_tell_what_is_open_and_what_is_free(stream: Scenario):
 
 
 # ------------------------------------------------------------------------------------------ afterwards
+
+
+@pytest.mark.parametrize("build", [usual, unusual])
+def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Any):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, HAT(), model=build(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, HAT(), model=build(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=build(), plugins=[HAT()])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 @pytest.mark.parametrize("build", [usual, unusual])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
-from clframe.errors import WrongUse
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
 from clframe.masks import WeightOwner, installed
 from clframe.model import evaluating
 from clframe.plugins.packnet import PackNet
@@ -298,6 +300,34 @@ def test_a_share_that_prunes_nothing_or_all_is_refused(prune: float):
 def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
     with pytest.raises(WrongUse, match=f"`packnet` cannot serve the setting `{setting}` .* it serves `task`"):
         learn(tiny(shape=SHAPE, setting=setting), PackNet())
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": True}])
+def test_a_stop_anywhere_changes_no_bit(
+    stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
+):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, PackNet(**options), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, PackNet(**options), model=Small(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=Small(), plugins=[PackNet(**options)])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 @pytest.mark.parametrize("options", [{}, {"pretrained": True}])

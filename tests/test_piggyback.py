@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl, split_classes
 from clframe.backbones import cnn_small, mlp
-from clframe.errors import WrongUse
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
 from clframe.masks import TaskNorm, WeightMask, installed, masked_weights
 from clframe.model import evaluating
 from clframe.plugins.piggyback import Piggyback
@@ -277,6 +279,33 @@ def test_a_task_costs_a_bit_for_each_weight_and_its_head(tiny_arrays, tmp_path: 
     conv, linear, head = 27, 240, 5 * 2 + 2
     planes = 2 if ternary else 1
     assert sizes[1] - sizes[0] == planes * (-(-conv // 8) + -(-linear // 8)) + 4 * head
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "task"}, {"pretrained": True, "norm": "task"}])
+def test_a_stop_anywhere_changes_no_bit(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    stream = tiny(shape=SHAPE, setting="task")
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, Piggyback(**options), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, Piggyback(**options), model=Small(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=Small(), plugins=[Piggyback(**options)])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "task"}, {"pretrained": True, "norm": "task"}, {"ternary": True}])
