@@ -263,7 +263,10 @@ def rest_norms(net: nn.Module) -> None:
 def followed_by(
     net: nn.Module, layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...], input_shape: Sequence[int]
 ) -> dict[str, str]:
-    """Which module of these `kinds`, by name, takes the output of which of the `layers`, as seen in a forward pass."""
+    """Which module of these `kinds`, by name, takes the output of which of the `layers`, as seen in a forward pass.
+
+    It is the only one that takes it: in `bn(x) + x` it is not.
+    """
     given: list[tuple[Tensor, str]] = []  # holds the outputs, so that no other tensor takes the place of one
     found: dict[str, str] = {}
 
@@ -282,7 +285,19 @@ def followed_by(
     hooks = [layer.register_forward_hook(out(name)) for name, layer in layers.items()]
     hooks += [m.register_forward_pre_hook(into(name)) for name, m in takers.items() if type(m) is not nn.Identity]
     _try(net, input_shape, hooks)
-    return {name: taker for name, taker in found.items() if isinstance(takers[taker], kinds)}
+    found = {name: taker for name, taker in found.items() if isinstance(takers[taker], kinds)}
+    if _cut(net, layers, found, input_shape):
+        return found
+    return {name: taker for name, taker in found.items() if _cut(net, layers, {name: taker}, input_shape)}
+
+
+def _cut(net: nn.Module, layers: Mapping[str, nn.Module], found: Mapping[str, str], input_shape: Sequence[int]) -> bool:
+    """Whether the features do without the outputs of `layers`, when the modules that are `found` after them do."""
+    hooks = []
+    for name, taker in found.items():
+        hooks.append(layers[name].register_forward_hook(lambda module, args, out: torch.full_like(out, torch.nan)))
+        hooks.append(net.get_submodule(taker).register_forward_hook(lambda module, args, out: torch.zeros_like(out)))
+    return not _try(net, input_shape, hooks).isnan().any()
 
 
 class Gated(PerTask):
@@ -312,12 +327,11 @@ class Gated(PerTask):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] to [B, C, ...]."""
+        """[B, ...] to [B, C, ...]; linear layers give [B, ..., C]."""
         z: Tensor = self.norm(self.layer(x))
         if self.active is not None:
             z = self.active(z)
-        gate = self.gate(x)
-        return z * gate.view(*gate.shape, *[1] * (z.dim() - 2))
+        return z * _at_units(self.gate(x), z, self)
 
 
 class AttentionGate(Gated):
@@ -425,13 +439,14 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].clamp(0, 1)
-            found[name] = x.amax([0, *range(2, x.dim())])
+            x = x.flatten(0, -2) if _units_last(module) else x.transpose(0, 1).flatten(1).T
+            found[name] = x.amax(0)
 
         return hook
 
     def instead(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return units[name].view(-1, *[1] * (output.dim() - 2)).expand_as(output)
+            return _at_units(units[name][None], output, module).expand_as(output)
 
         return hook
 
@@ -455,12 +470,24 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
     return found
 
 
-def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any]) -> None:
-    """A forward pass of an image of ones, which changes nothing but what the hooks note; they are removed."""
+def _units_last(module: nn.Module) -> bool:
+    """Whether units are the last dimension of what a gated layer takes and gives, and not the second."""
+    return isinstance(module, Gated) and isinstance(module.layer, nn.Linear)
+
+
+def _at_units(values: Tensor, output: Tensor, module: nn.Module) -> Tensor:
+    """`values` [B, C] of the units of a gated layer, to be multiplied with its output."""
+    ones = [1] * (output.dim() - 2)
+    return values.view(len(values), *ones, -1) if _units_last(module) else values.view(*values.shape, *ones)
+
+
+def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any]) -> Tensor:
+    """Features of an image of ones; the pass changes nothing but what the hooks note, and they are removed."""
     like = next(net.parameters())
     try:
         with evaluating(net), torch.no_grad():
-            net.features(torch.ones(1, *input_shape).to(like))  # type: ignore[operator]
+            features: Tensor = net.features(torch.ones(1, *input_shape).to(like))  # type: ignore[operator]
+            return features
     finally:
         for hook in hooks:
             hook.remove()

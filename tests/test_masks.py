@@ -384,6 +384,60 @@ def test_a_norm_that_does_not_follow_directly_stays_where_it_is():
     assert torch.equal(net.eval().features(x), plain.features(x))
 
 
+class Early(nn.Module):
+    """Norms stand before convolutions, and beside shortcuts that take the same."""
+
+    width = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.before, self.after, self.relu, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU(), nn.ReLU()
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.after(self.conv(self.relu(self.before(x))))
+        return (x + y + self.last(y)).mean((2, 3))
+
+
+def test_a_norm_or_an_activation_beside_a_shortcut_stays_where_it_is():
+    """The shortcut would take what they make of the output."""
+    plain, net = seeded(Early).eval(), seeded(Early)
+    assert followed_by(net, layers_of(net), (nn.BatchNorm2d,), (1, 8, 8)) == {"conv": "after"}
+    assert followed_by(net, {"after": net.after, "before": net.before}, (nn.ReLU,), (1, 8, 8)) == {"before": "relu"}
+    gates = open_gates(net, (1, 8, 8))
+    assert gates["conv"].active is gates["stem"].active is None
+    x = torch.randn(3, 1, 8, 8, generator=generator())
+    with torch.no_grad():
+        assert torch.equal(net.eval().features(x), plain.features(x))
+
+
+class Tokens(nn.Module):
+    """Linear layers on tokens, as many as they have units."""
+
+    width = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.two(self.relu(self.one(x.view(-1, 4, 4)))).mean(1)
+
+
+def test_units_of_a_linear_layer_are_the_last_dimension():
+    plain, net = seeded(Tokens), seeded(Tokens)
+    gates = open_gates(net, (1, 4, 4))
+    values = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    with torch.no_grad():
+        gates["one"].embeddings[0].copy_(2 * values - 1)
+        x = torch.randn(3, 1, 4, 4, generator=generator())
+        expected = plain.two(plain.one(x.view(-1, 4, 4)).relu() * values).mean(1)
+        torch.testing.assert_close(net.eval().features(x), expected)
+    found = reached(net, used(one=[1.0, 0.5, 0.25, 0.0], two=[0.0] * 4), (1, 4, 4))
+    assert {name: value.tolist() for name, value in found.items()} == {"one": [1] * 4, "two": [1, 0.5, 0.25, 0]}
+
+
 def test_gates_multiply_what_comes_out_of_norm_and_activation():
     net = seeded(cnn_small, (1, 8, 8), widths=[3])
     plain = copy.deepcopy(net).eval()
