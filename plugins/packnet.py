@@ -58,7 +58,8 @@ class PackNet(Plugin):
 
     def hints(self, run: Run) -> Iterable[str]:
         """Where nothing is free any more, only a head is trained."""
-        full = [name for name, free in self.free(run).items() if not free]
+        trained = [weight.requires_grad for weight, _ in self.parts(run)]
+        full = [name for (name, free), on in zip(self.free(run).items(), trained, strict=True) if on and not free]
         if full:
             yield f"`packnet` has no free weight left in {', '.join(full)}: a larger `packnet.prune` leaves more."
 
@@ -106,7 +107,7 @@ class PackNet(Plugin):
         self.held.put_back()
         if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
             for weight, part in self.parts(run):
-                part.take(weight, 1 - self.prune)
+                part.take(weight, 1 - self.prune if weight.requires_grad else 1.0)  # what a user froze stays whole
             self.held = None
 
     @hookimpl

@@ -239,6 +239,26 @@ def test_afterwards_the_model_is_as_trainable_as_before(stream: Scenario):
     assert [n for n, p in witness.model.named_parameters() if not p.requires_grad] == ["backbone.conv.bias"]
 
 
+def test_a_layer_that_the_user_froze_is_not_pruned(stream: Scenario):
+    """All tasks compute with the whole of it, and nobody is told that it is full."""
+    model, witness, told = Small(), Witness(), []
+    model.conv.weight.requires_grad_(False)
+    clframe.run(
+        stream,
+        model,
+        [PackNet(), witness],
+        train={"epochs": 1, "lr": 0.01, "keep_optimizer": True},
+        listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
+    )
+    assert all(torch.equal(state[weight("conv")], Small().conv.weight) for state in witness.states)
+    assert witness.same()
+    assert told == []
+    with torch.no_grad():
+        for task in range(3):
+            witness.model.select(task)
+            assert torch.equal(witness.model.backbone.conv.weight, Small().conv.weight)
+
+
 # ----------------------------------------------------------------------------------- hints and refusals
 
 
