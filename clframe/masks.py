@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import normalization
 from torch.nn.modules.activation import __all__ as ACTIVATIONS
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -22,6 +23,7 @@ from clframe.model import PerTask, evaluating
 
 M = TypeVar("M", bound=nn.Module)
 G = TypeVar("G", bound="Gated")
+NORMS = (_NormBase, *(getattr(normalization, name) for name in normalization.__all__))
 
 # ------------------------------------------------------------------------------------ masks of weights
 
@@ -204,11 +206,13 @@ class TaskNorm(PerTask):
     """A batch norm for each task, with statistics of its own.
 
     Args:
-        norm: of the first task, the one that stood there.
+        norm: the one that stood there.
+        first: the first task that has another one.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _BatchNorm, first: int = 1) -> None:
         super().__init__()
+        self.first = first
         self.norms = nn.ModuleList([norm])
 
     def add(self) -> None:
@@ -219,22 +223,50 @@ class TaskNorm(PerTask):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x`, normalised for the task."""
-        normalised: Tensor = self.norms[min(self.task, len(self.norms) - 1)](x)
+        k = max(0, self.task - self.first + 1)
+        normalised: Tensor = self.norms[min(k, len(self.norms) - 1)](x)
         return normalised
 
 
-def norms_by_task(net: nn.Module) -> None:
+def norms_by_task(net: nn.Module, first: int = 1) -> None:
     """Put a `TaskNorm` in the place of each batch norm of `net` that is not in one yet."""
-    done = {id(norm) for owner in net.modules() if isinstance(owner, TaskNorm) for norm in owner.norms}
+    there = {id(norm) for module in net.modules() if isinstance(module, TaskNorm) for norm in module.norms}
     for name, module in list(net.named_modules()):
-        if isinstance(module, _BatchNorm) and id(module) not in done:
-            net.set_submodule(name, TaskNorm(module))
+        if isinstance(module, _BatchNorm) and id(module) not in there:
+            net.set_submodule(name, TaskNorm(module, first))
+
+
+class Resting(nn.Module):
+    """A norm that keeps its statistics, and normalises by them in train mode, too."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def train(self, mode: bool = True) -> Resting:
+        """Nothing to train."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, normalised."""
+        normalised: Tensor = self.norm(x)
+        return normalised
+
+
+def rest_norms(net: nn.Module) -> None:
+    """Keep the statistics of the batch norms of `net` that learn nothing; those that do rest when they are frozen."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not list(module.parameters()):
+            net.set_submodule(name, Resting(module).train())
 
 
 def followed_by(
     net: nn.Module, layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...], input_shape: Sequence[int]
 ) -> dict[str, str]:
-    """Which module of these `kinds`, by name, takes the output of which of the `layers`, as seen in a forward pass."""
+    """Which module of these `kinds`, by name, takes the output of which of the `layers`, as seen in a forward pass.
+
+    It is the only one that takes it: in `bn(x) + x` it is not.
+    """
     given: list[tuple[Tensor, str]] = []  # holds the outputs, so that no other tensor takes the place of one
     found: dict[str, str] = {}
 
@@ -242,13 +274,30 @@ def followed_by(
         return lambda module, args, output: given.append((output, name))
 
     def into(taker: str) -> Callable[..., None]:
-        return lambda module, args: found.update({name: taker for output, name in given if output is args[0]})
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for output, name in given:
+                if args and output is args[0]:
+                    found.setdefault(name, taker)  # the first: one that works in place gives the same tensor
 
-    takers = {name: m for name, m in net.named_modules() if isinstance(m, kinds)}
+        return hook
+
+    takers = {name: m for name, m in net.named_modules() if not list(m.children())}
     hooks = [layer.register_forward_hook(out(name)) for name, layer in layers.items()]
-    hooks += [m.register_forward_pre_hook(into(name)) for name, m in takers.items()]
+    hooks += [m.register_forward_pre_hook(into(name)) for name, m in takers.items() if type(m) is not nn.Identity]
     _try(net, input_shape, hooks)
-    return found
+    found = {name: taker for name, taker in found.items() if isinstance(takers[taker], kinds)}
+    if _cut(net, layers, found, input_shape):
+        return found
+    return {name: taker for name, taker in found.items() if _cut(net, layers, {name: taker}, input_shape)}
+
+
+def _cut(net: nn.Module, layers: Mapping[str, nn.Module], found: Mapping[str, str], input_shape: Sequence[int]) -> bool:
+    """Whether the features do without the outputs of `layers`, when the modules that are `found` after them do."""
+    hooks = []
+    for name, taker in found.items():
+        hooks.append(layers[name].register_forward_hook(lambda module, args, out: torch.full_like(out, torch.nan)))
+        hooks.append(net.get_submodule(taker).register_forward_hook(lambda module, args, out: torch.zeros_like(out)))
+    return not _try(net, input_shape, hooks).isnan().any()
 
 
 class Gated(PerTask):
@@ -278,12 +327,11 @@ class Gated(PerTask):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] to [B, C, ...]."""
+        """[B, ...] to [B, C, ...]; linear layers give [B, ..., C]."""
         z: Tensor = self.norm(self.layer(x))
         if self.active is not None:
             z = self.active(z)
-        gate = self.gate(x)
-        return z * gate.view(*gate.shape, *[1] * (z.dim() - 2))
+        return z * _at_units(self.gate(x), z, self)
 
 
 class AttentionGate(Gated):
@@ -380,7 +428,8 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
 
     `units` gives for each layer how much its units count, [C] from 0 to 1. They are sent through the backbone as if
     they were what the layers give: activations, pooling and sums do with them what they do with features, so that this
-    holds for any order of layers. Norms that stand before their layers give 1, and so do the image's pixels.
+    holds for any order of layers. Norms that stand before their layers give 1, and so do the image's pixels;
+    parameters that are in no layer count as 1.
 
     Returns:
         [C_in] of each layer, the most of any pixel.
@@ -390,34 +439,55 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].clamp(0, 1)
-            found[name] = x.amax([0, *range(2, x.dim())])
+            x = x.flatten(0, -2) if _units_last(module) else x.transpose(0, 1).flatten(1).T
+            found[name] = x.amax(0)
 
         return hook
 
     def instead(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return units[name].view(-1, *[1] * (output.dim() - 2)).expand_as(output)
+            return _at_units(units[name][None], output, module).expand_as(output)
 
         return hook
 
+    layers = {id(p) for name in units for p in net.get_submodule(name).parameters()}
+    others = [(p, p.data) for p in net.parameters() if id(p) not in layers]
     hooks = []
     for name, module in net.named_modules():
         if name in units:
             hooks += [module.register_forward_pre_hook(note(name)), module.register_forward_hook(instead(name))]
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, NORMS):
             hooks.append(module.register_forward_hook(lambda module, args, output: torch.ones_like(output)))
         elif type(module).__name__ in ACTIVATIONS and not list(module.parameters()):
             hooks.append(module.register_forward_hook(lambda module, args, output: args[0]))
-    _try(net, input_shape, hooks)
+    try:
+        for parameter, _ in others:
+            parameter.data = torch.ones_like(parameter)
+        _try(net, input_shape, hooks)
+    finally:
+        for parameter, value in others:
+            parameter.data = value
     return found
 
 
-def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any]) -> None:
-    """A forward pass of an image of ones, which changes nothing but what the hooks note; they are removed."""
+def _units_last(module: nn.Module) -> bool:
+    """Whether units are the last dimension of what a gated layer takes and gives, and not the second."""
+    return isinstance(module, Gated) and isinstance(module.layer, nn.Linear)
+
+
+def _at_units(values: Tensor, output: Tensor, module: nn.Module) -> Tensor:
+    """`values` [B, C] of the units of a gated layer, to be multiplied with its output."""
+    ones = [1] * (output.dim() - 2)
+    return values.view(len(values), *ones, -1) if _units_last(module) else values.view(*values.shape, *ones)
+
+
+def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any]) -> Tensor:
+    """Features of an image of ones; the pass changes nothing but what the hooks note, and they are removed."""
     like = next(net.parameters())
     try:
         with evaluating(net), torch.no_grad():
-            net.features(torch.ones(1, *input_shape).to(like))  # type: ignore[operator]
+            features: Tensor = net.features(torch.ones(1, *input_shape).to(like))  # type: ignore[operator]
+            return features
     finally:
         for hook in hooks:
             hook.remove()

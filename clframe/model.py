@@ -144,7 +144,7 @@ class IncrementalNet(nn.Module):
     def _outputs(self, x: Tensor) -> Outputs:
         features = self.features(x)
         ends = list(itertools.accumulate(self.blocks))
-        # one product for all blocks; but in the last bit it depends on their number, and paths of tasks are to stay
+        # one product for all blocks; not by task, where an answer's last bits must not depend on later blocks
         if len(ends) > 1 and self.selected is None and all(map(_is_plain, self.head)):
             weight = torch.cat([block.weight for block in self.head])  # type: ignore[misc]
             bias = torch.cat([block.bias for block in self.head])  # type: ignore[misc]

@@ -85,10 +85,13 @@ class Copies(PerTask):
         super().__init__()
         self.copies = nn.ModuleList([backbone])
         self.width = backbone.width
+        self.trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
 
     def add(self) -> None:
-        """One for another task."""
-        self.copies.append(copy.deepcopy(self.copies[0]).requires_grad_(True))
+        """One for another task, as trainable as the first was."""
+        made = copy.deepcopy(self.copies[0])
+        thaw(made, self.trainable)
+        self.copies.append(made)
 
     def features(self, x: Tensor) -> Tensor:
         """Features [B, D] of the task's backbone."""

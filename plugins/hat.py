@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layers_of, reached
+from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layers_of, norms_by_task, reached
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative, Positive
 
@@ -26,7 +26,8 @@ class HAT(Plugin):
 
     makes the new task use units that others do. The paper scales gradients, for plain SGD; here it is the step, which
     is the same there, and protects from momentum, weight decay and Adam's rescaling, too. Units are those of all linear
-    layers and convolutions, gated after their batch norm. Batch norms are of each task. The task has to be told.
+    layers and convolutions, gated after their batch norm. Batch norms are of each task, and what else there is rests
+    after the first. The task has to be told.
 
     Curves: `hat/open/LAYER`: the share of the layer's units that the task attends to; `hat/free/LAYER`: that no task
     does.
@@ -56,6 +57,7 @@ class HAT(Plugin):
         net, shape = run.model.backbone, run.scenario.input_shape
         if not experience.index:
             gate_layers(net, layers_of(net), shape, lambda layer, norm: AttentionGate(layer, norm, self.s_max))
+            norms_by_task(net)
         for gate in installed(net, AttentionGate).values():
             gate.add(run.rng(self.name))
         for norm in installed(net, TaskNorm).values():
@@ -65,11 +67,16 @@ class HAT(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """What is the earlier tasks' own rests."""
+        """What is the earlier tasks' own rests, and all that no gate protects."""
         self.kept = None
-        k = range(experience.index)
-        old = [f"{place}.{i}" for i in k for place in ("*.embeddings", "*.norms")]
-        self.frozen += freeze(run.model, [*old, *(f"{o}.*" for o in old), *(f"head.{i}.*" for i in run.old_blocks)])
+        if not experience.index:
+            return
+        own = {id(p) for block in run.new_blocks for p in run.model.head[block].parameters()}
+        for gate in installed(run.model, AttentionGate).values():
+            own |= {id(p) for p in (*gate.layer.parameters(), gate.embeddings[-1])}
+        for norm in installed(run.model, TaskNorm).values():
+            own |= {id(p) for p in norm.norms[-1].parameters()}
+        self.frozen += freeze(run.model, [name for name, p in run.model.named_parameters() if id(p) not in own])
 
     @hookimpl
     def extra_batch(self, run: Run) -> None:
@@ -97,7 +104,8 @@ class HAT(Plugin):
         if self.kept is None:
             used = {name: gate.used for name, gate in gates.items()}
             entering = reached(run.model.backbone, used, run.scenario.input_shape)
-            self.kept = {p: k for name, gate in gates.items() for p, k in gate.kept(entering[name])}
+            met = {gate: entering[name] for name, gate in gates.items() if name in entering}  # by the features
+            self.kept = {p: k for gate, into in met.items() for p, k in gate.kept(into)}
         self.before = [p.detach().clone() for p in self.kept]
 
     @hookimpl

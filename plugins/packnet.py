@@ -11,7 +11,7 @@ from torch import nn
 from clframe import Batch, Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import Held, WeightOwner, installed, masked_weights
+from clframe.masks import Held, WeightOwner, installed, masked_weights, rest_norms
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
 
@@ -58,7 +58,8 @@ class PackNet(Plugin):
 
     def hints(self, run: Run) -> Iterable[str]:
         """Where nothing is free any more, only a head is trained."""
-        full = [name for name, free in self.free(run).items() if not free]
+        trained = [weight.requires_grad for weight, _ in self.parts(run)]
+        full = [name for (name, free), on in zip(self.free(run).items(), trained, strict=True) if on and not free]
         if full:
             yield f"`packnet` has no free weight left in {', '.join(full)}: a larger `packnet.prune` leaves more."
 
@@ -67,6 +68,8 @@ class PackNet(Plugin):
         """Nobody owns anything, or another task comes."""
         if not experience.index:
             masked_weights(run.model.backbone, WeightOwner)
+        if experience.index == (0 if self.pretrained else 1):
+            rest_norms(run.model.backbone)
         for part in installed(run.model.backbone, WeightOwner).values():
             part.latest = experience.index
         run.model.select(experience.task)
@@ -92,7 +95,8 @@ class PackNet(Plugin):
     def after_backward(self, run: Run) -> None:
         """Hold what is not this phase's to train."""
         if self.held is None:
-            mine = run.experience.index + 1 if run.phase.name == "retrain" else 0
+            pruned = run.phase.name != "train" and run.phase.place == "after"  # by `retrain`, and by others' phases
+            mine = run.experience.index + 1 if pruned else 0
             self.held = Held((weight, part.owner != mine) for weight, part in self.parts(run))
         self.held.clear_gradients()
 
@@ -103,7 +107,7 @@ class PackNet(Plugin):
         self.held.put_back()
         if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
             for weight, part in self.parts(run):
-                part.take(weight, 1 - self.prune)
+                part.take(weight, 1 - self.prune if weight.requires_grad else 1.0)  # what a user froze stays whole
             self.held = None
 
     @hookimpl

@@ -10,7 +10,7 @@ from torch import nn
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import TaskNorm, WeightMask, installed, masked_weights, norms_by_task
+from clframe.masks import TaskNorm, WeightMask, installed, masked_weights, norms_by_task, rest_norms
 from clframe.model import freeze, thaw
 from clframe.options import Positive
 
@@ -71,12 +71,13 @@ class Piggyback(Plugin):
         if experience.index == self.first:
             masked_weights(backbone, lambda w: WeightMask(w, self.first, self.init, self.threshold, self.ternary))
             if self.norm == "task":
-                norms_by_task(backbone)
+                norms_by_task(backbone, self.first)
+            else:
+                rest_norms(backbone)
         for name, mask in installed(backbone, WeightMask).items():
             mask.begin(backbone.get_submodule(name).parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
         for norm in installed(backbone, TaskNorm).values():
-            if experience.index:
-                norm.add()
+            norm.add()
         run.model.select(experience.task)
 
     @hookimpl

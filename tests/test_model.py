@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from clframe.errors import WrongUse
-from clframe.model import IncrementalNet, class_mask, evaluating, freeze, masked, snapshot, thaw
+from clframe.model import IncrementalNet, PerTask, class_mask, evaluating, freeze, masked, snapshot, thaw
 
 
 class Doubling(nn.Module):
@@ -185,3 +185,110 @@ def test_thawing_gives_back_what_is_named_and_no_more():
     net.requires_grad_(False)
     thaw(net, [])
     assert not any(p.requires_grad for p in net.parameters())
+
+
+class ByTask(PerTask):
+    """Multiplies by the number of its task, from 1."""
+
+    def forward(self, x):
+        return (self.task + 1) * x
+
+
+class Branching(nn.Module):
+    """Features that differ by task, through two modules of which one is inside another."""
+
+    width = 3
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner = ByTask(), nn.Sequential(nn.Linear(3, 3), ByTask())
+        self.calls = []
+
+    def features(self, x):
+        self.calls.append(len(x))
+        return self.outer(x) + self.inner(x)
+
+
+def branching(blocks=(2, 1)):
+    net = IncrementalNet(Branching(), blocks)
+    net.select(0)
+    return net
+
+
+def test_rows_of_several_tasks_are_answered_each_as_in_a_batch_of_its_own():
+    """In the order that they came in, and with the gradient of all."""
+    net = branching()
+    x, task = torch.randn(7, 3), torch.tensor([2, 0, 1, 2, 0, 0, 5])
+    outputs = net(x, task)
+    assert net.backbone.calls == [3, 1, 2, 1]
+    for i, t in enumerate(task.tolist()):
+        alone = net(x[i : i + 1], task[i : i + 1])
+        torch.testing.assert_close(outputs.features[i], (t + 1) * (x[i] + net.backbone.inner[0](x[i])))
+        torch.testing.assert_close(outputs.logits[i : i + 1], alone.logits)
+        torch.testing.assert_close(outputs.head(1)[i : i + 1], alone.head(1))
+    weights = list(net.parameters())
+    together = torch.autograd.grad(outputs.logits.square().sum(), weights)
+    apart = torch.autograd.grad(
+        sum(net(x[task == t], task[task == t]).logits.square().sum() for t in (0, 1, 2, 5)), weights
+    )
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_of_one_task_are_one_pass_and_the_selection_stays():
+    net = branching()
+    net.select(3)
+    x = torch.randn(4, 3)
+    for task in (torch.full((4,), 1), torch.tensor([1, 0, 1, 4])):
+        net.backbone.calls.clear()
+        told = net(x, task)
+        assert len(net.backbone.calls) == len(task.unique())
+        assert torch.equal(net(x).logits, net(x, torch.full((4,), 3)).logits)
+        assert not torch.equal(net(x).logits, told.logits)
+        assert {m.task for m in net.modules() if isinstance(m, PerTask)} == {3}
+
+
+def test_the_selection_stays_after_an_error():
+    net = branching()
+    net.select(1)
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 4), torch.tensor([0, 5]))
+    assert {m.task for m in net.modules() if isinstance(m, PerTask)} == {1}
+
+
+def test_a_snapshot_computes_for_the_task_that_was_selected():
+    net = branching()
+    net.select(2)
+    copied = snapshot(net)
+    net.select(0)
+    x = torch.randn(4, 3)
+    assert copied.selected == 2
+    assert torch.equal(copied(x).logits, net(x, torch.full((4,), 2)).logits)
+    assert torch.equal(copied(x, torch.tensor([0, 1, 0, 1])).logits, net(x, torch.tensor([0, 1, 0, 1])).logits)
+
+
+def test_a_network_that_knows_no_tasks_does_not_ask_for_them():
+    net = IncrementalNet(Doubling(), blocks=[2, 2])
+    x = torch.randn(5, 3)
+
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(f"{name} was asked for")
+
+    assert net.selected is None
+    assert torch.equal(net(x, Untouchable()).logits, net(x).logits)
+
+
+def test_where_tasks_differ_an_answer_does_not_depend_on_later_blocks():
+    """One product for all blocks may sum in another order as the head grows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = Branching()
+        backbone.width, backbone.inner[0] = 37, nn.Linear(37, 37)
+        net = IncrementalNet(backbone, [2])
+        net.select(0)
+        x = torch.randn(9, 37)
+        before = net(x).head(0)
+        for size in range(1, 12):
+            net.grow(size)
+            assert torch.equal(net(x).head(0), before)

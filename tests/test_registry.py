@@ -326,6 +326,76 @@ def test_declared_conflicts_and_repeats_are_refused_together():
     registry.manager([Hates(), Second()])
 
 
+class Isolating(Base):
+    name = "isolating"
+    isolates = True
+
+    @hookimpl
+    def grow(self):
+        pass
+
+    @hookimpl
+    def predictor(self):
+        return None
+
+
+class Apart(Isolating):
+    name = "apart"
+
+
+class Watching(Base):
+    name = "watching"
+    observer = True
+
+    @hookimpl
+    def after_step(self):
+        pass
+
+
+class Phased(Base):
+    name = "phased"
+
+    @hookimpl
+    def phases(self):
+        return []
+
+
+def test_beside_what_isolates_tasks_nothing_that_acts_on_what_is_learnt_may_run():
+    nothing = "has nothing to do beside `isolating`, where nothing that was learnt can change; leave out one of them."
+    sentence = f"`second` {nothing}"
+    assert refusal(registry.manager, [Isolating(), Second()]) == sentence
+    assert refusal(registry.manager, [Second(), Isolating()]) == sentence
+    registry.manager([Second(), First()])
+
+
+@pytest.mark.parametrize("hook", registry.ACTING)
+def test_each_hook_that_acts_on_what_is_learnt_counts(hook):
+    acting = type("Acting", (Base,), {"name": "acting", hook: hookimpl(lambda self: None)})
+    assert "`acting` has nothing to do beside `isolating`" in refusal(registry.manager, [acting(), Isolating()])
+
+
+def test_two_that_isolate_tasks_are_refused_in_one_sentence():
+    """Not in one for each, nor in another for the hook that both answer."""
+    sentence = "`apart` and `isolating` each decide what of the network a task may use; leave out one of them."
+    for plugins in ([Isolating(), Apart()], [Apart(), Isolating()]):
+        with pytest.raises(WrongUse) as caught:
+            registry.manager(plugins)
+        assert caught.value.problems == (sentence,)
+
+
+def test_observers_and_phases_may_run_beside_what_isolates_tasks():
+    """So the warm-up of a new head may."""
+    plugins = [Isolating(), Watching(), Phased(), registry.build_plugin("warm-up", {})]
+    assert registry.manager(plugins).get_plugins() == set(plugins)
+
+
+def test_the_methods_that_isolate_tasks_say_so():
+    isolating = {n for n in registry.names("plugin") if registry.plugin_class(n).isolates}
+    assert isolating == {"channel-gating", "duplicate", "hat", "packnet", "piggyback"}
+    for name in isolating - {"channel-gating"}:
+        assert registry.plugin_class(name).settings == ("task",)
+
+
 def test_what_is_no_plugin_instance_is_refused():
     assert refusal(registry.manager, [First]) == "`First` is a class; give a plugin built from it: `First()`."
     assert refusal(registry.manager, [5]) == "5 is not a plugin: its class does not derive from `clframe.Plugin`."

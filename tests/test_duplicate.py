@@ -1,0 +1,248 @@
+"""Duplicate: each task has a network of its own, which begins as the original, and is only fine-tuned."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import clframe
+from clframe import Plugin, Scenario, hookimpl, split_classes
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
+from clframe.model import evaluating
+from clframe.plugins.duplicate import Copies, Duplicate
+
+MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
+    "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
+    "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "keep_optimizer": True},
+}
+SHAPE = (1, 8, 8)
+
+
+class Small(nn.Module):
+    """A convolution, two batch norms of which one learns nothing, and a linear layer."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+            self.plain = nn.BatchNorm2d(4, affine=False)
+            self.norm = nn.BatchNorm2d(4)
+            self.linear = nn.Linear(64, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(self.plain(self.conv(x))).relu().flatten(1))
+
+
+class Witness(Plugin):
+    """Keeps answers, and the network before and after each experience."""
+
+    name = "witness"
+    observer = True
+
+    def __init__(self) -> None:
+        self.answers: list[list[Tensor]] = []
+        self.before: list[dict[str, Tensor]] = []
+        self.after: list[dict[str, Tensor]] = []
+        self.trainable: list[set[str]] = []
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.model = run.model
+        self.before.append(copied(run.model))
+        self.trainable.append({name for name, p in run.model.named_parameters() if p.requires_grad})
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+        with evaluating(run.model), torch.no_grad():
+            asked = (run.model(x, torch.full((6,), t)) for t in range(experience.index + 1))
+            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
+        self.after.append(copied(run.model))
+
+
+class Alike(Plugin):
+    """Gives every experience the same order of images and the same new head."""
+
+    name = "alike"
+    observer = True
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        run.rng("loader").manual_seed(4)
+        with torch.no_grad():
+            for parameter in run.model.head[-1].parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(4))
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def network(state: dict[str, Tensor], task: int | None) -> dict[str, Tensor]:
+    """The backbone of the task; None: of a network that has one."""
+    prefix = "backbone." if task is None else f"backbone.copies.{task}."
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return len(one) == 12 and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
+    return clframe.run(
+        scenario,
+        model or Small(),
+        plugins,
+        train={"epochs": 2, "batch_size": 8, **MOVERS["adam"], **(train or {})},
+        run={"tensorboard": False, **run},
+    )
+
+
+@pytest.fixture
+def stream(tiny: Any) -> Scenario:
+    return tiny(shape=SHAPE, setting="task")
+
+
+@pytest.mark.parametrize("start", ["original", "first"])
+def test_each_copy_begins_as_the_original_or_as_the_first_task_left_it(stream: Scenario, start: Any):
+    """With what its norms hold, to the bit; and is another when it is learnt."""
+    witness = Witness()
+    learn(stream, Duplicate(start=start), witness)
+    original = Small().state_dict()
+    assert same(network(witness.before[0], None), original)
+    first = network(witness.after[0], None)
+    assert not same(first, original)
+    for k in (1, 2):
+        begun = network(witness.before[k], k)
+        assert same(begun, first if start == "first" else original)
+        assert not any(torch.equal(v, begun[n]) for n, v in network(witness.after[k], k).items())
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("start", ["original", "first"])
+def test_later_tasks_change_no_bit_of_earlier_networks_and_answers(stream: Scenario, start: Any, mover: str):
+    witness = Witness()
+    results = learn(stream, Duplicate(start=start), witness, train=MOVERS[mover])
+    assert all(torch.equal(witness.answers[i][j], witness.answers[j][j]) for i in range(3) for j in range(i))
+    assert results.measures["task"]["forgetting"] == 0
+    assert same(network(witness.after[2], 0), network(witness.after[0], None))
+    assert same(network(witness.after[2], 1), network(witness.after[1], 1))
+    for k in (0, 1):
+        for name in (f"head.{k}.weight", f"head.{k}.bias"):
+            assert torch.equal(witness.after[2][name], witness.after[k][name])
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_a_copy_is_what_fine_tuning_the_original_on_its_task_alone_gives(tiny_arrays: Any, mover: str):
+    """The same bits, given the same batches and the same new head."""
+    arrays, train = tiny_arrays(shape=SHAPE), MOVERS[mover] | {"keep_optimizer": False}
+
+    def scenario(order: list[int]) -> Scenario:
+        return split_classes("tiny", arrays, experiences=3, setting="task", order=order)
+
+    witness = Witness()
+    learn(scenario([0, 1, 2, 3, 4, 5]), Duplicate(), Alike(), witness, train=train)
+    for k, order in ((1, [2, 3, 0, 1, 4, 5]), (2, [4, 5, 0, 1, 2, 3])):
+        alone = Witness()
+        learn(scenario(order), Alike(), alone, train=train)
+        assert same(network(witness.after[k], k), network(alone.after[0], None))
+        assert torch.equal(witness.after[k][f"head.{k}.weight"], alone.after[0]["head.0.weight"])
+
+
+def test_a_task_costs_a_network_and_a_head(tiny_arrays: Any, tmp_path: Path):
+    sizes = []
+    for n in (3, 4):
+        scenario = split_classes(
+            "tiny", tiny_arrays(classes=2 * n, shape=SHAPE), experiences=n, setting="task", order=range(2 * n)
+        )
+        learn(scenario, Duplicate(), train={"epochs": 1}, output=str(tmp_path / str(n)))
+        sizes.append(sum(value.nbytes for value in load_file(tmp_path / str(n) / "model.safetensors").values()))
+    assert sizes[1] - sizes[0] == sum(v.nbytes for v in Small().state_dict().values()) + 4 * (5 * 2 + 2)
+
+
+def test_what_the_user_froze_is_frozen_in_each_copy(stream: Scenario):
+    model, witness = Small(), Witness()
+    model.conv.requires_grad_(False)
+    learn(stream, Duplicate(), witness, model=model)
+    original = Small().state_dict()
+    for k in (1, 2):
+        trained = {f"norm.{p}" for p in ("weight", "bias")} | {f"linear.{p}" for p in ("weight", "bias")}
+        assert witness.trainable[k] == {f"backbone.copies.{k}.{n}" for n in trained} | {
+            f"head.{k}.weight",
+            f"head.{k}.bias",
+        }
+        assert torch.equal(network(witness.after[2], k)["conv.weight"], original["conv.weight"])
+    frozen = {n for n, p in witness.model.named_parameters() if not p.requires_grad}
+    assert frozen == {f"backbone.copies.{k}.conv.{p}" for k in range(3) for p in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("start", ["original", "first"])
+def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, Duplicate(start=start), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, Duplicate(start=start), model=Small(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=Small(), plugins=[Duplicate(start=start)])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("start", ["original", "first"])
+def test_a_loaded_run_answers_each_task_as_the_run_did(stream: Scenario, tmp_path: Path, start: Any):
+    witness = Witness()
+    learn(stream, Duplicate(start=start), witness, output=str(tmp_path / "run"))
+    loaded = clframe.load(tmp_path / "run", model=Small(), plugins=[Duplicate(start=start), Witness()])
+    for k, experience in enumerate(stream):
+        x = experience.test.x
+        with evaluating(witness.model), torch.no_grad():
+            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
+        assert torch.equal(loaded(x, k)[:, list(experience.classes)], expected)
+    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
+        loaded(x)
+
+
+def test_copies_are_apart_from_the_first_and_each_answers_for_its_task():
+    copies = Copies(Small()).eval()
+    x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    copies.add()
+    assert copies.width == 5
+    assert same(copies.copies[1].state_dict(), copies.copies[0].state_dict())
+    assert not {id(p) for p in copies.copies[0].parameters()} & {id(p) for p in copies.copies[1].parameters()}
+    with torch.no_grad():
+        copies.copies[1].linear.bias.add_(1)
+        for task, expected in enumerate(copies.copies):
+            copies.task = task
+            assert torch.equal(copies.features(x), expected.features(x))
+        assert not torch.equal(copies.copies[0].features(x), copies.copies[1].features(x))
+
+
+@pytest.mark.parametrize("setting", ["class", "domain"])
+def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
+    with pytest.raises(WrongUse, match=f"`duplicate` cannot serve the setting `{setting}` .* it serves `task`"):
+        learn(tiny(shape=SHAPE, setting=setting), Duplicate())

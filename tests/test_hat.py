@@ -1,0 +1,408 @@
+"""HAT: the steepness of gates, the price of new units, and how much of a step each weight keeps out of."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clframe
+from clframe import IncrementalNet, Plugin, Scenario, hookimpl
+from clframe.backbones import FeatureNet, cnn_small, mlp
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
+from clframe.masks import AttentionGate, TaskNorm, installed
+from clframe.model import evaluating
+from clframe.plugins.hat import HAT
+
+MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
+    "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
+    "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
+}
+SHAPE = (1, 8, 8)
+
+
+def usual() -> nn.Module:
+    """Convolutions, each with its norm and ReLU."""
+    return seeded(cnn_small, SHAPE, widths=[6, 8])
+
+
+def unusual() -> nn.Module:
+    """Norms that do not follow a layer, one that is none of batches, and a parameter that is in no layer.
+
+    The parameter is small, and must not make what passes it look unused.
+    """
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.full((8, 1, 1), 0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.by * x
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(1, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.GroupNorm(2, 6)]
+        layers += [nn.Conv2d(6, 8, 3), Scale(), nn.Flatten(), nn.Linear(128, 9), nn.Tanh()]
+        return FeatureNet(nn.Sequential(*layers), 9)
+
+    return seeded(build)
+
+
+def seeded(build: Any, *args: Any, **options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net: nn.Module = build(*args, **options)
+    return net
+
+
+class Witness(Plugin):
+    """Keeps answers after each experience, and after each step what the gates are."""
+
+    name = "witness"
+    observer = True
+
+    def __init__(self) -> None:
+        self.answers: list[list[Tensor]] = []
+        self.s: list[float] = []
+        self.largest: list[float] = []
+        self.values: list[dict[str, float]] = []
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.model = run.model
+
+    @hookimpl
+    def after_step(self, run):
+        gates = list(installed(run.model, AttentionGate).values())
+        (s,) = {gate.s for gate in gates}
+        self.s.append(s)
+        self.largest.append(max(gate.embeddings[-1].abs().max().item() for gate in gates))
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+        with evaluating(run.model), torch.no_grad():
+            asked = (run.model(x, torch.full((6,), t)) for t in range(experience.index + 1))
+            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
+
+    def drift(self) -> float:
+        """The largest change of an answer to a task since it had just been learnt."""
+        n = len(self.answers)
+        return max((self.answers[i][j] - self.answers[j][j]).abs().max().item() for i in range(n) for j in range(i))
+
+
+def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
+    return clframe.run(
+        scenario,
+        model or usual(),
+        plugins,
+        train={"epochs": 4, "batch_size": 8, **MOVERS["adam"], **(train or {})},
+        run={"tensorboard": False, **run},
+    )
+
+
+@pytest.fixture
+def stream(tiny: Any) -> Scenario:
+    return tiny(shape=SHAPE, setting="task")
+
+
+# ------------------------------------------------------------------------------------ within an epoch
+
+
+@pytest.mark.parametrize("s_max", [400.0, 10.0])
+def test_within_an_epoch_s_rises_from_1_over_s_max_to_s_max(stream: Scenario, s_max: float):
+    """In equal steps (eq. 3); 24 images in batches of 5 are 5 batches."""
+    witness = Witness()
+    learn(stream, HAT(s_max=s_max), witness, train={"epochs": 2, "batch_size": 5})
+    low = 1 / s_max
+    epoch = [low + (s_max - low) * b / 4 for b in range(5)]
+    assert witness.s == pytest.approx(epoch * 6, rel=1e-12)
+    assert (witness.s[0], witness.s[4]) == (low, s_max)
+
+
+def test_an_epoch_of_one_batch_has_the_largest_s(stream: Scenario):
+    witness = Witness()
+    learn(stream, HAT(s_max=30.0), witness, train={"epochs": 2, "batch_size": 24})
+    assert witness.s == [30.0] * 6
+
+
+def test_embeddings_stay_within_6(stream: Scenario):
+    witness = Witness()
+    learn(stream, HAT(), witness, train={"lr": 1.0})
+    assert max(witness.largest) == 6.0
+
+
+# -------------------------------------------------------------------------- drive it without an engine
+
+
+def gated(build: Any = usual, tasks: int = 2) -> tuple[HAT, Any, IncrementalNet]:
+    """The plugin, as much of a run as it needs, and a network of so many tasks."""
+    plugin, net = HAT(s_max=50.0), seeded(lambda: IncrementalNet(build(), [2] * tasks))
+    generator = torch.Generator().manual_seed(0)
+    run = SimpleNamespace(model=net, scenario=SimpleNamespace(input_shape=SHAPE), rng=lambda name: generator)
+    for k in range(tasks):
+        plugin.grow(run, SimpleNamespace(index=k, task=k))
+    return plugin, run, net
+
+
+def test_the_penalty_is_the_attention_to_units_that_are_free_by_their_number():
+    """Serra et al., eq. 6, over the units of all layers together."""
+    plugin, run, net = gated(lambda: seeded(mlp, SHAPE, hidden=[3, 2]))
+    one, two = installed(net, AttentionGate).values()
+    one.used.copy_(torch.tensor([1.0, 0.5, 0.0]))
+    two.used.copy_(torch.tensor([0.25, 0.0]))
+    with torch.no_grad():
+        one.embeddings[-1].copy_(torch.tensor([1.0, -1.0, 0.5]))
+        two.embeddings[-1].copy_(torch.tensor([0.0, 2.0]))
+    one.s = two.s = 2.0
+
+    def sigmoid(x: float) -> float:
+        return torch.tensor(x, dtype=torch.float64).sigmoid().item()
+
+    asked = 0.0 * sigmoid(2) + 0.5 * sigmoid(-2) + 1.0 * sigmoid(1) + 0.75 * sigmoid(0) + 1.0 * sigmoid(4)
+    terms = plugin.penalty(run, None, None)
+    assert terms.keys() == {"hat"}
+    assert terms["hat"].item() == pytest.approx(0.75 * asked / (0.5 + 1.0 + 0.75 + 1.0), rel=1e-6)
+    gradients = torch.autograd.grad(terms["hat"], [one.embeddings[-1], two.embeddings[-1]])
+    slope = 0.75 / 3.25 * 2.0 * sigmoid(1) * (1 - sigmoid(1))
+    assert gradients[0][2].item() == pytest.approx(slope, rel=1e-5)
+    assert gradients[0][0] == 0
+    for gate in (one, two):
+        gate.used.fill_(1)
+    assert plugin.penalty(run, None, None)["hat"] == 0
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adam": lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),
+}
+
+
+def three_steps(optimizer: str, used: float, protect: bool) -> list[list[Tensor]]:
+    """The weights and biases of the layers before the first step and after each, from the same start."""
+    plugin, run, net = gated()
+    gates = installed(net, AttentionGate)
+    for gate in gates.values():
+        gate.used.fill_(used)
+    layers = [p for gate in gates.values() for p in gate.layer.parameters()]
+    stepper = OPTIMIZERS[optimizer](net.parameters())
+    x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(1))
+    seen = [[p.detach().clone() for p in layers]]
+    for _ in range(3):
+        stepper.zero_grad()
+        net(x, torch.full((6,), 1)).logits.square().sum().backward()
+        if protect:
+            plugin.after_backward(run)
+        else:
+            for gate in gates.values():
+                gate.compensate()
+        stepper.step()
+        if protect:
+            plugin.after_step(run)
+        seen.append([p.detach().clone() for p in layers])
+    return seen
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_where_all_units_are_used_no_weight_moves(optimizer: str):
+    before, *after = three_steps(optimizer, 1.0, True)
+    assert all(same(weights, before) for weights in after)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_where_no_unit_is_used_the_step_is_the_optimizers(optimizer: str):
+    protected, plain = three_steps(optimizer, 0.0, True), three_steps(optimizer, 0.0, False)
+    assert all(same(one, other) for one, other in zip(protected, plain, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(protected[0], protected[1], strict=True))
+
+
+def test_with_plain_sgd_it_is_the_paper_s_product_of_gradients():
+    """g (1 - min(a_i, a_j)), eq. 2."""
+    before, after, *_ = three_steps_of_sgd(None)
+    used = [torch.rand(6, generator=torch.Generator().manual_seed(5)), torch.zeros(8)]
+    held = three_steps_of_sgd(used)
+    step = [b - a for a, b in zip(before, after, strict=True)]
+    into = [torch.ones(1), used[0]]
+    for k, (a, b) in enumerate(zip(held[0], held[1], strict=True)):
+        share = torch.minimum(used[k][:, None], into[k][None])[:, :, None, None]
+        torch.testing.assert_close(b - a, step[k] * (1 - share), rtol=1e-4, atol=1e-6)
+    assert len(step) == 2
+
+
+def three_steps_of_sgd(used: list[Tensor] | None) -> list[list[Tensor]]:
+    """The convolutions before and after one step of plain SGD."""
+    plugin, run, net = gated()
+    gates = list(installed(net, AttentionGate).values())
+    for gate, values in zip(gates, used or [], strict=used is not None):
+        gate.used.copy_(values)
+    layers = [gate.layer.weight for gate in gates]
+    x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(1))
+    before = [p.detach().clone() for p in layers]
+    net(x, torch.full((6,), 1)).logits.square().sum().backward()
+    plugin.after_backward(run)
+    torch.optim.SGD(net.parameters(), 0.05).step()
+    plugin.after_step(run)
+    return [before, [p.detach().clone() for p in layers]]
+
+
+# --------------------------------------------------------------------------------- little is forgotten
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("build", [usual, unusual])
+def test_answers_to_earlier_tasks_hardly_change(stream: Scenario, build: Any, mover: str):
+    """Gates are all but binary; without protection the same answers change by a hundred times as much."""
+    witness, bare = Witness(), Witness()
+    learn(stream, HAT(), witness, model=build(), train=MOVERS[mover])
+
+    class Bare(HAT):
+        name = "bare"
+
+        @hookimpl
+        def after_step(self, run):
+            pass
+
+    learn(stream, Bare(), bare, model=build(), train=MOVERS[mover])
+    assert witness.drift() < 0.01 * bare.drift()
+    assert bare.drift() > 0.002
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("build", [usual, unusual])
+def test_where_gates_are_saturated_no_bit_changes(stream: Scenario, build: Any, mover: str):
+    witness = Witness()
+    results = learn(stream, HAT(s_max=1e6), witness, model=build(), train=MOVERS[mover])
+    for gate in installed(witness.model, AttentionGate).values():
+        attention = torch.stack([(1e6 * e).sigmoid() for e in gate.embeddings])
+        assert ((attention == 0) | (attention == 1)).all()
+    assert witness.drift() == 0
+    assert results.measures["task"]["forgetting"] == 0
+
+
+def test_later_tasks_change_nothing_that_no_gate_protects(stream: Scenario):
+    """Norms are the task's own; what is in no layer rests after the first task."""
+    states: list[dict[str, Tensor]] = []
+
+    class Keeping(Plugin):
+        name = "keeping"
+        observer = True
+
+        @hookimpl
+        def after_experience(self, run):
+            self.model = run.model
+            states.append(copy.deepcopy(run.model.state_dict()))
+
+    keeping = Keeping()
+    learn(stream, HAT(), keeping, model=unusual())
+    assert list(installed(keeping.model.backbone, TaskNorm)) == ["net.2"]
+    for k in (0, 1):
+        own = [f".norms.{k}.", f"embeddings.{k}", f"head.{k}.", "net.3.", "net.5."]
+        names = [n for n in states[k] if any(part in n for part in own)]
+        assert len(names) == 5 + 3 + 2 + 3
+        assert all(torch.equal(states[2][n], states[k][n]) for n in names)
+    assert all(p.requires_grad for p in keeping.model.parameters())
+
+
+def test_a_layer_that_the_features_do_not_use_is_left_alone(stream: Scenario):
+    class Spare(nn.Module):
+        width = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(64, 4), nn.Linear(64, 4)
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.used(x.flatten(1)).relu()
+
+    witness, model = Witness(), seeded(Spare)
+    before = model.spare.weight.detach().clone()
+    learn(stream, HAT(s_max=1e6), witness, model=model)
+    assert torch.equal(witness.model.backbone.spare.layer.weight, before)
+    assert witness.drift() == 0
+
+
+def test_curves_tell_what_is_open_and_what_is_free(stream: Scenario):
+    told: list[dict[str, float]] = []
+    witness = Witness()
+    clframe.run(
+        stream,
+        usual(),
+        [HAT(), witness],
+        train={"epochs": 1},
+        listeners=[lambda record: told.append(record["values"]) if record["kind"] == "log" else None],
+    )
+    told = [values for values in told if "hat/open/net.0" in values]
+    for name, gate in installed(witness.model.backbone, AttentionGate).items():
+        is_open = torch.stack([e > 0 for e in gate.embeddings])
+        for k, values in enumerate(v for v in told if f"hat/open/{name}" in v):
+            assert values[f"hat/open/{name}"] == pytest.approx(is_open[k].float().mean().item())
+            assert values[f"hat/free/{name}"] == pytest.approx(1 - is_open[: k + 1].any(0).float().mean().item())
+
+
+# ------------------------------------------------------------------------------------------ afterwards
+
+
+@pytest.mark.parametrize("build", [usual, unusual])
+def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Any):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, HAT(), model=build(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, HAT(), model=build(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=build(), plugins=[HAT()])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("build", [usual, unusual])
+def test_a_loaded_run_answers_each_task_as_the_run_did(stream: Scenario, tmp_path: Path, build: Any):
+    witness = Witness()
+    learn(stream, HAT(), witness, model=build(), output=str(tmp_path / "run"))
+    loaded = clframe.load(tmp_path / "run", model=build(), plugins=[HAT(), Witness()])
+    for k, experience in enumerate(stream):
+        x = experience.test.x
+        with evaluating(witness.model), torch.no_grad():
+            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
+        scores = loaded(x, k)
+        assert torch.equal(scores[:, list(experience.classes)], expected)
+        assert scores.isfinite().sum(1).tolist() == [2] * len(x)
+    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
+        loaded(x)
+
+
+@pytest.mark.parametrize("setting", ["class", "domain"])
+def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
+    with pytest.raises(WrongUse, match=f"`hat` cannot serve the setting `{setting}` .* it serves `task`"):
+        learn(tiny(shape=SHAPE, setting=setting), HAT())
+
+
+@pytest.mark.parametrize(("option", "value"), [("sparsity", -0.1), ("s_max", 0.0)])
+def test_wrong_options_are_refused(option: str, value: float):
+    with pytest.raises(WrongUse, match=rf"`hat\.{option}`"):
+        HAT(**{option: value})

@@ -1,0 +1,366 @@
+"""PackNet: each task takes its share of what is free, and what it took stays to the last bit."""
+
+from __future__ import annotations
+
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clframe
+from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
+from clframe.engine import Engine
+from clframe.errors import Interrupted, WrongUse
+from clframe.masks import WeightOwner, installed
+from clframe.model import evaluating
+from clframe.plugins.packnet import PackNet
+
+MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
+    "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all"},
+    "kept": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
+    "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "keep_optimizer": True},
+}
+SHAPE = (1, 8, 8)
+
+
+class Small(nn.Module):
+    """A convolution and a linear layer, both with biases; a batch norm, and one that learns nothing."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+            self.plain = nn.BatchNorm2d(4, affine=False)
+            self.norm = nn.BatchNorm2d(4)
+            self.linear = nn.Linear(64, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(self.plain(self.conv(x))).relu().flatten(1))
+
+
+class Witness(Plugin):
+    """Keeps answers, owners and what of the network each phase changed."""
+
+    name = "witness"
+    observer = True
+
+    def __init__(self) -> None:
+        self.answers: list[list[Tensor]] = []
+        self.owners: list[dict[str, Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.steps: dict[tuple[int, str], list[dict[str, Tensor]]] = {}  # the network after each
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        self.model = run.model
+        self.began = copied(run.model)
+
+    @hookimpl
+    def after_step(self, run):
+        key = run.experience.index, run.phase.name
+        self.steps.setdefault(key, []).append(copied(run.model))
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        x = torch.linspace(0, 1, 64).view(1, 1, 8, 8) * torch.arange(1, 5).view(4, 1, 1, 1)
+        with evaluating(run.model), torch.no_grad():
+            asked = (run.model(x, torch.full((4,), t)) for t in range(experience.index + 1))
+            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
+        self.owners.append({name: p.owner.clone() for name, p in installed(run.model.backbone, WeightOwner).items()})
+        self.states.append(copied(run.model))
+
+    def same(self) -> bool:
+        """Whether every answer to a task is what it was when the task had just been learnt."""
+        n = len(self.answers)
+        return all(torch.equal(self.answers[i][j], self.answers[j][j]) for i in range(n) for j in range(i))
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
+    return clframe.run(
+        scenario,
+        model or Small(),
+        plugins,
+        train={"epochs": 2, "batch_size": 8, **MOVERS["adam"], **(train or {})},
+        run={"tensorboard": False, **run},
+    )
+
+
+@pytest.fixture
+def stream(tiny: Any) -> Scenario:
+    return tiny(shape=SHAPE, setting="task")
+
+
+def weight(layer: str) -> str:
+    return f"backbone.{layer}.parametrizations.weight.original"
+
+
+SIZES = {"conv": 36, "linear": 320}
+
+
+# --------------------------------------------------------------------------------------- who owns what
+
+
+@pytest.mark.parametrize("prune", [0.75, 0.5])
+def test_each_task_takes_its_share_of_each_layer_and_what_is_free_is_0(stream: Scenario, prune: float):
+    witness = Witness()
+    learn(stream, PackNet(prune=prune), witness)
+    for name, size in SIZES.items():
+        free, taken = size, []
+        for k in range(3):
+            taken.append(round((1 - prune) * free))
+            free -= taken[-1]
+            owner = witness.owners[k][name]
+            assert [(owner == t).sum().item() for t in range(5)] == [free, *taken, *[0] * (3 - k)]
+            assert (witness.states[k][weight(name)][owner == 0] == 0).all()
+            if k:
+                before = witness.owners[k - 1][name]
+                assert torch.equal(owner[before > 0], before[before > 0])
+
+
+def test_what_is_taken_is_what_the_training_left_largest(stream: Scenario):
+    """In magnitude, of the weights at the end of the phase `train`, which the pruning ends."""
+    witness, unpruned = Witness(), Witness()
+    learn(stream, PackNet(prune=0.75), witness)
+    learn(stream, unpruned)
+    for name in SIZES:
+        trained = unpruned.steps[0, "train"][-1][f"backbone.{name}.weight"].abs()
+        mine = witness.owners[0][name] == 1
+        assert trained[mine].min() >= trained[~mine].max()
+        pruned = witness.steps[0, "train"][-1][weight(name)]
+        assert torch.equal(pruned.abs(), trained * mine)
+
+
+def test_curves_tell_what_is_free(stream: Scenario):
+    told: list[dict[str, float]] = []
+    clframe.run(
+        stream,
+        Small(),
+        [PackNet(prune=0.5)],
+        train={"epochs": 1},
+        listeners=[lambda record: told.append(record["values"]) if record["kind"] == "log" else None],
+    )
+    assert [t["packnet/free/linear"] for t in told] == [0.5, 0.25, 0.125]
+    assert [t["packnet/free/conv"] for t in told] == [pytest.approx(n / 36) for n in (18, 9, 5)]
+
+
+# --------------------------------------------------------------------------------- nothing is forgotten
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+@pytest.mark.parametrize("options", [{}, {"retrain": 0.0}, {"pretrained": True}])
+def test_later_tasks_change_no_bit_of_what_earlier_ones_own_and_answer(stream: Scenario, options: Any, mover: str):
+    witness = Witness()
+    results = learn(stream, PackNet(**options), witness, train=MOVERS[mover])
+    assert witness.same()
+    assert results.measures["task"]["forgetting"] == 0
+    for k in (0, 1):
+        for name in SIZES:
+            mine = witness.owners[k][name] > 0
+            assert torch.equal(witness.states[2][weight(name)][mine], witness.states[k][weight(name)][mine])
+    fixed = [n for n in witness.states[2] if n.startswith("backbone.") and "parametrizations" not in n]
+    assert len(fixed) == 2 + 3 + 5  # biases, and what the two norms hold
+    for state in witness.states[1:]:
+        assert all(torch.equal(state[n], witness.states[1][n]) for n in fixed)
+        renamed = {n: n.replace("plain.norm.", "plain.") for n in fixed}
+        first = {n.replace("plain.norm.", "plain."): v for n, v in witness.states[0].items()}
+        assert all(torch.equal(state[n], first[short]) for n, short in renamed.items())
+    given = Small().state_dict()
+    assert torch.equal(given["linear.bias"], witness.states[0]["backbone.linear.bias"]) == ("pretrained" in options)
+    assert torch.equal(given["norm.running_mean"], witness.states[0]["backbone.norm.running_mean"]) == (
+        "pretrained" in options
+    )
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_each_phase_moves_its_own_weights_alone(stream: Scenario, mover: str):
+    """`train` those that nobody owns, `retrain` those that the task took, in every step."""
+    witness = Witness()
+    learn(stream, PackNet(prune=0.5), witness, train=MOVERS[mover])
+    for k in range(3):
+        train, retrain = witness.steps[k, "train"], witness.steps[k, "retrain"]
+        assert len(train) == 2 * len(retrain) == 6
+        for name in SIZES:
+            now = witness.owners[k][name]
+            earlier = (now > 0) & (now <= k)
+            states = [s[weight(name)] for s in (*train, *retrain)]
+            moved = [a != b for a, b in pairwise(states)]
+            assert not any((m & earlier).any() for m in moved)
+            after = moved[len(train) :]  # from the pruned weights to those after each step
+            assert not any((m & (now != k + 1)).any() for m in after)
+            assert any((m & (now == k + 1)).any() for m in after)
+            if not k:
+                assert any((m & (now == 0)).any() for m in moved[: len(train) - 2])  # those that are given back, too
+        assert not torch.equal(retrain[0][f"head.{k}.weight"], retrain[-1][f"head.{k}.weight"])
+        assert all(torch.equal(train[0][f"head.{j}.weight"], retrain[-1][f"head.{j}.weight"]) for j in range(k))
+
+
+def test_a_phase_that_another_brings_after_the_training_moves_no_free_weight(stream: Scenario):
+    """A weight that is free is 0 when the next task comes."""
+
+    class Tuning(Plugin):
+        name = "tuning"
+
+        @hookimpl
+        def phases(self, run):
+            return [Phase("tuning", "after", epochs=1)]
+
+    witness = Witness()
+    learn(stream, Tuning(), PackNet(), witness)
+    assert (0, "tuning") in witness.steps
+    assert witness.same()
+    for k in range(3):
+        for name in SIZES:
+            assert (witness.states[k][weight(name)][witness.owners[k][name] == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("retrain", "steps"), [(0.0, 0), (0.1, 3), (0.5, 3), (1.0, 6), (2.0, 12)])
+def test_retraining_is_as_long_as_its_share_of_the_training(stream: Scenario, retrain: float, steps: int):
+    """An epoch at least."""
+    witness = Witness()
+    learn(stream, PackNet(retrain=retrain), witness)
+    assert [len(witness.steps.get((k, "retrain"), [])) for k in range(3)] == [steps] * 3
+
+
+def test_afterwards_the_model_is_as_trainable_as_before(stream: Scenario):
+    model, witness = Small(), Witness()
+    model.conv.bias.requires_grad_(False)
+    learn(stream, PackNet(), witness, model=model)
+    assert [n for n, p in witness.model.named_parameters() if not p.requires_grad] == ["backbone.conv.bias"]
+
+
+def test_a_layer_that_the_user_froze_is_not_pruned(stream: Scenario):
+    """All tasks compute with the whole of it, and nobody is told that it is full."""
+    model, witness, told = Small(), Witness(), []
+    model.conv.weight.requires_grad_(False)
+    clframe.run(
+        stream,
+        model,
+        [PackNet(), witness],
+        train={"epochs": 1, "lr": 0.01, "keep_optimizer": True},
+        listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
+    )
+    assert all(torch.equal(state[weight("conv")], Small().conv.weight) for state in witness.states)
+    assert witness.same()
+    assert told == []
+    with torch.no_grad():
+        for task in range(3):
+            witness.model.select(task)
+            assert torch.equal(witness.model.backbone.conv.weight, Small().conv.weight)
+
+
+# ----------------------------------------------------------------------------------- hints and refusals
+
+
+class Tiny(nn.Module):
+    width = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)).relu()
+
+
+def test_a_layer_that_is_full_is_told_of(tiny: Any):
+    """Of 64 weights 1 in a hundred is given back: 1 after the first task, none after the second."""
+    told: list[tuple[int, str]] = []
+    index = [0]
+
+    def listen(record: dict[str, Any]) -> None:
+        if record["kind"] == "experience":
+            index[0] = record["index"]
+        if record["kind"] == "message":
+            told.append((index[0], record["text"]))
+
+    scenario = tiny(setting="task")
+    clframe.run(scenario, Tiny(), [PackNet(prune=0.01)], train={"epochs": 1, "lr": 0.01}, listeners=[listen])
+    assert told == [(2, "`packnet` has no free weight left in linear: a larger `packnet.prune` leaves more.")]
+    told.clear()
+    clframe.run(tiny(setting="task"), Tiny(), [PackNet(prune=0.5)], train={"epochs": 1}, listeners=[listen])
+    assert told == []
+
+
+@pytest.mark.parametrize("n", [255, 256])
+def test_more_tasks_than_a_byte_tells_apart_are_refused(n: int):
+    class Asked(Exception):
+        pass
+
+    def load(index: int, part: str) -> ImageData:
+        raise Asked
+
+    scenario = Scenario("many", "task", [[k] for k in range(n)], [str(k) for k in range(n)], (1, 4, 4), load)
+    refused = n > 255
+    with pytest.raises(WrongUse if refused else Exception) as caught:
+        clframe.run(scenario, Tiny(), [PackNet()], train={"epochs": 1})
+    if refused:
+        assert caught.value.problems == ("`packnet` can tell 255 tasks apart, and the scenario has 256 experiences.",)
+    else:
+        assert not isinstance(caught.value, WrongUse)
+
+
+@pytest.mark.parametrize("prune", [0, 1, -0.5])
+def test_a_share_that_prunes_nothing_or_all_is_refused(prune: float):
+    with pytest.raises(WrongUse, match=r"`packnet\.prune`"):
+        PackNet(prune=prune)
+
+
+@pytest.mark.parametrize("setting", ["class", "domain"])
+def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
+    with pytest.raises(WrongUse, match=f"`packnet` cannot serve the setting `{setting}` .* it serves `task`"):
+        learn(tiny(shape=SHAPE, setting=setting), PackNet())
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": True}])
+def test_a_stop_anywhere_changes_no_bit(
+    stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
+):
+    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
+    calls, stop = [0], [0]
+    original = Engine.pause
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        if calls[0] == stop[0]:
+            engine.signal = signal.SIGTERM
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    learn(stream, PackNet(**options), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
+    pauses = calls[0]
+    for k in range(2, pauses, pauses // 5):
+        folder = tmp_path / str(k)
+        calls[0], stop[0] = 0, k
+        with pytest.raises(Interrupted):
+            learn(stream, PackNet(**options), model=Small(), train={"epochs": 1}, output=str(folder))
+        stop[0] = 0
+        clframe.resume(folder, scenario=stream, model=Small(), plugins=[PackNet(**options)])
+        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
+            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": True}])
+def test_a_loaded_run_answers_each_task_as_the_run_did(stream: Scenario, tmp_path: Path, options: Any):
+    witness = Witness()
+    learn(stream, PackNet(**options), witness, output=str(tmp_path / "run"))
+    loaded = clframe.load(tmp_path / "run", model=Small(), plugins=[PackNet(**options), Witness()])
+    for k, experience in enumerate(stream):
+        x = experience.test.x
+        with evaluating(witness.model), torch.no_grad():
+            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
+        scores = loaded(x, k)
+        assert torch.equal(scores[:, list(experience.classes)], expected)
+        assert scores.isfinite().sum(1).tolist() == [2] * len(x)
+    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
+        loaded(x)
