@@ -48,9 +48,7 @@ def _is_chain(net: nn.Module) -> bool:
     """Whether one convolution after the other works on the maps of the one before, and on nothing else."""
     line = getattr(net, "net", None)
     return isinstance(line, nn.Sequential) and all(
-        layer in list(line) and layer.layer.groups == 1
-        for layer in net.modules()
-        if isinstance(layer, ConditionalConv)
+        layer in list(line) and layer.layer.groups == 1 for layer in net.modules() if isinstance(layer, ConditionalConv)
     )
 
 

@@ -161,8 +161,8 @@ def open_relus(net: nn.Module) -> None:
 
 
 def convolutions_of(net: nn.Module) -> dict[str, nn.Module]:
-    """The convolutions of `net`, by name."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd)}
+    """The convolutions of `net`, by name; transposed ones are none, as their kernels are not of one channel each."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd) and not m.transposed}
 
 
 def condition(net: nn.Module, input_shape: Sequence[int], tasks: int) -> None:

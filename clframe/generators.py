@@ -334,8 +334,8 @@ class Rehearsal(nn.Module):
         losses = {name: value.item() for name, value in self.losses.items()}
         if not all(map(math.isfinite, losses.values())):
             raise RunFailed(
-                f"The generator of `{owner}` diverged, its losses are {losses}: a smaller `{owner}.lr` may keep them "
-                "finite."
+                f"The generator of `{owner}` diverged, its losses are {losses}: a smaller learning rate, "
+                "or another net, may keep them finite."
             )
         return losses
 

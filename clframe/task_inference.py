@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +37,41 @@ class TaskClassifier(nn.Module):
 
     @property
     def tasks(self) -> int:
-        """How many tasks it tells apart."""
-        return self.net[-1].out_features if len(self.net) else 0  # type: ignore[return-value]
+        """How many tasks it tells apart; at first there is one, of which all images are."""
+        return self.net[-1].out_features if len(self.net) else 1  # type: ignore[return-value]
 
-    def grow(self, tasks: int, width: int, generator: torch.Generator, device: torch.device) -> None:
+    def begin(self, tasks: int, width: int, generator: torch.Generator, device: torch.device) -> None:
         """Begin anew, for so many tasks and features of `width` on each path."""
         with initialised_by(generator):
-            layers = nn.Linear(tasks * width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, tasks)
-        self.net = nn.Sequential(*layers).to(device)
+            self._build(tasks * width, tasks)
+        self.net.to(device)
+
+    def _build(self, width: int, tasks: int) -> None:
+        self.net = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, tasks))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Its size is that of what is loaded, which may be of fewer tasks than there are now."""
+        device = next(self.parameters(), torch.empty(0)).device
+        self.net = nn.Sequential()
+        if (first := state.get(f"{prefix}net.0.weight")) is not None:
+            self._build(first.shape[1], len(state[f"{prefix}net.2.bias"]))
+            self.net.to(first.device if device.type == "cpu" else device)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, tasks * width] to [B, tasks]."""
-        logits: Tensor = self.net(features)
+        logits: Tensor = self.net(features) if len(self.net) else features[:, :1] * 0
         return logits
 
     def learn(self, run: Run, owner: str, images: Sequence[ImageData], iterations: int) -> None:
-        """Learn to tell these images of each task apart, in batches in which all tasks are alike.
+        """Learn, from new weights on, to tell these images of each task apart; in a batch all tasks are alike.
 
         The curve ``OWNER/task-classifier`` is the latest loss. The work is that of the plugin `owner`, in ticks.
         """
         rng = run.rng(owner)
+        if len(images) == 1:
+            return
+        self.begin(len(images), run.model.backbone.width, rng, run.device)
         known = [self._features_of(run, rows) for rows in images]
         starts = torch.tensor([0, *(len(part) for part in known)]).cumsum(0)
         counts, features = starts.diff(), torch.cat(known)
@@ -161,7 +176,7 @@ class PathPredictor(Predictor):
     Args:
         model: the network.
         classifier: of the tasks learnt so far.
-        classes: labels of each of these.
+        classes: labels of each of these, and of later tasks that may be told.
     """
 
     def __init__(self, model: IncrementalNet, classifier: TaskClassifier, classes: Sequence[Sequence[int]]) -> None:

@@ -112,7 +112,6 @@ class ChannelGating(Plugin):
             if t:
                 norm.add()
         if run.scenario.setting == "class":
-            self.classifier.grow(t + 1, net.width, rng, run.device)
             self.past.grow(run, self.name)
         run.model.select(experience.task)
 
@@ -165,7 +164,7 @@ class ChannelGating(Plugin):
         """The path and the head of the task that is told, or that the classifier finds."""
         if run.scenario.setting == "task":
             return TaskPredictor(run.model, run.n_seen)
-        return PathPredictor(run.model, self.classifier, run.scenario.classes[: self.classifier.tasks])
+        return PathPredictor(run.model, self.classifier, run.scenario.classes[: run.experience.index + 1])
 
     @hookimpl
     def after_run(self, run: Run) -> None:

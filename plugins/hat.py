@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layer
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative, Positive
 
+LEAST_CLIP = 10_000
 LARGEST = 6.0  # of an embedding, in magnitude; beyond it the gate's gradient is gone (appendix of the paper)
 
 
@@ -50,6 +53,21 @@ class HAT(Plugin):
         self.frozen: list[str] = []
         self.kept: dict[nn.Parameter, Tensor] | None = None  # how much each weight keeps
         self.before: list[Tensor] = []
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """Units must be those of layers that are called."""
+        inside = [name for name, m in run.model.backbone.named_modules() if isinstance(m, nn.MultiheadAttention)]
+        if inside:
+            where = ", ".join(inside)
+            yield f"`hat` gates layers, and the attention {where} reads its own by itself: choose another `--model`."
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Equation 5 makes gradients of embeddings large on purpose."""
+        if 0 < run.settings.clip < LEAST_CLIP:
+            yield (
+                f"`hat` makes its embeddings' gradients large, and `train.clip={run.settings.clip:g}` shrinks all "
+                f"others with them: set `train.clip=0`, or {LEAST_CLIP} as the paper has it."
+            )
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:

@@ -91,9 +91,10 @@ def test_a_grown_classifier_is_new_and_the_generators() -> None:
     weights = []
     for seed in (1, 1, 2):
         classifier = TaskClassifier()
-        assert classifier.tasks == 0
+        assert classifier.tasks == 1
+        assert classifier(torch.ones(5, 4)).tolist() == [[0.0]] * 5
         for tasks in (1, 2, 3):
-            classifier.grow(tasks, 4, generator(seed), CPU)
+            classifier.begin(tasks, 4, generator(seed), CPU)
             assert classifier.tasks == tasks
         assert classifier(torch.zeros(5, 12)).shape == (5, 3)
         weights.append(classifier.net[0].weight)
@@ -107,7 +108,7 @@ def test_it_tells_tasks_apart_of_which_it_has_very_unequal_numbers_of_images(tin
     logged: list[dict[str, float]] = []
     run.listeners.append(lambda record: logged.append(record["values"]) if record["kind"] == "log" else None)
     classifier = TaskClassifier()
-    classifier.grow(3, 4, generator(), CPU)
+    classifier.begin(3, 4, generator(), CPU)
     seen: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     images = [lit(0, 400), lit(1, 40), lit(2, 4)]
@@ -137,7 +138,7 @@ def test_its_draws_are_those_of_its_owner(tiny) -> None:
     for owner in ("me", "me", "you"):
         run, state = run_of(tiny()), torch.get_rng_state()
         classifier = TaskClassifier()
-        classifier.grow(2, 4, generator(), CPU)
+        classifier.begin(2, 4, generator(), CPU)
         classifier.learn(run, owner, [lit(0, 30), lit(1, 3)], 3)
         weights.append(classifier.net[0].weight)
         assert torch.equal(state, torch.get_rng_state())
