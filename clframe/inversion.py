@@ -194,6 +194,7 @@ class Recipe:
         clip: keep the images within `valid_range`.
         batch_size: images at a time, at most.
         temperature: of the rival's distillation.
+        anneal: let the learning rate fall to 0 along half a cosine.
     """
 
     weights: Weights = field(default_factory=Weights)
@@ -206,6 +207,7 @@ class Recipe:
     clip: bool = True
     batch_size: int = 256
     temperature: float = 1.0
+    anneal: bool = False
 
 
 class Dreaming(nn.Module):
@@ -262,6 +264,12 @@ class Dreaming(nn.Module):
         self.x = x.detach().clone().requires_grad_()
         self.adam = torch.optim.Adam([self.x], lr=lr)
 
+    def slow_down(self, lr: float, done: float) -> None:
+        """Go on at the learning rate that belongs to the share `done` of a half cosine from `lr` to 0."""
+        assert self.adam is not None
+        for group in self.adam.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
+
     def step(self, loss: Callable[[Tensor], Tensor], bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The images after one step down `loss`, a scalar function of them, and back into `bounds`, low and high."""
         assert self.x is not None
@@ -294,6 +302,8 @@ class Dreaming(nn.Module):
             def loss(x: Tensor, y: Tensor = y, mask: Tensor | None = mask) -> Tensor:
                 return inversion_loss(teacher, jittered(x, jitter, flip, generator), y, recipe.weights, mask, rival)
 
+            if recipe.anneal:
+                self.slow_down(recipe.lr, i % recipe.iterations / recipe.iterations)
             x = self.step(loss, (low, high) if recipe.clip else None)
             if (i + 1) % recipe.iterations == 0:
                 self._log(run, name, "dreams", judged(teacher, x, y, mask))

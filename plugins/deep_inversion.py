@@ -42,6 +42,7 @@ class DeepInversion(Plugin):
         per_class: dreams of each old class.
         iterations: steps of Adam on each dream, and of the rival after each round.
         lr: learning rate of the dreams, in the space of normalised images.
+        anneal: let it fall to 0 along half a cosine.
         feature: weight of R_feature.
         tv: weight of the total variation.
         l2: weight of the images' norm.
@@ -68,6 +69,7 @@ class DeepInversion(Plugin):
         per_class: Count = 40,
         iterations: Count = 200,
         lr: Positive = 0.05,
+        anneal: bool = False,
         feature: NonNegative = 10.0,
         tv: NonNegative = 1e-3,
         l2: NonNegative = 0.0,
@@ -84,7 +86,7 @@ class DeepInversion(Plugin):
     ) -> None:
         self.recipe = Recipe(
             Weights(feature, tv, l2, compete),
-            *(per_class, iterations, lr, rounds if compete else 1, jitter, flip, clip, batch_size, temperature),
+            *(per_class, iterations, lr, rounds if compete else 1, jitter, flip, clip, batch_size, temperature, anneal),
         )
         self.dreams, self.distill, self.temperature, self.replay = dreams, distill, temperature, replay
         self.teacher: IncrementalNet | None = None
