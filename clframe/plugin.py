@@ -44,6 +44,7 @@ class Plugin(metaclass=_Validated):
     - ``replays``: it brings images of earlier classes back, kept or made, by ``extra_data`` or ``extra_batch``.
     - ``keeps_images``: it stores training images; a method that does not say so must not.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
+    - ``grows``: its state must grow with the experiences; that of a method that does not say so must not.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
     - ``citation``: the paper.
 
@@ -60,6 +61,7 @@ class Plugin(metaclass=_Validated):
     replays: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
     keeps_experiences: bool = False  # an instance may say so, where an option decides
+    grows: ClassVar[bool] = False
     observer: ClassVar[bool] = False
     citation: ClassVar[str] = ""
 
