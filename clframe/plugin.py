@@ -32,6 +32,8 @@ class Plugin(metaclass=_Validated):
     Class attributes that a plugin declares:
 
     - ``name``: how the command line, loss terms and errors call it.
+    - ``hook_api``: the version of the hooks (`clframe.hooks.HOOK_API`) that it was written for; None: any. Another one
+      than this clframe's is refused.
     - ``state``: names of the attributes that a checkpoint must hold: tensors, plain containers of them, modules and
       optimizers. The structure (a module, an optimizer) is built in ``before_run`` or ``grow``, the values are loaded
       afterwards; a teacher made by `clframe.model.snapshot` is rebuilt from its state.
@@ -52,6 +54,7 @@ class Plugin(metaclass=_Validated):
     """
 
     name: ClassVar[str] = ""
+    hook_api: ClassVar[int | None] = None
     state: ClassVar[tuple[str, ...]] = ()
     predictor_state: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")

@@ -143,9 +143,8 @@ class Check:
 
     def __call__(self, subject: Subject) -> None:
         """Raises `Broken`, or whatever a run with the subject raises."""
-        with tempfile.TemporaryDirectory(prefix="clframe-check-") as folder, one_thread():
-            with suppress(NotRun):
-                self.look(subject, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="clframe-check-") as folder, one_thread(), suppress(NotRun):
+            self.look(subject, Path(folder))
 
     def outcome(self, subject: Subject) -> Outcome:
         """What comes of it; only an interruption by the user is raised."""
@@ -518,7 +517,7 @@ def it_keeps_no_image_that_it_does_not_declare(subject: Subject, folder: Path) -
 
 
 def its_state_does_not_grow(subject: Subject, folder: Path) -> None:
-    """From the second domain to the fourth, where the network stays as it is, so does its state, or `grows` is declared."""
+    """From the second domain to the fourth, where the network stays as it is, so does its state, unless it `grows`."""
     cls = subject.factory
     if cls.grows:
         raise NotRun("It declares `grows`.")
