@@ -32,6 +32,8 @@ class Plugin(metaclass=_Validated):
     Class attributes that a plugin declares:
 
     - ``name``: how the command line, loss terms and errors call it.
+    - ``hook_api``: the version of the hooks (`clframe.hooks.HOOK_API`) that it was written for; None: any. Another one
+      than this clframe's is refused.
     - ``state``: names of the attributes that a checkpoint must hold: tensors, plain containers of them, modules and
       optimizers. The structure (a module, an optimizer) is built in ``before_run`` or ``grow``, the values are loaded
       afterwards; a teacher made by `clframe.model.snapshot` is rebuilt from its state.
@@ -44,6 +46,7 @@ class Plugin(metaclass=_Validated):
     - ``replays``: it brings images of earlier classes back, kept or made, by ``extra_data`` or ``extra_batch``.
     - ``keeps_images``: it stores training images; a method that does not say so must not.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
+    - ``grows``: its state must grow with the experiences; that of a method that does not say so must not.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
     - ``citation``: the paper.
 
@@ -51,6 +54,7 @@ class Plugin(metaclass=_Validated):
     """
 
     name: ClassVar[str] = ""
+    hook_api: ClassVar[int | None] = None
     state: ClassVar[tuple[str, ...]] = ()
     predictor_state: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
@@ -60,6 +64,7 @@ class Plugin(metaclass=_Validated):
     replays: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
     keeps_experiences: bool = False  # an instance may say so, where an option decides
+    grows: ClassVar[bool] = False
     observer: ClassVar[bool] = False
     citation: ClassVar[str] = ""
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import pluggy
 
 from clframe.errors import ClframeError, RunFailed, WrongUse, did_you_mean
-from clframe.hooks import HOOKS, Hooks
+from clframe.hooks import HOOK_API, HOOKS, Hooks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,10 +104,13 @@ def _offers(kind: Kind, path: tuple[str, ...]) -> tuple[Offer, ...]:
             offered = [_offer(kind, entry, distribution) for entry in entries]
         except Exception:  # metadata that cannot be read must not hide the other packages
             continue
+        # the first on the path is the one that Python imports; a second copy of it is out of sight
+        seen = set(found)
         for offer in offered:
-            # the first on the path is the one that Python imports; a second copy of it is out of sight
-            found.setdefault((offer.package.lower().replace("_", "-"), offer.name), []).append(offer)
-    return tuple(sorted((copies[0] for copies in found.values()), key=lambda offer: (offer.name, offer.package)))
+            key = (offer.package.lower().replace("_", "-"), offer.name)
+            if key not in seen:
+                found.setdefault(key, []).append(offer)
+    return tuple(sorted((o for same in found.values() for o in same), key=lambda offer: (offer.name, offer.package)))
 
 
 def names(kind: Kind) -> list[str]:
@@ -128,6 +131,9 @@ def find(kind: Kind, name: str) -> tuple[Offer, str | None]:
         raise WrongUse(f"A plugin cannot be called `{base}`: `--set {base}.x=...` means something else.")
     if not found:
         raise WrongUse(_not_found(kind, base, [offer.name for offer in known]))
+    if len({offer.package for offer in found}) < len(found):
+        values = " and ".join(f"`{offer.entry.value}`" for offer in found)
+        raise WrongUse(f"The package `{found[0].package}` offers the {kind} `{base}` twice, as {values}; repair it.")
     if len(found) > 1:
         packages = " and ".join(f"`{offer.package}`" for offer in found)
         raise WrongUse(f"The {kind} `{base}` is offered by the packages {packages}; uninstall one of them.")
@@ -402,6 +408,12 @@ def _owns(cls: type, hook: str) -> bool:
 
 def _problems_of(cls: type[Plugin]) -> list[str]:
     """One sentence for each thing in a plugin's class that would not do what its author means."""
+    if cls.hook_api not in (None, HOOK_API):
+        which = "clframe" if isinstance(cls.hook_api, int) and cls.hook_api > HOOK_API else f"`{cls.name}`"
+        return [
+            f"The plugin `{cls.name}` was written for version {cls.hook_api} of the hooks, and this clframe has "
+            f"version {HOOK_API}: upgrade {which}."
+        ]
     problems = []
     for name, hook, mark in _methods(cls):
         method = f"`{name}` of plugin `{cls.name}`"

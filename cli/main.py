@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -49,6 +49,15 @@ DataRoot = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="Folder of the data sets [default: CLFRAME_DATA, or the user's cache]."),
 ]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="One option to check it with, such as NAME.size=20; repeatable."),
+]
+NewName = Annotated[str, typer.Argument(metavar="NAME", help="How a run will call it: small letters, digits, hyphens.")]
+NewFolder = Annotated[
+    Path | None, typer.Option("--output", metavar="FOLDER", help="Folder to write [default: NAME, here].")
+]
+OfPlugins = Annotated[Literal["plugin", "backbone"], typer.Option(help="What it is.")]
 
 
 @app.callback()
@@ -214,6 +223,53 @@ def show_plugin(
     from clframe.cli.about import about_plugin
 
     about_plugin(name, json)
+
+
+@plugins_app.command("check")
+def check_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("plugin"))],
+    set_: Sets = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Backbone to check it with [default: cnn-small]."),
+    ] = None,
+    kind: OfPlugins = "plugin",
+    json: Json = False,
+) -> int:
+    """Check that a plugin holds to the contract: what fails, and why."""
+    from clframe.cli.contract import check_backbone, check_plugin
+
+    if kind == "plugin":
+        return check_plugin(name, set_ or (), model, json)
+    return check_backbone(name, set_ or (), model, json)
+
+
+@plugins_app.command("new")
+def new_plugin(name: NewName, output: NewFolder = None, kind: OfPlugins = "plugin") -> None:
+    """Write a package with a plugin that works, to make one's own of."""
+    from clframe.cli.new import write
+
+    write("plugin" if kind == "plugin" else "model", name, output)
+
+
+@scenarios_app.command("check")
+def check_scenario(
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("scenario"))],
+    set_: Sets = None,
+    json: Json = False,
+) -> int:
+    """Check that a scenario holds to the contract: what fails, and why."""
+    from clframe.cli.contract import check_scenario
+
+    return check_scenario(name, set_ or (), json)
+
+
+@scenarios_app.command("new")
+def new_scenario(name: NewName, output: NewFolder = None) -> None:
+    """Write a package with a scenario that works, to make one's own of."""
+    from clframe.cli.new import write
+
+    write("scenario", name, output)
 
 
 @scenarios_app.command("list")

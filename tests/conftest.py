@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from clframe import Arrays, ImageData, Plugin, Scenario, Transform, split_classes
+from clframe import Arrays, ImageData, Plugin, Scenario, split_classes, testing
 from clframe.context import Run
 
 
@@ -30,20 +30,7 @@ def no_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_arrays() -> Callable[..., Arrays]:
-    return make_arrays
-
-
-def make_arrays(classes: int = 6, per_class: int = 12, shape: Sequence[int] = (1, 4, 4)) -> Arrays:
-    """Images of a few classes that a small network can tell apart: one bright pixel a class, on noise."""
-    generator = torch.Generator().manual_seed(7)
-
-    def part(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        y = torch.arange(classes).repeat(count)
-        x = torch.randint(0, 80, (len(y), *shape), generator=generator, dtype=torch.uint8)
-        x.view(len(y), -1)[torch.arange(len(y)), y] = 255
-        return x, y
-
-    return Arrays("tiny", *part(per_class), *part(4), tuple(f"class {c}" for c in range(classes)), Transform())
+    return testing.tiny_arrays
 
 
 @pytest.fixture
@@ -52,7 +39,7 @@ def tiny() -> Callable[..., Scenario]:
 
     def build(experiences: int = 3, **options: object) -> Scenario:
         shape = options.pop("shape", (1, 4, 4))
-        arrays = make_arrays(shape=shape)  # type: ignore[arg-type]
+        arrays = testing.tiny_arrays(shape=shape)  # type: ignore[arg-type]
         return split_classes("tiny", arrays, experiences=experiences, **options)  # type: ignore[arg-type]
 
     return build

@@ -1,0 +1,74 @@
+"""What `plugins check` and `scenarios check` tell: each part of the contract, and why it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from clframe.cli import show
+from clframe.config import resolve
+from clframe.errors import WrongUse
+
+if TYPE_CHECKING:
+    from clframe.testing import Subject
+
+
+def check_plugin(name: str, sets: Sequence[str], model: str | None, json: bool) -> int:
+    """The exit code of the checks of a plugin, which are printed."""
+    from clframe import testing
+
+    _only(sets, name, "model")
+    config = resolve(model=model or testing.MODEL, plugins=[name], sets=sets)
+    return _tell(testing.plugin(name, config.plugins[name], config.model), json)
+
+
+def check_backbone(name: str, sets: Sequence[str], model: str | None, json: bool) -> int:
+    """The exit code of the checks of a backbone, which are printed."""
+    from clframe import testing
+
+    if model is not None:
+        raise WrongUse(f"`--model` is of plugins; `{name}` is the backbone to check: leave it out.")
+    _only(sets, "model")
+    options = resolve(model=name, sets=sets).model
+    del options["name"]
+    return _tell(testing.backbone(name, options), json)
+
+
+def check_scenario(name: str, sets: Sequence[str], json: bool) -> int:
+    """The exit code of the checks of a scenario, which are printed."""
+    from clframe import testing
+
+    _only(sets, "scenario")
+    options = resolve(scenario=name, sets=sets).scenario
+    del options["name"]
+    return _tell(testing.scenario(name, options), json)
+
+
+def _only(sets: Sequence[str], *sections: str) -> None:
+    """Raise `WrongUse` for a setting that no check would heed."""
+    places = [*sections, *(section.partition(":")[0] for section in sections)]
+    strange = [given for given in sets if given.partition(".")[0] not in places]
+    if strange:
+        known = " and ".join(f"`{section}`" for section in sections)
+        raise WrongUse(
+            *(f"`--set {given}` changes nothing here: a check takes options of {known}." for given in strange)
+        )
+
+
+def _tell(subject: Subject, json: bool) -> int:
+    """Print each outcome as it comes; the exit code."""
+    from clframe.testing import outcomes
+
+    found = []
+    for outcome in outcomes(subject):
+        found.append(outcome)
+        if not json:
+            show.line(f"{outcome.result:<8} {outcome.check}{': ' * bool(outcome.why)}{outcome.why}")
+    failed = sum(outcome.result == "failed" for outcome in found)
+    passed = sum(outcome.result == "passed" for outcome in found)
+    if json:
+        listed = [{"check": o.check.name, "asks": o.check.why, "result": o.result, "why": o.why} for o in found]
+        show.document({"passed": not failed, "checks": listed})
+    else:
+        show.line(f"{passed} passed, {failed} failed, {len(found) - passed - failed} not run")
+    return 1 if failed else 0
