@@ -19,13 +19,13 @@ from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
 from clframe.errors import ClframeError, DataError, RunFailed, WrongUse
-from clframe.evaluate import Readings
 from clframe.folder import RunFolder, environment, environment_changes, read_model
-from clframe.model import IncrementalNet, evaluating, masked
+from clframe.model import IncrementalNet
 from clframe.options import explain
 from clframe.plugin import Plugin
 from clframe.record import results_of, scenario_of, split_of
 from clframe.results import Results
+from clframe.trained import Trained
 
 
 def run(
@@ -171,42 +171,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequenc
     for plugin in engine.run.plugins:
         if plugin.name in saved:
             state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
-    return Trained(engine.predictor(), scenario, engine.readings)
-
-
-class Trained(nn.Module):
-    """The predictor of a finished run.
-
-    Attributes:
-        class_names: for each column of the scores the name of its class.
-        predictor: the module behind it, which takes normalised images.
-    """
-
-    def __init__(self, predictor: nn.Module, scenario: Scenario, readings: Readings) -> None:
-        super().__init__()
-        self.predictor = predictor.eval()
-        self.class_names = scenario.class_names
-        self._transform = scenario.transform
-        self._classes = scenario.classes
-        self._names = readings.names(predictor)
-
-    def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
-        """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
-
-        Raises `WrongUse` if the run has no reading without a task and none is given.
-        """
-        if task is None and self._names == ["task"]:
-            raise WrongUse("This model answers within a task only: give `task`, one number or one for each image.")
-        if isinstance(task, int):
-            task = torch.full((len(images),), task, device=images.device)
-        with evaluating(self), torch.no_grad():
-            scores: Tensor = self.predictor(self._transform.normalize(images), task)
-        if task is None or "domain" in self._names:
-            return scores
-        allowed = torch.zeros(len(self._classes), scores.shape[1], dtype=torch.bool, device=scores.device)
-        for row, classes in zip(allowed, self._classes, strict=True):
-            row[list(classes)] = True
-        return masked(scores, allowed[task])
+    return Trained(engine.predictor(), scenario, engine.readings, description.get("temperature"))
 
 
 # ------------------------------------------------------------------------------ from config to run

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -446,8 +446,8 @@ class Engine:
             self.timings[-1]["seconds"] += now - self.clock
             self.clock = now
 
-    def evaluated(self, keep_scores: bool) -> Row:
-        """One evaluation of everything that the head covers, through the predictor."""
+    def evaluated(self, keep_scores: bool, part: Literal["test", "val"] = "test") -> Row:
+        """One evaluation of everything that the head covers, through the predictor, on test or validation images."""
         run = self.run
         return evaluate(
             self.predictor(),
@@ -458,6 +458,7 @@ class Engine:
             run.device,
             run.config.run.eval_batch_size,
             keep_scores,
+            part,
         )
 
     def predictor(self) -> nn.Module:

@@ -191,13 +191,24 @@ class RunFolder:
             (self.path / "predictions").rmdir()
 
 
+def check_finished(path: Path) -> None:
+    """Raise `DataError` if `path` is not the folder of a run that is finished."""
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}; name the folder of a finished run.")
+    if not (path / "config.yaml").is_file():
+        raise DataError(f"{path} is not a run folder: it has no config.yaml.")
+    if not (path / RESULTS).is_file():
+        raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
+
+
 def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
+    check_finished(path)
     try:
         description = json.loads((path / "model.json").read_text(encoding="utf-8"))
         return description, json.loads(description.pop("state")), checkpoint.read_tensors(path / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} holds no trained model ({error}); a run that was stopped can be resumed.") from error
+        raise DataError(f"{path} holds no trained model that can be read ({error}).") from error
 
 
 def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:

@@ -50,6 +50,12 @@ DataRoot = Annotated[
     typer.Option(metavar="FOLDER", help="Folder of the data sets [default: CLFRAME_DATA, or the user's cache]."),
 ]
 
+RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+Task = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="The images are of task N, the N-th experience; they count from 1."),
+]
+
 
 @app.callback()
 def _clframe(
@@ -186,6 +192,23 @@ def resume(
         return resume(folder, allow_env_change=allow_env_change, listeners=listeners)
 
     _shown(go_on, quiet, json)
+
+
+@app.command()
+def predict(
+    folder: RunFolderArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files, and folders of them.")],
+    top: Annotated[int, typer.Option(metavar="K", help="How many classes of each image to tell.")] = 1,
+    task: Task = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out files that cannot be read, and name them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what images are, by the model of a finished run."""
+    from clframe.cli.use import predicted
+
+    predicted(folder, images, top, task, skip_unreadable, json)
 
 
 @app.command()
