@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clframe.api import load, resume, run
+    from clframe.api import extend, load, resume, run
     from clframe.arrays import Arrays, change_domains, split_classes, suits
     from clframe.context import Run
     from clframe.data import Batch, Experience, ImageData, Scenario, Transform
@@ -47,6 +47,7 @@ __all__ = [
     "Transform",
     "WrongUse",
     "change_domains",
+    "extend",
     "hookimpl",
     "load",
     "resume",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": "load resume run",
+    "api": "extend load resume run",
     "context": "Run",
     "arrays": "Arrays change_domains split_classes suits",
     "data": "Batch Experience ImageData Scenario Transform",

@@ -145,6 +145,7 @@ class Engine:
             run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
         for index in range(self.position.experience, len(self.stream)):
             experience = self.stream[index]
+            run.describe(self.stream, index)
             run.experience = experience.for_training()
             run.emit("experience", index=index, task=experience.task, classes=list(experience.classes))
             for hint in self.hints():
@@ -164,7 +165,9 @@ class Engine:
         New weights depend on the seed and on the size of the head alone.
         """
         run = self.run
-        coming = self.stream.classes if run.logits == "all" else self.stream.classes[: experience.index + 1]
+        run.describe(self.stream, experience.index)
+        known = run.scenario.classes
+        coming = known if run.logits == "all" else known[: experience.index + 1]
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             for classes in coming:
                 new = max(classes) + 1 - run.model.n_classes

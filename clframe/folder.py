@@ -26,6 +26,7 @@ from clframe.results import FILE as RESULTS
 from clframe.results import Results, to_json
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
+BASE = "base.json"  # what a run that extends another one knows of it
 BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
 
 
@@ -103,9 +104,20 @@ class RunFolder:
         """Whether the run has its results."""
         return (self.path / RESULTS).is_file()
 
-    def begin(self, config: str, environment: Mapping[str, Any], split: Mapping[str, Any]) -> None:
-        """Write what is known before training: the resolved configuration, the environment, the split."""
+    def begin(
+        self,
+        config: str,
+        environment: Mapping[str, Any],
+        split: Mapping[str, Any],
+        base: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what is known before training: the resolved configuration, the environment, the split.
+
+        `base` describes what was learnt before, in the run that this one extends.
+        """
         try:
+            if base is not None:
+                checkpoint.write_text(self.path / BASE, to_json(base))
             checkpoint.write_text(self.path / "environment.json", to_json(environment))
             checkpoint.write_text(self.path / "split.json", to_json(split))
             checkpoint.write_text(self.path / "config.yaml", config)  # last: what makes it a run folder
@@ -129,6 +141,16 @@ class RunFolder:
             raise DataError(
                 f"{self.path} is not a whole run folder: environment.json cannot be read ({error})."
             ) from error
+        return found
+
+    def base(self) -> dict[str, Any] | None:
+        """What `begin` wrote of the run that this one extends; None if it extends none."""
+        if not (self.path / BASE).exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads((self.path / BASE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path} is not a whole run folder: {BASE} cannot be read ({error}).") from error
         return found
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

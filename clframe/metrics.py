@@ -92,7 +92,8 @@ def average_incremental_accuracy(matrix: Matrix, counts: Sequence[int]) -> float
         seen = row[: i + 1]
         correct = [None if a is None else a * n for a, n in zip(seen, counts, strict=False)]
         mean = _mean(correct)
-        rows.append(None if mean is None else mean * len(seen) / sum(counts[: i + 1]))
+        images = sum(counts[: i + 1])
+        rows.append(None if mean is None or not images else mean * len(seen) / images)
     return _mean(rows)
 
 

@@ -182,6 +182,7 @@ def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
         "input_shape": list(scenario.input_shape),
         "transform": asdict(scenario.transform),
         "blocks": run.model.blocks,
+        "known": list(scenario.known),
     }
 
 
@@ -198,6 +199,7 @@ def scenario_of(described: Mapping[str, Any]) -> Scenario:
         lambda index, part: _no_images(),
         transform=Transform(**transform),
     )
+    empty.known = tuple(described.get("known", empty.known))
     return empty.described()
 
 
