@@ -195,6 +195,53 @@ def resume(
 
 
 @app.command()
+def extend(
+    folder: RunFolderArgument,
+    scenario: Annotated[
+        str,
+        typer.Option(
+            "--scenario", "-s", metavar="NAME", help="What to learn now.", autocompletion=_completed("scenario")
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="One setting that is not to be the run's; repeatable."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the new data.")] = None,
+    iterations: Annotated[int | None, typer.Option(metavar="N", help="Steps, instead of epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Images per class.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    data_root: DataRoot = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of the new run [default: a new one under runs/].")
+    ] = None,
+    no_tensorboard: Annotated[bool, typer.Option("--no-tensorboard", help="Write no curves.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let the model of a finished run learn more; what is not set is as it was in the run, which stays as it is."""
+
+    def go_on(listeners: Sequence[Listener]) -> Results:
+        from clframe.api import extension_config, run_config
+
+        settings = extension_config(
+            Path(folder).expanduser(),
+            {"name": scenario, **_given(limit=limit)},
+            sets=set_ or (),
+            train=_given(epochs=epochs, iterations=iterations, lr=lr),
+            run=_given(
+                device=device, data_root=data_root, output=output, tensorboard=False if no_tensorboard else None
+            ),
+        )
+        if settings.run.output is None:
+            settings.run.output = str(_new_folder(settings))
+        return run_config(settings, listeners=listeners)
+
+    _shown(go_on, quiet, json)
+
+
+@app.command()
 def predict(
     folder: RunFolderArgument,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files, and folders of them.")],
