@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clframe.api import Trained, load, resume, run
+    from clframe.api import extend, load, resume, run
     from clframe.arrays import Arrays, change_domains, split_classes, suits
     from clframe.context import Run
     from clframe.data import Batch, Experience, ImageData, Scenario, Transform
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from clframe.model import IncrementalNet, Outputs, snapshot
     from clframe.plugin import Plugin
     from clframe.results import Results
+    from clframe.trained import Answer, Prediction, Trained
     from clframe.training import Phase
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "Arrays",
     "Batch",
     "ClframeError",
@@ -35,6 +37,7 @@ __all__ = [
     "Outputs",
     "Phase",
     "Plugin",
+    "Prediction",
     "Predictor",
     "Results",
     "Run",
@@ -44,6 +47,7 @@ __all__ = [
     "Transform",
     "WrongUse",
     "change_domains",
+    "extend",
     "hookimpl",
     "load",
     "resume",
@@ -54,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": "Trained load resume run",
+    "api": "extend load resume run",
     "context": "Run",
     "arrays": "Arrays change_domains split_classes suits",
     "data": "Batch Experience ImageData Scenario Transform",
@@ -64,6 +68,7 @@ _HOMES = {
     "model": "IncrementalNet Outputs snapshot",
     "plugin": "Plugin",
     "results": "Results",
+    "trained": "Answer Prediction Trained",
     "training": "Phase",
 }
 _HOME_OF = {name: f"clframe.{home}" for home, names in _HOMES.items() for name in names.split()}

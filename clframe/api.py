@@ -1,31 +1,42 @@
-"""A run from Python: `run`, `resume` and `load`, which the command line uses too."""
+"""A run from Python: `run`, `resume`, `extend` and `load`, which the command line uses too."""
 
 from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from clframe import checkpoint, registry, state
-from clframe.config import OBJECT, START, Config, TrainSettings, parse_yaml, resolve, to_yaml
+from clframe.config import (
+    DEFAULT_MODEL,
+    DEFAULT_SCENARIO,
+    OBJECT,
+    START,
+    Config,
+    TrainSettings,
+    parse_yaml,
+    resolve,
+    to_yaml,
+)
 from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
 from clframe.errors import ClframeError, DataError, RunFailed, WrongUse
-from clframe.evaluate import Readings
-from clframe.folder import RunFolder, environment, environment_changes, read_model
-from clframe.model import IncrementalNet, evaluating, masked
+from clframe.extension import Base, defaults, extended, finished
+from clframe.folder import RunFolder, check_finished, environment, environment_changes, read_model
+from clframe.model import IncrementalNet
 from clframe.options import explain
 from clframe.plugin import Plugin
 from clframe.record import results_of, scenario_of, split_of
 from clframe.results import Results
+from clframe.trained import Trained
 
 
 def run(
@@ -82,19 +93,32 @@ def run_config(
                 for plugin in used
             )
         )
+    base = _base_of(config)
     with _environment(config) as device:
         folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
         try:
-            engine = _build(config, device, folder, scenario, model, plugins, listeners)
-            if start := config.model.get(START):
+            described = base.described if base else None
+            engine = _build(config, device, folder, scenario, model, plugins, listeners, described)
+            if base:
+                methods = [plugin for plugin in engine.run.plugins if not plugin.observer]
+                oracles = [plugin.name for plugin in methods if plugin.keeps_experiences]
+                base.check(config, [plugin.name for plugin in methods], oracles)
+            elif start := config.model.get(START):
                 _start_from(engine.run.model.backbone, Path(start).expanduser(), config.model["name"])
             _check(engine)
+            ended = base.last_checkpoint() if base else None
             if folder:
                 config.run.device = str(device)
                 config.train.threads = torch.get_num_threads()
                 found = environment(device, config.run.seed, engine.stream.checksum)
-                folder.begin(to_yaml(config), found, split_of(engine.stream))
-            return _go(engine, None)
+                folder.begin(to_yaml(config), found, split_of(engine.stream), described)
+
+            def begin() -> None:
+                if base and ended:
+                    state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(config.train))
+                engine.save()
+
+            return _go(engine, begin)
         finally:
             if folder:
                 folder.close()
@@ -137,15 +161,113 @@ def resume(
                 )
             loaded = checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
             config.run.output = str(path)
-            engine = _build(config, device, opened, scenario, model, plugins, listeners)
+            engine = _build(config, device, opened, scenario, model, plugins, listeners, opened.base())
             _check(engine)
             if engine.stream.checksum != before.get("data_sha256"):
                 raise DataError(
                     f"The data of `{engine.stream.name}` is not what the run in {path} began with; put it back."
                 )
-            return _go(engine, loaded)
+            return _go(engine, lambda: state.put_back(engine, *loaded))
     finally:
         opened.close()
+
+
+def extend(
+    folder: str | Path,
+    scenario: str | Mapping[str, Any] | Scenario,
+    *,
+    model: nn.Module | None = None,
+    plugins: Sequence[Mapping[str, Mapping[str, Any]] | Plugin] = (),
+    train: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+    listeners: Sequence[Listener] = (),
+) -> Results:
+    """Let the finished run in `folder` learn on: `scenario` comes after what it learnt, with all state continued.
+
+    A class of an old name is the old class, others are new. Of earlier experiences there are no images, so that their
+    accuracy stays empty. The result is a run of its own, to predict with, to export, and to extend again.
+
+    Args:
+        folder: of the finished run, which stays as it is.
+        scenario: as `run` takes it. One by name comes as one experience, unless its options say otherwise, and in the
+            run's setting; one of the run's own name has the run's other options.
+        model: the run's backbone, where it was given as an object; with any weights.
+        plugins: the run's, where they were given as objects, and ``{name: {option: value}}`` for options that change.
+        train, run: settings that change; others are the run's.
+        listeners: called with each record of the run's progress.
+
+    Raises:
+        DataError: if the run is not finished, or its last checkpoint is gone.
+        WrongUse, RunFailed, Interrupted: as `run`.
+    """
+    own = scenario if isinstance(scenario, Scenario) else None
+    given = {_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}
+    options = {name: values for plugin in plugins if isinstance(plugin, Mapping) for name, values in plugin.items()}
+    run = dict(run or {})
+    run.setdefault("tensorboard", run.get("output") is not None)
+    config = extension_config(
+        Path(folder).expanduser(),
+        {"name": own.name, OBJECT: True} if own else {"name": scenario} if isinstance(scenario, str) else scenario,
+        objects=(*given, "model") if model is not None else tuple(given),
+        plugins=options,
+        train=train,
+        run=run,
+    )
+    for name, plugin in given.items():
+        config.plugins[name] = {**plugin.public_options(), OBJECT: True}
+    return run_config(config, scenario=own, model=model, plugins=list(given.values()), listeners=listeners)
+
+
+def extension_config(
+    path: Path,
+    scenario: Any,
+    *,
+    objects: Sequence[str] = (),
+    plugins: Mapping[str, Mapping[str, Any]] | None = None,
+    sets: Sequence[str] = (),
+    train: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration of a run that extends the finished one in `path`: that one's, but for what is given here.
+
+    `objects` names the plugins, and ``model``, that a program gives as objects. Raises as `extend`.
+    """
+    check_finished(path)
+    base = finished(path, _read_config(path))
+    old = base.config.model_dump()
+    named = {name: values for name, values in old["plugins"].items() if name not in objects}
+    for name, values in named.items():
+        _by_name(values, "plugin", name)
+    if "model" not in objects:
+        _by_name(old["model"], "model")
+    if strangers := [name for name in plugins or {} if name not in named]:
+        raise WrongUse(*(f"The plugin `{name}` is not one of the run in {path}." for name in strangers))
+    changed = {name: values | dict((plugins or {}).get(name, {})) for name, values in named.items()}
+    own = OBJECT in scenario
+    carried = {"name": DEFAULT_SCENARIO} if own else {"name": scenario["name"], **defaults(base, scenario["name"])}
+    device = old["run"]["device"]
+    kept = {"output": None, "joint": None, "extends": str(path.resolve())}
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        kept["device"] = "auto"
+    config = resolve(
+        scenario=None if own else scenario,
+        base={
+            "scenario": carried,
+            "model": {"name": DEFAULT_MODEL} if "model" in objects else old["model"],
+            "plugins": changed,
+            "train": old["train"],
+            "run": old["run"] | kept,
+        },
+        sets=sets,
+        train=train,
+        run=run,
+    )
+    if own:
+        config.scenario = dict(scenario)
+    if "model" in objects:
+        config.model = old["model"]
+    config.plugins = {name: config.plugins.get(name, {}) for name in old["plugins"]}
+    return config
 
 
 def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequence[Plugin] = ()) -> Trained:
@@ -171,42 +293,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequenc
     for plugin in engine.run.plugins:
         if plugin.name in saved:
             state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
-    return Trained(engine.predictor(), scenario, engine.readings)
-
-
-class Trained(nn.Module):
-    """The predictor of a finished run.
-
-    Attributes:
-        class_names: for each column of the scores the name of its class.
-        predictor: the module behind it, which takes normalised images.
-    """
-
-    def __init__(self, predictor: nn.Module, scenario: Scenario, readings: Readings) -> None:
-        super().__init__()
-        self.predictor = predictor.eval()
-        self.class_names = scenario.class_names
-        self._transform = scenario.transform
-        self._classes = scenario.classes
-        self._names = readings.names(predictor)
-
-    def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
-        """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
-
-        Raises `WrongUse` if the run has no reading without a task and none is given.
-        """
-        if task is None and self._names == ["task"]:
-            raise WrongUse("This model answers within a task only: give `task`, one number or one for each image.")
-        if isinstance(task, int):
-            task = torch.full((len(images),), task, device=images.device)
-        with evaluating(self), torch.no_grad():
-            scores: Tensor = self.predictor(self._transform.normalize(images), task)
-        if task is None or "domain" in self._names:
-            return scores
-        allowed = torch.zeros(len(self._classes), scores.shape[1], dtype=torch.bool, device=scores.device)
-        for row, classes in zip(allowed, self._classes, strict=True):
-            row[list(classes)] = True
-        return masked(scores, allowed[task])
+    return Trained(engine.predictor(), scenario, engine.readings, description.get("temperature"))
 
 
 # ------------------------------------------------------------------------------ from config to run
@@ -291,6 +378,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _base_of(config: Config) -> Base | None:
+    """The run that this one extends, if any."""
+    if config.run.extends is None:
+        return None
+    path = Path(config.run.extends).expanduser()
+    check_finished(path)
+    return finished(path, _read_config(path))
+
+
 def _build(
     config: Config,
     device: torch.device,
@@ -299,10 +395,16 @@ def _build(
     model: nn.Module | None,
     plugins: Sequence[Plugin],
     listeners: Sequence[Listener],
+    base: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Scenario, network, plugins and the engine of the run, all of which may still refuse it."""
+    """Scenario, network, plugins and the engine of the run, all of which may still refuse it.
+
+    `base` describes what was learnt before, where the run extends another one.
+    """
     if scenario is None:
         scenario = registry.build_scenario(_by_name(config.scenario, "scenario"), config.run)
+    if base is not None:
+        scenario = extended(scenario_of(base), scenario)
     given = {_name(plugin): plugin for plugin in plugins}
     members = [
         given[name] if name in given else registry.build_plugin(name, _by_name(options, "plugin", name))
@@ -338,6 +440,7 @@ def _start_from(backbone: nn.Module, path: Path, name: str) -> None:
 def _check(engine: Engine) -> None:
     """Refuse a run that its plugins cannot serve, with one sentence for each reason."""
     run, scenario = engine.run, engine.stream
+    run.describe(scenario, len(scenario) - 1)  # all of it
     problems = [
         f"The plugin `{plugin.name}` cannot serve the setting `{scenario.setting}` of `{scenario.name}`; it serves "
         + " and ".join(f"`{setting}`" for setting in plugin.settings)
@@ -351,6 +454,7 @@ def _check(engine: Engine) -> None:
     problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
     if problems:
         raise WrongUse(*problems)
+    run.describe(scenario, 0)
 
 
 def _logits_problems(run: Run) -> list[str]:
@@ -374,7 +478,7 @@ def _by_name(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str,
         name = name or spec["name"]
         raise DataError(
             f"The {kind} `{name}` of this run is an object of a Python program: give it again, with "
-            "`clframe.resume` or `clframe.load` from Python."
+            "`clframe.resume`, `clframe.load` or `clframe.extend` from Python."
         )
     return spec
 
@@ -382,8 +486,8 @@ def _by_name(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str,
 # ------------------------------------------------------------------------------- from start to end
 
 
-def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Results:
-    """Run the engine from its start, or from a loaded checkpoint, to the results."""
+def _go(engine: Engine, begin: Callable[[], None]) -> Results:
+    """Run the engine to the results, from where `begin` brings it when ``before_run`` was called."""
     run = engine.run
     if engine.folder:
         run.listeners.append(_writer(engine.folder))
@@ -393,10 +497,7 @@ def _go(engine: Engine, loaded: tuple[Any, Mapping[str, Tensor]] | None) -> Resu
                 for plugin in run.plugins:
                     plugin.has_run = True
                 engine.hook.before_run(run=run)
-                if loaded is None:
-                    engine.save()
-                else:
-                    state.put_back(engine, *loaded)
+                begin()
                 learn(engine)
                 results = results_of(engine)
             finally:

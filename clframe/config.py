@@ -119,6 +119,7 @@ class RunSettings(BaseModel):
     checkpoint_every: NonNegative = Field(60.0, description="seconds between checkpoints within an experience")
     log_every: Count = Field(50, description="steps between two records of the losses")
     tensorboard: bool = Field(True, description="write curves for TensorBoard")
+    extends: str | None = Field(None, description="folder of a finished run whose model learns on")
     joint: str | None = Field(None, description="folder of a finished joint run, for intransigence")
     predictions: bool = Field(True, description="keep the scores of every test image")
 
@@ -171,18 +172,20 @@ def resolve(
     sets: Sequence[str] = (),
     train: Given | None = None,
     run: Given | None = None,
+    base: Given | None = None,
 ) -> Config:
     """The whole configuration, every option with its value.
 
     From weak to strong: defaults, what suits the scenario, the YAML file, `sets` (each ``a.b=value``), and
     the other arguments. A model or scenario of another name takes no options from a weaker place; plugins
-    that are given here replace the file's, of which those named again keep their options.
+    that are given here replace the file's, of which those named again keep their options. `base` stands in for what a
+    file holds.
 
     Raises:
         WrongUse: with one sentence for each mistake.
     """
     problems: list[str] = []
-    file = _read_file(Path(yaml_file), problems) if yaml_file is not None else {}
+    file = _read_file(Path(yaml_file), problems) if yaml_file is not None else dict(base or {})
     changes = _parse_sets(sets, problems)
     by_file = _plugin_options(file.get("plugins"), problems)
     by_call = _plugin_options(plugins, problems)

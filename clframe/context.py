@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         model: the network.
-        scenario: its description; it holds no images.
+        scenario: its description; it holds no images. In a run that was extended, as it was known at the time.
         experience: the one being learnt, without test images.
         earlier: the experiences learnt before it; only for plugins that declare ``keeps_experiences``.
         phase: the stretch of training under way.
@@ -56,9 +56,9 @@ class Run:
     ) -> None:
         self.config = config
         self._settings = config.train.of(0), config.train
-        self.scenario = scenario.described()
-        self.model = model.to(device).train()
         self.device = device
+        self.describe(scenario, 0)
+        self.model = model.to(device).train()
         self.plugins = tuple(plugins)
         self.listeners = list(listeners)
         self.folder = folder
@@ -78,8 +78,13 @@ class Run:
         self.hook_call = ""  # the call that a resume would repeat; within a step, or in another hook, there is none
         self.tick_done: dict[str, int] = {}  # by `hook_call` and name
         self.pause: Callable[[], None] = lambda: None  # the engine's: save if it is time, stop if a signal asked for it
+
+    def describe(self, scenario: Scenario, index: int) -> None:
+        """Let hooks know `scenario` as far as it was known when the experience of that index came."""
+        self.scenario = scenario.described(index)
+        n_classes = len(self.scenario.class_names)
         self._classes_of_task = torch.stack(
-            [class_mask(classes, len(scenario.class_names), device) for classes in scenario.classes]
+            [class_mask(classes, n_classes, self.device) for classes in self.scenario.classes]
         )
 
     @property

@@ -305,6 +305,10 @@ class Scenario:
         class_order: the data set's class numbers in the order of learning, where that has a meaning.
         checksum: SHA-256 of the data, so that two runs can be compared.
         move: moves the underlying arrays to a device, once.
+
+    Attributes:
+        known: how many experiences were known at a time: all, or, of a run that was extended, those of it and of each
+            extension. What is learnt in one of these stretches is learnt without knowing of the later ones.
     """
 
     def __init__(
@@ -331,6 +335,7 @@ class Scenario:
         self.checksum = checksum
         self._load = load
         self._move = move
+        self.known: tuple[int, ...] = (len(self.classes),)
         self.val_share = 0.0
         self._val_seed = 0
         seen = 0
@@ -371,25 +376,32 @@ class Scenario:
         """
         self.val_share, self._val_seed = share, seed
 
-    def described(self) -> Scenario:
-        """This scenario as plugins and a loaded model get it: asking for any images raises `WrongUse`."""
+    def described(self, index: int | None = None) -> Scenario:
+        """This scenario as plugins and a loaded model get it: asking for any images raises `WrongUse`.
+
+        With an `index`, as far as it was known when the experience of that index came.
+        """
+        known = len(self) if index is None else next(k for k in self.known if k > index)
+        n_classes = len(self.class_names) if known == len(self) else max(map(max, self.classes[:known])) + 1
 
         def load(index: int, part: Part) -> ImageData:
             raise WrongUse(
                 f"The {part} images of experience {index} were asked for; `run.scenario` only describes them."
             )
 
-        return Scenario(
+        scenario = Scenario(
             self.name,
             self.setting,
-            self.classes,
-            self.class_names,
+            self.classes[:known],
+            self.class_names[:n_classes],
             self.input_shape,
             load,
             transform=self.transform,
             class_order=self.class_order,
             checksum=self.checksum,
         )
+        scenario.known = tuple(k for k in self.known if k <= known)
+        return scenario
 
     def to(self, device: torch.device) -> None:
         """Hold the images on `device` from now on, where the scenario can."""

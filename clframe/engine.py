@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,7 @@ class Engine:
             run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
         for index in range(self.position.experience, len(self.stream)):
             experience = self.stream[index]
+            run.describe(self.stream, index)
             run.experience = experience.for_training()
             run.emit("experience", index=index, task=experience.task, classes=list(experience.classes))
             for hint in self.hints():
@@ -164,7 +165,9 @@ class Engine:
         New weights depend on the seed and on the size of the head alone.
         """
         run = self.run
-        coming = self.stream.classes if run.logits == "all" else self.stream.classes[: experience.index + 1]
+        run.describe(self.stream, experience.index)
+        known = run.scenario.classes
+        coming = known if run.logits == "all" else known[: experience.index + 1]
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             for classes in coming:
                 new = max(classes) + 1 - run.model.n_classes
@@ -446,8 +449,8 @@ class Engine:
             self.timings[-1]["seconds"] += now - self.clock
             self.clock = now
 
-    def evaluated(self, keep_scores: bool) -> Row:
-        """One evaluation of everything that the head covers, through the predictor."""
+    def evaluated(self, keep_scores: bool, part: Literal["test", "val"] = "test") -> Row:
+        """One evaluation of everything that the head covers, through the predictor, on test or validation images."""
         run = self.run
         return evaluate(
             self.predictor(),
@@ -458,6 +461,7 @@ class Engine:
             run.device,
             run.config.run.eval_batch_size,
             keep_scores,
+            part,
         )
 
     def predictor(self) -> nn.Module:

@@ -80,7 +80,8 @@ class NearestMean(Predictor):
     def __init__(self, model: IncrementalNet, means: Tensor | None) -> None:
         super().__init__()
         self.model = model
-        self.means = next(model.parameters()).new_empty(0, 1) if means is None else means  # [C, D]
+        self.means: Tensor  # [C, D]
+        self.register_buffer("means", next(model.parameters()).new_empty(0, 1) if means is None else means)
         self.n_classes: int = len(self.means)
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
@@ -164,8 +165,12 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     keep_scores: bool,
+    part: Literal["test", "val"] = "test",
 ) -> Row:
-    """Evaluate on the test images of all experiences of `scenario` that the head covers after experience `after`."""
+    """Evaluate on the test images of all experiences of `scenario` that the head covers after experience `after`.
+
+    Or, as `part` says, on the training images that are held out for validation.
+    """
     row = Row({}, {}, [], getattr(predictor, "scores", "logits"))
     names = readings.names(predictor)
     for name in names:
@@ -175,7 +180,7 @@ def evaluate(
     with evaluating(predictor), torch.no_grad():
         for on, experience in enumerate(scenario):
             covered = [name for name in names if readings.covered(name, after, on, n_classes)]
-            data = experience.test.to(device) if covered else None
+            data = getattr(experience, part).to(device) if covered else None
             if data is not None and not len(data):
                 data = None  # there is no accuracy on no images
             row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())

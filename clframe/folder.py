@@ -26,6 +26,7 @@ from clframe.results import FILE as RESULTS
 from clframe.results import Results, to_json
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
+BASE = "base.json"  # what a run that extends another one knows of it
 BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
 
 
@@ -103,9 +104,20 @@ class RunFolder:
         """Whether the run has its results."""
         return (self.path / RESULTS).is_file()
 
-    def begin(self, config: str, environment: Mapping[str, Any], split: Mapping[str, Any]) -> None:
-        """Write what is known before training: the resolved configuration, the environment, the split."""
+    def begin(
+        self,
+        config: str,
+        environment: Mapping[str, Any],
+        split: Mapping[str, Any],
+        base: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what is known before training: the resolved configuration, the environment, the split.
+
+        `base` describes what was learnt before, in the run that this one extends.
+        """
         try:
+            if base is not None:
+                checkpoint.write_text(self.path / BASE, to_json(base))
             checkpoint.write_text(self.path / "environment.json", to_json(environment))
             checkpoint.write_text(self.path / "split.json", to_json(split))
             checkpoint.write_text(self.path / "config.yaml", config)  # last: what makes it a run folder
@@ -129,6 +141,16 @@ class RunFolder:
             raise DataError(
                 f"{self.path} is not a whole run folder: environment.json cannot be read ({error})."
             ) from error
+        return found
+
+    def base(self) -> dict[str, Any] | None:
+        """What `begin` wrote of the run that this one extends; None if it extends none."""
+        if not (self.path / BASE).exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads((self.path / BASE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path} is not a whole run folder: {BASE} cannot be read ({error}).") from error
         return found
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -191,13 +213,24 @@ class RunFolder:
             (self.path / "predictions").rmdir()
 
 
+def check_finished(path: Path) -> None:
+    """Raise `DataError` if `path` is not the folder of a run that is finished."""
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}; name the folder of a finished run.")
+    if not (path / "config.yaml").is_file():
+        raise DataError(f"{path} is not a run folder: it has no config.yaml.")
+    if not (path / RESULTS).is_file():
+        raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
+
+
 def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
+    check_finished(path)
     try:
         description = json.loads((path / "model.json").read_text(encoding="utf-8"))
         return description, json.loads(description.pop("state")), checkpoint.read_tensors(path / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} holds no trained model ({error}); a run that was stopped can be resumed.") from error
+        raise DataError(f"{path} holds no trained model that can be read ({error}).") from error
 
 
 def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:

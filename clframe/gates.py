@@ -87,7 +87,7 @@ class ConditionalConv(Gated):
 
     Args:
         layer, norm: see `Gated`.
-        tasks: most tasks.
+        tasks: that are known of.
 
     Attributes:
         gates: of each task.
@@ -114,6 +114,8 @@ class ConditionalConv(Gated):
         with initialised_by(generator):
             gate = Gate(self.layer.in_channels, self.units, bias)
         self.gates.append(gate.to(self.layer.weight.device))
+        if len(self.gates) > len(self.fired):  # a run that is extended has more tasks than it began with
+            self.fired = torch.cat([self.fired, torch.ones_like(self.fired[:1])])
 
     def gate(self, x: Tensor) -> Tensor:
         """[B, C]: 0 or 1."""

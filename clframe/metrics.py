@@ -19,6 +19,8 @@ Matrix = Sequence[Sequence[float | None]]
 
 CONFIDENT = 0.99
 BINS = 15
+TEMPERATURES = (0.01, 100.0)  # the lowest and the highest that is fitted
+HALVINGS = 60  # of the interval of 1 / T: to the last digits
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def average_incremental_accuracy(matrix: Matrix, counts: Sequence[int]) -> float
         seen = row[: i + 1]
         correct = [None if a is None else a * n for a, n in zip(seen, counts, strict=False)]
         mean = _mean(correct)
-        rows.append(None if mean is None else mean * len(seen) / sum(counts[: i + 1]))
+        images = sum(counts[: i + 1])
+        rows.append(None if mean is None or not images else mean * len(seen) / images)
     return _mean(rows)
 
 
@@ -165,6 +168,37 @@ def negative_log_likelihood(scores: Tensor, labels: Tensor) -> float | None:
     if not len(labels):
         return None
     return float(-scores.double().log_softmax(1).gather(1, labels[:, None]).mean())
+
+
+def fitted_temperature(scores: Tensor, labels: Tensor) -> float:
+    """The T > 0 for which the NLL of softmax(z / T) is lowest (Guo et al., ICML 2017); the likeliest class stays.
+
+    The NLL is convex in 1/T, and its derivative there is the mean over images of E[z] - z_y, E under softmax(z / T):
+    where that is 0 is found by halving. Images whose label is ruled out have no say. 1 where there is nothing to learn
+    from: no images, or none that is taken for another class, for which the lower T, the better.
+
+    Args:
+        scores: z [N, C] logits, -inf for classes that are ruled out.
+        labels: y [N] int64.
+    """
+    rows = scores.gather(1, labels[:, None]).isfinite().flatten()
+    z, y = scores[rows].double(), labels[rows]
+    if not len(y) or bool((z.argmax(1) == y).all()):
+        return 1.0
+    finite = z.masked_fill(~z.isfinite(), 0.0)  # their share is 0
+    own = z.gather(1, y[:, None]).flatten()
+
+    def derivative(b: float) -> float:
+        return float(((z * b).softmax(1) * finite).sum(1).sub(own).mean())
+
+    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if derivative(middle) < 0:
+            low = middle
+        else:
+            high = middle
+    return 2 / (low + high)
 
 
 def confident_errors(scores: Tensor, labels: Tensor, threshold: float = CONFIDENT) -> float | None:

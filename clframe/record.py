@@ -18,7 +18,7 @@ from clframe.context import Run
 from clframe.data import Scenario, Transform
 from clframe.engine import Engine
 from clframe.errors import WrongUse
-from clframe.model import masked
+from clframe.model import class_mask, masked
 from clframe.results import FORMAT, Results
 
 
@@ -78,8 +78,39 @@ def results_of(engine: Engine) -> Results:
             "model": dict(run.model.state_dict()),
             "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
         }
-        engine.folder.finish(results, trained, {"format": FORMAT, "scenario": _described(stream, run)})
+        description = {
+            "format": FORMAT,
+            "scenario": _described(stream, run),
+            "scores": row.kind,
+            "temperature": _temperatures(engine),
+        }
+        engine.folder.finish(results, trained, description)
     return results
+
+
+def _temperatures(engine: Engine) -> dict[str, float]:
+    """For each reading the temperature that fits its logits on the validation images; empty without any."""
+    if not engine.stream.val_share:
+        return {}
+    row = engine.evaluated(keep_scores=True, part="val")
+    if row.kind != "logits":
+        return {}
+    last, fitted = len(engine.stream) - 1, {}
+    for reading, given in row.scores.items():
+        rows = [
+            _allowed(scores, engine.readings.choices(reading, last, on))
+            for on, scores in enumerate(given)
+            if scores is not None
+        ]
+        if rows:
+            labels = [row.labels[on] for on, scores in enumerate(given) if scores is not None]
+            fitted[reading] = metrics.fitted_temperature(torch.cat(rows), torch.cat(labels))
+    return fitted
+
+
+def _allowed(scores: Tensor, classes: Sequence[int]) -> Tensor:
+    """`scores` [N, C], -inf for all but `classes`."""
+    return masked(scores, class_mask(classes, scores.shape[1]))
 
 
 def _calibration(
@@ -91,9 +122,7 @@ def _calibration(
     for on, given in enumerate(scores):
         if given is None:
             return {}
-        allowed = torch.zeros(given.shape[1], dtype=torch.bool)
-        allowed[list(engine.readings.choices(reading, last, on))] = True
-        rows.append(masked(given, allowed))
+        rows.append(_allowed(given, engine.readings.choices(reading, last, on)))
     found = metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
     # a predictor may rule a true class out, whose NLL is infinite: no number that JSON knows
     return {
@@ -153,6 +182,7 @@ def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
         "input_shape": list(scenario.input_shape),
         "transform": asdict(scenario.transform),
         "blocks": run.model.blocks,
+        "known": list(scenario.known),
     }
 
 
@@ -169,6 +199,7 @@ def scenario_of(described: Mapping[str, Any]) -> Scenario:
         lambda index, part: _no_images(),
         transform=Transform(**transform),
     )
+    empty.known = tuple(described.get("known", empty.known))
     return empty.described()
 
 

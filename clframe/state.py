@@ -52,20 +52,40 @@ def take(engine: Engine) -> dict[str, Any]:
 
 
 def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Bring a new engine to where `take` was called. ``before_run`` has been called, ``grow`` is replayed here."""
+    """Bring a new engine to where `take` was called. ``before_run`` has been called, ``grow`` is replayed here.
+
+    Raises `DataError` if the configuration of its folder is not what it was.
+    """
+    entries = dict(packed["dict"])
+    if engine.folder:
+        if entries["config"] != engine.folder.config_sum():
+            raise DataError(
+                f"{engine.folder.path / 'config.yaml'} was edited since the checkpoint; put it back, "
+                "or start a new run."
+            )
+        engine.folder.cut_metrics(entries["metrics"])
+    _put_back(engine, packed, tensors, keep_optimizer=True)
+
+
+def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, keep_optimizer: bool) -> None:
+    """Bring a new engine to where another run ended, which it extends; `keep_optimizer`, if that had one.
+
+    What was not measured then is empty: the later experiences' accuracy, and that of an untrained network.
+    """
+    _put_back(engine, packed, tensors, keep_optimizer)
+    n = len(engine.stream)
+    engine.baseline = {}
+    for rows in engine.run.accuracy.values():
+        rows[:] = [[*row, *[None] * (n - len(row))] for row in rows]
+
+
+def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_optimizer: bool) -> None:
     run, position = engine.run, engine.position
     entries = dict(packed["dict"])
 
     def value(name: str) -> Any:
         return unpack(entries[name], tensors, device=run.device)
 
-    if engine.folder:
-        if value("config") != engine.folder.config_sum():
-            raise DataError(
-                f"{engine.folder.path / 'config.yaml'} was edited since the checkpoint; put it back, "
-                "or start a new run."
-            )
-        engine.folder.cut_metrics(value("metrics"))
     for name, item in value("position").items():
         setattr(position, name, item)
     structures = regrow(engine, position.experience + position.entered, packed)
@@ -75,8 +95,9 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     trainable = set(value("trainable"))
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(name in trainable)
-    run.optimizer = _optimizer(run, entries["optimizer"], tensors)
-    engine.kept_optimizer = _optimizer(run, entries["kept_optimizer"], tensors)
+    if keep_optimizer:
+        run.optimizer = _optimizer(run, entries["optimizer"], tensors)
+        engine.kept_optimizer = _optimizer(run, entries["kept_optimizer"], tensors)
     engine.resumed = value("sampler")
     engine.collected = {
         "extra_data": value("extra_data"),
@@ -85,11 +106,12 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     run.accuracy, engine.baseline, engine.timings = value("accuracy"), value("baseline"), value("timings")
     saved = dict(entries["plugins"]["dict"])
     for plugin in run.plugins:
-        into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
+        if plugin.name in saved:  # an observer may have joined
+            into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
     for name, generator_state in value("rng").items():
         run.rng(name).set_state(generator_state)
     torch.set_rng_state(value("torch_rng"))
-    if run.device.type == "cuda":
+    if run.device.type == "cuda" and entries["cuda_rng"] is not None:
         torch.cuda.set_rng_state(value("cuda_rng"), run.device)
 
 
@@ -111,8 +133,8 @@ def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]
     """Replay the growth of the first `count` experiences; the structures on the way that teachers in `packed` have."""
     structures = {}
     needed = grown_in(packed)
-    for experience in list(engine.run.scenario)[:count]:
-        engine.run.experience = experience
+    for index in range(count):
+        engine.run.experience = experience = engine.stream[index].for_training()
         engine.grow(experience)
         if engine.run.model.grown in needed:
             structures[engine.run.model.grown] = snapshot(engine.run.model)

@@ -59,6 +59,12 @@ NewFolder = Annotated[
 ]
 OfPlugins = Annotated[Literal["plugin", "backbone"], typer.Option(help="What it is.")]
 
+RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+Task = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="The images are of task N, the N-th experience; they count from 1."),
+]
+
 
 @app.callback()
 def _clframe(
@@ -195,6 +201,70 @@ def resume(
         return resume(folder, allow_env_change=allow_env_change, listeners=listeners)
 
     _shown(go_on, quiet, json)
+
+
+@app.command()
+def extend(
+    folder: RunFolderArgument,
+    scenario: Annotated[
+        str,
+        typer.Option(
+            "--scenario", "-s", metavar="NAME", help="What to learn now.", autocompletion=_completed("scenario")
+        ),
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="One setting that is not to be the run's; repeatable."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the new data.")] = None,
+    iterations: Annotated[int | None, typer.Option(metavar="N", help="Steps, instead of epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Images per class.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    data_root: DataRoot = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of the new run [default: a new one under runs/].")
+    ] = None,
+    no_tensorboard: Annotated[bool, typer.Option("--no-tensorboard", help="Write no curves.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let the model of a finished run learn more; what is not set is as it was in the run, which stays as it is."""
+
+    def go_on(listeners: Sequence[Listener]) -> Results:
+        from clframe.api import extension_config, run_config
+
+        settings = extension_config(
+            Path(folder).expanduser(),
+            {"name": scenario, **_given(limit=limit)},
+            sets=set_ or (),
+            train=_given(epochs=epochs, iterations=iterations, lr=lr),
+            run=_given(
+                device=device, data_root=data_root, output=output, tensorboard=False if no_tensorboard else None
+            ),
+        )
+        if settings.run.output is None:
+            settings.run.output = str(_new_folder(settings))
+        return run_config(settings, listeners=listeners)
+
+    _shown(go_on, quiet, json)
+
+
+@app.command()
+def predict(
+    folder: RunFolderArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files, and folders of them.")],
+    top: Annotated[int, typer.Option(metavar="K", help="How many classes of each image to tell.")] = 1,
+    task: Task = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out files that cannot be read, and name them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what images are, by the model of a finished run."""
+    from clframe.cli.use import predicted
+
+    predicted(folder, images, top, task, skip_unreadable, json)
 
 
 @app.command()

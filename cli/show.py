@@ -94,6 +94,11 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
+def share(confidence: float | None) -> str:
+    """A confidence in percent, never rounded up to certainty; a dash if there is none."""
+    return "-" if confidence is None else f"{min(100 * confidence, 99.9):.1f}%" if confidence < 1 else "100.0%"
+
+
 def results(finished: Results, as_json: bool) -> None:
     """What a run ends with: the accuracy matrices, the measures, and where everything is."""
     folder = str(finished.folder) if finished.folder else None

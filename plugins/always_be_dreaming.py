@@ -90,14 +90,13 @@ class AlwaysBeDreaming(Plugin):
     def before_run(self, run: Run) -> None:
         """Build the generator."""
         self.dreamer = Dreamer(run.scenario.input_shape, self.noise, self.width, self.lr).to(run.device)
-        self.tasks = run.task_of(torch.arange(len(run.scenario.class_names), device=run.device))
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Train a new generator; none before the first experience."""
         if self.teacher is not None:
             self.dreamer.learn(run, self.name, self.teacher, self.terms, self.iterations, self.batch_size)
-            dreams = self.dreamer.dreams(SHOWN, self.teacher, self.tasks, run.rng(self.name))
+            dreams = self.dreamer.dreams(SHOWN, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
             run.show(self.name, album(ImageData(to_raw(dreams.x, run.scenario.transform), dreams.y)))
 
     @hookimpl
@@ -105,7 +104,8 @@ class AlwaysBeDreaming(Plugin):
         """Images that the generator makes for this step."""
         if self.teacher is None:
             return None
-        return self.dreamer.dreams(self.replay or len(batch), self.teacher, self.tasks, run.rng(self.name))
+        n = self.replay or len(batch)
+        return self.dreamer.dreams(n, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
 
     @hookimpl
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
@@ -133,3 +133,8 @@ class AlwaysBeDreaming(Plugin):
     def after_experience(self, run: Run, experience: Experience) -> None:
         """The network as it is now is the next teacher."""
         self.teacher = snapshot(run.model)
+
+
+def tasks_of(teacher: IncrementalNet, run: Run) -> Tensor:
+    """The task of each class that `teacher` knows, [C] int64."""
+    return run.task_of(torch.arange(teacher.n_classes, device=run.device))

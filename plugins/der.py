@@ -54,6 +54,12 @@ class DER(Plugin):
         return too_small(self.size, max(map(max, run.scenario.classes)) + 1, "der.size")
 
     @hookimpl
+    def before_experience(self, run: Run) -> None:
+        """Where a run is extended, classes come that were not known of when the memory was filled: no answers yet."""
+        if self.kept is not None:
+            self.kept.targets = {name: padded(target, run) for name, target in self.kept.targets.items()}
+
+    @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
         """Images for each of the two terms, without a share in the base loss."""
         if self.kept is None:
@@ -89,7 +95,11 @@ class DER(Plugin):
         """The new images may enter the memory with what was answered before the step, NaN for classes to come."""
         if run.phase.name != "train" or self.answers is None:
             return
-        missing = len(run.scenario.class_names) - self.answers.shape[1]
-        rows = batch.fresh(**{"der/logits": functional.pad(self.answers, (0, missing), value=torch.nan)})
+        rows = batch.fresh(**{"der/logits": padded(self.answers, run)})
         self.kept = reservoir(self.kept, rows, self.seen, self.size, run.rng(self.name))
         self.seen += len(rows)
+
+
+def padded(answers: Tensor, run: Run) -> Tensor:
+    """`answers` [B, C] with NaN for the classes to come."""
+    return functional.pad(answers, (0, len(run.scenario.class_names) - answers.shape[1]), value=torch.nan)

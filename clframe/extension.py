@@ -1,0 +1,175 @@
+"""A finished run that learns on: its scenario followed by a new one, and what it takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clframe import checkpoint, registry
+from clframe.config import OBJECT, Config, TrainSettings
+from clframe.data import ImageData, Part, Scenario
+from clframe.errors import DataError, WrongUse
+from clframe.folder import read_model
+from clframe.options import options_of
+from clframe.record import scenario_of
+from clframe.results import Results
+
+ANEW = ("experiences", "first", "order", "limit")  # options of a scenario that say nothing of the next one
+OF_OPTIMIZER = (  # with others, a kept optimizer is not taken over
+    *("optimizer", "lr", "head_lr", "momentum", "nesterov", "betas", "eps"),
+    *("weight_decay", "decay", "keep_optimizer"),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The finished run that another one extends.
+
+    Attributes:
+        path: its folder.
+        config: its configuration.
+        described: its scenario as `model.json` has it.
+        methods: the plugins that it learnt with.
+    """
+
+    path: Path
+    config: Config
+    described: Mapping[str, Any]
+    methods: Sequence[str]
+
+    @property
+    def scenario(self) -> Scenario:
+        """What it learnt, without images."""
+        return scenario_of(self.described)
+
+    def last_checkpoint(self) -> tuple[Any, dict[str, Tensor]]:
+        """The state in which it ended. Raises `DataError` if that is gone or damaged."""
+        problems: list[str] = []
+        try:
+            loaded = checkpoint.load(self.path / "checkpoints", problems.append)
+        except DataError as error:
+            raise DataError(f"The run in {self.path} cannot be extended: {error}") from error
+        position = dict(dict(loaded[0]["dict"])["position"]["dict"])
+        if position["experience"] != len(self.scenario):
+            gone = f"The run in {self.path} cannot be extended, as its last checkpoint is gone."
+            raise DataError(" ".join([gone, *problems]))
+        return loaded
+
+    def keeps_optimizer(self, train: TrainSettings) -> bool:
+        """Whether an optimizer that was kept suits the settings `train`."""
+        return all(getattr(train, name) == getattr(self.config.train, name) for name in OF_OPTIMIZER)
+
+    def check(self, config: Config, methods: Sequence[str], oracles: Sequence[str]) -> None:
+        """Refuse a run that cannot take over the network and the state of this one."""
+        problems = []
+        if sorted(methods) != sorted(self.methods):
+            problems.append(
+                f"The run in {self.path} learnt with {_listed(self.methods)}, and what extends it with "
+                f"{_listed(methods)}: their state is taken over, so name the same."
+            )
+        if config.model != self.config.model:
+            problems.append(
+                f"The network of the run in {self.path} is `{self.config.model['name']}` with the options that it has "
+                "there; it learns on as it is: set no others."
+            )
+        problems += [
+            f"`{name}` trains on the images of earlier experiences, which a finished run does not keep: run it anew, "
+            "on all of them."
+            for name in oracles
+        ]
+        if config.run.device != "auto" and self.config.run.device == "cpu" and config.run.device != "cpu":
+            problems.append(
+                f"The run in {self.path} was on the CPU, and what its methods keep is there: extend it with "
+                "`--device cpu`."
+            )
+        if problems:
+            raise WrongUse(*problems)
+
+
+def finished(path: Path, config: Config) -> Base:
+    """The run in `path`, with this configuration, to be extended. Raises `DataError` if it is not finished."""
+    description, _, _ = read_model(path)
+    return Base(path, config, description["scenario"], Results.read(path).data["plugins"])
+
+
+def defaults(base: Base, scenario: str) -> dict[str, Any]:
+    """The options of the scenario of this name that `base` decides: its setting; one experience, unless told otherwise.
+
+    Where both are of one name it is the same again, with other classes: only how they come is its own.
+    """
+    known = {option.name for option in options_of(registry.builder("scenario", scenario), skip=registry.SUPPLIED)}
+    old = base.config.scenario
+    same = old["name"] == scenario and OBJECT not in old
+    carried = {name: value for name, value in old.items() if same and name in known and name not in ANEW}
+    own = {"setting": base.described["setting"], "experiences": 1}
+    return carried | {name: value for name, value in own.items() if name in known}
+
+
+def extended(old: Scenario, coming: Scenario) -> Scenario:
+    """What was learnt, without images, and then what comes.
+
+    A class of an old name is the old class, others get new columns. Images are normalised, and augmented, as the
+    network knows them.
+
+    Raises:
+        WrongUse: if the images, or the setting, are of another kind.
+    """
+    problems = []
+    if coming.setting != old.setting:
+        problems.append(f"`{coming.name}` is of the setting `{coming.setting}`, and the run learnt in `{old.setting}`.")
+    if coming.input_shape != old.input_shape:
+        problems.append(
+            f"The images of `{coming.name}` are {list(coming.input_shape)}, and the run learnt with "
+            f"{list(old.input_shape)}; bring them to that size."
+        )
+    if coming.transform.scale != old.transform.scale:
+        problems.append(
+            f"The values of the images of `{coming.name}` go up to {coming.transform.scale:g}, and the run learnt with "
+            f"{old.transform.scale:g}; bring them to that range."
+        )
+    if twice := sorted({n for n in coming.class_names if coming.class_names.count(n) > 1}):
+        problems.append(f"`{coming.name}` has two classes `{twice[0]}`; give each a name of its own.")
+    if problems:
+        raise WrongUse(*problems)
+    names = list(old.class_names[: _seen(old.classes)])
+    table = torch.zeros(len(coming.class_names), dtype=torch.int64)
+    for label, name in enumerate(coming.class_names[: _seen(coming.classes)]):
+        if name not in names:
+            names.append(name)
+        table[label] = names.index(name)
+    n, shape = len(old), old.input_shape
+
+    def load(index: int, part: Part) -> ImageData:
+        if index < n:
+            return ImageData(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), task=index)
+        data: ImageData = getattr(coming[index - n], part)
+        kept = {name: getattr(data, name) for name in ("index", "weight", "targets")}
+        return ImageData(data.x, table.to(data.y.device)[data.y], task=data.task + n, **kept)
+
+    new = [[int(table[label]) for label in classes] for classes in coming.classes]
+    joined = Scenario(
+        f"{old.name}+{coming.name}",
+        old.setting,
+        [*old.classes, *new],
+        names,
+        shape,
+        load,
+        transform=old.transform,
+        checksum=coming.checksum,
+        move=coming.to,
+    )
+    joined.known = (*old.known, len(joined))
+    return joined
+
+
+def _seen(classes: Sequence[Sequence[int]]) -> int:
+    return max(map(max, classes)) + 1
+
+
+def _listed(methods: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in methods) or "no method"

@@ -1,0 +1,204 @@
+"""The trained model of a finished run in use: scores, and answers with class names and confidences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clframe import images as files
+from clframe.data import Scenario
+from clframe.errors import DataError, WrongUse
+from clframe.evaluate import Reading, Readings
+from clframe.model import evaluating, masked
+
+BATCH = 256  # images at a time
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A class that an image may be of.
+
+    Attributes:
+        name: of the class.
+        label: its column in the scores.
+        score: logit, or negated distance.
+        confidence: the share that the model gives it, from 0 to 1; None where scores are distances.
+    """
+
+    name: str
+    label: int
+    score: float
+    confidence: float | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image.
+
+    Attributes:
+        path: of its file; None if it came as an array.
+        answers: the likeliest first, as many as were asked for.
+    """
+
+    path: Path | None
+    answers: tuple[Answer, ...]
+
+    @property
+    def name(self) -> str:
+        """The likeliest class."""
+        return self.answers[0].name
+
+    @property
+    def confidence(self) -> float | None:
+        """That of the likeliest class."""
+        return self.answers[0].confidence
+
+
+class Trained(nn.Module):
+    """The predictor of a finished run.
+
+    Attributes:
+        class_names: for each column of the scores the name of its class.
+        predictor: the module behind it, which takes normalised images.
+        scenario: what was learnt, without images: classes of each task, shape of the images, normalisation.
+        scores: ``logits`` or ``distances``, of which there is no confidence.
+        temperature: for each reading what its logits are divided by for the confidence; empty where the run held no
+            images out to fit it (``train.val``).
+    """
+
+    def __init__(
+        self,
+        predictor: nn.Module,
+        scenario: Scenario,
+        readings: Readings,
+        temperature: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.predictor = predictor.eval()
+        self.class_names = scenario.class_names
+        self.scenario = scenario
+        self.scores: str = getattr(predictor, "scores", "logits")
+        self.temperature = dict(temperature or {})
+        self._names = readings.names(predictor)
+        # what may be answered within each task; in domains everything
+        n_classes, domain = len(self.class_names), "domain" in self._names
+        self.allowed: Tensor
+        allowed = torch.full((len(scenario), n_classes), domain)
+        for row, classes in zip(allowed, scenario.classes, strict=True):
+            row[list(classes)] = True
+        self.register_buffer("allowed", allowed, persistent=False)
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether it answers within a task only."""
+        return self._names == ["task"]
+
+    def reading(self, task: Tensor | int | None) -> Reading:
+        """How a question with this task is answered. Raises `WrongUse` if it needs one, or there is no such task."""
+        if task is None and self.needs_task:
+            raise WrongUse("This model answers within a task only: give `task`, one number or one for each image.")
+        n = len(self.scenario)
+        given = torch.as_tensor([] if task is None else task).flatten()
+        if outside := [int(t) for t in given.tolist() if not 0 <= t < n]:
+            raise WrongUse(f"There is no task {outside[0]}: this model has learnt the tasks 0 to {n - 1}.")
+        return self._names[-1 if task is not None else 0]
+
+    def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
+        """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
+
+        Raises `WrongUse` if the run has no reading without a task and none is given, or has not learnt that task.
+        """
+        self.reading(task)
+        if isinstance(task, int):
+            task = torch.full((len(images),), task, device=images.device)
+        with evaluating(self), torch.no_grad():
+            scores: Tensor = self.predictor(self.scenario.transform.normalize(images), task)
+        return scores if task is None else masked(scores, self.allowed[task, : scores.shape[1]])
+
+    def confidences(self, scores: Tensor, task: Tensor | int | None = None) -> Tensor | None:
+        """The shares [B, C] of the classes, softmax(scores / T), of `scores` with `task`; None of distances."""
+        if self.scores == "distances":
+            return None
+        return (scores.double() / self.temperature.get(self.reading(task), 1.0)).softmax(1)
+
+    def predict(
+        self,
+        images: str | Path | Sequence[str | Path] | Tensor,
+        *,
+        top: int = 1,
+        task: Tensor | int | None = None,
+        skipped: list[str] | None = None,
+    ) -> list[Prediction]:
+        """The likeliest classes of each image.
+
+        Args:
+            images: files and folders, which are brought to the model's size and colours
+                (`clframe.images.read_image`), or raw arrays [B, ...] as the data set has them.
+            top: how many classes of each, at most.
+            task: one number, or one for each image.
+            skipped: files that cannot be read are left out, and a sentence on each is added here; None: they are
+                refused.
+
+        Raises:
+            DataError: if a file is missing or no image, or a folder has none.
+            WrongUse: if a task is missing or is not known, or the images do not suit the model.
+        """
+        self.reading(task)
+        if top < 1:
+            raise WrongUse(f"`top` is {top}; it must be 1 at least.")
+        if isinstance(images, Tensor):
+            if images.shape[1:] != self.scenario.input_shape:
+                raise WrongUse(
+                    f"The images are {list(images.shape[1:])}, and this model takes {list(self.scenario.input_shape)}."
+                )
+            paths: Sequence[Path | None] = [None] * len(images)
+        else:
+            files.check_shape(self.scenario.input_shape)
+            paths = files.image_files([images] if isinstance(images, str | Path) else images)
+        if isinstance(task, Tensor) and task.dim() and len(task) != len(paths):
+            raise WrongUse(f"There are {len(paths)} images and {len(task)} tasks; give one for each image.")
+        problems: list[str] = []
+        found: list[Prediction] = []
+        for start in range(0, len(paths), BATCH):
+            part = range(start, min(start + BATCH, len(paths)))
+            raw = {i: images[i] for i in part} if isinstance(images, Tensor) else self._read(paths, part, problems)
+            if problems and skipped is None:
+                continue  # all files that cannot be read are told at once
+            if raw:
+                told = task[list(raw)] if isinstance(task, Tensor) and task.dim() else task
+                found += self._answers([paths[i] for i in raw], torch.stack(list(raw.values())), told, top)
+        if problems and skipped is None:
+            raise DataError("\n".join(problems))
+        if skipped is not None:
+            skipped += problems
+        return found
+
+    def _read(self, paths: Sequence[Path | None], part: range, problems: list[str]) -> dict[int, Tensor]:
+        """The images of `part` by position; a sentence in `problems` on each that cannot be read."""
+        read: dict[int, Tensor] = {}
+        for i in part:
+            try:
+                read[i] = files.read_image(str(paths[i]), self.scenario.input_shape, self.scenario.transform.scale)
+            except DataError as error:
+                problems.append(str(error))
+        return read
+
+    def _answers(
+        self, paths: Sequence[Path | None], images: Tensor, task: Tensor | int | None, top: int
+    ) -> list[Prediction]:
+        scores = self(images, task)
+        shares = self.confidences(scores, task)
+        labels = scores.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
+        found = []
+        for i, path in enumerate(paths):
+            answers = [
+                Answer(self.class_names[c], c, scores[i, c].item(), None if shares is None else shares[i, c].item())
+                for c in labels[i]
+                if scores[i, c] > -torch.inf
+            ]
+            found.append(Prediction(path, tuple(answers)))
+        return found

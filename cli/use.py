@@ -1,0 +1,60 @@
+"""What the commands do that put the model of a finished run to use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clframe.cli import show
+from clframe.errors import WrongUse
+
+
+def predicted(folder: str, images: Sequence[str], top: int, task: int | None, skip: bool, json: bool) -> None:
+    """Print what the images are, and how far to trust that."""
+    from clframe.api import load
+
+    if top < 1:
+        raise WrongUse(f"`--top` is {top}; it must be 1 at least.")
+    trained = load(folder)
+    index = index_of(task, len(trained.scenario), trained.needs_task)
+    skipped: list[str] | None = [] if skip else None
+    found = trained.predict(images, top=top, task=index, skipped=skipped)
+    temperature = trained.temperature.get(trained.reading(index))
+    if trained.scores == "distances":
+        about = "This model answers by distances, of which there is no confidence."
+    elif temperature is None:
+        about = "The confidence is the network's own: a run with `train.val` above 0 fits it to images held out."
+    else:
+        about = f"The confidence was fitted to images held out (temperature {temperature:.3g})."
+    if json:
+        show.document(
+            {
+                "run": folder,
+                "task": task,
+                "scores": trained.scores,
+                "temperature": temperature,
+                "about": about,
+                "predictions": [
+                    {"image": str(one.path), "classes": [vars(answer) for answer in one.answers]} for one in found
+                ],
+                "skipped": skipped or [],
+            }
+        )
+        return
+    several = range(2, 1 + max((len(one.answers) for one in found), default=1))
+    headers = ["image", "class", "confidence", *(f"{what} {k}" for k in several for what in ("class", "confidence"))]
+    rows = [
+        [str(one.path), *(cell for a in one.answers for cell in (a.name, show.share(a.confidence)))] for one in found
+    ]
+    show.table(headers, [row + [""] * (len(headers) - len(row)) for row in rows])
+    for sentence in skipped or []:
+        show.note(sentence)
+    show.note(about)
+
+
+def index_of(task: int | None, tasks: int, needed: bool) -> int | None:
+    """The index of the task that people count from 1. Raises `WrongUse`."""
+    if task is None and needed:
+        raise WrongUse(f"This model answers within a task only: name it with `--task`, 1 to {tasks}.")
+    if task is not None and not 1 <= task <= tasks:
+        raise WrongUse(f"`--task` is {task}, and this model has learnt the tasks 1 to {tasks}.")
+    return None if task is None else task - 1

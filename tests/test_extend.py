@@ -1,0 +1,334 @@
+"""A finished run learns more classes later: as if it had learnt them all in one run, to the bit where that can be."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+import clframe
+from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry
+from clframe.cli.main import main
+from clframe.engine import Engine
+from clframe.errors import DataError, Interrupted, WrongUse
+from clframe.plugins.ewc import EWC
+
+TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
+METHODS: dict[str, dict[str, Any]] = {
+    "a-ltm": {},
+    "always-be-dreaming": {"iterations": 10, "batch_size": 8, "noise": 10, "width": 8},
+    "channel-gating": {"classifier_iterations": 10, "per_class": 2},
+    "deep-inversion": {"per_class": 4, "iterations": 10},
+    "der": {"size": 6},
+    "duplicate": {},
+    "er": {"size": 6},
+    "ewc": {},
+    "feature-extraction": {},
+    "finetune-fc": {},
+    "generative-replay": {"hidden": [16], "z": 4},
+    "hat": {},
+    "icarl": {"size": 24, "outputs": "seen"},
+    "lfl": {},
+    "lwf": {},
+    "lwm": {},
+    "mas": {},
+    "packnet": {},
+    "piggyback": {},
+    "si": {},
+    "warm-up": {},
+}
+
+
+def part(whole: Scenario, start: int, stop: int) -> Scenario:
+    """Experiences `start` to `stop` of a scenario as one of its own, whose labels begin at 0."""
+    groups = whole.classes[start:stop]
+    shift = 0 if whole.setting == "domain" else groups[0][0]
+
+    def load(i: int, of: Any) -> ImageData:
+        data = getattr(whole[start + i], of)
+        return ImageData(data.x, data.y - shift, index=data.index, task=i)
+
+    classes = [[c - shift for c in group] for group in groups]
+    names = whole.class_names[shift : shift + max(map(max, classes)) + 1]
+    return Scenario("part", whole.setting, classes, names, whole.input_shape, load, transform=whole.transform)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def learnt_twice(whole: Scenario, folder: Path, plugins: list[Any], model: str = "cnn-small", **train: Any) -> Any:
+    """An uninterrupted run of three experiences, and one of two that is extended by the third: folders and results."""
+    settings = {"train": TRAIN | train}
+    everything = clframe.run(
+        whole, model, plugins, **settings, run={"output": str(folder / "whole"), "tensorboard": False}
+    )
+    clframe.run(
+        part(whole, 0, 2), model, plugins, **settings, run={"output": str(folder / "first"), "tensorboard": False}
+    )
+    run = {"output": str(folder / "extended"), "tensorboard": False}
+    return everything, clframe.extend(folder / "first", part(whole, 2, 3), run=run)
+
+
+@pytest.mark.parametrize(("name", "keep"), [("", False), *((name, True) for name in ["", *METHODS])])
+def test_a_run_that_is_extended_equals_the_uninterrupted_one_to_the_bit(
+    name: str, keep: bool, tiny: Any, tmp_path: Path
+):
+    setting = registry.plugin_class(name).settings[0] if name else "class"
+    model = "mlp-100" if name == "finetune-fc" else "cnn-small"
+    plugins = [{name: METHODS[name]}] if name else []
+    whole = tiny(shape=(1, 8, 8), setting=setting)
+    uninterrupted, extended = learnt_twice(whole, tmp_path, plugins, model, keep_optimizer=keep)
+    assert same(tmp_path / "whole", tmp_path / "extended")
+    for reading, matrix in extended.accuracy.items():
+        assert matrix[0][:2] == uninterrupted.accuracy[reading][0][:2]
+        assert matrix[2][:2] == [None, None]
+        assert matrix[2][2] == uninterrupted.accuracy[reading][2][2]
+
+
+@pytest.mark.parametrize("name", ["", *METHODS])
+def test_a_run_is_extended_again_and_again_and_stopped_on_the_way(
+    name: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One experience, two extensions by one each, the second stopped and resumed: as three in one run."""
+    setting = registry.plugin_class(name).settings[0] if name else "class"
+    model = "mlp-100" if name == "finetune-fc" else "cnn-small"
+    plugins, whole = [{name: METHODS[name]}] if name else [], tiny(shape=(1, 8, 8), setting=setting)
+    folders = [tmp_path / str(i) for i in range(3)]
+    clframe.run(whole, model, plugins, train=TRAIN, run={"output": str(tmp_path / "whole"), "tensorboard": False})
+    clframe.run(part(whole, 0, 1), model, plugins, train=TRAIN, run={"output": str(folders[0]), "tensorboard": False})
+    clframe.extend(folders[0], part(whole, 1, 2), run={"output": str(folders[1]), "tensorboard": False})
+    original, calls = Engine.pause, [0]
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        engine.signal = signal.SIGTERM if calls[0] == 5 else 0
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    with pytest.raises(Interrupted):
+        clframe.extend(folders[1], part(whole, 2, 3), run={"output": str(folders[2]), "tensorboard": False})
+    extended = clframe.resume(folders[2], scenario=part(whole, 2, 3))
+    assert same(tmp_path / "whole", folders[2])
+    trained = clframe.load(folders[2])
+    assert trained.class_names == whole.class_names
+    assert trained.scenario.known == (1, 2, 3)
+    task = 2 if setting == "task" else None
+    test = whole[2].test
+    answers = [p.answers[0].label for p in trained.predict(test.x, task=task)]
+    reading = "task" if setting == "task" else "class"
+    assert sum(a == b for a, b in zip(answers, test.y.tolist(), strict=True)) / 8 == extended.accuracy[reading][2][2]
+
+
+def test_a_head_for_all_classes_at_once_learns_otherwise_when_it_does_not_know_of_them(tiny: Any, tmp_path: Path):
+    """`train.logits=all`: from the start the uninterrupted run teaches the new columns that they are wrong."""
+    whole = tiny(shape=(1, 8, 8))
+    learnt_twice(whole, tmp_path, [], "mlp-100", logits="all")
+    assert not same(tmp_path / "whole", tmp_path / "extended")
+    assert clframe.load(tmp_path / "extended")(whole[2].test.x).shape == (8, 6)
+    first, extended = weights(tmp_path / "first"), weights(tmp_path / "extended")
+    assert first.keys() < extended.keys()
+
+
+def test_domains_are_extended_by_the_same_classes(tiny_arrays: Any, tmp_path: Path):
+    whole = change_domains("tiny", tiny_arrays(), lambda i, x: x.roll(i, -1), experiences=3)
+    learnt_twice(whole, tmp_path, ["ewc"], "mlp-100")
+    assert same(tmp_path / "whole", tmp_path / "extended")
+    assert len(clframe.load(tmp_path / "extended").class_names) == 6
+
+
+def named(tiny: Any, names: Sequence[str]) -> Scenario:
+    """One experience of the tiny scenario's classes of these names, in this order."""
+    arrays = tiny()
+    labels = [arrays.class_names.index(name) for name in names]
+    table = torch.full((6,), -1)
+    table[labels] = torch.arange(len(labels))
+
+    def load(i: int, of: Any) -> ImageData:
+        rows = ImageData.concat([getattr(e, of) for e in arrays])
+        return ImageData(rows.x, table[rows.y]).rows(table[rows.y] >= 0)
+
+    return Scenario("named", "class", [range(len(names))], names, (1, 4, 4), load)
+
+
+def test_a_class_of_an_old_name_is_the_old_class_and_others_get_new_columns(tiny: Any, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    clframe.run(named(tiny, ["class 3", "class 1"]), "mlp-100", train=TRAIN, run={"output": str(first)})
+    coming = named(tiny, ["class 5", "class 3", "class 0"])
+    results = clframe.extend(first, coming, train={"epochs": 20}, run={"output": str(second)})
+    trained = clframe.load(second)
+    assert trained.class_names == ("class 3", "class 1", "class 5", "class 0")
+    assert results.data["classes"] == [[0, 1], [2, 0, 3]]
+    assert results.accuracy["class"][1][1] == 1
+    assert [p.name for p in trained.predict(coming[0].test.x[:4])] == [
+        coming.class_names[c] for c in coming[0].test.y[:4]
+    ]
+    assert results.measures["class"]["average_accuracy"] is None
+    assert (second / "tensorboard").is_dir()
+
+
+def test_settings_are_those_of_the_run_unless_given_anew(tiny: Any, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    whole = tiny(shape=(1, 8, 8))
+    clframe.run(
+        part(whole, 0, 2), "mlp-100", [{"ewc": {"lambda": 7}}], train=TRAIN, run={"output": str(first), "seed": 3}
+    )
+    before = {f.name: f.read_bytes() for f in first.iterdir() if f.is_file()}
+    given = {"plugins": [{"ewc": {"samples": 5}}], "train": {"iterations": 4}}
+    clframe.extend(first, part(whole, 2, 3), **given, run={"output": str(second)})
+    old, new = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (first, second))
+    assert new["plugins"]["ewc"] == old["plugins"]["ewc"] | {"samples": 5}
+    assert new["train"] == old["train"] | {"epochs": None, "iterations": 4}
+    assert new["run"]["seed"] == 3
+    assert new["run"]["extends"] == str(first.resolve())
+    assert {f.name: f.read_bytes() for f in first.iterdir() if f.is_file()} == before
+
+
+def test_a_kept_optimizer_is_left_behind_where_its_settings_change(tiny: Any, tmp_path: Path):
+    whole, lr = tiny(shape=(1, 8, 8)), []
+
+    class Watch(Plugin):
+        name = "watch"
+        observer = True
+
+        @hookimpl
+        def after_backward(self, run):
+            lr.append((run.optimizer.param_groups[0]["lr"], len(run.optimizer.state)))
+
+    train = TRAIN | {"keep_optimizer": True}
+    clframe.run(part(whole, 0, 2), "mlp-100", [Watch()], train=train, run={"output": str(tmp_path / "first")})
+    for given, expected in (({}, (0.01, 8)), ({"lr": 0.5}, (0.5, 0))):
+        lr.clear()
+        clframe.extend(tmp_path / "first", part(whole, 2, 3), plugins=[Watch()], train=given)
+        assert lr[0] == expected
+
+
+def test_objects_of_a_program_are_given_again(tiny: Any, tmp_path: Path):
+    class Flat(nn.Module):
+        width = 64
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.flatten(1))
+
+    whole, settings = tiny(shape=(1, 8, 8)), {"train": TRAIN}
+    clframe.run(whole, Flat(), [EWC(lambda_=3)], **settings, run={"output": str(tmp_path / "whole")})
+    clframe.run(part(whole, 0, 2), Flat(), [EWC(lambda_=3)], **settings, run={"output": str(tmp_path / "first")})
+    clframe.extend(
+        tmp_path / "first",
+        part(whole, 2, 3),
+        model=Flat(),
+        plugins=[EWC(lambda_=3)],
+        run={"output": str(tmp_path / "second")},
+    )
+    torch.manual_seed(0)
+    assert weights(tmp_path / "second")["/model/head.2.weight"].shape == (2, 64)
+    with pytest.raises(DataError, match=r"The model `Flat` of this run is an object.*clframe.extend"):
+        clframe.extend(tmp_path / "first", part(whole, 2, 3), plugins=[EWC()])
+    with pytest.raises(DataError, match="The plugin `ewc` of this run is an object"):
+        clframe.extend(tmp_path / "first", part(whole, 2, 3), model=Flat())
+
+
+# ------------------------------------------------------------------------------------ wrong input
+
+
+@pytest.fixture
+def first(tiny: Any, tmp_path: Path) -> Path:
+    clframe.run(tiny(), "mlp-100", ["ewc"], train=TRAIN | {"epochs": 1}, run={"output": str(tmp_path / "first")})
+    return tmp_path / "first"
+
+
+def test_what_cannot_follow_is_refused_in_a_sentence_each(first: Path, tiny: Any, tiny_arrays: Any, tmp_path: Path):
+    scenario = tiny()
+    with pytest.raises(WrongUse, match="`tiny` is of the setting `task`, and the run learnt in `class`"):
+        clframe.extend(first, tiny(setting="task"))
+    with pytest.raises(WrongUse, match=r"The images of `tiny` are \[1, 8, 8\], and the run learnt with \[1, 4, 4\]"):
+        clframe.extend(first, tiny(shape=(1, 8, 8)))
+    scenario.transform = Transform(scale=16)
+    with pytest.raises(WrongUse, match="go up to 16, and the run learnt with 255"):
+        clframe.extend(first, scenario)
+    with pytest.raises(WrongUse, match="`named` has two classes `class 1`"):
+        clframe.extend(first, named(tiny, ["class 1", "class 1"]))
+    with pytest.raises(WrongUse, match="The plugin `lwf` is not one of the run"):
+        clframe.extend(first, tiny(), plugins=[{"lwf": {}}])
+    with pytest.raises(WrongUse, match=r"learnt with `ewc`, and what extends it with no method.*name the same"):
+        clframe.run(tiny(), "mlp-100", run={"extends": str(first)})
+    with pytest.raises(WrongUse, match=r"The network of the run in .* is `mlp-100` with the options"):
+        clframe.run(tiny(), "mlp", ["ewc"], run={"extends": str(first)})
+    clframe.run(tiny(), "mlp-100", ["joint"], train=TRAIN | {"epochs": 1}, run={"output": str(tmp_path / "joint")})
+    with pytest.raises(WrongUse, match="`joint` trains on the images of earlier experiences"):
+        clframe.extend(tmp_path / "joint", tiny())
+
+
+def test_a_run_whose_last_state_is_gone_is_predicted_with_and_not_extended(first: Path, tiny: Any):
+    newest = sorted((first / "checkpoints").iterdir())[-1]
+    (newest / "tensors.safetensors").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"cannot be extended, as its last checkpoint is gone.*is damaged"):
+        clframe.extend(first, tiny())
+    shutil.rmtree(first / "checkpoints")
+    with pytest.raises(DataError, match="cannot be extended: There is no checkpoint in"):
+        clframe.extend(first, tiny())
+    assert len(clframe.load(first).predict(tiny()[0].test.x)) == 8
+
+
+def test_the_command_extends_a_run_and_its_configuration_does_so_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    short = ["--limit", "6", "--iterations", "3", "--no-tensorboard", "--device", "cpu", "--quiet"]
+    assert main(["run", *short, "--plugin", "er", "--set", "scenario.experiences=2", "--output", "first"]) == 0
+    assert main(["extend", "first", "--scenario", "split-digits", "--limit", "9", "--quiet", "--output", "second"]) == 0
+    out = capsys.readouterr().out
+    assert "after 3     -     -" in out
+    config = yaml.safe_load(Path("second/config.yaml").read_text())
+    assert (config["scenario"]["experiences"], config["scenario"]["limit"], config["train"]["iterations"]) == (1, 9, 3)
+    assert main(["run", "--config", "second/config.yaml", "--quiet", "--output", "third"]) == 0
+    for name in ("results.json", "model.safetensors", "base.json"):
+        assert Path("second", name).read_bytes() == Path("third", name).read_bytes()
+    assert main(["extend", "third", "--scenario", "split-digits", "--quiet", "--no-tensorboard", "--json"]) == 0
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["nowhere", "--scenario", "split-digits"], 3, "There is no folder nowhere"),
+        (["stopped", "--scenario", "split-digits"], 3, "The run in stopped is not finished"),
+        (["first"], 2, "Missing option '--scenario'"),
+        (["first", "--scenario", "split-digit"], 2, "Did you mean `split-digits`?"),
+        (["first", "--scenario", "split-digits", "--set", "scenario.path=x"], 2, "`scenario.path` is not an option"),
+        (["first", "--scenario", "split-digits", "--set", "model.hidden=3"], 2, "`model.hidden`"),
+        (["first", "--scenario", "split-digits"], 2, "The images of `split-digits` are [1, 8, 8]"),
+    ],
+)
+def test_the_command_explains_wrong_input(
+    first: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments,
+    code,
+    sentence,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("stopped").mkdir()
+    Path("stopped/config.yaml").write_text("")
+    assert main(["extend", *arguments, "--quiet"]) == code
+    assert sentence in capsys.readouterr().err
