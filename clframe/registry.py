@@ -174,6 +174,14 @@ def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]
     return cast(Callable[..., Any], found)
 
 
+def suited(build: Callable[..., Any] | None, name: str) -> tuple[Any, dict[str, Any]]:
+    """The backbone and the training settings that suit the scenario `name`, which `build` builds."""
+    of_variant = getattr(build, "variants", {}).get(name.partition(":")[2])
+    if of_variant:
+        return of_variant["backbone"], dict(of_variant["train"])
+    return getattr(build, "backbone", None), dict(getattr(build, "train", {}))
+
+
 def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
     """The scenario `spec` (its ``name`` and options).
 

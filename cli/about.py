@@ -48,7 +48,7 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
     build = registry.builder("scenario", name)
     options = options_of(build, skip=registry.SUPPLIED)
     description = _description(build)
-    model, train = getattr(build, "backbone", None), dict(getattr(build, "train", {}))
+    model, train = registry.suited(build, name)
     experiences: list[list[str]] = []
     missing = setting = ""
     try:
@@ -61,7 +61,7 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
     if json:
         show.document(
             {
-                "name": offer.name,
+                "name": name,
                 "description": description,
                 "package": f"{offer.package} {offer.version}",
                 "options": [show.option_data(option) for option in options],
