@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clframe.api import Trained, load, resume, run
     from clframe.arrays import Arrays, change_domains, split_classes, suits
+    from clframe.benchmark import from_avalanche
     from clframe.context import Run
     from clframe.data import Batch, Experience, ImageData, Scenario, Transform
     from clframe.errors import ClframeError, DataError, Interrupted, RunFailed, WrongUse
@@ -44,6 +45,7 @@ __all__ = [
     "Transform",
     "WrongUse",
     "change_domains",
+    "from_avalanche",
     "hookimpl",
     "load",
     "resume",
@@ -57,6 +59,7 @@ _HOMES = {
     "api": "Trained load resume run",
     "context": "Run",
     "arrays": "Arrays change_domains split_classes suits",
+    "benchmark": "from_avalanche",
     "data": "Batch Experience ImageData Scenario Transform",
     "errors": "ClframeError DataError Interrupted RunFailed WrongUse",
     "evaluate": "Predictor",

@@ -168,11 +168,15 @@ def _check(
     if first is not None and (variant in DOMAINS or variant == "SplitCIFAR110"):
         problems.append(f"`scenario.first` has no meaning in `{name}`: leave it out.")
     if order != "random" and variant in DOMAINS:
-        problems.append(f"`scenario.order` has no meaning in `{name}`, whose experiences show all classes: leave it out.")
+        problems.append(
+            f"`scenario.order` has no meaning in `{name}`, whose experiences show all classes: leave it out."
+        )
     if rotations is not None and variant != "RotatedMNIST":
         problems.append(f"`scenario.rotations` has no meaning in `{name}`: leave it out.")
     elif rotations is not None and len(rotations) != experiences:
-        problems.append(f"`scenario.rotations` has {len(rotations)} angles for {experiences} experiences: give one each.")
+        problems.append(
+            f"`scenario.rotations` has {len(rotations)} angles for {experiences} experiences: give one each."
+        )
     if variant == "SplitCIFAR110" and isinstance(order, list) and sorted(order) != list(range(10, 110)):
         problems.append(f"`scenario.order` of `{name}` must hold each of the class numbers 10 to 109 once.")
     if (seed or 0) >= SEEDS and variant in DOMAINS:
