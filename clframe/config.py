@@ -291,7 +291,7 @@ def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str,
         problems += error.problems
         return {}
     if ":" in name:
-        del resolved["variant"]
+        resolved.pop("variant", None)  # where it is an argument
     return resolved
 
 
