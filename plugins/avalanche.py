@@ -56,7 +56,9 @@ HINTS: dict[str, Any] = {  # of options that Avalanche leaves without a type, or
 
 
 class AvalanchePlugin(Plugin):
-    """A plugin of Avalanche 0.6.0, run inside clframe: `avalanche:EWC` is its `EWCPlugin`, and so on.
+    """A plugin of Avalanche 0.6.0, run inside clframe: `avalanche:EWC` is its `EWCPlugin`, and so on. Known to be broken
+    in Avalanche: it cannot save a strategy, its SI does nothing on the CPU, and its forgetting is 0.0 of what it has
+    evaluated once.
 
     Those that can be named give the very weights that Avalanche's own strategy gives, where the images, their order,
     the first weights and the optimizer (SGD) are the same, on one thread and without clipping (`train.clip=0`). Their
@@ -73,7 +75,9 @@ class AvalanchePlugin(Plugin):
     variants = tuple(TESTED)
     resumes = False
     known_problems = (
-        "Avalanche 0.6.0 cannot save a strategy under this version of torch; clframe does not use its checkpoints.",
+        "Avalanche 0.6.0 cannot save a strategy (PicklingError); clframe does not use its checkpoints.",
+        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; clframe's `si` "
+        "does not.",
         "Avalanche 0.6.0 gives a forgetting of 0.0 for an experience that it has evaluated once only; clframe leaves "
         "such a cell empty, and does not use its evaluation.",
     )
@@ -103,6 +107,11 @@ class AvalanchePlugin(Plugin):
             yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
         if self.name == "avalanche:LFL" and run.scenario.setting != "domain":
             yield f"`{self.name}` freezes the last layer once it is trained, so that no class can join: use `--setting domain`."
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Avalanche's SI keeps views of the weights, where they are on the CPU, instead of copies."""
+        if self.name == "avalanche:SI" and run.device.type == "cpu":
+            yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves; `si` does not."
 
     @hookimpl
     def before_run(self, run: Run) -> None:
