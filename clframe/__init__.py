@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clframe.api import extend, load, resume, run
     from clframe.arrays import Arrays, change_domains, split_classes, suits
+    from clframe.benchmark import from_avalanche
     from clframe.context import Run
     from clframe.data import Batch, Experience, ImageData, Scenario, Transform
     from clframe.errors import ClframeError, DataError, Interrupted, RunFailed, WrongUse
@@ -48,6 +49,7 @@ __all__ = [
     "WrongUse",
     "change_domains",
     "extend",
+    "from_avalanche",
     "hookimpl",
     "load",
     "resume",
@@ -61,6 +63,7 @@ _HOMES = {
     "api": "extend load resume run",
     "context": "Run",
     "arrays": "Arrays change_domains split_classes suits",
+    "benchmark": "from_avalanche",
     "data": "Batch Experience ImageData Scenario Transform",
     "errors": "ClframeError DataError Interrupted RunFailed WrongUse",
     "evaluate": "Predictor",

@@ -148,6 +148,7 @@ def resume(
         if opened.finished:
             raise DataError(f"The run in {path} is finished: its figures are in {path / 'results.json'}.")
         config = _read_config(path)
+        _check_resumes(config, plugins, path)
         if config.run.device.startswith("cuda") and not torch.cuda.is_available():
             config.run.device = "auto"  # a change of the environment, which is refused below or allowed
         with _environment(config) as device:
@@ -332,6 +333,20 @@ def _name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
     if isinstance(plugin, Plugin):
         return plugin.name or type(plugin).__name__
     return plugin if isinstance(plugin, str) else next(iter(plugin))
+
+
+def _check_resumes(config: Config, plugins: Sequence[Plugin], path: Path) -> None:
+    """Refuse to resume a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
+    given = {_name(plugin): type(plugin) for plugin in plugins}
+    for name, options in config.plugins.items():
+        if OBJECT in options and name not in given:
+            continue  # told when the run is built
+        # a plugin's own class says so for all of its variants, which may take long to import
+        if not (given[name] if name in given else registry.plugin_class(name.partition(":")[0])).resumes:
+            raise DataError(
+                f"The run in {path} cannot be resumed: what `{name}` keeps is in no checkpoint. Start it again with "
+                f"`clframe run --config {path / 'config.yaml'}`."
+            )
 
 
 def _read_config(path: Path) -> Config:

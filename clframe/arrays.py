@@ -21,15 +21,22 @@ PIECE = 1 << 23  # bytes
 Builder = TypeVar("Builder", bound=Callable[..., Scenario])
 
 
-def suits(*, backbone: str | Mapping[str, Any], train: Mapping[str, Any]) -> Callable[[Builder], Builder]:
+def suits(
+    *,
+    backbone: str | Mapping[str, Any],
+    train: Mapping[str, Any],
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[Builder], Builder]:
     """Mark a function that builds a scenario with the backbone and the training settings that suit it.
 
     They are what a run uses where the user set nothing else, and are known without loading any data.
-    `backbone` is a name, or a name with options: ``{"name": "mlp", "hidden": [256, 256]}``.
+    `backbone` is a name, or a name with options: ``{"name": "mlp", "hidden": [256, 256]}``. In `variants`, variants
+    that other ones suit have their own ``backbone`` and ``train``.
     """
 
     def mark(builder: Builder) -> Builder:
         builder.backbone, builder.train = backbone, dict(train)  # type: ignore[attr-defined]
+        builder.variants = dict(variants or {})  # type: ignore[attr-defined]
         return builder
 
     return mark

@@ -200,13 +200,14 @@ def resolve(
         return [of_file, changes.get(section, {}), dict(given or {})]
 
     resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
-    suited = _named(getattr(build, "backbone", None), "model", problems)
+    backbone, training = registry.suited(build, resolved_scenario.get("name", ""))
+    suited = _named(backbone, "model", problems)
     resolved_model = _resolve_model(layers("model", model), suited, problems)
     resolved_plugins = {
         name: _resolve_plugin(name, {**by_file.get(name, {}), **changes.get(name, {}), **options}, problems)
         for name, options in chosen.items()
     }
-    train_layers = [dict(getattr(build, "train", {})), *section("train", train)]
+    train_layers = [training, *section("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)
     run_layers = section("run", run)
     resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)
@@ -293,7 +294,7 @@ def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str,
         problems += error.problems
         return {}
     if ":" in name:
-        del resolved["variant"]
+        resolved.pop("variant", None)  # where it is an argument
     return resolved
 
 

@@ -120,6 +120,7 @@ class Engine:
         }
         self.replays = self.callers["extra_batch"]
         self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}  # as `Run.of` knows them
+        self.unsaved = [plugin.name for plugin in run.plugins if not plugin.resumes]
         self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
         self.kept_optimizer: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
         self.trained: dict[str, nn.Parameter] = {}
@@ -515,19 +516,23 @@ class Engine:
             if self.folder:
                 self.folder.settle()
             name = signal.Signals(self.signal).name
-            how = (
-                f"`clframe resume {self.folder.path}` goes on from here" if self.folder else "this run keeps no folder"
-            )
+            if self.unsaved:
+                how = f"a run with `{self.unsaved[0]}` cannot be resumed"
+            elif self.folder:
+                how = f"`clframe resume {self.folder.path}` goes on from here"
+            else:
+                how = "this run keeps no folder"
             raise Interrupted(f"Stopped by {name} in {self.run.where}; {how}.", self.signal)
         if time.monotonic() - self.last_save >= self.run.config.run.checkpoint_every:
             self.save()
 
     def save(self) -> None:
-        """Begin to write a checkpoint, if the run has a folder and everything is finite."""
+        """Begin to write a checkpoint, if the run has a folder, can be resumed, and everything is finite."""
         if self.folder:
             self.check_finite()
             self.count_seconds()
-            self.folder.save(state.take(self))
+            if not self.unsaved:
+                self.folder.save(state.take(self))
         self.last_save = time.monotonic()
 
     @contextmanager

@@ -47,6 +47,9 @@ class Plugin(metaclass=_Validated):
     - ``keeps_images``: it stores training images; a method that does not say so must not.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
     - ``grows``: its state must grow with the experiences; that of a method that does not say so must not.
+    - ``variants``: it is named ``name:VARIANT``, with one of these, and `of_variant` gives the class.
+    - ``resumes``: a run with it can be saved and resumed.
+    - ``known_problems``: sentences on what is known to be broken in what it stands on; `clframe doctor` tells them.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
     - ``citation``: the paper.
 
@@ -66,6 +69,9 @@ class Plugin(metaclass=_Validated):
     keeps_experiences: bool = False  # an instance may say so, where an option decides
     grows: ClassVar[bool] = False
     observer: ClassVar[bool] = False
+    variants: ClassVar[tuple[str, ...]] = ()
+    resumes: ClassVar[bool] = True
+    known_problems: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = ""
 
     options: dict[str, Any]  # as validated, by parameter name
@@ -74,6 +80,11 @@ class Plugin(metaclass=_Validated):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+    @classmethod
+    def of_variant(cls, variant: str) -> type[Plugin]:
+        """The class of ``name:variant``, for a plugin with ``variants``. Raises `clframe.errors.WrongUse`."""
+        return cls
 
     def public_options(self) -> dict[str, Any]:
         """The options by the names that YAML and ``--set`` use."""

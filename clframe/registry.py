@@ -141,10 +141,10 @@ def find(kind: Kind, name: str) -> tuple[Offer, str | None]:
 
 
 def plugin_class(name: str) -> type[Plugin]:
-    """The class of the plugin `name`, checked. Raises `WrongUse`."""
+    """The class of the plugin `name`, checked; that of the variant, where `name` has one. Raises `WrongUse`."""
     from clframe.plugin import Plugin
 
-    offer, _ = find("plugin", name)
+    offer, variant = find("plugin", name)
     found = offer.load()
     of = f"The plugin `{offer.name}` of package `{offer.package}`"
     if not (inspect.isclass(found) and issubclass(found, Plugin)):
@@ -155,7 +155,7 @@ def plugin_class(name: str) -> type[Plugin]:
     found.name = offer.name
     if problems := _problems_of(found):
         raise WrongUse(*problems)
-    return found
+    return found.of_variant(variant) if found.variants and variant else found
 
 
 def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
@@ -164,10 +164,14 @@ def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
 
     offer, variant = find("plugin", name)
     found = plugin_class(name)
+    if found.variants:
+        raise WrongUse(
+            f"The plugin `{name}` needs a variant: write `{name}:VARIANT`, one of {', '.join(found.variants)}."
+        )
     # by parameter name: what is `lambda` outside is `lambda_` in the constructor
-    given = validated(found, options, offer.name, skip=("variant",), owner=f"the plugin `{name}`")
+    given = validated(found, options, found.name, skip=("variant",), owner=f"the plugin `{name}`")
     with _blamed_on(offer):
-        return found(**_with_variant(offer, found, variant), **given)
+        return found(**({} if variant and found.name == name else _with_variant(offer, found, variant)), **given)
 
 
 def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]:
@@ -178,6 +182,14 @@ def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]
         raise WrongUse(f"The {kind} `{offer.name}` of package `{offer.package}` is {found!r}, which cannot be called.")
     _with_variant(offer, found, variant)
     return cast(Callable[..., Any], found)
+
+
+def suited(build: Callable[..., Any] | None, name: str) -> tuple[Any, dict[str, Any]]:
+    """The backbone and the training settings that suit the scenario `name`, which `build` builds."""
+    of_variant = getattr(build, "variants", {}).get(name.partition(":")[2])
+    if of_variant:
+        return of_variant["backbone"], dict(of_variant["train"])
+    return getattr(build, "backbone", None), dict(getattr(build, "train", {}))
 
 
 def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:

@@ -25,18 +25,22 @@ def about_plugin(name: str, json: bool) -> None:
         "state": list(cls.state),
         "conflicts": ["every method that changes what is learnt"] if cls.isolates else list(cls.conflicts),
         "keeps training images": cls.keeps_images,
+        "can be resumed": cls.resumes,
+        **({"variants": [f"{offer.name}:{variant}" for variant in cls.variants]} if cls.variants else {}),
+        **({"known problems": list(cls.known_problems)} if cls.known_problems else {}),
     }
     description = _description(cls)
     if json:
         known = {key.replace(" ", "_"): value for key, value in facts.items()}
         listed = [show.option_data(option) for option in options]
-        show.document({"name": offer.name, "description": description, **known, "options": listed})
+        show.document({"name": cls.name, "description": description, **known, "options": listed})
         return
-    show.line(f"{offer.name}: {description}")
+    show.line(f"{cls.name}: {description}")
     show.line()
     show.options(options)
     for key, value in facts.items():
-        text = ", ".join(value) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+        separator = " " if key == "known problems" else ", "
+        text = separator.join(value) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
         show.line(f"{key.capitalize()}: {text or 'none'}")
 
 
@@ -48,7 +52,7 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
     build = registry.builder("scenario", name)
     options = options_of(build, skip=registry.SUPPLIED)
     description = _description(build)
-    model, train = getattr(build, "backbone", None), dict(getattr(build, "train", {}))
+    model, train = registry.suited(build, name)
     experiences: list[list[str]] = []
     missing = setting = ""
     try:
@@ -61,7 +65,7 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
     if json:
         show.document(
             {
-                "name": offer.name,
+                "name": name,
                 "description": description,
                 "package": f"{offer.package} {offer.version}",
                 "options": [show.option_data(option) for option in options],

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def examine(data_root: str | None) -> dict[str, Any]:
         "free_bytes": {"here": _free(Path.cwd()), "data": _free(root)},
         "data_root": str(root),
         "data": {name: str(path) if path else None for name, path in sources.found(root)},
+        "known_problems": _known_problems(),
         "offers": [_tried(offer) for kind in registry.GROUPS for offer in registry.offers(kind)],
     }
 
@@ -56,6 +58,19 @@ def report(found: Mapping[str, Any]) -> None:
     show.line(f"Plugins, scenarios and models: {len(found['offers']) - len(broken)} in order, {len(broken)} not")
     for offer in broken:
         show.line(f"  {offer['problem']}")
+    if found["known_problems"]:
+        show.line("Known to be broken in other packages:")
+    for problem in found["known_problems"]:
+        show.line(f"  {problem}")
+
+
+def _known_problems() -> list[str]:
+    """What plugins tell of the packages that they stand on, which are not imported for it."""
+    told: list[str] = []
+    for name in registry.names("plugin"):
+        with suppress(WrongUse):  # told with the offers
+            told += registry.plugin_class(name).known_problems
+    return told
 
 
 def _version(package: str) -> str | None:

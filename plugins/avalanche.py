@@ -1,0 +1,454 @@
+"""Plugins of Avalanche inside clframe, through what they read of an Avalanche strategy."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clframe.errors import WrongUse, did_you_mean
+from clframe.hooks import hookimpl
+from clframe.model import snapshot
+from clframe.options import Count, NonNegative, Positive, Share
+from clframe.plugin import Plugin
+
+if TYPE_CHECKING:
+    from clframe.context import Run
+    from clframe.data import Batch, Experience, ImageData
+    from clframe.model import IncrementalNet, Outputs
+
+# Those whose weights are tested to be Avalanche's own, bit for bit, with the papers.
+TESTED = {
+    "AGEM": ("AGEMPlugin", "Chaudhry et al., Efficient lifelong learning with A-GEM, ICLR 2019"),
+    "EWC": ("EWCPlugin", "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"),
+    "GEM": ("GEMPlugin", "Lopez-Paz and Ranzato, Gradient episodic memory for continual learning, NeurIPS 2017"),
+    "LFL": ("LFLPlugin", "Jung et al., Less-forgetting learning in deep neural networks, arXiv 2016"),
+    "LwF": ("LwFPlugin", "Li and Hoiem, Learning without forgetting, TPAMI 2017"),
+    "MAS": ("MASPlugin", "Aljundi et al., Memory aware synapses, ECCV 2018"),
+    "Replay": ("ReplayPlugin", "Rolnick et al., Experience replay for continual learning, NeurIPS 2019"),
+    "SI": ("SynapticIntelligencePlugin", "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, 2017"),
+}
+KEEP_IMAGES = ("AGEM", "GEM", "Replay")
+LEFT_OUT = ("device", "storage_policy", "verbose")  # options that are objects, or the run's own business
+HINTS: dict[str, Any] = {  # of options that Avalanche leaves without a type, or with a loose one
+    "ewc_lambda": NonNegative,
+    "si_lambda": NonNegative | list[NonNegative],
+    "lambda_reg": NonNegative,
+    "lambda_e": NonNegative | list[NonNegative],
+    "alpha": NonNegative | list[NonNegative],
+    "temperature": Positive,
+    "mode": Literal["separate", "online"],
+    "decay_factor": Share | None,
+    "keep_importance_data": bool,
+    "mem_size": Count,
+    "patterns_per_experience": Count,
+    "sample_size": Count,
+}
+
+
+class AvalanchePlugin(Plugin):
+    """A plugin of Avalanche 0.6.0, run inside clframe: `avalanche:EWC` is its `EWCPlugin`, and so on. Known to be broken
+    in Avalanche: it cannot save a strategy, its SI does nothing on the CPU, and its forgetting is 0.0 of what it has
+    evaluated once.
+
+    Those that can be named give the very weights that Avalanche's own strategy gives, where the images, their order,
+    the first weights and the optimizer (SGD) are the same, on one thread and without clipping (`train.clip=0`). Their
+    options are those of Avalanche's constructors. A run with one cannot be resumed, as what it keeps is Avalanche's own.
+    Of Avalanche's checkpoints, loggers and evaluation nothing is used.
+
+    A plugin sees one head for all classes and no tasks: Avalanche's way in class- and domain-incremental learning. What
+    it draws at random depends on the run's seed alone.
+    """
+
+    name = "avalanche"
+    citation = "Carta et al., Avalanche: a PyTorch library for deep continual learning, JMLR 2023"
+    settings = ("class", "domain")
+    variants = tuple(TESTED)
+    resumes = False
+    known_problems = (
+        "Avalanche 0.6.0 cannot save a strategy (PicklingError); clframe does not use its checkpoints.",
+        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; clframe's `si` "
+        "does not.",
+        "Avalanche 0.6.0 gives a forgetting of 0.0 for an experience that it has evaluated once only; clframe leaves "
+        "such a cell empty, and does not use its evaluation.",
+    )
+    arguments: ClassVar[dict[str, Any]] = {}  # what the plugin is told of those of a strategy's `train`
+
+    inner: Any = None  # Avalanche's own
+
+    def __init__(self) -> None:
+        self.strategy: Any = None
+        self.memory: Iterator[Any] | None = None  # batches of Avalanche's own loader, if the plugin has put one in place
+
+    @classmethod
+    def of_variant(cls, variant: str) -> type[Plugin]:
+        """The class of ``avalanche:variant``, which imports Avalanche. Raises `WrongUse` if it is none of `TESTED`."""
+        if variant not in TESTED:
+            raise WrongUse(
+                f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to do here what they do "
+                f"there.{did_you_mean(variant, TESTED)}"
+            )
+        return _class_of(variant)
+
+    def problems(self, run: Run) -> Iterable[str]:
+        """A plugin knows no masks of logits, and LFL freezes one layer for all classes."""
+        if self.inner is None:
+            yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
+        if run.logits not in ("all", "seen"):
+            yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
+        if self.name == "avalanche:LFL" and run.scenario.setting != "domain":
+            yield f"`{self.name}` freezes the last layer once it is trained, so that no class can join: use `--setting domain`."
+
+    def hints(self, run: Run) -> Iterable[str]:
+        """Avalanche's SI keeps views of the weights, where they are on the CPU, instead of copies."""
+        if self.name == "avalanche:SI" and run.device.type == "cpu":
+            yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves; `si` does not."
+
+    @hookimpl
+    def before_run(self, run: Run) -> None:
+        """What a plugin finds in place of a strategy."""
+        seed = int(torch.randint(2**31, (), generator=run.rng(self.name)))
+        self.drawing, self.loading = Randomness(seed), Randomness(seed + 1)
+        self.strategy = Strategy(run)
+
+    @hookimpl
+    def before_experience(self, run: Run, experience: Experience) -> None:
+        """Avalanche's `train` begins, with one experience."""
+        strategy = self.strategy
+        strategy.enter(run, experience)
+        before = strategy.dataloader
+        for event in (
+            *("before_training", "before_train_dataset_adaptation", "after_train_dataset_adaptation"),
+            "before_training_exp",
+        ):
+            self._call(event, **self.arguments)
+        self.memory = None if strategy.dataloader is before else _endless(strategy.dataloader)
+
+    @hookimpl
+    def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
+        """An iteration begins; the rows of a memory, if the plugin has one."""
+        if run.sampler is not None and run.step % run.sampler.batches_per_epoch == 0:
+            self._call("before_training_epoch")
+        rows = None
+        if self.memory is not None:
+            with self.loading:
+                x, y, *_ = next(self.memory)
+            remembered = y != BLANK
+            rows = self.strategy.rows(run, x[remembered], y[remembered])
+        self.strategy.see(batch, *([] if rows is None else [rows]))
+        self._call("before_training_iteration")
+        self._call("before_forward")
+        return rows
+
+    @hookimpl
+    def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
+        """What the plugin adds to the loss."""
+        strategy = self.strategy
+        strategy.see(batch)
+        strategy.mb_output = outputs.logits
+        base = run.loss(batch, outputs).detach()
+        strategy.loss = base.reshape(1).clone()  # of the form that it has in Avalanche, and without the loss's own graph
+        self._call("after_forward")
+        self._call("before_backward")
+        added: Tensor = (strategy.loss - base).sum()
+        return {self.name: added} if added.requires_grad else None
+
+    @hookimpl
+    def after_backward(self, run: Run) -> None:
+        """The gradients are there."""
+        self._call("after_backward")
+        self._call("before_update")
+
+    @hookimpl
+    def after_step(self, run: Run) -> None:
+        """An iteration ends."""
+        self._call("after_update")
+        self._call("after_training_iteration")
+        if run.sampler is not None and (run.step + 1) % run.sampler.batches_per_epoch == 0:
+            self._call("after_training_epoch")
+
+    @hookimpl
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        """Avalanche's `train` ends."""
+        self._call("after_training_exp", **self.arguments)
+        self._call("after_training")
+        self.memory = None
+
+    def _call(self, event: str, **arguments: Any) -> None:
+        """A callback of the plugin, and then of the clock, as it is the last of a strategy's plugins."""
+        with self.drawing:
+            getattr(self.inner, event)(self.strategy, **arguments)
+        getattr(self.strategy.clock, event)(self.strategy, **arguments)
+
+
+class Strategy:
+    """What a plugin reads of an Avalanche strategy, and may set: attributes of the same names.
+
+    Attributes:
+        model: gives logits [B, C] for images; the run's network is inside.
+        optimizer: the run's; between the phases of a run something that can but empty the gradients.
+        experience: with its ``dataset``.
+        adapted_dataset: as many rows as the experience has, all blank, as the engine brings the rows of the experience.
+        dataloader: over `adapted_dataset`, until a plugin puts another one in place.
+        mbatch: images, labels and tasks of the iteration; ``mb_x``, ``mb_y``, ``mb_task_id`` are its parts.
+    """
+
+    def __init__(self, run: Run) -> None:
+        from avalanche.training.plugins.clock import Clock
+
+        self.clock = Clock()
+        self.model: Any = _view(run.model)
+        self.device = run.device
+        self.is_training, self.is_eval = True, False
+        self.plugins: list[Any] = []
+        self.train_mb_size = self.eval_mb_size = run.settings.batch_size
+        self._criterion = nn.CrossEntropyLoss()
+        self._run = run
+        self.mbatch: list[Tensor] | None = None
+        self.mb_output: Tensor | None = None
+        self.loss = torch.zeros(1, device=run.device)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer of the phase."""
+        return self._run.optimizer or Gradients(self.model)
+
+    @property
+    def mb_x(self) -> Tensor:
+        """Images of the iteration."""
+        assert self.mbatch is not None
+        return self.mbatch[0]
+
+    @property
+    def mb_y(self) -> Tensor:
+        """Their labels."""
+        assert self.mbatch is not None
+        return self.mbatch[1]
+
+    @property
+    def mb_task_id(self) -> Tensor:
+        """Their tasks, which are all one."""
+        assert self.mbatch is not None
+        return self.mbatch[2]
+
+    def criterion(self) -> Tensor:
+        """The loss of the iteration."""
+        loss: Tensor = self._criterion(self.mb_output, self.mb_y)
+        return loss
+
+    def enter(self, run: Run, experience: Experience) -> None:
+        """Begin an experience."""
+        data = experience.train
+        dataset = _dataset(Rows(run, data), data.y.tolist())
+        classes = sorted(set(data.y.tolist()))
+        self.experience = SimpleNamespace(
+            dataset=dataset,
+            current_experience=experience.index,
+            classes_in_this_experience=classes,
+            task_label=0,
+            task_labels=[0],
+        )
+        self.train_mb_size = self.eval_mb_size = run.settings.batch_size
+        self.adapted_dataset = _dataset(Blanks(run, len(data)), [BLANK] * len(data))
+        self.dataloader: Any = []
+
+    def see(self, *parts: Batch) -> None:
+        """Let the iteration be about the rows of these batches."""
+        x, y = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "y"))
+        self.mbatch = [x, y, torch.zeros_like(y)]
+
+    def rows(self, run: Run, x: Tensor, y: Tensor) -> Batch:
+        """Rows of a memory, [M, ...] and [M], to join a step."""
+        from clframe.data import Batch
+
+        y = y.to(run.device)
+        return Batch(
+            x.to(run.device),
+            y,
+            index=torch.full_like(y, -1),
+            task=run.task_of(y),
+            weight=torch.ones(len(y), device=run.device),
+            origin=torch.zeros_like(y),
+        )
+
+
+class Gradients:
+    """In place of an optimizer where there is none: it can empty the gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.param_groups: list[dict[str, Any]] = []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Have no gradients."""
+        self.model.zero_grad(set_to_none)
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """The images of an experience as they are trained on, one by one."""
+
+    def __init__(self, run: Run, data: ImageData) -> None:
+        self.run, self.data = run, data
+        self.targets = data.y.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        transform = self.run.scenario.transform
+        augment = self.run.rng("avalanche/augment") if transform.augments else None
+        return self.run.batch(self.data.rows(slice(i, i + 1)), augment).x[0], self.targets[i]
+
+
+BLANK = -1  # the label of a row that stands for one of the experience's own
+
+
+class Blanks(torch.utils.data.Dataset[Any]):
+    """As many blank images as an experience has: a loader of both it and a memory is asked for the memory only."""
+
+    def __init__(self, run: Run, n: int) -> None:
+        self.blank = torch.zeros(run.scenario.input_shape, device=run.device)
+        self.targets = [BLANK] * n
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not 0 <= i < len(self.targets):
+            raise IndexError(i)
+        return self.blank, BLANK
+
+
+class Randomness:
+    """Random numbers of its own inside, for code that draws from the generators of torch, numpy and Python at large."""
+
+    def __init__(self, seed: int) -> None:
+        self.states = (
+            torch.Generator().manual_seed(seed).get_state(),
+            np.random.RandomState(seed).get_state(),
+            random.Random(seed).getstate(),
+        )
+
+    def __enter__(self) -> None:
+        self.outside = self._take()
+        self._put(self.states)
+
+    def __exit__(self, *_: object) -> None:
+        self.states = self._take()
+        self._put(self.outside)
+
+    def _take(self) -> tuple[Any, ...]:
+        return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    def _put(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _dataset(rows: torch.utils.data.Dataset[Any], targets: list[int]) -> Any:
+    """`rows` as a data set of Avalanche, all of one task."""
+    from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
+
+    return _make_taskaware_classification_dataset(rows, targets=targets, task_labels=0)
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Avalanche's import warns of what other packages do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@lru_cache(maxsize=len(TESTED))
+def _class_of(variant: str) -> type[Plugin]:
+    """The class of ``avalanche:variant``: Avalanche's constructor is its schema of options."""
+    with _quiet():
+        from avalanche.training import plugins
+    theirs = getattr(plugins, TESTED[variant][0])
+    hints = get_type_hints(theirs.__init__) | HINTS
+    given = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints.get(name, Any))
+        for name, parameter in inspect.signature(theirs.__init__).parameters.items()
+        if name != "self" and name not in LEFT_OUT
+    ]
+
+    def build(self: AvalanchePlugin, **options: Any) -> None:
+        AvalanchePlugin.__init__(self)
+        try:
+            self.inner = theirs(**options)
+        except (AssertionError, ValueError) as error:
+            raise WrongUse(f"Avalanche refuses these options of `{self.name}`: {' '.join(str(error).split())}") from error
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    build.__signature__ = inspect.Signature([own, *given])  # type: ignore[attr-defined]
+    build.__annotations__ = {parameter.name: parameter.annotation for parameter in given}
+    return type(
+        f"Avalanche{variant}",
+        (AvalanchePlugin,),
+        {
+            "__init__": build,
+            "__doc__": f"Avalanche's `{theirs.__name__}`, run inside clframe.\n\nOptions:\n{_options_of(theirs)}",
+            "__module__": __name__,
+            "name": f"avalanche:{variant}",
+            "citation": TESTED[variant][1],
+            "variants": (),
+            "replays": variant == "Replay",
+            "keeps_images": variant in KEEP_IMAGES,
+            "settings": ("domain",) if variant == "LFL" else AvalanchePlugin.settings,
+        },
+    )
+
+
+def _options_of(theirs: type) -> str:
+    """What Avalanche's own documentation says of each option, in the form in which clframe reads it."""
+    text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
+    lines = []
+    for entry in text.split(":param ")[1:]:
+        name, _, words = entry.partition(":")
+        if name not in LEFT_OUT:
+            lines.append(f"    {name}: {' '.join(words.split(':return')[0].split())}\n")
+    return "".join(lines)
+
+
+def _view(net: IncrementalNet) -> nn.Module:
+    """`net` as a network of Avalanche: images to logits."""
+    from avalanche.models.base_model import BaseModel
+
+    class View(nn.Module, BaseModel):  # type: ignore[misc]
+        def __init__(self, net: IncrementalNet) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x).logits
+            return logits
+
+        def get_features(self, x: Tensor) -> Tensor:
+            return self.net.features(x)
+
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            """Without the hooks of others, each module in the mode that it is in."""
+            copied = snapshot(self.net)
+            for ours, theirs in zip(copied.modules(), self.net.modules(), strict=True):
+                ours.training = theirs.training
+            view = View(copied)
+            view.training = self.training
+            return view
+
+    return View(net)
