@@ -219,7 +219,7 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
             assert (
                 (config.train.epochs, config.train.iterations, config.train.batch_size),
                 config.model["widths"],
-            ) == (digits if data == "digits" else ((1, None, 64), [32, 32, 64]))
+            ) == (digits if data == "digits" else ((None, 1000, 32), [32, 32, 64]))
             assert config.train.keep_optimizer is False
         elif data == "cifar100":
             assert config.scenario["order"] == "random"
