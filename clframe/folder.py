@@ -23,7 +23,7 @@ from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.evaluate import Row
 from clframe.pictures import png
 from clframe.results import FILE as RESULTS
-from clframe.results import Results, to_json
+from clframe.results import Results, check_format, to_json
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
 BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
@@ -195,6 +195,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
     try:
         description = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        check_format(description, path / "model.json")
         return description, json.loads(description.pop("state")), checkpoint.read_tensors(path / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} holds no trained model ({error}); a run that was stopped can be resumed.") from error

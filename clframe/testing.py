@@ -375,13 +375,14 @@ def it_learns(subject: Subject, folder: Path) -> None:
             ) from error
         except ClframeError as error:
             raise Broken(f"A run in the setting `{setting}` fails: {error}") from error
+        except AttributeError:
+            missing = [name for name in built.state if not hasattr(built, name)]
+            hold(not missing, f"`state` names {missing}, which the plugin never has: a checkpoint could not hold it.")
+            raise
         rows = {reading: len(matrix) for reading, matrix in results.accuracy.items()}
         hold(
             rows and set(rows.values()) == {2}, f"A run in the setting `{setting}` has the accuracy rows {rows}, not 2."
         )
-
-        missing = [name for name in built.state if not hasattr(built, name)]
-        hold(not missing, f"`state` names {missing}, which the plugin never has: a checkpoint could not hold it.")
 
 
 def other_settings_are_refused(subject: Subject, folder: Path) -> None:
