@@ -216,8 +216,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         data = json.loads((path / FILES[0]).read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise OtherFormat(
-                f"Checkpoint {path} has format {data['format']}, and this clframe reads format {FORMAT}: resume the run "
-                "with the clframe that wrote it (environment.json names it)."
+                f"Checkpoint {path} has format {data['format']}, and this clframe reads format {FORMAT}: resume the "
+                "run with the clframe that wrote it (environment.json names it)."
             )
         return data["tree"], load_file(path / FILES[1])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

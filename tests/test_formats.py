@@ -67,8 +67,8 @@ def test_a_run_of_another_format_is_refused(kept: Path, number: object):
     with pytest.raises(DataError) as caught:
         Results.read(kept / "finished")
     assert str(caught.value) == (
-        f"{kept / 'finished' / 'results.json'} has format {number}, and this clframe reads format 1: use the clframe that "
-        "wrote it (environment.json names it), or run config.yaml again."
+        f"{kept / 'finished' / 'results.json'} has format {number}, and this clframe reads format 1: use the clframe "
+        "that wrote it (environment.json names it), or run config.yaml again."
     )
 
 
@@ -89,8 +89,8 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_a_damaged_o
     with pytest.raises(DataError) as caught:
         clframe.resume(kept / "stopped", allow_env_change=True)
     assert str(caught.value) == (
-        f"Checkpoint {newest} has format 2, and this clframe reads format 1: resume the run with the clframe that wrote it "
-        "(environment.json names it)."
+        f"Checkpoint {newest} has format 2, and this clframe reads format 1: resume the run with the clframe that "
+        "wrote it (environment.json names it)."
     )
 
 
@@ -127,6 +127,6 @@ def test_a_plugin_of_another_version_of_the_hooks_is_refused_in_one_sentence(
     with pytest.raises(WrongUse) as caught:
         registry.manager([Other()])
     assert caught.value.problems == (
-        f"The plugin `versioned` was written for version {version} of the hooks, and this clframe has version 1: upgrade "
-        f"{upgrade}.",
+        f"The plugin `versioned` was written for version {version} of the hooks, and this clframe has version 1: "
+        f"upgrade {upgrade}.",
     )
