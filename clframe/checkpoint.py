@@ -25,9 +25,13 @@ from clframe.data import ImageData
 from clframe.errors import DataError, RunFailed
 from clframe.model import IncrementalNet, snapshot
 
-FORMAT = 1
+FORMAT = 1  # of the files and of the tree in them; CHANGELOG.md has the rule for changes
 FILES = ("tree.json", "tensors.safetensors")
 KEPT = 2
+
+
+class OtherFormat(DataError):
+    """A checkpoint is whole, and of another format than this clframe's."""
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -178,6 +182,8 @@ def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tens
     for path in reversed(_checkpoints(folder)):
         try:
             loaded = _read(path)
+        except OtherFormat:  # it is no damage, and the older one would take the run back
+            raise
         except DataError as error:
             problems.append(str(error))
             continue
@@ -209,7 +215,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
                 raise DataError(f"Checkpoint {path} is damaged: {name} is not what was written.")
         data = json.loads((path / FILES[0]).read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
-            raise DataError(f"Checkpoint {path} has format {data['format']}; this clframe reads format {FORMAT}.")
+            raise OtherFormat(
+                f"Checkpoint {path} has format {data['format']}, and this clframe reads format {FORMAT}: resume the "
+                "run with the clframe that wrote it (environment.json names it)."
+            )
         return data["tree"], load_file(path / FILES[1])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"Checkpoint {path} is damaged: {error}.") from error

@@ -204,8 +204,10 @@ def resolve(
     suited = _named(backbone, "model", problems)
     resolved_model = _resolve_model(layers("model", model), suited, problems)
     resolved_plugins = {
-        name: _resolve_plugin(name, {**by_file.get(name, {}), **changes.get(name, {}), **options}, problems)
-        for name, options in chosen.items()
+        name: _resolve_plugin(
+            name, {**by_file.get(name, {}), **changes.get(name, {}), **by_call.get(name, {})}, problems
+        )
+        for name in chosen
     }
     train_layers = [training, *section("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)

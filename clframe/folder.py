@@ -23,7 +23,7 @@ from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.evaluate import Row
 from clframe.pictures import png
 from clframe.results import FILE as RESULTS
-from clframe.results import Results, to_json
+from clframe.results import Results, check_format, to_json
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
 BASE = "base.json"  # what a run that extends another one knows of it
@@ -228,6 +228,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     check_finished(path)
     try:
         description = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        check_format(description, path / "model.json")
         return description, json.loads(description.pop("state")), checkpoint.read_tensors(path / "model.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} holds no trained model that can be read ({error}).") from error

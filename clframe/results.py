@@ -10,7 +10,7 @@ from typing import Any
 
 from clframe.errors import DataError
 
-FORMAT = 1
+FORMAT = 1  # of results.json and model.json; CHANGELOG.md has the rule for changes
 FILE = "results.json"
 Matrix = list[list[float | None]]
 
@@ -91,7 +91,18 @@ class Results:
             timings = json.loads((folder / "timings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no results of a finished run ({error}).") from error
+        check_format(data, folder / FILE)
         return cls(data, timings, folder)
+
+
+def check_format(data: Any, file: Path) -> None:
+    """Raise `DataError` if `data`, which `file` holds, is of a format that this clframe does not read."""
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{file} has format {found}, and this clframe reads format {FORMAT}: use the clframe that wrote it "
+            "(environment.json names it), or run config.yaml again."
+        )
 
 
 def to_json(data: Mapping[str, Any]) -> str:

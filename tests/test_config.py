@@ -112,6 +112,12 @@ def test_the_users_choice_of_epochs_or_iterations_ends_the_scenarios(scenario, g
     assert (train.epochs, train.iterations) == length
 
 
+def test_set_wins_over_the_file_for_a_plugin_that_only_the_file_names(file):
+    path = file("plugins: {ewc: {lambda: 5, labels: exact}}\n")
+    plain, changed = (resolve(yaml_file=path, sets=sets).plugins["ewc"] for sets in ([], ["ewc.lambda=7"]))
+    assert (plain["lambda"], changed["lambda"], changed["labels"]) == (5.0, 7.0, "exact")
+
+
 def test_a_flag_ends_the_other_length_of_the_file_but_two_of_one_place_are_refused(file):
     path = file("train: {epochs: 3}")
     assert resolve(yaml_file=path, train={"iterations": 4}).train.epochs is None

@@ -149,6 +149,51 @@ def test_two_packages_with_one_name_are_both_named(install):
     assert registry.plugin_class("joint").name == "joint"
 
 
+def test_a_package_that_offers_a_name_twice_is_named_with_both(install):
+    """Its metadata may, though a pyproject.toml may not; a second copy of the package is no second offer."""
+    info = install("acme", PLUGIN, plugins={"noise": "acme:Noise"})
+    with (info / "entry_points.txt").open("a") as file:
+        file.write("noise = acme:Other\n")
+    assert refusal(registry.plugin_class, "noise") == (
+        "The package `acme` offers the plugin `noise` twice, as `acme:Noise` and `acme:Other`; repair it."
+    )
+
+
+def test_a_package_that_takes_the_name_of_a_built_in_is_named(install):
+    install("acme", PLUGIN, plugins={"ewc": "acme:Noise"})
+    sentence = "The plugin `ewc` is offered by the packages `acme` and `clframe`; uninstall one of them."
+    assert refusal(registry.plugin_class, "ewc") == sentence
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (
+            "@hookimpl\n    def after_stepp(self): ...",
+            "`after_stepp` of plugin `odd` is marked as a hook, but there is no hook `after_stepp`. Did you mean "
+            "`after_step`?",
+        ),
+        (
+            "def after_step(self): ...",
+            "`after_step` of plugin `odd` is named like a hook but lacks the mark: put `@hookimpl` above it.",
+        ),
+        ("hook_api = 7", "The plugin `odd` was written for version 7 of the hooks, and this clframe has version 1: "),
+    ],
+)
+def test_an_installed_class_that_misnames_a_hook_is_refused_before_it_is_built(install, method, sentence):
+    source = "from clframe import Plugin, hookimpl\nclass Odd(Plugin):\n    def __init__(self): 1 / 0\n    "
+    install("acme", source + method, plugins={"odd": "acme:Odd"})
+    assert refusal(registry.build_plugin, "odd", {}).startswith(sentence)
+
+
+def test_an_entry_point_to_nothing_or_to_a_module_is_refused(install):
+    install("acme", PLUGIN, plugins={"gone": "acme:Gone", "whole": "acme"})
+    assert refusal(registry.plugin_class, "gone").startswith(
+        "The plugin `gone` of package `acme` cannot be imported (AttributeError: "
+    )
+    assert refusal(registry.plugin_class, "whole").endswith("not a class that derives from `clframe.Plugin`.")
+
+
 @pytest.mark.parametrize("what", ["number", "instance", "build"])
 def test_what_is_no_plugin_class_is_refused(install, what):
     install("acme", PLUGIN, plugins={"thing": f"acme:{what}"})

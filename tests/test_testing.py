@@ -1,0 +1,422 @@
+"""Each check of the contract fails where it should, alone, and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clframe import Arrays, Interrupted, Plugin, Scenario, Transform, hookimpl, split_classes, testing
+from clframe.model import snapshot
+
+CHECKS = {check.name: check for check in testing.CHECKS["plugin"]}
+
+
+def why(subject: testing.Subject, name: str) -> str:
+    """Why the check of that name fails."""
+    outcome = next(check for check in subject.checks if check.name == name).outcome(subject)
+    assert outcome.result == "failed", outcome
+    assert "\n" not in outcome.why
+    return outcome.why
+
+
+class Undocumented(Plugin):
+    """Has an option that nobody explains."""
+
+    name = "bad"
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+
+
+class Changed(Plugin):
+    """Changes the options that it was given.
+
+    Options:
+        sizes: a list.
+    """
+
+    name = "bad"
+
+    def __init__(self, sizes: list[int] | None = None) -> None:
+        self.sizes = sizes
+
+    def __repr__(self) -> str:
+        return "Changed(sizes=[1])"
+
+
+class Stateless(Plugin):
+    """Names a state that it never has."""
+
+    name = "bad"
+    state = ("anchor",)
+
+
+class Unmarked(Plugin):
+    """Forgets the mark."""
+
+    name = "bad"
+
+    def penalty(self, run):
+        return {}
+
+
+class Raises(Plugin):
+    """Raises in one setting."""
+
+    name = "bad"
+
+    @hookimpl
+    def before_experience(self, run):
+        if run.scenario.setting == "domain":
+            raise IndexError("no such\nplace")
+
+
+class Anything(Plugin):
+    """Declares that it serves tasks, and its own refusal is about something else."""
+
+    name = "bad"
+    settings = ("task",)
+
+    def problems(self, run):
+        raise ValueError("nothing to do with settings")
+
+
+class Forgetful(Plugin):
+    """Counts without declaring it, so that a resume counts anew."""
+
+    name = "bad"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @hookimpl
+    def penalty(self, run):
+        self.count += 1
+        return {"bad": self.count * sum(p.square().sum() for p in run.model.parameters()) * 1e-3}
+
+
+class LateState(Plugin):
+    """Builds a declared module too late for a resume."""
+
+    name = "bad"
+    state = ("net",)
+
+    def __init__(self) -> None:
+        self.net: nn.Module | None = None
+
+    @hookimpl
+    def before_experience(self, run):
+        self.net = nn.Linear(1, 1)
+
+
+class Unpredictable(Plugin):
+    """Its predictor needs what a load does not bring back."""
+
+    name = "bad"
+    state = ("shift",)
+
+    def __init__(self) -> None:
+        self.shift = 0
+
+    @hookimpl
+    def after_experience(self, run):
+        self.shift = 1
+
+    @hookimpl
+    def predictor(self, run):
+        plugin = self
+
+        class Shifted(nn.Module):
+            def forward(self, x, task=None):
+                return run.model(x, task).logits.roll(plugin.shift, 1)
+
+        return Shifted()
+
+
+class Global(Plugin):
+    """Asks for rows by a number of its own."""
+
+    name = "bad"
+
+    @hookimpl
+    def penalty(self, run):
+        place = run.plugins.index(self)
+        return {"bad": (1 + place) * sum(p.square().sum() for p in run.model.parameters()) * 1e-3}
+
+
+class Detached(Plugin):
+    """A penalty that trains nothing."""
+
+    name = "bad"
+
+    @hookimpl
+    def penalty(self, run):
+        return {"bad": sum(p.detach().square().sum() for p in run.model.parameters())}
+
+
+class Misnamed(Plugin):
+    """A penalty under another's name."""
+
+    name = "bad"
+
+    @hookimpl
+    def penalty(self, run):
+        return {"good": sum(p.square().sum() for p in run.model.parameters()) * 1e-3}
+
+
+class Hooked(Plugin):
+    """Leaves a forward hook."""
+
+    name = "bad"
+
+    @hookimpl
+    def before_run(self, run):
+        run.model.backbone.register_forward_hook(lambda *_: None)
+
+
+class Asleep(Plugin):
+    """Leaves a module in eval mode."""
+
+    name = "bad"
+
+    @hookimpl
+    def after_experience(self, run):
+        run.model.backbone.eval()
+
+
+class Frozen(Plugin):
+    """Leaves a parameter frozen."""
+
+    name = "bad"
+
+    @hookimpl
+    def before_run(self, run):
+        next(run.model.backbone.parameters()).requires_grad_(False)
+
+
+class Secret(Plugin):
+    """Keeps an image in secret."""
+
+    name = "bad"
+    state = ("memory",)
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        self.memory = experience.train.x[:1].clone()
+
+
+class SecretNormalized(Secret):
+    """Keeps it as the network sees it."""
+
+    @hookimpl
+    def after_experience(self, run, experience):
+        self.memory = run.batch(experience.train.rows(slice(1))).x.clone()
+
+
+class Growing(Plugin):
+    """Keeps a teacher of each experience."""
+
+    name = "bad"
+    state = ("teachers",)
+
+    def __init__(self) -> None:
+        self.teachers: list[Any] = []
+
+    @hookimpl
+    def after_experience(self, run):
+        self.teachers.append(snapshot(run.model))
+
+
+@pytest.mark.parametrize(
+    ("bad", "name", "sentence"),
+    [
+        (Undocumented, "options are documented", "The option `size` is not documented: add it under `Options:`"),
+        (Changed, "options are documented", "builds a plugin with the options {'sizes': [1]}: store none in another"),
+        (Stateless, "it learns", "`state` names ['anchor'], which the plugin never has"),
+        (Unmarked, "hooks are marked", "`penalty` of plugin `bad` is named like a hook but lacks the mark"),
+        (
+            Raises,
+            "it learns",
+            "in the setting `domain` fails: The plugin `bad` raised in its hook `before_experience`: ",
+        ),
+        (Anything, "other settings are refused", "ValueError: nothing to do with settings"),
+        (Forgetful, "a stopped run resumes to the same bits", "ends with another results.json than one that was not"),
+        (
+            LateState,
+            "a stopped run resumes to the same bits",
+            "State `net` of plugin `bad` is a module or an optimizer",
+        ),
+        (Unpredictable, "a finished run loads and predicts", "name in `predictor_state` what `predictor` needs."),
+        (
+            Global,
+            "a plugin that does nothing changes nothing beside it",
+            "is learnt otherwise: draw from `run.rng` only",
+        ),
+        (Detached, "penalties pull", "The penalty `bad` has no gradient, or one of zero"),
+        (Misnamed, "penalties pull", "The penalty `good` must be named `bad` or `bad/term`."),
+        (Hooked, "nothing is left behind", "The module `backbone` still has hooks after the run"),
+        (Asleep, "nothing is left behind", "is left in eval mode"),
+        (Frozen, "nothing is left behind", "is left frozen: set `requires_grad` back in `after_run`."),
+        (Secret, "it keeps no image that it does not declare", "a training image are in tensors.safetensors: declare"),
+        (SecretNormalized, "it keeps no image that it does not declare", "a training image are in tensors.safetensors"),
+        (
+            Growing,
+            "its state does not grow",
+            "after experiences 1 to 4: keep the same amount, or declare `grows = True`",
+        ),
+    ],
+)
+def test_a_plugin_that_breaks_the_contract_is_told_how(bad: type[Plugin], name: str, sentence: str):
+    assert sentence in why(testing.plugin(bad), name)
+
+
+def test_what_a_plugin_declares_is_not_looked_at():
+    class Keeping(Secret):
+        keeps_images = True
+
+    class Grown(Growing):
+        grows = True
+
+    for cls, name in ((Keeping, "it keeps no image that it does not declare"), (Grown, "its state does not grow")):
+        outcome = CHECKS[name].outcome(testing.plugin(cls))
+        assert (outcome.result, outcome.why[:12]) == ("not run", "It declares ")
+        CHECKS[name](testing.plugin(cls))
+
+
+def test_a_check_that_is_called_raises():
+    with pytest.raises(testing.Broken, match="The option `size` is not documented"):
+        CHECKS["options are documented"](testing.plugin(Undocumented))
+
+
+def test_after_a_first_run_that_fails_nothing_else_is_trained():
+    found = {o.check.name: o for o in testing.outcomes(testing.plugin(Raises))}
+    assert [name for name, o in found.items() if o.result == "failed"] == ["it learns"]
+    assert {o.why for o in found.values() if o.check.needs_run and o.result == "not run"} == {
+        "`it learns` must pass first."
+    }
+
+
+def test_an_interruption_by_the_user_is_no_outcome():
+    class Interrupting(Plugin):
+        """Is stopped."""
+
+        name = "bad"
+
+        @hookimpl
+        def before_run(self, run):
+            raise Interrupted("Stopped.", 2)
+
+    with pytest.raises(Interrupted):
+        list(testing.outcomes(testing.plugin(Interrupting)))
+
+
+def test_every_check_says_what_it_asks():
+    for kind, checks in testing.CHECKS.items():
+        assert len({check.name for check in checks}) == len(checks)
+        assert all(check.why.endswith(".") and check.needs_run in (True, False) for check in checks), kind
+
+
+# scenarios and backbones
+
+X, Y = torch.randint(0, 256, (24, 1, 4, 4), dtype=torch.uint8), torch.arange(24) % 4
+
+
+def stream(x: Tensor = X, y: Tensor = Y, **changes: Any) -> Scenario:
+    built = split_classes("made", Arrays("made", x, y, x, y, tuple("abcd"), Transform()), experiences=2)
+    for name, value in changes.items():
+        setattr(built, name, value)
+    return built
+
+
+def good() -> Scenario:
+    """Four classes."""
+    return stream()
+
+
+def mislabelled() -> Scenario:
+    """Declares other classes than its images have."""
+    return stream(classes=[(0, 2), (1, 3)])
+
+
+def random_images() -> Scenario:
+    """Other images each time."""
+    return stream(torch.randint(0, 256, X.shape, dtype=torch.uint8))
+
+
+def strange_shape() -> Scenario:
+    """Declares another shape."""
+    return stream(input_shape=(1, 5, 5))
+
+
+def unsummed() -> Scenario:
+    """Has no checksum."""
+    return stream(checksum="")
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "sentence"),
+    [
+        (lambda: stream(), "options are documented", "`<lambda>` has no docstring"),
+        (strange_shape, "its images are what it says", "The train images of experience 1 of 2 are (1, 4, 4), not as"),
+        (
+            mislabelled,
+            "its images are what it says",
+            "The label [1] in the train images of experience 1 of 2 is none of",
+        ),
+        (random_images, "it is the same each time", "Two that are built alike have different checksums."),
+        (unsummed, "it is the same each time", "It has no `checksum`, by which a resume notices other data."),
+        (random_images, "a stopped run on it resumes to the same bits", "The images must depend on its options alone."),
+    ],
+)
+def test_a_scenario_that_breaks_the_contract_is_told_how(build: Callable[..., Scenario], name: str, sentence: str):
+    assert sentence in why(testing.scenario(build), name)
+
+
+@pytest.mark.parametrize(
+    "subject", [testing.scenario(good), testing.scenario("permuted-digits"), testing.backbone("mlp")]
+)
+def test_what_holds_to_the_contract_passes(subject: testing.Subject):
+    assert {outcome.result for outcome in testing.outcomes(subject)} == {"passed"}
+
+
+class Net(nn.Module):
+    """A backbone that may be broken."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__()
+        self.fault, self.width, self.calls = fault, 3 + (fault == "width"), 0
+        self.layer = nn.Linear(3 * 32 * 32, 3)
+        self.idle = nn.Linear(1, 1) if fault == "idle" else None
+
+    def features(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        y = self.layer(x.flatten(1))
+        y = y - y.mean(0) if self.fault == "beside" else y
+        return y * (1 + self.calls % 7) if self.fault == "counts" else y
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "sentence"),
+    [
+        ("width", "its features are as wide as it says", "`features` gives [5, 3] for 5 images, and `width` is 4"),
+        (
+            "beside",
+            "its features are as wide as it says",
+            "In eval mode an image's features depend on the others beside it.",
+        ),
+        ("idle", "every parameter learns", "The parameter `idle.weight` gets no gradient from `features`"),
+        ("counts", "its stopped run resumes to the same bits", "Keep what lasts as parameters or buffers."),
+    ],
+)
+def test_a_backbone_that_breaks_the_contract_is_told_how(fault: str, name: str, sentence: str):
+    def build(input_shape: Any) -> nn.Module:
+        return Net(fault)
+
+    assert sentence in why(testing.backbone(build), name)
