@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from clframe.data import Scenario
 from clframe.errors import DataError, WrongUse
 from clframe.evaluate import Reading, Readings
 from clframe.model import evaluating, masked
+
+if TYPE_CHECKING:
+    from clframe.export import Exported, Format
 
 BATCH = 256  # images at a time
 
@@ -176,6 +180,28 @@ class Trained(nn.Module):
         if skipped is not None:
             skipped += problems
         return found
+
+    def export(self, path: str | Path, format: Format, *, task: int | None = None) -> Exported:
+        """Write the model to a file that takes raw images [B, ...] and gives scores [B, C]; normalisation is inside.
+
+        What is read from the file is compared with this model on a few images. Images are uint8, but for models of
+        images given as floats; a model that needs a task takes one for each image, too, [B] int64.
+
+        Args:
+            path: of the file, which must not be there yet.
+            format: ``safetensors``: the weights by name, and in the header class names, shape and normalisation;
+                ``torch-export``: a program for `torch.export.load`; ``onnx``: which needs ``clframe[onnx]``.
+            task: answer within this task only. Networks that compute something else for each task need one, but for
+                ``safetensors``.
+
+        Raises:
+            WrongUse: if there is no such format, the file is there, packages are missing, or no graph can hold what
+                the model computes.
+            RunFailed: if the file does not answer as the model does.
+        """
+        from clframe.export import export  # it is needed by few
+
+        return export(self, Path(path).expanduser(), format, task)
 
     def _read(self, paths: Sequence[Path | None], part: range, problems: list[str]) -> dict[int, Tensor]:
         """The images of `part` by position; a sentence in `problems` on each that cannot be read."""
