@@ -84,7 +84,7 @@ class Deployed(nn.Module):
         x = images.to(torch.float32)
         x = x / self.factor if self.divides else x * self.factor + self.shift
         if self.fixed is not None:
-            task = torch.full((len(images),), self.fixed, device=images.device)
+            task = torch.full(images.shape[:1], self.fixed, device=images.device)  # `len` would be fixed, too
         scores: Tensor = self.predictor(x, task if self.tells else None)
         return scores if task is None else masked(scores, self.allowed[:, : scores.shape[1]][task])
 
@@ -193,11 +193,13 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
             f"The format `onnx` needs {' and '.join(f'`{name}`' for name in missing)}: pip install 'clframe[onnx]'."
         )
     names = ["images", "task"][: len(inputs[0])]
-    program = torch.onnx.export(
-        _traced(module, inputs[0]), dynamo=True, input_names=names, output_names=["scores"], verbose=False
-    )
-    assert program is not None
-    program.save(path, external_data=False)
+    traced = _traced(module, inputs[0])
+    try:
+        program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=["scores"], verbose=False)
+        assert program is not None
+        program.save(path, external_data=False)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise WrongUse(_refused("torch.onnx", error.__cause__ or error)) from error
     if importlib.util.find_spec("onnxruntime") is None:
         return None, None
     import onnxruntime
@@ -219,11 +221,15 @@ def _traced(module: Deployed, given: tuple[Tensor, ...]) -> torch.export.Exporte
             module, given, dynamic_shapes=tuple(many for _ in given) if len(given) > 1 else (many,)
         )
     except Exception as error:  # what it raises has no common base
-        text = " ".join(str(error).split())[:300]
-        raise WrongUse(
-            f"torch.export cannot follow what this model computes ({type(error).__name__}: {text}); the format "
-            "`safetensors` can hold its weights."
-        ) from error
+        raise WrongUse(_refused("torch.export", error)) from error
+
+
+def _refused(what: str, error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return (
+        f"{what} cannot follow what this model computes ({type(error).__name__}: {text}); the format `safetensors` can "
+        "hold its weights."
+    )
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
