@@ -112,9 +112,9 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
         with torch.no_grad(), _quiet():
             loaded, checked_with = write(trained, module, inputs, path)
             differences = []
-            for given in inputs if loaded else ():
+            for given in inputs:
                 expected = trained(*given) if task is None else trained(*given, task)
-                differences.append(_difference(expected, loaded(*given)))
+                differences += [_difference(expected, loaded(*given))] if loaded else []
         difference = max(differences, default=None)
         if difference is not None and difference > TOLERANCE:
             raise RunFailed(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clframe
-from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry
+from clframe import ImageData, Plugin, Scenario, Transform, change_domains, checkpoint, hookimpl, registry
 from clframe.cli.main import main
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, WrongUse
@@ -142,6 +142,27 @@ def test_a_head_for_all_classes_at_once_learns_otherwise_when_it_does_not_know_o
     assert clframe.load(tmp_path / "extended")(whole[2].test.x).shape == (8, 6)
     first, extended = weights(tmp_path / "first"), weights(tmp_path / "extended")
     assert first.keys() < extended.keys()
+
+
+def test_a_prior_for_each_class_grows_with_the_classes(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where the new Gaussians begin is drawn later than in one run, so that the bits differ; a resume's do not."""
+    whole, options = tiny(shape=(1, 8, 8)), METHODS["generative-replay"] | {"prior": "class"}
+    learnt_twice(whole, tmp_path, [{"generative-replay": options}])
+    _, tensors = checkpoint.load(tmp_path / "extended" / "checkpoints", print)
+    assert tensors["/plugins/generative-replay/generator/model.prior_mean"].shape == (6, 4)
+    original, calls = Engine.pause, [0]
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        engine.signal = signal.SIGTERM if calls[0] == 12 else 0
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    run = {"output": str(tmp_path / "stopped"), "tensorboard": False}
+    with pytest.raises(Interrupted):
+        clframe.extend(tmp_path / "first", part(whole, 2, 3), run=run)
+    clframe.resume(tmp_path / "stopped", scenario=part(whole, 2, 3))
+    assert same(tmp_path / "stopped", tmp_path / "extended")
 
 
 def test_domains_are_extended_by_the_same_classes(tiny_arrays: Any, tmp_path: Path):
