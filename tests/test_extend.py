@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -353,3 +355,57 @@ def test_the_command_explains_wrong_input(
     Path("stopped/config.yaml").write_text("")
     assert main(["extend", *arguments, "--quiet"]) == code
     assert sentence in capsys.readouterr().err
+
+
+FROM_FILES = """
+import torch
+from clframe import Arrays, split_classes
+
+def from_file(*, path: str, experiences: int = 2, setting: str = "class", bright: bool = False):
+    '''Classes that a file names, one bright pixel each.
+
+    Options:
+        path: of the file.
+        experiences: how many.
+        setting: class or task.
+        bright: images are turned into their negatives.
+    '''
+    names = open(path).read().split()
+    y = torch.arange(len(names)).repeat(8)
+    x = torch.zeros(len(y), 1, 4, 4, dtype=torch.uint8)
+    x.view(len(y), 16)[torch.arange(len(y)), [ord(name[0]) % 16 for name in names] * 8] = 255
+    return split_classes("from-file", Arrays("file", 255 - x if bright else x, y, x, y, tuple(names)), experiences=experiences)
+"""
+
+
+def test_an_engineer_adds_classes_by_two_commands_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A scenario of a third party: options are the run's, but for how the classes come."""
+    info = tmp_path / "package" / "from_file-0.1.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "package" / "from_file.py").write_text(FROM_FILES)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: from-file\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[clframe.scenarios]\nfrom-file = from_file:from_file\n")
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    Path("old.txt").write_text("ant bee cat dog")
+    Path("new.txt").write_text("bee eel fox")
+    quiet = ["--quiet", "--no-tensorboard"]
+    options = ["--set", "scenario.path=old.txt", "--set", "scenario.bright=true", "--plugin", "er", "--epochs", "20"]
+    assert main(["run", "--scenario", "from-file", *options, *quiet, "--output", "first"]) == 0
+    assert (
+        main(["extend", "first", "--scenario", "from-file", "--set", "scenario.path=new.txt", *quiet, "-o", "x"]) == 2
+    )
+    assert main(["extend", "first", "--scenario", "from-file", "--set", "scenario.path=new.txt", *quiet]) == 0
+    folder = next(Path("runs").iterdir())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    expected = {"name": "from-file", "path": "new.txt", "experiences": 1, "setting": "class", "bright": True}
+    assert config["scenario"] == expected
+    assert clframe.load(folder).class_names == ("ant", "bee", "cat", "dog", "eel", "fox")
+    values = np.full((4, 4), 255, dtype=np.uint8)
+    values.flat[ord("f") % 16] = 0
+    Image.fromarray(values).save("a.png")
+    capsys.readouterr()
+    assert main(["predict", str(folder), "a.png"]) == 0
+    assert capsys.readouterr().out.startswith("a.png\tfox\t")
