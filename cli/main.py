@@ -261,10 +261,8 @@ def predict(
 @app.command()
 def export(
     folder: RunFolderArgument,
-    format_: Annotated[
-        str, typer.Option("--format", "-f", metavar="safetensors|torch-export|onnx", help="Of the file.")
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")],
+    format_: Annotated[str, typer.Option("--format", metavar="safetensors|torch-export|onnx", help="Of the file.")],
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="Where to write it.")],
     task: Task = None,
     json: Json = False,
 ) -> None:

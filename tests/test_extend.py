@@ -374,7 +374,8 @@ def from_file(*, path: str, experiences: int = 2, setting: str = "class", bright
     y = torch.arange(len(names)).repeat(8)
     x = torch.zeros(len(y), 1, 4, 4, dtype=torch.uint8)
     x.view(len(y), 16)[torch.arange(len(y)), [ord(name[0]) % 16 for name in names] * 8] = 255
-    return split_classes("from-file", Arrays("file", 255 - x if bright else x, y, x, y, tuple(names)), experiences=experiences)
+    x = 255 - x if bright else x
+    return split_classes("from-file", Arrays("file", x, y, x, y, tuple(names)), experiences=experiences)
 """
 
 
@@ -394,9 +395,6 @@ def test_an_engineer_adds_classes_by_two_commands_and_predicts(
     quiet = ["--quiet", "--no-tensorboard"]
     options = ["--set", "scenario.path=old.txt", "--set", "scenario.bright=true", "--plugin", "er", "--epochs", "20"]
     assert main(["run", "--scenario", "from-file", *options, *quiet, "--output", "first"]) == 0
-    assert (
-        main(["extend", "first", "--scenario", "from-file", "--set", "scenario.path=new.txt", *quiet, "-o", "x"]) == 2
-    )
     assert main(["extend", "first", "--scenario", "from-file", "--set", "scenario.path=new.txt", *quiet]) == 0
     folder = next(Path("runs").iterdir())
     config = yaml.safe_load((folder / "config.yaml").read_text())
