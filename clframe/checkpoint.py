@@ -236,11 +236,14 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` as safetensors to `path` whole or not at all. Raises `OSError` if that fails."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write `tensors` as safetensors to `path` whole or not at all, with what it is `about` in its header.
+
+    Raises `OSError` if that fails.
+    """
     beside = path.with_name(f".{path.name}")
     try:
-        _save(_apart(tensors), beside)
+        _save(_apart(tensors), beside, about)
         sync(beside)
         beside.replace(path)
     except SafetensorError as error:  # it stands for an error of the system, too
@@ -268,9 +271,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
     """Write a safetensors file that whoever may read its folder may read; safetensors lets the owner alone."""
-    save_file(tensors, path)
+    save_file(tensors, path, about) if about else save_file(tensors, path)
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

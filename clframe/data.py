@@ -194,7 +194,7 @@ class Transform:
         out = out.clone() if out is x else out  # never in place on the caller's images
         if not self.mean:
             return out.div_(self.scale)
-        factor, shift = _affine(self, x.dim() - 2, x.device)
+        factor, shift = affine(self, x.dim() - 2, x.device)
         return out.mul_(factor).add_(shift)
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -233,7 +233,7 @@ class Transform:
 
 
 @lru_cache(maxsize=64)
-def _affine(transform: Transform, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def affine(transform: Transform, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and shift [C, 1, ...], with `dims` ones, from raw values to ((value / scale) - mean) / std."""
     with torch.inference_mode(False):  # kept for later calls, which may need gradients
         constants = torch.tensor((transform.mean, transform.std), dtype=torch.float64)

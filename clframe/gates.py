@@ -72,7 +72,7 @@ class Gate(nn.Module):
         """Logits [B, units] of the input [B, C, ...]."""
         hidden = self.inner(x.flatten(2).mean(2))
         norm = self.norm
-        if len(x) > 1 or not norm.training:
+        if not norm.training or len(x) > 1:
             hidden = norm(hidden)
         else:  # one image has no statistics
             hidden = functional.batch_norm(

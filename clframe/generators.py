@@ -89,6 +89,9 @@ class GenerativeModel(nn.Module):
         """Standard normal noise [n, z], where the model is; drawn on the CPU, so that all devices draw alike."""
         return torch.randn(n, self.z, generator=generator).to(next(self.parameters()))
 
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """Know of so many classes from now on, if it knows any; `generator` decides where new ones begin."""
+
     def draw_classes(self, n: int, among: int, generator: torch.Generator) -> Tensor | None:
         """`n` labels, each of the first `among` classes with the same chance; None if it knows no classes."""
         if self.classes is None:
@@ -144,6 +147,16 @@ class VAE(GenerativeModel):
         # apart from the start, as classes that share a place must first be driven from each other
         self.prior_mean = nn.Parameter(torch.randn(classes, z)) if classes else None
         self.prior_logvar = nn.Parameter(torch.zeros(classes, z)) if classes else None
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """New classes get Gaussians as the first ones had in the beginning."""
+        if self.prior_mean is None or self.prior_logvar is None or not self.classes or classes <= self.classes:
+            return
+        mean, logvar = self.prior_mean, self.prior_logvar
+        new = torch.randn(classes - self.classes, self.z, generator=generator).to(mean)
+        self.prior_mean = nn.Parameter(torch.cat([mean.detach(), new]), mean.requires_grad)
+        self.prior_logvar = nn.Parameter(torch.cat([logvar.detach(), torch.zeros_like(new)]), logvar.requires_grad)
+        self.classes = classes
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, z] of q(z | x)."""
@@ -277,6 +290,14 @@ class Rehearsal(nn.Module):
         """`n` raw images, and the classes that they were drawn of, any of the first `among`; None: it knows none."""
         y = self.model.draw_classes(n, among, generator)
         return self.model.sample(n, generator, y) * self.scale, y
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """Know of so many classes, if it knows any; where there are new ones, the optimizer begins anew."""
+        before = self.model.classes
+        for model in (self.model, self.previous):
+            model.grow(classes, generator)
+        if self.model.classes != before:
+            self.optimizer = self.model.optimizer(self.lr)
 
     def begin(self, fresh: bool = False, keep_optimizer: bool = False) -> None:
         """A new set of images comes: the model as it is now is the previous one.

@@ -49,7 +49,10 @@ class Hooks:
     def grow(self, run: Run, experience: Experience) -> None:
         """The head has grown for `experience`: add structure (masks, gates, norms, heads).
 
-        Also replayed on resume and load, before state is loaded. No data, and no randomness that lasts.
+        Also replayed on resume, load and extend, before state is loaded. No data, and no randomness that lasts.
+
+        Classes of an extension are not known of before it: `run.scenario` describes what was known at the time, here
+        and in `before_run`, so that what has a place for each class must make room here.
         """
 
     @hookspec

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from clframe.errors import DataError, WrongUse
@@ -59,7 +59,7 @@ def read_image(path: str | Path, shape: Sequence[int], scale: float) -> Tensor:
             image = fitted(opened, shape)
     # Pillow raises these, and its own kinds of them, for files that are damaged, of another kind, or too large
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "it is no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"The image {path} cannot be read: {reason}.") from error
     values = torch.from_numpy(np.array(image)).view(*shape[1:], shape[0]).permute(2, 0, 1).contiguous()
     return values if scale == 255 else values.to(torch.float32) * (scale / 255)

@@ -95,7 +95,8 @@ def _temperatures(engine: Engine) -> dict[str, float]:
     row = engine.evaluated(keep_scores=True, part="val")
     if row.kind != "logits":
         return {}
-    last, fitted = len(engine.stream) - 1, {}
+    last = len(engine.stream) - 1
+    fitted: dict[str, float] = {}
     for reading, given in row.scores.items():
         rows = [
             _allowed(scores, engine.readings.choices(reading, last, on))

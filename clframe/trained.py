@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clframe import images as files
@@ -15,7 +18,12 @@ from clframe.errors import DataError, WrongUse
 from clframe.evaluate import Reading, Readings
 from clframe.model import evaluating, masked
 
+if TYPE_CHECKING:
+    from clframe.export import Exported, Format
+
 BATCH = 256  # images at a time
+Files = str | Path | Sequence[str | Path]
+Images = Tensor | NDArray[Any] | Sequence[Tensor] | Sequence[NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class Trained(nn.Module):
 
     def predict(
         self,
-        images: str | Path | Sequence[str | Path] | Tensor,
+        images: Files | Images,
         *,
         top: int = 1,
         task: Tensor | int | None = None,
@@ -137,7 +145,7 @@ class Trained(nn.Module):
 
         Args:
             images: files and folders, which are brought to the model's size and colours
-                (`clframe.images.read_image`), or raw arrays [B, ...] as the data set has them.
+                (`clframe.images.read_image`), or raw images as the data set has them: an array [B, ...] or a list.
             top: how many classes of each, at most.
             task: one number, or one for each image.
             skipped: files that cannot be read are left out, and a sentence on each is added here; None: they are
@@ -150,32 +158,73 @@ class Trained(nn.Module):
         self.reading(task)
         if top < 1:
             raise WrongUse(f"`top` is {top}; it must be 1 at least.")
-        if isinstance(images, Tensor):
-            if images.shape[1:] != self.scenario.input_shape:
-                raise WrongUse(
-                    f"The images are {list(images.shape[1:])}, and this model takes {list(self.scenario.input_shape)}."
-                )
-            paths: Sequence[Path | None] = [None] * len(images)
-        else:
+        paths: Sequence[Path | None]
+        raw = self._stacked(images)
+        if raw is None:
             files.check_shape(self.scenario.input_shape)
-            paths = files.image_files([images] if isinstance(images, str | Path) else images)
+            named = [images] if isinstance(images, str | Path) else images
+            paths = files.image_files(cast(Sequence[str | Path], named))
+        else:
+            paths = [None] * len(raw)
         if isinstance(task, Tensor) and task.dim() and len(task) != len(paths):
             raise WrongUse(f"There are {len(paths)} images and {len(task)} tasks; give one for each image.")
         problems: list[str] = []
         found: list[Prediction] = []
         for start in range(0, len(paths), BATCH):
             part = range(start, min(start + BATCH, len(paths)))
-            raw = {i: images[i] for i in part} if isinstance(images, Tensor) else self._read(paths, part, problems)
+            read = self._read(paths, part, problems) if raw is None else {i: raw[i] for i in part}
             if problems and skipped is None:
                 continue  # all files that cannot be read are told at once
-            if raw:
-                told = task[list(raw)] if isinstance(task, Tensor) and task.dim() else task
-                found += self._answers([paths[i] for i in raw], torch.stack(list(raw.values())), told, top)
+            if read:
+                told = task[list(read)] if isinstance(task, Tensor) and task.dim() else task
+                found += self._answers([paths[i] for i in read], torch.stack(list(read.values())), told, top)
         if problems and skipped is None:
             raise DataError("\n".join(problems))
         if skipped is not None:
             skipped += problems
         return found
+
+    def export(self, path: str | Path, format: Format, *, task: int | None = None) -> Exported:
+        """Write the model to a file that takes raw images [B, ...] and gives scores [B, C]; normalisation is inside.
+
+        What is read from the file is compared with this model on a few images. Images are uint8, but for models of
+        images given as floats; a model that needs a task takes one for each image, too, [B] int64.
+
+        Args:
+            path: of the file, which must not be there yet.
+            format: ``safetensors``: the weights by name, and in the header class names, shape and normalisation;
+                ``torch-export``: a program for `torch.export.load`; ``onnx``: which needs ``clframe[onnx]``.
+            task: answer within this task only. Networks that compute something else for each task need one, but for
+                ``safetensors``.
+
+        Raises:
+            WrongUse: if there is no such format, the file is there, packages are missing, or no graph can hold what
+                the model computes.
+            RunFailed: if the file does not answer as the model does.
+        """
+        from clframe.export import export  # it is needed by few
+
+        return export(self, Path(path).expanduser(), format, task)
+
+    def _stacked(self, images: Files | Images) -> Tensor | None:
+        """Arrays as one [B, ...]; None of files. Raises `WrongUse` if they are not as the model takes them."""
+        if isinstance(images, str | Path):
+            return None
+        if not isinstance(images, Tensor | np.ndarray):
+            if not all(isinstance(image, Tensor | np.ndarray) for image in images):
+                return None
+            if not len(images):
+                return torch.empty(0, *self.scenario.input_shape)
+            shapes = sorted({tuple(cast(Tensor, image).shape) for image in images})
+            if len(shapes) > 1:
+                raise WrongUse(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
+            images = torch.stack([torch.as_tensor(image) for image in images])
+        raw = torch.as_tensor(images)
+        if raw.shape[1:] != self.scenario.input_shape:
+            raise WrongUse(
+                f"The images are {list(raw.shape[1:])}, and this model takes {list(self.scenario.input_shape)}."
+            )
+        return raw
 
     def _read(self, paths: Sequence[Path | None], part: range, problems: list[str]) -> dict[int, Tensor]:
         """The images of `part` by position; a sentence in `problems` on each that cannot be read."""

@@ -268,6 +268,20 @@ def predict(
 
 
 @app.command()
+def export(
+    folder: RunFolderArgument,
+    format_: Annotated[str, typer.Option("--format", metavar="safetensors|torch-export|onnx", help="Of the file.")],
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="Where to write it.")],
+    task: Task = None,
+    json: Json = False,
+) -> None:
+    """Write the model of a finished run to a file that answers as it does."""
+    from clframe.cli.use import exported
+
+    exported(folder, format_, output, task, json)
+
+
+@app.command()
 def doctor(data_root: DataRoot = None, json: Json = False) -> None:
     """Check versions, device, disk, data and plugins."""
     from clframe.cli.doctor import examine, report

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from clframe.cli import show
 from clframe.errors import WrongUse
+
+if TYPE_CHECKING:
+    from clframe.export import Format
 
 
 def predicted(folder: str, images: Sequence[str], top: int, task: int | None, skip: bool, json: bool) -> None:
@@ -49,6 +53,29 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
     for sentence in skipped or []:
         show.note(sentence)
     show.note(about)
+
+
+def exported(folder: str, kind: str, output: str, task: int | None, json: bool) -> None:
+    """Write the model to a file, and print what that takes and how it was checked."""
+    from clframe.api import load
+
+    trained = load(folder)
+    index = index_of(task, len(trained.scenario), needed=False)
+    written = trained.export(output, cast("Format", kind), task=index)
+    if json:
+        show.document(vars(written) | {"task": task, "class_names": trained.class_names})
+        return
+    show.line(f"Written: {written.path}")
+    for name, what in written.inputs.items():
+        show.line(f"Takes {name}: {what}")
+    show.line(f"Gives scores [B, {len(trained.class_names)}] of the classes {', '.join(trained.class_names)}")
+    if written.checked_with is None:
+        show.note("It was not run, as `onnxruntime` is not installed.")
+    else:
+        show.line(
+            f"Checked with {written.checked_with}: scores differ from the run's by {written.difference:.1g} of the "
+            "largest at most"
+        )
 
 
 def index_of(task: int | None, tasks: int, needed: bool) -> int | None:

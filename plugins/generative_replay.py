@@ -12,7 +12,7 @@ from torch.nn import functional
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, registry
 from clframe.context import Run
 from clframe.distill import soft_cross_entropy_per_group
-from clframe.generators import Net, Recipe, Rehearsal, check_range
+from clframe.generators import GenerativeModel, Net, Recipe, Rehearsal, check_range
 from clframe.model import masked, snapshot
 from clframe.options import Count, Positive
 
@@ -98,9 +98,17 @@ class GenerativeReplay(Plugin):
     @hookimpl
     def before_run(self, run: Run) -> None:
         """Build the generator."""
-        shape, n, rng = run.scenario.input_shape, len(run.scenario.class_names), run.rng(self.name)
-        scale = run.scenario.transform.scale
-        self.generator = Rehearsal(lambda: self.recipe.build(shape, n, rng).to(run.device), scale, self.lr)
+        shape, rng = run.scenario.input_shape, run.rng(self.name)
+
+        def build() -> GenerativeModel:
+            return self.recipe.build(shape, len(run.scenario.class_names), rng).to(run.device)
+
+        self.generator = Rehearsal(build, run.scenario.transform.scale, self.lr)
+
+    @hookimpl
+    def grow(self, run: Run) -> None:
+        """A run that is extended has more classes than it began with."""
+        self.generator.grow(len(run.scenario.class_names), run.rng(self.name))
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import clframe
-from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry
+from clframe import ImageData, Plugin, Scenario, Transform, change_domains, checkpoint, hookimpl, registry
 from clframe.cli.main import main
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, WrongUse
@@ -142,6 +144,27 @@ def test_a_head_for_all_classes_at_once_learns_otherwise_when_it_does_not_know_o
     assert clframe.load(tmp_path / "extended")(whole[2].test.x).shape == (8, 6)
     first, extended = weights(tmp_path / "first"), weights(tmp_path / "extended")
     assert first.keys() < extended.keys()
+
+
+def test_a_prior_for_each_class_grows_with_the_classes(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where the new Gaussians begin is drawn later than in one run, so that the bits differ; a resume's do not."""
+    whole, options = tiny(shape=(1, 8, 8)), METHODS["generative-replay"] | {"prior": "class"}
+    learnt_twice(whole, tmp_path, [{"generative-replay": options}])
+    _, tensors = checkpoint.load(tmp_path / "extended" / "checkpoints", print)
+    assert tensors["/plugins/generative-replay/generator/model.prior_mean"].shape == (6, 4)
+    original, calls = Engine.pause, [0]
+
+    def pause(engine: Engine) -> None:
+        calls[0] += 1
+        engine.signal = signal.SIGTERM if calls[0] == 12 else 0
+        original(engine)
+
+    monkeypatch.setattr(Engine, "pause", pause)
+    run = {"output": str(tmp_path / "stopped"), "tensorboard": False}
+    with pytest.raises(Interrupted):
+        clframe.extend(tmp_path / "first", part(whole, 2, 3), run=run)
+    clframe.resume(tmp_path / "stopped", scenario=part(whole, 2, 3))
+    assert same(tmp_path / "stopped", tmp_path / "extended")
 
 
 def test_domains_are_extended_by_the_same_classes(tiny_arrays: Any, tmp_path: Path):
@@ -332,3 +355,55 @@ def test_the_command_explains_wrong_input(
     Path("stopped/config.yaml").write_text("")
     assert main(["extend", *arguments, "--quiet"]) == code
     assert sentence in capsys.readouterr().err
+
+
+FROM_FILES = """
+import torch
+from clframe import Arrays, split_classes
+
+def from_file(*, path: str, experiences: int = 2, setting: str = "class", bright: bool = False):
+    '''Classes that a file names, one bright pixel each.
+
+    Options:
+        path: of the file.
+        experiences: how many.
+        setting: class or task.
+        bright: images are turned into their negatives.
+    '''
+    names = open(path).read().split()
+    y = torch.arange(len(names)).repeat(8)
+    x = torch.zeros(len(y), 1, 4, 4, dtype=torch.uint8)
+    x.view(len(y), 16)[torch.arange(len(y)), [ord(name[0]) % 16 for name in names] * 8] = 255
+    x = 255 - x if bright else x
+    return split_classes("from-file", Arrays("file", x, y, x, y, tuple(names)), experiences=experiences)
+"""
+
+
+def test_an_engineer_adds_classes_by_two_commands_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A scenario of a third party: options are the run's, but for how the classes come."""
+    info = tmp_path / "package" / "from_file-0.1.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "package" / "from_file.py").write_text(FROM_FILES)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: from-file\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[clframe.scenarios]\nfrom-file = from_file:from_file\n")
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    Path("old.txt").write_text("ant bee cat dog")
+    Path("new.txt").write_text("bee eel fox")
+    quiet = ["--quiet", "--no-tensorboard"]
+    options = ["--set", "scenario.path=old.txt", "--set", "scenario.bright=true", "--plugin", "er", "--epochs", "20"]
+    assert main(["run", "--scenario", "from-file", *options, *quiet, "--output", "first"]) == 0
+    assert main(["extend", "first", "--scenario", "from-file", "--set", "scenario.path=new.txt", *quiet]) == 0
+    folder = next(Path("runs").iterdir())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    expected = {"name": "from-file", "path": "new.txt", "experiences": 1, "setting": "class", "bright": True}
+    assert config["scenario"] == expected
+    assert clframe.load(folder).class_names == ("ant", "bee", "cat", "dog", "eel", "fox")
+    values = np.full((4, 4), 255, dtype=np.uint8)
+    values.flat[ord("f") % 16] = 0
+    Image.fromarray(values).save("a.png")
+    capsys.readouterr()
+    assert main(["predict", str(folder), "a.png"]) == 0
+    assert capsys.readouterr().out.startswith("a.png\tfox\t")

@@ -184,6 +184,17 @@ def test_a_task_leaves_its_classes_alone(run: Any, tiny: Any):
     assert [p.answers[0].label // 2 for p in mixed] == [0, 1, 2]
 
 
+def test_arrays_are_taken_as_one_or_as_a_list(run: Any, tiny: Any):
+    trained, x = clframe.load(run()), tiny()[0].test.x
+    expected = trained.predict(x)
+    assert len(expected) == 8
+    for given in (x.numpy(), list(x), list(x.numpy())):
+        assert trained.predict(given) == expected
+    assert trained.predict([]) == []
+    with pytest.raises(WrongUse, match=r"several shapes, such as \[1, 4, 4\] and \[1, 5, 5\]"):
+        trained.predict([x[0], torch.zeros(1, 5, 5)])
+
+
 # ------------------------------------------------------------------------------------ wrong input
 
 

@@ -22,6 +22,12 @@ def code(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def python(containing: str) -> str:
+    """The only block of Python that holds this text."""
+    (found,) = (block for block in code("python") if containing in block)
+    return found
+
+
 def test_the_hook_table_has_every_hook_with_its_exact_signature_in_calling_order():
     rows = re.findall(r"^\| `(\w+)\(([\w, ]+)\)` \|", README, re.MULTILINE)
     expected = []
@@ -94,10 +100,14 @@ def test_the_yaml_resolves(tmp_path: Path):
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    first, plugin = code("python")
+    first, in_use, plugin = (python(word) for word in ("EWC(", ".export(", "GradientNoise"))
     exec(first, {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] in set("abcdef")
+    exec(in_use, {})
+    for line in capsys.readouterr().out.splitlines():
+        assert re.fullmatch(r"(cat|dog|fox|owl) \d+% \['(\w+)', '(\w+)'\]", line)
+    assert (tmp_path / "pets.pt2").is_file()
     scope: dict[str, type[Plugin]] = {}
     exec(plugin, scope)
     registry.manager([scope["GradientNoise"]()])
