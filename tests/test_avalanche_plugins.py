@@ -129,7 +129,9 @@ def in_avalanche(name, options, tiny, before, **train):
     strategy = None
     after = []
     for experience, start in zip(benchmark.train_stream, before, strict=True):
-        for size in [w.shape[0] for k, w in start.items() if k.startswith("head.") and k.endswith("weight")][len(net.head) :]:
+        for size in [w.shape[0] for k, w in start.items() if k.startswith("head.") and k.endswith("weight")][
+            len(net.head) :
+        ]:
             net.grow(size)
         if strategy is None:
             net.load_state_dict(start)
