@@ -1,4 +1,4 @@
-"""Plugins of Avalanche inside clframe, through what they read of an Avalanche strategy; and clframe's inside Avalanche."""
+"""Plugins of Avalanche inside clframe, through what they read of a strategy; and plugins of clframe inside Avalanche."""
 
 from __future__ import annotations
 
@@ -62,13 +62,12 @@ HINTS: dict[str, Any] = {  # of options that Avalanche leaves without a type, or
 
 
 class AvalanchePlugin(Plugin):
-    """A plugin of Avalanche 0.6.0, run inside clframe: `avalanche:EWC` is its `EWCPlugin`, and so on. Known to be broken
-    in Avalanche: it cannot save a strategy, its SI does nothing on the CPU, and its forgetting is 0.0 of what it has
-    evaluated once.
+    """Runs a plugin of Avalanche 0.6.0, such as `avalanche:EWC`. Known to be broken there: it cannot save a strategy,
+    its SI does nothing on the CPU, and its forgetting is 0.0 of what it has evaluated once.
 
     Those that can be named give the very weights that Avalanche's own strategy gives, where the images, their order,
     the first weights and the optimizer (SGD) are the same, on one thread and without clipping (`train.clip=0`). Their
-    options are those of Avalanche's constructors. A run with one cannot be resumed, as what it keeps is Avalanche's own.
+    options are those of Avalanche's constructors. A run with one cannot be resumed: what it keeps is in no checkpoint.
     Of Avalanche's checkpoints, loggers and evaluation nothing is used.
 
     A plugin sees one head for all classes and no tasks: Avalanche's way in class- and domain-incremental learning. What
@@ -82,8 +81,8 @@ class AvalanchePlugin(Plugin):
     resumes = False
     known_problems = (
         "Avalanche 0.6.0 cannot save a strategy (PicklingError); clframe does not use its checkpoints.",
-        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; clframe's `si` "
-        "does not.",
+        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; use clframe's "
+        "`si`.",
         "Avalanche 0.6.0 gives a forgetting of 0.0 for an experience that it has evaluated once only; clframe leaves "
         "such a cell empty, and does not use its evaluation.",
     )
@@ -108,18 +107,16 @@ class AvalanchePlugin(Plugin):
         return _class_of(variant)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A plugin knows no masks of logits, and LFL freezes one layer for all classes."""
+        """A plugin knows no masks of logits."""
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
         if run.logits not in ("all", "seen"):
             yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
-        if self.name == "avalanche:LFL" and run.scenario.setting != "domain":
-            yield f"`{self.name}` freezes the last layer once it is trained, so that no class can join: use `--setting domain`."
 
     def hints(self, run: Run) -> Iterable[str]:
         """Avalanche's SI keeps views of the weights, where they are on the CPU, instead of copies."""
         if self.name == "avalanche:SI" and run.device.type == "cpu":
-            yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves; `si` does not."
+            yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves: use `si`."
 
     @hookimpl
     def before_run(self, run: Run) -> None:
@@ -420,6 +417,7 @@ def _class_of(variant: str) -> type[Plugin]:
             "variants": (),
             "replays": variant == "Replay",
             "keeps_images": variant in KEEP_IMAGES,
+            # LFL freezes the last layer once it is trained, so no class can join
             "settings": ("domain",) if variant == "LFL" else AvalanchePlugin.settings,
         },
     )
@@ -497,8 +495,8 @@ def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "d
     ]
     if needed:
         raise WrongUse(
-            f"`{plugin.name}` cannot run inside Avalanche, whose strategies have no place for its hook `{needed[0]}`; run "
-            "it in clframe."
+            f"`{plugin.name}` cannot run inside Avalanche, whose strategies have no place for its hook `{needed[0]}`: "
+            "run it in clframe."
         )
     if scenario.setting == "task":
         raise WrongUse(
@@ -522,8 +520,8 @@ class Around(IncrementalNet):
         last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1:]
         if not last or last[0].out_features <= int(order.max()):
             raise WrongUse(
-                f"The model must end in a linear layer of at least {int(order.max()) + 1} scores, one for each class of "
-                "the benchmark, from the start."
+                f"The model must end in a linear layer of at least {int(order.max()) + 1} scores, one for each class "
+                "of the benchmark, from the start."
             )
         self.head = nn.ModuleList(last)  # first, so that its parameters go by the name of a head's
         self.backbone = module
@@ -575,8 +573,8 @@ class _Adapted:
         self.hook.before_experience(run=run, experience=run.experience)
         if any(self.hook.phases(run=run, experience=run.experience)):
             raise WrongUse(
-                f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of Avalanche "
-                "has no place."
+                f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of "
+                "Avalanche has no place."
             )
 
     def before_forward(self, strategy: Any, *_: Any, **__: Any) -> None:
@@ -644,8 +642,8 @@ class _Adapted:
             problems.append(f"`{plugin.name}` cannot serve the setting `{scenario.setting}`.")
         if (wanted := plugin.wanted_logits(self.run)) not in (None, "all"):
             problems.append(
-                f"`{plugin.name}` with these options is made for `train.logits={wanted}`, and the loss of a strategy of "
-                "Avalanche is over all classes: choose another form."
+                f"`{plugin.name}` with these options is made for `train.logits={wanted}`, and the loss of a strategy "
+                "of Avalanche is over all classes: choose another form."
             )
         if problems:
             raise WrongUse(*problems)

@@ -93,7 +93,7 @@ def in_clframe(plugins, scenario, monkeypatch):
     return same.after
 
 
-def benchmark_of(scenario, numbers=None):
+def benchmark_of(scenario, numbers=None, tasks=(0, 0, 0)):
     """The benchmark of Avalanche with the images of `scenario`, its classes numbered by `numbers`."""
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
@@ -111,7 +111,10 @@ def benchmark_of(scenario, numbers=None):
             return self.x[i], self.targets[i]
 
     parts = {
-        part: [_make_taskaware_classification_dataset(Images(getattr(e, part)), task_labels=0) for e in scenario]
+        part: [
+            _make_taskaware_classification_dataset(Images(getattr(e, part)), task_labels=task)
+            for e, task in zip(scenario, tasks, strict=True)
+        ]
         for part in ("train", "test")
     }
     return benchmark_from_datasets(**parts)
@@ -204,16 +207,16 @@ def test_around_gives_what_goes_into_the_last_layer_and_scores_by_label():
     assert not net.last._forward_pre_hooks
 
 
-def refusal(plugin, scenario, model=None, **options):
+def refusal(plugin, scenario, model=None, tasks=(0, 0, 0)):
     from avalanche.training import Naive
 
-    given = benchmark_of(scenario)
+    given = benchmark_of(scenario, tasks=tasks)
     model = model or Net()
     with pytest.raises(WrongUse) as caught:
         Naive(
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            plugins=[as_avalanche(plugin, given, **options)],
+            plugins=[as_avalanche(plugin, given)],
             evaluator=None,
         ).train(given.train_stream, eval_streams=[])
     assert len(caught.value.problems) == 1
@@ -227,7 +230,7 @@ def test_what_has_no_place_there_is_refused_in_a_sentence(tiny):
     assert "no place for its hook `base_loss`" in refusal(LwF(form="mc"), tiny())
     assert "is made for `train.logits=current`" in refusal(LwF(form="local"), tiny())
     assert "in phases of its own" in refusal(LwF(form="all", warm_up=1.0), tiny())
-    assert "several tasks" in refusal(EWC(), tiny(), setting="task")
+    assert "several tasks" in refusal(EWC(), tiny(), tasks=(0, 1, 2))
     assert "must end in a linear layer of at least 6 scores" in refusal(EWC(), tiny(), nn.Linear(16, 3))
     growing = nn.Sequential(nn.Flatten(), IncrementalClassifier(16))
     assert "a model that grows" in refusal(EWC(), tiny(), growing)
