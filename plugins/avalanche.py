@@ -1,4 +1,4 @@
-"""Plugins of Avalanche inside clframe, through what they read of a strategy; and plugins of clframe inside Avalanche."""
+"""Avalanche's plugins inside clframe, through what they read of a strategy; and clframe's plugins inside Avalanche."""
 
 from __future__ import annotations
 
@@ -45,19 +45,24 @@ TESTED = {
 }
 KEEP_IMAGES = ("AGEM", "GEM", "Replay")
 LEFT_OUT = ("device", "storage_policy", "verbose")  # options that are objects, or the run's own business
-HINTS: dict[str, Any] = {  # of options that Avalanche leaves without a type, or with a loose one
-    "ewc_lambda": NonNegative,
-    "si_lambda": NonNegative | list[NonNegative],
-    "lambda_reg": NonNegative,
-    "lambda_e": NonNegative | list[NonNegative],
-    "alpha": NonNegative | list[NonNegative],
-    "temperature": Positive,
-    "mode": Literal["separate", "online"],
-    "decay_factor": Share | None,
-    "keep_importance_data": bool,
-    "mem_size": Count,
-    "patterns_per_experience": Count,
-    "sample_size": Count,
+HINTS: dict[str, dict[str, Any]] = {  # of options that Avalanche leaves without a type, or with a loose one
+    "AGEM": {"patterns_per_experience": Count, "sample_size": Count},
+    "EWC": {
+        "ewc_lambda": NonNegative,
+        "mode": Literal["separate", "online"],
+        "decay_factor": Share | None,
+        "keep_importance_data": bool,
+    },
+    "GEM": {"patterns_per_experience": Count, "memory_strength": NonNegative},
+    "LFL": {"lambda_e": NonNegative | list[NonNegative]},
+    "LwF": {"alpha": NonNegative | list[NonNegative], "temperature": Positive},
+    "MAS": {"lambda_reg": NonNegative, "alpha": Share},
+    "Replay": {"mem_size": Count, "batch_size": Count | None, "batch_size_mem": Count | None},
+    "SI": {"si_lambda": NonNegative | list[NonNegative], "eps": Positive, "excluded_parameters": list[str] | None},
+}
+UNTOLD = {  # options that Avalanche does not document
+    "mem_size": "images that the memory holds at most.",
+    "excluded_parameters": "names of parameters that are left alone, or patterns of them.",
 }
 
 
@@ -81,8 +86,8 @@ class AvalanchePlugin(Plugin):
     resumes = False
     known_problems = (
         "Avalanche 0.6.0 cannot save a strategy (PicklingError); clframe does not use its checkpoints.",
-        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; use clframe's "
-        "`si`.",
+        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; use "
+        "clframe's `si`.",
         "Avalanche 0.6.0 gives a forgetting of 0.0 for an experience that it has evaluated once only; clframe leaves "
         "such a cell empty, and does not use its evaluation.",
     )
@@ -110,7 +115,7 @@ class AvalanchePlugin(Plugin):
         """A plugin knows no masks of logits."""
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
-        if run.logits not in ("all", "seen"):
+        if run.scenario.setting in self.settings and run.logits not in ("all", "seen"):
             yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
 
     def hints(self, run: Run) -> Iterable[str]:
@@ -386,7 +391,7 @@ def _class_of(variant: str) -> type[Plugin]:
     with _quiet():
         from avalanche.training import plugins
     theirs = getattr(plugins, TESTED[variant][0])
-    hints = get_type_hints(theirs.__init__) | HINTS
+    hints = get_type_hints(theirs.__init__) | HINTS[variant]
     given = [
         parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints.get(name, Any))
         for name, parameter in inspect.signature(theirs.__init__).parameters.items()
@@ -426,12 +431,12 @@ def _class_of(variant: str) -> type[Plugin]:
 def _options_of(theirs: type) -> str:
     """What Avalanche's own documentation says of each option, in the form in which clframe reads it."""
     text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
-    lines = []
+    told = dict(UNTOLD)
     for entry in text.split(":param ")[1:]:
         name, _, words = entry.partition(":")
-        if name not in LEFT_OUT:
-            lines.append(f"    {name}: {' '.join(words.split(':return')[0].split())}\n")
-    return "".join(lines)
+        told[name] = " ".join(words.split())
+    names = [name for name in inspect.signature(theirs.__init__).parameters if name in told]
+    return "".join(f"    {name}: {told[name]}\n" for name in names)
 
 
 def _view(net: IncrementalNet) -> nn.Module:

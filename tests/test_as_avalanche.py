@@ -224,7 +224,7 @@ def refusal(plugin, scenario, model=None, tasks=(0, 0, 0)):
 
 
 def test_what_has_no_place_there_is_refused_in_a_sentence(tiny):
-    from avalanche.models import IncrementalClassifier
+    from avalanche.models import DynamicModule
 
     assert "no place for its hook `extra_data`" in refusal(ICaRL(), tiny())
     assert "no place for its hook `base_loss`" in refusal(LwF(form="mc"), tiny())
@@ -232,5 +232,5 @@ def test_what_has_no_place_there_is_refused_in_a_sentence(tiny):
     assert "in phases of its own" in refusal(LwF(form="all", warm_up=1.0), tiny())
     assert "several tasks" in refusal(EWC(), tiny(), tasks=(0, 1, 2))
     assert "must end in a linear layer of at least 6 scores" in refusal(EWC(), tiny(), nn.Linear(16, 3))
-    growing = nn.Sequential(nn.Flatten(), IncrementalClassifier(16))
+    growing = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), type("Growing", (nn.Identity, DynamicModule), {})())
     assert "a model that grows" in refusal(EWC(), tiny(), growing)

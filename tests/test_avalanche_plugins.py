@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,13 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl, registry
+from clframe.config import RunSettings, TrainSettings
 from clframe.errors import DataError, WrongUse
+from clframe.hooks import HOOKS
 from clframe.model import IncrementalNet
 from clframe.options import options_of
 from clframe.plugins import avalanche as adapter
+from clframe.scenarios import avalanche as scenario_adapter
 from clframe.training import Sampler
 
 OPTIONS = {
@@ -279,19 +285,61 @@ def test_a_run_keeps_no_checkpoint_and_is_refused_to_resume_but_can_be_loaded(tm
     with pytest.raises(DataError) as caught:
         clframe.resume(tmp_path / "a")
     assert str(caught.value) == (
-        f"The run in {tmp_path / 'a'} cannot be resumed: what `avalanche:LwF` keeps is in no checkpoint. Start it again "
-        f"with `clframe run --config {tmp_path / 'a' / 'config.yaml'}`."
+        f"The run in {tmp_path / 'a'} cannot be resumed: what `avalanche:LwF` keeps is in no checkpoint. Start it "
+        f"again with `clframe run --config {tmp_path / 'a' / 'config.yaml'}`."
     )
     results = start(tmp_path / "b")
-    assert results.data["average_accuracy"] is not None if "average_accuracy" in results.data else True
+    assert len(results.accuracy["class"]) == 5
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     assert clframe.load(tmp_path / "b")(images).shape == (2, 10)
+
+
+def test_the_page_for_those_who_come_from_avalanche_names_what_exists():
+    from avalanche import training
+    from avalanche.benchmarks import classic
+    from avalanche.core import SupervisedPlugin
+    from avalanche.training import plugins
+
+    page = (Path(__file__).parent.parent / "docs" / "avalanche.md").read_text(encoding="utf-8")
+    rows = {}
+    for title in ("Benchmarks", "Methods", "Callbacks", "Settings"):
+        lines = page.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
+        cells = [[re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:-1]] for line in lines if "`" in line]
+        rows[title] = [cell for line, cell in zip([x for x in lines if "`" in x], cells, strict=True) if line[0] == "|"]
+    scenarios, backends = registry.names("scenario"), {f"avalanche:{name}" for name in scenario_adapter.BENCHMARKS}
+    options = {f"scenario.{option.name}" for option in options_of(scenario_adapter.benchmark, skip=registry.SUPPLIED)}
+    known = options | {f"train.{name}" for name in TrainSettings.model_fields}
+    known |= {f"run.{name}" for name in RunSettings.model_fields}
+    builders = [getattr(classic, name) for name in scenario_adapter.BENCHMARKS]
+    arguments = {name for build in builders for name in inspect.signature(build).parameters}
+    for theirs, ours, *own in rows["Benchmarks"]:
+        if own:
+            assert all(hasattr(classic, name) for name in theirs)
+            assert set(ours) <= backends
+            assert set(own[0]) <= set(scenarios)
+        else:
+            assert set(theirs) <= arguments
+            assert set(ours) <= known
+    assert {name for row in rows["Benchmarks"] if len(row) == 3 for name in row[1]} == backends
+    for theirs, own, inside in rows["Methods"]:
+        assert all(hasattr(plugins, name) or hasattr(training, name) for name in theirs)
+        assert set(own) <= set(registry.names("plugin"))
+        assert all(adapter.TESTED[name.partition(":")[2]][0] == theirs[0] for name in inside)
+    assert sum(len(row[2]) for row in rows["Methods"]) == len(adapter.TESTED)
+    for theirs, ours in rows["Callbacks"]:
+        assert all(hasattr(SupervisedPlugin, name) or name == "criterion" for name in theirs)
+        assert set(ours) <= set(HOOKS)
+    naive = inspect.signature(training.Naive).parameters
+    for theirs, ours, _default in rows["Settings"]:
+        assert set(theirs) <= set(naive)
+        assert set(ours) <= known
+    assert all(len(rows[title]) > 5 for title in rows)
 
 
 def test_its_options_are_documented_and_those_of_avalanche():
     for variant in adapter.TESTED:
         cls = registry.plugin_class(f"avalanche:{variant}")
-        assert all(option.doc for option in options_of(cls) if option.name != "excluded_parameters")
+        assert all(option.doc for option in options_of(cls))
         assert cls.name == f"avalanche:{variant}"
         assert cls.keeps_images == (variant in ("AGEM", "GEM", "Replay"))
     assert {option.name for option in options_of(registry.plugin_class("avalanche:SI"))} == {

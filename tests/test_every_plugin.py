@@ -18,7 +18,7 @@ from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import HOOKS
 from clframe.options import options_of
 
-NAMES = registry.names("plugin")
+NAMES = [name for name in registry.names("plugin") if not registry.plugin_class(name).variants]
 # options that make a plugin fit the tiny scenario, where its defaults do not, or take long
 SMALL: dict[str, dict[str, Any]] = {
     "always-be-dreaming": {"iterations": 10, "batch_size": 8, "noise": 10, "width": 8},
