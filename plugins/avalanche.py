@@ -390,7 +390,7 @@ def _class_of(variant: str) -> type[Plugin]:
     """The class of ``avalanche:variant``: Avalanche's constructor is its schema of options."""
     with _quiet():
         from avalanche.training import plugins
-    theirs = getattr(plugins, TESTED[variant][0])
+    theirs: Any = getattr(plugins, TESTED[variant][0])
     hints = get_type_hints(theirs.__init__) | HINTS[variant]
     given = [
         parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints.get(name, Any))
@@ -428,7 +428,7 @@ def _class_of(variant: str) -> type[Plugin]:
     )
 
 
-def _options_of(theirs: type) -> str:
+def _options_of(theirs: Any) -> str:
     """What Avalanche's own documentation says of each option, in the form in which clframe reads it."""
     text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
     told = dict(UNTOLD)
@@ -529,7 +529,7 @@ class Around(IncrementalNet):
                 "of the benchmark, from the start."
             )
         self.head = nn.ModuleList(last)  # first, so that its parameters go by the name of a head's
-        self.backbone = module
+        self.add_module("backbone", module)
         self.grown, self.selected = 0, None
         self.order = None if torch.equal(order, torch.arange(last[0].out_features)) else order
 
@@ -576,7 +576,8 @@ class _Adapted:
         run.optimizer = strategy.optimizer
         self.model.grown = run.experience.index + 1
         self.hook.before_experience(run=run, experience=run.experience)
-        if any(self.hook.phases(run=run, experience=run.experience)):
+        phases: Any = self.hook.phases(run=run, experience=run.experience)
+        if any(phases):
             raise WrongUse(
                 f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of "
                 "Avalanche has no place."
@@ -637,9 +638,13 @@ class _Adapted:
                 f"`{plugin.name}` cannot run inside Avalanche with a model that grows: give it all its classes."
             )
         self.model = Around(strategy.model, torch.tensor(scenario.class_order))
-        settings = TrainSettings(batch_size=strategy.train_mb_size, logits="all", clip=0.0)
+        train = {"batch_size": strategy.train_mb_size, "logits": "all", "clip": 0.0}
         config = Config(
-            scenario={"name": scenario.name}, model={"name": "avalanche"}, plugins={}, train=settings, run=RunSettings()
+            scenario={"name": scenario.name},
+            model={"name": type(strategy.model).__name__},
+            plugins={},
+            train=TrainSettings.model_validate(train),
+            run=RunSettings.model_validate({}),
         )
         self.run = Run(config, scenario, self.model, [plugin], strategy.device)
         problems = list(plugin.problems(self.run))

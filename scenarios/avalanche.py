@@ -113,7 +113,8 @@ def turns(seed: int | None, experiences: int, angles: list[int] | None) -> Calla
     def turn(i: int, x: Tensor) -> Tensor:
         from torchvision.transforms.functional import rotate  # the nearest pixel's value, as Avalanche has it
 
-        return rotate(x, angles[i])
+        turned: Tensor = rotate(x, angles[i])
+        return turned
 
     return turn
 
