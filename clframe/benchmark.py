@@ -38,8 +38,8 @@ def from_avalanche(
 
     Args:
         benchmark: the object.
-        setting: by default ``task`` if the experiences have different tasks; else ``domain`` if none brings a class that the
-            first lacks; else ``class``. In ``task``, the same class in another task is another one.
+        setting: by default ``task`` if the experiences have different tasks; else ``domain`` if none brings a class
+            that the first lacks; else ``class``. In ``task``, the same class in another task is another one.
         name: of the scenario.
         class_names: of the benchmark's classes, by number; by default ``classes`` of the benchmark, or of the first
             data set, else the numbers.
@@ -153,8 +153,8 @@ def _stream(benchmark: Any, part: str) -> list[Any]:
     experiences = list(stream) if isinstance(stream, Iterable) else []
     if not experiences or not all(hasattr(experience, "dataset") for experience in experiences):
         raise WrongUse(
-            f"{type(benchmark).__name__} cannot be read as a benchmark: it needs a `{part}_stream` of experiences, each "
-            "with a `dataset`."
+            f"{type(benchmark).__name__} cannot be read as a benchmark: it needs a `{part}_stream` of experiences, "
+            "each with a `dataset`."
         )
     return experiences
 
@@ -200,7 +200,7 @@ def _names(columns: dict[tuple[int, int], int], given: Any, name: str) -> list[s
 
 
 def _image(x: Any, where: str) -> Tensor:
-    """`x`, a tensor, an array or a picture [H, W] or [H, W, C], as a tensor [C, H, W]; other tensors stay as they are."""
+    """`x` as a tensor: an array or a picture, [H, W] or [H, W, C], becomes [C, H, W]; a tensor stays as it is."""
     if isinstance(x, Tensor):
         return x.detach().cpu()
     try:

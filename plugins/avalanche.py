@@ -1,4 +1,4 @@
-"""Plugins of Avalanche inside clframe, through what they read of an Avalanche strategy."""
+"""Avalanche's plugins inside clframe, through what they read of a strategy; and clframe's plugins inside Avalanche."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clframe import registry
+from clframe.benchmark import from_avalanche
+from clframe.config import Config, RunSettings, TrainSettings
+from clframe.context import Run
+from clframe.data import Batch
 from clframe.errors import WrongUse, did_you_mean
 from clframe.hooks import hookimpl
-from clframe.model import snapshot
+from clframe.model import IncrementalNet, Outputs, snapshot
 from clframe.options import Count, NonNegative, Positive, Share
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
-    from clframe.context import Run
-    from clframe.data import Batch, Experience, ImageData
-    from clframe.model import IncrementalNet, Outputs
+    from clframe.data import Experience, ImageData, Scenario
 
 # Those whose weights are tested to be Avalanche's own, bit for bit, with the papers.
 TESTED = {
@@ -35,34 +38,41 @@ TESTED = {
     "LwF": ("LwFPlugin", "Li and Hoiem, Learning without forgetting, TPAMI 2017"),
     "MAS": ("MASPlugin", "Aljundi et al., Memory aware synapses, ECCV 2018"),
     "Replay": ("ReplayPlugin", "Rolnick et al., Experience replay for continual learning, NeurIPS 2019"),
-    "SI": ("SynapticIntelligencePlugin", "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, 2017"),
+    "SI": (
+        "SynapticIntelligencePlugin",
+        "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, 2017",
+    ),
 }
 KEEP_IMAGES = ("AGEM", "GEM", "Replay")
 LEFT_OUT = ("device", "storage_policy", "verbose")  # options that are objects, or the run's own business
-HINTS: dict[str, Any] = {  # of options that Avalanche leaves without a type, or with a loose one
-    "ewc_lambda": NonNegative,
-    "si_lambda": NonNegative | list[NonNegative],
-    "lambda_reg": NonNegative,
-    "lambda_e": NonNegative | list[NonNegative],
-    "alpha": NonNegative | list[NonNegative],
-    "temperature": Positive,
-    "mode": Literal["separate", "online"],
-    "decay_factor": Share | None,
-    "keep_importance_data": bool,
-    "mem_size": Count,
-    "patterns_per_experience": Count,
-    "sample_size": Count,
+HINTS: dict[str, dict[str, Any]] = {  # of options that Avalanche leaves without a type, or with a loose one
+    "AGEM": {"patterns_per_experience": Count, "sample_size": Count},
+    "EWC": {
+        "ewc_lambda": NonNegative,
+        "mode": Literal["separate", "online"],
+        "decay_factor": Share | None,
+        "keep_importance_data": bool,
+    },
+    "GEM": {"patterns_per_experience": Count, "memory_strength": NonNegative},
+    "LFL": {"lambda_e": NonNegative | list[NonNegative]},
+    "LwF": {"alpha": NonNegative | list[NonNegative], "temperature": Positive},
+    "MAS": {"lambda_reg": NonNegative, "alpha": Share},
+    "Replay": {"mem_size": Count, "batch_size": Count | None, "batch_size_mem": Count | None},
+    "SI": {"si_lambda": NonNegative | list[NonNegative], "eps": Positive, "excluded_parameters": list[str] | None},
+}
+UNTOLD = {  # options that Avalanche does not document
+    "mem_size": "images that the memory holds at most.",
+    "excluded_parameters": "names of parameters that are left alone, or patterns of them.",
 }
 
 
 class AvalanchePlugin(Plugin):
-    """A plugin of Avalanche 0.6.0, run inside clframe: `avalanche:EWC` is its `EWCPlugin`, and so on. Known to be broken
-    in Avalanche: it cannot save a strategy, its SI does nothing on the CPU, and its forgetting is 0.0 of what it has
-    evaluated once.
+    """Runs a plugin of Avalanche 0.6.0, such as `avalanche:EWC`. Known to be broken there: it cannot save a strategy,
+    its SI does nothing on the CPU, and its forgetting is 0.0 of what it has evaluated once.
 
     Those that can be named give the very weights that Avalanche's own strategy gives, where the images, their order,
     the first weights and the optimizer (SGD) are the same, on one thread and without clipping (`train.clip=0`). Their
-    options are those of Avalanche's constructors. A run with one cannot be resumed, as what it keeps is Avalanche's own.
+    options are those of Avalanche's constructors. A run with one cannot be resumed: what it keeps is in no checkpoint.
     Of Avalanche's checkpoints, loggers and evaluation nothing is used.
 
     A plugin sees one head for all classes and no tasks: Avalanche's way in class- and domain-incremental learning. What
@@ -76,8 +86,8 @@ class AvalanchePlugin(Plugin):
     resumes = False
     known_problems = (
         "Avalanche 0.6.0 cannot save a strategy (PicklingError); clframe does not use its checkpoints.",
-        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; clframe's `si` "
-        "does not.",
+        "The SI of Avalanche 0.6.0 does nothing on the CPU, where it compares the weights with themselves; use "
+        "clframe's `si`.",
         "Avalanche 0.6.0 gives a forgetting of 0.0 for an experience that it has evaluated once only; clframe leaves "
         "such a cell empty, and does not use its evaluation.",
     )
@@ -87,7 +97,9 @@ class AvalanchePlugin(Plugin):
 
     def __init__(self) -> None:
         self.strategy: Any = None
-        self.memory: Iterator[Any] | None = None  # batches of Avalanche's own loader, if the plugin has put one in place
+        self.memory: Iterator[Any] | None = (
+            None  # batches of Avalanche's own loader, if the plugin has put one in place
+        )
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
@@ -100,18 +112,16 @@ class AvalanchePlugin(Plugin):
         return _class_of(variant)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A plugin knows no masks of logits, and LFL freezes one layer for all classes."""
+        """A plugin knows no masks of logits."""
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
-        if run.logits not in ("all", "seen"):
+        if run.scenario.setting in self.settings and run.logits not in ("all", "seen"):
             yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
-        if self.name == "avalanche:LFL" and run.scenario.setting != "domain":
-            yield f"`{self.name}` freezes the last layer once it is trained, so that no class can join: use `--setting domain`."
 
     def hints(self, run: Run) -> Iterable[str]:
         """Avalanche's SI keeps views of the weights, where they are on the CPU, instead of copies."""
         if self.name == "avalanche:SI" and run.device.type == "cpu":
-            yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves; `si` does not."
+            yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves: use `si`."
 
     @hookimpl
     def before_run(self, run: Run) -> None:
@@ -156,7 +166,9 @@ class AvalanchePlugin(Plugin):
         strategy.see(batch)
         strategy.mb_output = outputs.logits
         base = run.loss(batch, outputs).detach()
-        strategy.loss = base.reshape(1).clone()  # of the form that it has in Avalanche, and without the loss's own graph
+        strategy.loss = base.reshape(
+            1
+        ).clone()  # of the form that it has in Avalanche, and without the loss's own graph
         self._call("after_forward")
         self._call("before_backward")
         added: Tensor = (strategy.loss - base).sum()
@@ -268,8 +280,6 @@ class Strategy:
 
     def rows(self, run: Run, x: Tensor, y: Tensor) -> Batch:
         """Rows of a memory, [M, ...] and [M], to join a step."""
-        from clframe.data import Batch
-
         y = y.to(run.device)
         return Batch(
             x.to(run.device),
@@ -380,8 +390,8 @@ def _class_of(variant: str) -> type[Plugin]:
     """The class of ``avalanche:variant``: Avalanche's constructor is its schema of options."""
     with _quiet():
         from avalanche.training import plugins
-    theirs = getattr(plugins, TESTED[variant][0])
-    hints = get_type_hints(theirs.__init__) | HINTS
+    theirs: Any = getattr(plugins, TESTED[variant][0])
+    hints = get_type_hints(theirs.__init__) | HINTS[variant]
     given = [
         parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints.get(name, Any))
         for name, parameter in inspect.signature(theirs.__init__).parameters.items()
@@ -393,7 +403,9 @@ def _class_of(variant: str) -> type[Plugin]:
         try:
             self.inner = theirs(**options)
         except (AssertionError, ValueError) as error:
-            raise WrongUse(f"Avalanche refuses these options of `{self.name}`: {' '.join(str(error).split())}") from error
+            raise WrongUse(
+                f"Avalanche refuses these options of `{self.name}`: {' '.join(str(error).split())}"
+            ) from error
 
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     build.__signature__ = inspect.Signature([own, *given])  # type: ignore[attr-defined]
@@ -410,20 +422,21 @@ def _class_of(variant: str) -> type[Plugin]:
             "variants": (),
             "replays": variant == "Replay",
             "keeps_images": variant in KEEP_IMAGES,
+            # LFL freezes the last layer once it is trained, so no class can join
             "settings": ("domain",) if variant == "LFL" else AvalanchePlugin.settings,
         },
     )
 
 
-def _options_of(theirs: type) -> str:
+def _options_of(theirs: Any) -> str:
     """What Avalanche's own documentation says of each option, in the form in which clframe reads it."""
     text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
-    lines = []
+    told = dict(UNTOLD)
     for entry in text.split(":param ")[1:]:
         name, _, words = entry.partition(":")
-        if name not in LEFT_OUT:
-            lines.append(f"    {name}: {' '.join(words.split(':return')[0].split())}\n")
-    return "".join(lines)
+        told[name] = " ".join(words.split())
+    names = [name for name in inspect.signature(theirs.__init__).parameters if name in told]
+    return "".join(f"    {name}: {told[name]}\n" for name in names)
 
 
 def _view(net: IncrementalNet) -> nn.Module:
@@ -452,3 +465,197 @@ def _view(net: IncrementalNet) -> nn.Module:
             return view
 
     return View(net)
+
+
+# --------------------------------------------------------------- the other way: clframe inside Avalanche
+
+ADAPTED = ("before_run", "before_experience", "phases", "penalty", "after_backward", "after_step", "after_experience")
+
+
+def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "domain"] | None = None) -> Any:
+    """`plugin` as a plugin of Avalanche, for a strategy that trains on `benchmark` with one head for all its classes.
+
+    The strategy's model is any module that maps images to the scores of all classes, by their numbers, through a last
+    layer that is linear; the strategy's loss is over all of them (`train.logits=all`).
+
+    Args:
+        plugin: one that adds to the loss, or acts on gradients and weights, such as `EWC(lambda_=50.0)`.
+        benchmark: the one that is trained on, in the order of its experiences.
+        setting: as in `clframe.from_avalanche`.
+
+    Returns:
+        An instance of a class that derives from Avalanche's `SupervisedPlugin`.
+
+    Raises:
+        WrongUse: if the plugin needs what a strategy of Avalanche has no place for.
+    """
+    with _quiet():
+        from avalanche.training.plugins import SupervisedPlugin
+
+    scenario = from_avalanche(benchmark, setting=setting)
+    needed = [
+        hook
+        for hook in registry.hooks_of(type(plugin))
+        if hook not in ADAPTED and not (hook == "base_loss" and not plugin.owns(hook))
+    ]
+    if needed:
+        raise WrongUse(
+            f"`{plugin.name}` cannot run inside Avalanche, whose strategies have no place for its hook `{needed[0]}`: "
+            "run it in clframe."
+        )
+    if scenario.setting == "task":
+        raise WrongUse(
+            f"`{plugin.name}` cannot run inside Avalanche on a benchmark of several tasks, only with one head for all "
+            "classes: give `setting='class'` or `setting='domain'`."
+        )
+    adapted: Any = type("AsAvalanche", (_Adapted, SupervisedPlugin), {})
+    return adapted(plugin, scenario)
+
+
+class Around(IncrementalNet):
+    """A network of Avalanche as clframe's plugins see one: its last linear layer is the head, all of it the backbone.
+
+    Args:
+        module: maps images to scores [B, C], by the classes' own numbers.
+        order: those numbers, in the order of the labels.
+    """
+
+    def __init__(self, module: nn.Module, order: Tensor) -> None:
+        nn.Module.__init__(self)
+        last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1:]
+        if not last or last[0].out_features <= int(order.max()):
+            raise WrongUse(
+                f"The model must end in a linear layer of at least {int(order.max()) + 1} scores, one for each class "
+                "of the benchmark, from the start."
+            )
+        self.head = nn.ModuleList(last)  # first, so that its parameters go by the name of a head's
+        self.add_module("backbone", module)
+        self.grown, self.selected = 0, None
+        self.order = None if torch.equal(order, torch.arange(last[0].out_features)) else order
+
+    @property
+    def blocks(self) -> list[int]:
+        """One block, of all classes."""
+        last: Any = self.head[0]
+        return [last.out_features if self.order is None else len(self.order)]
+
+    def features(self, x: Tensor) -> Tensor:
+        """What goes into the last layer."""
+        return self._outputs(x).features
+
+    def columns(self, scores: Tensor) -> Tensor:
+        """Scores [B, C] by label."""
+        return scores if self.order is None else scores.index_select(1, self.order.to(scores.device))
+
+    def _outputs(self, x: Tensor) -> Outputs:
+        seen: list[Tensor] = []
+        watching = self.head[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            scores = self.columns(self.backbone(x))
+        finally:
+            watching.remove()
+        return Outputs(seen[-1], scores, [scores.shape[1]])
+
+
+class _Adapted:
+    """The callbacks of what `as_avalanche` gives: each calls the plugin's hooks that have their place there."""
+
+    def __init__(self, plugin: Plugin, scenario: Scenario) -> None:
+        super().__init__()
+        self.plugin, self.scenario = plugin, scenario
+        self.hook = registry.callers(registry.manager([plugin]))
+        self.label = {number: label for label, number in enumerate(scenario.class_order)}
+        self.seen: list[Tensor] = []  # what went into the last layer in the latest forward pass
+
+    def before_training_exp(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """The experience begins, and with the first one the run."""
+        if not self.plugin.has_run:
+            self._begin(strategy)
+        run = self.run
+        run.experience = self.scenario[strategy.experience.current_experience].for_training()
+        run.optimizer = strategy.optimizer
+        self.model.grown = run.experience.index + 1
+        self.hook.before_experience(run=run, experience=run.experience)
+        phases: Any = self.hook.phases(run=run, experience=run.experience)
+        if any(phases):
+            raise WrongUse(
+                f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of "
+                "Avalanche has no place."
+            )
+
+    def before_forward(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """Look at what goes into the last layer."""
+        self.seen.clear()
+        self.watching = self.model.head[0].register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+
+    def after_forward(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """It was seen."""
+        self.watching.remove()
+
+    def before_backward(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """What the plugin adds to the loss."""
+        run = self.run
+        y = torch.tensor([self.label[number] for number in strategy.mb_y.tolist()], device=run.device)
+        self.batch = Batch(
+            strategy.mb_x,
+            y,
+            index=torch.full_like(y, -1),
+            task=torch.full_like(y, run.experience.index),
+            weight=torch.ones(len(y), device=run.device),
+            origin=torch.zeros_like(y),
+        )
+        if self.plugin.needs_task_gradient:
+            moving = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(strategy.loss, list(moving.values()), retain_graph=True, allow_unused=True)
+            run.task_gradients = {name: g for name, g in zip(moving, found, strict=True) if g is not None}
+        scores = self.model.columns(strategy.mb_output)
+        outputs = Outputs(self.seen[-1], scores, [scores.shape[1]])
+        named: Any
+        for named in self.hook.penalty(run=run, batch=self.batch, outputs=outputs) or ():
+            for term in named.values():
+                strategy.loss = strategy.loss + term
+
+    def after_backward(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """The gradients are there."""
+        self.hook.after_backward(run=self.run, batch=self.batch)
+
+    def after_update(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """The optimizer has stepped."""
+        self.hook.after_step(run=self.run, batch=self.batch)
+        self.run.total_steps += 1
+
+    def after_training_exp(self, strategy: Any, *_: Any, **__: Any) -> None:
+        """The experience ends."""
+        self.hook.after_experience(run=self.run, experience=self.run.experience)
+
+    def _begin(self, strategy: Any) -> None:
+        """Build the context of the run, refusing what the plugin cannot serve."""
+        from avalanche.models.dynamic_modules import DynamicModule
+
+        plugin, scenario = self.plugin, self.scenario
+        if any(isinstance(module, DynamicModule) for module in strategy.model.modules()):
+            raise WrongUse(
+                f"`{plugin.name}` cannot run inside Avalanche with a model that grows: give it all its classes."
+            )
+        self.model = Around(strategy.model, torch.tensor(scenario.class_order))
+        train = {"batch_size": strategy.train_mb_size, "logits": "all", "clip": 0.0}
+        config = Config(
+            scenario={"name": scenario.name},
+            model={"name": type(strategy.model).__name__},
+            plugins={},
+            train=TrainSettings.model_validate(train),
+            run=RunSettings.model_validate({}),
+        )
+        self.run = Run(config, scenario, self.model, [plugin], strategy.device)
+        problems = list(plugin.problems(self.run))
+        if scenario.setting not in plugin.settings:
+            problems.append(f"`{plugin.name}` cannot serve the setting `{scenario.setting}`.")
+        if (wanted := plugin.wanted_logits(self.run)) not in (None, "all"):
+            problems.append(
+                f"`{plugin.name}` with these options is made for `train.logits={wanted}`, and the loss of a strategy "
+                "of Avalanche is over all classes: choose another form."
+            )
+        if problems:
+            raise WrongUse(*problems)
+        plugin.has_run = True
+        self.hook.before_run(run=self.run)

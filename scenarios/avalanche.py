@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -113,7 +113,8 @@ def turns(seed: int | None, experiences: int, angles: list[int] | None) -> Calla
     def turn(i: int, x: Tensor) -> Tensor:
         from torchvision.transforms.functional import rotate  # the nearest pixel's value, as Avalanche has it
 
-        return rotate(x, angles[i])
+        turned: Tensor = rotate(x, angles[i])
+        return turned
 
     return turn
 
@@ -159,8 +160,8 @@ def _check(
     name = f"avalanche:{variant}"
     if variant in ELSEWHERE:
         raise WrongUse(
-            f"The data of `{name}` is not among those that clframe reads; build the benchmark with Avalanche in Python, "
-            "and give it to `clframe.from_avalanche`."
+            f"The data of `{name}` is not among those that clframe reads; build the benchmark with Avalanche in "
+            "Python, and give it to `clframe.from_avalanche`."
         )
     if variant not in BENCHMARKS:
         raise WrongUse(f"Avalanche has no classic benchmark `{variant}`.{did_you_mean(variant, BENCHMARKS)}")

@@ -17,7 +17,8 @@ from clframe.context import Run
 from clframe.engine import Engine
 from clframe.errors import Interrupted, WrongUse
 
-METHODS = [name for name in registry.names("plugin") if not registry.plugin_class(name).observer]
+CLASSES = {name: registry.plugin_class(name) for name in registry.names("plugin")}
+METHODS = [name for name, cls in CLASSES.items() if not (cls.observer or cls.variants)]
 PAIRS = list(combinations(METHODS, 2))
 OPTIONS: dict[str, dict[str, Any]] = {  # where defaults take long
     "always-be-dreaming": {"iterations": 5, "batch_size": 8, "noise": 10, "width": 8},

@@ -10,7 +10,7 @@ import torch
 from clframe import Plugin, WrongUse, registry, run, testing
 from clframe.testing import Watching
 
-NAMES = registry.names("plugin")
+NAMES = [name for name in registry.names("plugin") if not registry.plugin_class(name).variants]
 CHECKS = testing.CHECKS["plugin"]
 # options that make a plugin fit the tiny scenario, where its defaults do not, or take long
 SMALL: dict[str, dict[str, Any]] = {
