@@ -50,7 +50,10 @@ def balanced(memory: Memory, new: ImageData, count: int, order: Order) -> ImageD
     """
     kept = [] if memory is None else [memory.rows(where[:count]) for where in groups_of(memory)]
     chosen = [(group := new.rows(where)).rows(order(group, count)) for where in groups_of(new)]
-    return ImageData.concat([*kept, *chosen])
+    together = ImageData.concat([*kept, *chosen])
+    together.expect(slice(None))
+    _ = together.x  # a memory is one, also of images that are read from files
+    return together
 
 
 def at_random(generator: torch.Generator) -> Order:
