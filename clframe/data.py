@@ -16,7 +16,7 @@ from clframe.images import Images, LazyImages, joined
 
 Setting = Literal["class", "task", "domain"]
 Part = Literal["train", "test"]
-Column = TypeVar("Column", Tensor, LazyImages)
+Column = TypeVar("Column", Tensor, LazyImages, Images)
 COLUMNS = ("x", "y", "index", "task", "weight", "origin")  # the per-row tensors of `Batch` and `ImageData`
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,8 @@ def _parquet(path: Path) -> list[dict[str, str]]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            f"{path} is a Parquet file, for which pyarrow is missing: `pip install 'clframe[parquet]'`, or save it as CSV."
+            f"{path} is a Parquet file, for which pyarrow is missing: `pip install 'clframe[parquet]'`, or save it "
+            "as CSV."
         ) from error
     rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
     return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
@@ -276,8 +277,8 @@ def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -
         if len(tasks) > 1:
             raise DataError(
                 f"The class `{label}` in {what} is in the tasks {' and '.join(f'`{t}`' for t in tasks)}, and a class "
-                f"belongs to one: with `--setting domain` and `--set scenario.domain_column={column}` experiences share "
-                "their classes."
+                f"belongs to one: with `--setting domain` and `--set scenario.domain_column={column}` experiences "
+                "share their classes."
             )
 
 
