@@ -146,6 +146,11 @@ class ImageData:
         picked.targets = {name: _pick(target, where) for name, target in self.targets.items()}
         return picked
 
+    def loaded(self) -> ImageData:
+        """This data, with its images read if they are in files: a memory that is kept is one."""
+        self.images = self.x
+        return self
+
     def parts(self, size: int) -> Iterator[ImageData]:
         """All rows in their order, `size` at a time; while one part is used, the next ones are read."""
         for start in range(0, len(self), size):

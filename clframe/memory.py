@@ -50,10 +50,7 @@ def balanced(memory: Memory, new: ImageData, count: int, order: Order) -> ImageD
     """
     kept = [] if memory is None else [memory.rows(where[:count]) for where in groups_of(memory)]
     chosen = [(group := new.rows(where)).rows(order(group, count)) for where in groups_of(new)]
-    together = ImageData.concat([*kept, *chosen])
-    together.expect(slice(None))
-    _ = together.x  # a memory is one, also of images that are read from files
-    return together
+    return ImageData.concat([*kept, *chosen]).loaded()
 
 
 def at_random(generator: torch.Generator) -> Order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -59,9 +60,10 @@ class Entry:
 def by_name(text: str) -> tuple[int, float, str]:
     """To sort names as people do: numbers by their value, then the rest by the alphabet."""
     try:
-        return (0, float(text), text)
+        number = float(text)
     except ValueError:
-        return (1, 0.0, text)
+        number = math.inf
+    return (0, number, text) if math.isfinite(number) else (1, 0.0, text)  # a class may be called `nan`
 
 
 def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str) -> list[Entry]:
@@ -70,7 +72,7 @@ def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str)
     Raises:
         DataError: if a class has one image only, which cannot be both.
     """
-    out: list[Entry] = []
+    tested: set[str] = set()
     for k, ((group, label), members) in enumerate(sorted(grouped(entries, lambda e: (e.group, e.label)).items())):
         if len(members) < 2:
             where = f" of `{group}`" if group else ""
@@ -79,15 +81,19 @@ def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str)
                 "test with."
             )
         count = min(max(1, round(share * len(members))), len(members) - 1)
-        test = set(random_of(seed, k).permutation(len(members))[:count].tolist())
-        out += [replace(e, part="test" if i in test else "train") for i, e in enumerate(members)]
-    return out
+        tested |= {members[i].name for i in random_of(seed, k).permutation(len(members))[:count].tolist()}
+    return [replace(e, part="test" if e.name in tested else "train") for e in entries]
 
 
 def limited(entries: Iterable[Entry], per_class: int | None) -> list[Entry]:
     """The first `per_class` images of each class (of each group), of training and of test images; all if None."""
-    groups = grouped(entries, lambda e: (e.part or "", e.group, e.label))
-    return [entry for members in groups.values() for entry in members[:per_class]]
+    counted = Counter[tuple[str | None, str, str]]()
+    kept = []
+    for entry in entries:
+        counted[entry.part, entry.group, entry.label] += 1
+        if per_class is None or counted[entry.part, entry.group, entry.label] <= per_class:
+            kept.append(entry)
+    return kept
 
 
 def grouped(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, list[Entry]]:
