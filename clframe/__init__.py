@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clframe.model import IncrementalNet, Outputs, snapshot
     from clframe.plugin import Plugin
     from clframe.results import Results
+    from clframe.splits import save_split
     from clframe.training import Phase
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "resume",
     "run",
+    "save_split",
     "snapshot",
     "split_classes",
     "suits",
@@ -64,6 +66,7 @@ _HOMES = {
     "model": "IncrementalNet Outputs snapshot",
     "plugin": "Plugin",
     "results": "Results",
+    "splits": "save_split",
     "training": "Phase",
 }
 _HOME_OF = {name: f"clframe.{home}" for home, names in _HOMES.items() for name in names.split()}

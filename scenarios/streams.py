@@ -30,7 +30,7 @@ OPTIONS = {
     "ImageNet's).",
     "augment": "crop training images at random after padding by an eighth of their size (4 zeros of 32), and mirror "
     "every other one.",
-    "path": "of the data; required.",
+    "path": "of the folder, or of the table.",
     "path_column": "the column with the paths of the images.",
     "label_column": "the column with the names of their classes.",
     "task_column": "the column with the tasks; null: `task`, if there is one.",
@@ -50,10 +50,14 @@ OPTIONS = {
 }
 
 
+OF_OWN = "number of experiences; null: the most, up to 5, that divide the classes evenly, else 5, the first larger."
+
+
 def documented(builder: Builder) -> Builder:
     """Add to the docstring of `builder` what each of its options means, in the same words for all."""
-    names = [name for name in inspect.signature(builder).parameters if name in OPTIONS]
-    lines = "".join(f"    {name}: {OPTIONS[name]}\n" for name in names)
+    parameters = inspect.signature(builder).parameters
+    texts = OPTIONS | ({"experiences": OF_OWN} if getattr(parameters.get("experiences"), "default", 0) is None else {})
+    lines = "".join(f"    {name}: {texts[name]}\n" for name in parameters if name in texts)
     builder.__doc__ = f"{inspect.getdoc(builder)}\n\nOptions:\n{lines}"
     return builder
 
