@@ -30,6 +30,7 @@ NORMS: dict[Mode, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "colour": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "grey": ((0.449,), (0.226,)),
 }
+BLOCK = 512
 SHOWN = 10  # names at most that a sentence lists
 # A small network and enough passes for the few hundred images that a folder may hold.
 DEFAULTS: dict[str, Any] = {
@@ -38,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Entry:
     """One image file of a data set.
 
@@ -50,7 +51,7 @@ class Entry:
         group: the task or domain that it belongs to; empty where there are none.
     """
 
-    file: Path
+    file: str
     name: str
     label: str
     part: Part | None = None
@@ -135,7 +136,7 @@ def read_all(
     def examine(i: int) -> tuple[bytes, str]:
         """The file's SHA-256, or why it cannot be read."""
         try:
-            content = entries[i].file.read_bytes()
+            content = Path(entries[i].file).read_bytes()
             image = look.read(BytesIO(content))
         except (OSError, DataError) as error:
             return b"", getattr(error, "strerror", None) or str(error)
@@ -143,8 +144,10 @@ def read_all(
             pixels[i] = image
         return hashlib.sha256(content).digest(), ""
 
+    found: list[tuple[bytes, str]] = []
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(examine, range(len(entries)), chunksize=1))
+        for start in range(0, len(entries), BLOCK):  # a pool keeps a kilobyte for each call that it is given
+            found += pool.map(examine, range(start, min(start + BLOCK, len(entries))))
     broken = [f"{e.file} ({reason})" for e, (_, reason) in zip(entries, found, strict=True) if reason]
     if broken and not skip_broken:
         raise DataError(
@@ -216,15 +219,15 @@ def groups_for(count: int, experiences: int | None, first: int | None) -> tuple[
     return (even, None) if even else (5, count - 4 * (count // 5))
 
 
-def walk(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The image files in and below `folder`, sorted, and the endings of all others; hidden ones are left out."""
-    images, others = [], Counter[str]()
+def walk(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The paths of the image files in and below `folder`, sorted, and the endings of all others but hidden ones."""
+    images, others = list[str](), Counter[str]()
     for at, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             suffix = Path(name).suffix.lower()
             if suffix in SUFFIXES and not name.startswith("."):
-                images.append(Path(at, name))
+                images.append(os.path.join(at, name))
             elif not name.startswith(".") and name != "Thumbs.db":
                 others[suffix or name] += 1
-    return sorted(images, key=lambda path: path.as_posix()), others
+    return sorted(images), others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +115,7 @@ def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
             if not images:
                 label = folder.name if part is None else f"{part}/{folder.name}"
                 empty.append((label, ", ".join(sorted(others))))
-            entries += [Entry(f, f.relative_to(root).as_posix(), folder.name, part) for f in images]
+            entries += [Entry(file, os.path.relpath(file, root), folder.name, part) for file in images]
     return entries, empty
 
 

@@ -251,7 +251,7 @@ class _Rows:
             raise DataError(f"Row {i} of {self.path} has no {' and no '.join(f'`{c}`' for c in empty)}; fill it in.")
         name = row[self.column("path")]
         group = row[self.column(kind)] if self.has(kind) else ""
-        entry = Entry(self.path.parent / Path(name).expanduser(), name, row[self.column("label")], None, group)
+        entry = Entry(str(self.path.parent / Path(name).expanduser()), name, row[self.column("label")], None, group)
         if not self.has("split"):
             return entry
         part = row[self.column("split")]
