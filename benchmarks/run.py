@@ -113,12 +113,18 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
         lines, notes = bench.measure(data_root, repetitions // 3, bench.REPLAY, ("clframe", "avalanche"))
         return lines, [*notes, bench.herding_time()]
 
+    def streaming() -> Measured:
+        import streaming
+
+        return streaming.measure(repetitions // 3)
+
     fewer = repetitions // 2 + 1  # where they are many or long, so that all parts end within 20 minutes
     parts: dict[str, tuple[Callable[[], Measured], bool]] = {
         "hook_cost": (hook_cost, False),
         "fisher_cost": (fisher_cost, False),
         "growth": (growth, True),
         "method_cost": (method_cost, True),
+        "streaming": (streaming, False),
         "avalanche": (avalanche, True),
         "replay": (replay, True),
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clframe.model import IncrementalNet, Outputs, snapshot
     from clframe.plugin import Plugin
     from clframe.results import Results
+    from clframe.splits import save_split
     from clframe.trained import Answer, Prediction, Trained
     from clframe.training import Phase
 
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "resume",
     "run",
+    "save_split",
     "snapshot",
     "split_classes",
     "suits",
@@ -72,6 +74,7 @@ _HOMES = {
     "plugin": "Plugin",
     "results": "Results",
     "trained": "Answer Prediction Trained",
+    "splits": "save_split",
     "training": "Phase",
 }
 _HOME_OF = {name: f"clframe.{home}" for home, names in _HOMES.items() for name in names.split()}

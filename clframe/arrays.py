@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clframe.data import ImageData, Part, Scenario, Setting, Transform
 from clframe.errors import DataError, WrongUse
+from clframe.images import Images, LazyImages
 
 PIECE = 1 << 23  # bytes
 
@@ -44,25 +45,27 @@ def suits(
 
 @dataclass
 class Arrays:
-    """A labelled image data set in memory, from which scenarios are cut.
+    """A labelled image data set in memory or in files, from which scenarios are cut.
 
     Attributes:
-        x_train, x_test: [N, C, H, W] uint8, or any float tensor [N, ...].
+        x_train, x_test: [N, C, H, W] uint8, or any float tensor [N, ...]; or `LazyImages`.
         y_train, y_test: [N] labels 0 .. len(class_names) - 1, of any integer type; held as int64.
         class_names: one for each label.
         transform: from these raw values to the model's input.
+        sha256: of the data, where that is known; else `checksum` computes one.
 
     Raises:
         DataError: if images and labels do not fit each other or the class names.
     """
 
     name: str
-    x_train: Tensor
+    x_train: Images
     y_train: Tensor
-    x_test: Tensor
+    x_test: Images
     y_test: Tensor
     class_names: tuple[str, ...]
     transform: Transform = field(default_factory=Transform)
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         self.y_train = self._checked("training", self.x_train, self.y_train)
@@ -73,7 +76,7 @@ class Arrays:
                 f"{list(self.x_test.shape[1:])}; they must have one shape."
             )
 
-    def _checked(self, part: str, x: Tensor, y: Tensor) -> Tensor:
+    def _checked(self, part: str, x: Images, y: Tensor) -> Tensor:
         if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
             raise DataError(
                 f"The {part} labels of `{self.name}` are {y.dtype} {list(y.shape)}, but must be integers [N]."
@@ -94,13 +97,18 @@ class Arrays:
         return y
 
     def checksum(self) -> str:
-        """SHA-256 of the SHA-256 sums of all images and labels, in pieces of 8 MB that several threads read."""
-        tensors = (self.x_train, self.y_train, self.x_test, self.y_test)
+        """`sha256`, or that of the sums of all images and labels, in pieces of 8 MB that several threads read."""
+        if self.sha256:
+            return self.sha256
+        tensors = [t.read() if isinstance(t, LazyImages) else t for t in self._tensors()]
         buffers = [t.contiguous().cpu().view(-1).view(torch.uint8).numpy().data for t in tensors]
         pieces = [buffer[start : start + PIECE] for buffer in buffers for start in range(0, len(buffer), PIECE)]
         with ThreadPoolExecutor() as pool:
             sums = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
             return hashlib.sha256(b"".join(sums)).hexdigest()
+
+    def _tensors(self) -> tuple[Images, ...]:
+        return self.x_train, self.y_train, self.x_test, self.y_test
 
     def limited(self, per_class: int | None) -> Arrays:
         """The first `per_class` images of each class, of training and test data alike; all if None."""
@@ -117,6 +125,7 @@ class Arrays:
             y_train=self.y_train[train],
             x_test=self.x_test[test],
             y_test=self.y_test[test],
+            sha256="",
         )
 
     def move(self, device: torch.device) -> None:
@@ -124,7 +133,7 @@ class Arrays:
         for name in ("x_train", "y_train", "x_test", "y_test"):
             setattr(self, name, getattr(self, name).to(device))
 
-    def part(self, part: Part) -> tuple[Tensor, Tensor]:
+    def part(self, part: Part) -> tuple[Images, Tensor]:
         """Images and labels of ``train`` or ``test``."""
         return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
 
@@ -239,7 +248,12 @@ def change_domains(
 
     def load(i: int, part: Part) -> ImageData:
         x, y = arrays.part(part)
-        return ImageData(change(i, x), y + total * i * apart, index=torch.arange(len(y)), task=i)
+        return ImageData(
+            change(i, x.read() if isinstance(x, LazyImages) else x),
+            y + total * i * apart,
+            index=torch.arange(len(y)),
+            task=i,
+        )
 
     return Scenario(
         name,

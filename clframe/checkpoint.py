@@ -58,7 +58,8 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
             raise TypeError(f"`{path}` has the key {strange[0]!r}; keys in a checkpoint are strings or numbers")
         return {"dict": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
     if isinstance(value, ImageData):
-        return {"images": pack(vars(value), tensors, path)}
+        columns = {name: column for name, column in vars(value).items() if name != "images"}
+        return {"images": pack({"x": value.x, **columns}, tensors, path)}
     if isinstance(value, IncrementalNet):
         return {"net": pack(dict(value.state_dict()), tensors, path), "grown": value.grown}
     if isinstance(value, nn.Module):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clframe import registry
+from clframe import registry, splits
 from clframe.errors import WrongUse, did_you_mean
 from clframe.options import (
     Count,
@@ -253,7 +253,14 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
     """The scenario with all its options, and the function that builds it (None if it is not known)."""
+    try:
+        layers = _with_split(layers)
+    except WrongUse as error:
+        problems += error.problems
+        return {}, None
     name, options = _merge(layers, DEFAULT_SCENARIO)
+    pinned = {splits.PINNED: options.pop(splits.PINNED)} if splits.PINNED in options else {}
+    problems += [problem for value in pinned.values() for problem in splits.pinned_problems(value)]
     if OBJECT in options:
         problems.append(_only_in_python("scenario", name))
         return {}, None
@@ -262,7 +269,23 @@ def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tupl
     except WrongUse as error:
         problems += error.problems
         return {}, None
-    return {"name": name, **_checked(build, options, "scenario", name, problems)}, build
+    return {"name": name, **_checked(build, options, "scenario", name, problems), **pinned}, build
+
+
+def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`layers`; if the strongest name is a file with a split, what that holds comes first, as the weakest of all.
+
+    Raises:
+        WrongUse: if the file cannot be read, or a layer changes what it has settled.
+    """
+    path = next((layer["name"] for layer in reversed(layers) if "name" in layer), "")
+    if not path.endswith(splits.SUFFIX):
+        return layers
+    file = splits.read_split(Path(path))
+    layers = [{**layer, "name": file["name"]} if layer.get("name") == path else layer for layer in layers]
+    if problems := splits.settled(file, _merge(layers, file["name"])[1], path):
+        raise WrongUse(*problems)
+    return [file, *layers]
 
 
 def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[str]) -> dict[str, Any]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from clframe.errors import DataError, WrongUse
+from clframe.images import Images, LazyImages, Look, joined
 
 Setting = Literal["class", "task", "domain"]
 Part = Literal["train", "test"]
+Column = TypeVar("Column", Tensor, LazyImages, Images)
 COLUMNS = ("x", "y", "index", "task", "weight", "origin")  # the per-row tensors of `Batch` and `ImageData`
 
 
@@ -78,15 +80,21 @@ def join(parts: Sequence[Batch]) -> Batch:
 
 
 class ImageData:
-    """Images with labels, held in memory as the data set has them (uint8, or float as a user gave them).
+    """Images with labels, as the data set has them (uint8, or float as a user gave them), in memory or in files.
 
     Attributes are those of `Batch`, except that `x` is raw: neither normalised nor augmented. `task`,
     `weight` and `origin` may be given as one number for all rows; `index` defaults to -1.
+
+    Images in files are `LazyImages`: `rows` picks some of them without reading any, and who asks for ``x`` has them
+    read and kept from then on. So take batches by `rows` or `parts`, and the ``x`` of those: a data set may be large.
+
+    Attributes:
+        images: `x`, or what will read it.
     """
 
     def __init__(
         self,
-        x: Tensor,
+        x: Images,
         y: Tensor,
         *,
         index: Tensor | None = None,
@@ -104,7 +112,7 @@ class ImageData:
             # one number for all rows takes no memory, and no time where rows are picked
             return torch.full((1,), value, dtype=dtype, device=x.device).expand(len(y))
 
-        self.x = x
+        self.images = x
         self.y = column(y, torch.int64)
         self.index = column(-1 if index is None else index, torch.int64)
         self.task = column(task, torch.int64)
@@ -115,10 +123,22 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def x(self) -> Tensor:
+        """The images [N, ...]; those in files are read now, and kept."""
+        if isinstance(self.images, LazyImages):
+            self.images = self.images.read()
+        return self.images
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.images.device
+
     def rows(self, where: Tensor | slice) -> ImageData:
         """The rows at the positions, under the boolean mask, or in the slice `where`."""
         picked = object.__new__(ImageData)  # columns that are valid already: no checks, this runs every step
-        picked.x, picked.y = _pick(self.x, where), _pick(self.y, where)
+        picked.images, picked.y = _pick(self.images, where), _pick(self.y, where)
         for name in COLUMNS[2:]:
             column = getattr(self, name)
             one_number = column.stride(0) == 0
@@ -126,29 +146,45 @@ class ImageData:
         picked.targets = {name: _pick(target, where) for name, target in self.targets.items()}
         return picked
 
+    def loaded(self) -> ImageData:
+        """This data, with its images read if they are in files: a memory that is kept is one."""
+        self.images = self.x
+        return self
+
+    def parts(self, size: int) -> Iterator[ImageData]:
+        """All rows in their order, `size` at a time; while one part is used, the next ones are read."""
+        for start in range(0, len(self), size):
+            self.expect(slice(start, start + 3 * size))
+            yield self.rows(slice(start, start + size))
+
+    def expect(self, where: Tensor | slice) -> None:
+        """Rows that will be asked for soon: those in files are read in the background."""
+        if isinstance(self.images, LazyImages):
+            self.images.expect(where)
+
     def marked(self, origin: int) -> ImageData:
         """The same rows with that origin."""
         rest = {n: getattr(self, n) for n in ("index", "task", "weight")}
-        return ImageData(self.x, self.y, **rest, origin=origin, targets=self.targets)
+        return ImageData(self.images, self.y, **rest, origin=origin, targets=self.targets)
 
     def to(self, device: torch.device | str) -> ImageData:
         """This data on `device`; itself if it is there already."""
-        if self.x.device == torch.device(device):
+        if self.device == torch.device(device):
             return self
         targets = {name: target.to(device) for name, target in self.targets.items()}
         rest = {n: getattr(self, n) for n in ("index", "task", "weight", "origin")}
-        return ImageData(self.x.to(device), self.y, **rest, targets=targets)
+        return ImageData(self.images.to(device), self.y, **rest, targets=targets)
 
     @staticmethod
     def concat(parts: Sequence[ImageData]) -> ImageData:
         """The rows of all `parts`, in their order."""
         if len(parts) == 1:
             return parts[0]
-        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
-        return ImageData(**columns, targets=_join_targets(parts))
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[1:]}
+        return ImageData(joined([part.images for part in parts]), **columns, targets=_join_targets(parts))
 
 
-def _pick(column: Tensor, where: Tensor | slice) -> Tensor:
+def _pick(column: Column, where: Tensor | slice) -> Column:
     """``column[where]``; whole rows by their positions several times faster than indexing copies them."""
     if isinstance(where, Tensor) and where.dtype == torch.int64 and where.dim() == 1:
         return column.index_select(0, where)
@@ -173,6 +209,7 @@ class Transform:
         mean, std: per channel, subtracted and divided by after scaling; empty for none.
         pad: augmentation crops the image at random from itself padded with this many zeros on each side.
         flip: augmentation mirrors each image left to right with probability 1/2.
+        look: how image files became the raw images; None: they came from none.
     """
 
     scale: float = 255.0
@@ -180,6 +217,7 @@ class Transform:
     std: tuple[float, ...] = ()
     pad: int = 0
     flip: bool = False
+    look: Look | None = None
 
     @property
     def augments(self) -> bool:
@@ -420,4 +458,4 @@ class Scenario:
                 held[where[torch.randperm(len(where), generator=generator)[:count]]] = True
         elif part == "train":
             return data
-        return data.rows((held if part == "val" else ~held).nonzero().flatten().to(data.x.device))
+        return data.rows((held if part == "val" else ~held).nonzero().flatten().to(data.device))

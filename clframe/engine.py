@@ -21,6 +21,7 @@ from clframe.data import Batch, Experience, ImageData, Scenario, join
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import ModelPredictor, Readings, Row, answered, evaluate
 from clframe.folder import RunFolder
+from clframe.images import READ_AHEAD
 from clframe.training import (
     Phase,
     Sampler,
@@ -261,6 +262,8 @@ class Engine:
                 factor = rate_factor(run.settings, run.step, sampler)
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * factor
+            data.expect(where)
+            data.expect(sampler.coming(max(READ_AHEAD, 2 * len(where))))
             yield run.scenario.transform.batch(data.rows(where), augment)
 
     def leave(self) -> None:

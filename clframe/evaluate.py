@@ -194,9 +194,11 @@ def evaluate(
                     continue
                 tell = uses_task and name == "task"
                 if scores is None or tell:
-                    parts = [data.rows(slice(start, start + batch_size)) for start in range(0, len(data), batch_size)]
                     scores = torch.cat(
-                        [predictor(scenario.transform.normalize(p.x), p.task if tell else None) for p in parts]
+                        [
+                            predictor(scenario.transform.normalize(p.x), p.task if tell else None)
+                            for p in data.parts(batch_size)
+                        ]
                     ).float()
                     kept = scores.cpu() if keep_scores else None
                 choices = class_mask(readings.choices(name, after, on), scores.shape[1], device)

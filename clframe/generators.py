@@ -326,7 +326,7 @@ class Rehearsal(nn.Module):
             if len(self.left) < n:
                 self.left = torch.randperm(len(data), generator=generator)
             where, self.left = self.left[:n], self.left[n:]
-            rows = data.rows(where.to(data.x.device))
+            rows = data.rows(where.to(data.device))
             new = rows.x.float() / self.scale, rows.y if self.model.classes else None, share
             if share == 1:
                 return mixture(new)
@@ -441,7 +441,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable
 
 def check_range(data: ImageData, scale: float, owner: str) -> None:
     """Raise `WrongUse`, naming `owner`, if images divided by `scale` are not from 0 to 1, as generated ones are."""
-    low, high = (float(end) / scale for end in data.x.aminmax()) if len(data) else (0.0, 1.0)
+    low, high = (float(end) / scale for end in data.images.aminmax()) if len(data) else (0.0, 1.0)
     if low < 0 or high > 1:
         raise WrongUse(
             f"`{owner}` generates images from 0 to 1, and those given are from {low:g} to {high:g}, divided by the "

@@ -226,7 +226,7 @@ class ImportanceMean(nn.Module):
             self.rows = torch.randperm(len(data), generator=run.rng(name))[:samples]
             self.partial = zeros_for(parameters)
         sums = GradientSums(run.model, self.partial, reduce)
-        parts = self.rows.to(data.x.device).split(max(run.settings.batch_size, CHUNK // data.x[0].numel()))
+        parts = self.rows.to(data.device).split(max(run.settings.batch_size, CHUNK // data.images.shape[1:].numel()))
         for i in run.ticks(name, len(parts), resumable=True):
             add(sums, run.batch(data.rows(parts[i])))
         mean = {name: total / len(self.rows) for name, total in self.partial.items()}

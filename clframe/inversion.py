@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clframe.data import ImageData, Transform
 from clframe.distill import kl_divergence
 from clframe.errors import RunFailed
+from clframe.images import Images
 from clframe.model import IncrementalNet, initialised_by, masked, snapshot
 from clframe.training import make_optimizer
 
@@ -285,7 +286,7 @@ class Dreaming(nn.Module):
     ) -> None:
         """Dreams of the labels `parts`, one part after the other."""
         generator, transform, shape = run.rng(name), run.scenario.transform, run.scenario.input_shape
-        low, high = (bound.to(run.device) for bound in valid_range(transform, run.experience.train.x))
+        low, high = (bound.to(run.device) for bound in valid_range(transform, run.experience.train.images))
         jitter = min(shape[1:]) // 16 if recipe.jitter is None else recipe.jitter
         flip = transform.flip if recipe.flip is None else recipe.flip
         rival = self._rival(teacher) if k else None
@@ -369,12 +370,13 @@ def to_raw(x: Tensor, transform: Transform) -> Tensor:
     return x * transform.scale
 
 
-def valid_range(transform: Transform, images: Tensor) -> tuple[Tensor, Tensor]:
+def valid_range(transform: Transform, images: Images) -> tuple[Tensor, Tensor]:
     """The lowest and the highest normalised value of each channel, [C, 1, 1] twice.
 
     Raw, they are 0 and the transform's scale, or what occurs in the raw `images` [N, C, H, W] where that is more.
     """
-    lowest, highest = min(0.0, images.min().item()), max(transform.scale, images.max().item())
+    least, most = images.aminmax()
+    lowest, highest = min(0.0, least.item()), max(transform.scale, most.item())
     low, high = transform.normalize(
         torch.tensor([[lowest], [highest]], device=images.device).expand(2, images.shape[1])[:, :, None, None]
     )

@@ -50,7 +50,7 @@ def balanced(memory: Memory, new: ImageData, count: int, order: Order) -> ImageD
     """
     kept = [] if memory is None else [memory.rows(where[:count]) for where in groups_of(memory)]
     chosen = [(group := new.rows(where)).rows(order(group, count)) for where in groups_of(new)]
-    return ImageData.concat([*kept, *chosen])
+    return ImageData.concat([*kept, *chosen]).loaded()
 
 
 def at_random(generator: torch.Generator) -> Order:

@@ -82,7 +82,7 @@ def validated(
             except ValidationError as error:
                 problems += explain(error, f"{where}.{name}")
         elif parameter.default is REQUIRED:
-            problems.append(f"`{where}.{name}` is required.")
+            problems.append(f"`{where}.{name}` is required: give it with `--set {where}.{name}=VALUE`.")
         else:
             values[parameter.name] = copy.deepcopy(parameter.default)
     if problems:

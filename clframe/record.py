@@ -18,6 +18,7 @@ from clframe.context import Run
 from clframe.data import Scenario, Transform
 from clframe.engine import Engine
 from clframe.errors import WrongUse
+from clframe.images import Look
 from clframe.model import class_mask, masked
 from clframe.results import FORMAT, Results
 
@@ -191,6 +192,7 @@ def scenario_of(described: Mapping[str, Any]) -> Scenario:
     """The scenario that `model.json` describes, without images."""
     transform = dict(described["transform"])
     transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
+    transform["look"] = Look(**transform["look"]) if transform.get("look") else None
     empty = Scenario(
         described["name"],
         described["setting"],

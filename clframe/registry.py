@@ -199,11 +199,14 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
 
     Raises:
         WrongUse: if a name or an option is wrong.
-        DataError: if its data is missing or damaged.
+        DataError: if its data is missing or damaged, or differ from what the split's file that it comes from says.
     """
+    from clframe import splits
     from clframe.config import data_root
     from clframe.data import Scenario
 
+    spec = dict(spec)
+    pinned = spec.pop(splits.PINNED, None)
     offer, variant = find("scenario", spec["name"])
     build = builder("scenario", spec["name"])
     options = _options(build, spec, "scenario", f"the scenario `{spec['name']}`")
@@ -215,6 +218,8 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
         built = build(**_with_variant(offer, build, variant), **options)
     if not isinstance(built, Scenario):
         raise WrongUse(f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`.")
+    if pinned is not None:
+        splits.check(built, pinned)
     return built
 
 

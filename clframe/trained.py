@@ -161,7 +161,7 @@ class Trained(nn.Module):
         paths: Sequence[Path | None]
         raw = self._stacked(images)
         if raw is None:
-            files.check_shape(self.scenario.input_shape)
+            self._look()
             named = [images] if isinstance(images, str | Path) else images
             paths = files.image_files(cast(Sequence[str | Path], named))
         else:
@@ -183,6 +183,10 @@ class Trained(nn.Module):
         if skipped is not None:
             skipped += problems
         return found
+
+    def _look(self) -> files.Look:
+        """How image files become raw images: as those that were learnt."""
+        return self.scenario.transform.look or files.look_of(self.scenario.input_shape)
 
     def export(self, path: str | Path, format: Format, *, task: int | None = None) -> Exported:
         """Write the model to a file that takes raw images [B, ...] and gives scores [B, C]; normalisation is inside.
@@ -231,7 +235,7 @@ class Trained(nn.Module):
         read: dict[int, Tensor] = {}
         for i in part:
             try:
-                read[i] = files.read_image(str(paths[i]), self.scenario.input_shape, self.scenario.transform.scale)
+                read[i] = files.read_image(str(paths[i]), self._look(), self.scenario.transform.scale)
             except DataError as error:
                 problems.append(str(error))
         return read

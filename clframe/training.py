@@ -89,6 +89,13 @@ class Sampler:
             self.step += 1
             yield self._order[start : start + self._batch_size]
 
+    def coming(self, images: int) -> Tensor:
+        """Positions of up to so many images after the step under way, within its epoch: the next is not drawn yet."""
+        place = self.step % self.batches_per_epoch
+        left = min(self.batches_per_epoch - place, self.steps - self.step) if place else 0
+        start = place * self._batch_size
+        return self._order[start : start + min(images, left * self._batch_size)]
+
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on at the same image."""
         return {"step": self.step, "order": self._order.cpu()}

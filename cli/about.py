@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clframe import registry
 from clframe.cli import show
-from clframe.config import RunSettings
-from clframe.errors import ClframeError
+from clframe.errors import ClframeError, WrongUse
 from clframe.options import options_of
+
+if TYPE_CHECKING:
+    from clframe.data import Scenario
 
 
 def about_plugin(name: str, json: bool) -> None:
@@ -44,10 +48,27 @@ def about_plugin(name: str, json: bool) -> None:
         show.line(f"{key.capitalize()}: {text or 'none'}")
 
 
-def about_scenario(name: str, data_root: str | None, json: bool) -> None:
-    """Description, options, what suits a scenario, and its experiences where its data is at hand."""
+def about_scenario(
+    name: str, sets: Sequence[str], data_root: str | None, save: Path | None, sheet: Path | None, json: bool
+) -> None:
+    """Description, options, what suits a scenario, and its experiences where its data is at hand.
+
+    Args:
+        name: of the scenario, or of a file with a split.
+        sets: settings, as ``--set`` has them.
+        data_root: folder of the data sets.
+        save: file to write the split to.
+        sheet: file to write a picture of sample images to.
+        json: whether to print a JSON document.
+    """
+    from clframe import splits
+    from clframe.config import resolve
     from clframe.scenarios import sources
 
+    if name.endswith(splits.SUFFIX):
+        scenario, name = name, splits.read_split(Path(name))["name"]
+    else:
+        scenario = name
     offer, _ = registry.find("scenario", name)
     build = registry.builder("scenario", name)
     options = options_of(build, skip=registry.SUPPLIED)
@@ -57,10 +78,17 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
     missing = setting = ""
     try:
         with sources.no_downloads():
-            built = registry.build_scenario({"name": name}, RunSettings.model_validate({"data_root": data_root}))
+            config = resolve(scenario=scenario, sets=sets, run={"data_root": data_root} if data_root else None)
+            built = registry.build_scenario(config.scenario, config.run)
+        if save:
+            splits.write_split(save, config.scenario, built, config.run.seed)
+        if sheet:
+            _draw(sheet, built)
         setting = built.setting
         experiences = [[built.class_names[label] for label in classes] for classes in built.classes]
     except ClframeError as error:
+        if sets or save or sheet or scenario != name:  # somebody asked for more than to see the options
+            raise
         missing = str(error)
     if json:
         show.document(
@@ -91,6 +119,18 @@ def about_scenario(name: str, data_root: str | None, json: bool) -> None:
         show.line(f"Experiences: {len(experiences)}")
         for i, names in enumerate(experiences, start=1):
             show.line(f"  {i}: {', '.join(names)}")
+    for what, path in (("Split", save), ("Sheet", sheet)):
+        if path:
+            show.line(f"{what}: {path}")
+
+
+def _draw(path: Path, scenario: Scenario) -> None:
+    from clframe.pictures import png, sheet
+
+    try:
+        path.write_bytes(png(sheet(scenario)))
+    except OSError as error:
+        raise WrongUse(f"The sheet cannot be written to {path} ({error.strerror}); name another file.") from error
 
 
 def _description(documented: object) -> str:

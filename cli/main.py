@@ -365,13 +365,23 @@ def list_scenarios(json: Json = False) -> None:
 @scenarios_app.command("show")
 def show_scenario(
     name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("scenario"))],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="One setting, as `run` takes it; repeatable.")
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Write the split, to run from it with --scenario FILE.json."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw some training images of each experience.")
+    ] = None,
     data_root: DataRoot = None,
     json: Json = False,
 ) -> None:
     """Show a scenario and its options; nothing is downloaded."""
     from clframe.cli.about import about_scenario
 
-    about_scenario(name, data_root, json)
+    about_scenario(name, set_ or (), data_root, save, sheet, json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

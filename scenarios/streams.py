@@ -26,16 +26,38 @@ OPTIONS = {
     "list of all class numbers.",
     "seed": "of everything random in the scenario; null: the run's seed.",
     "limit": "images per class, of training and of test data; null: all.",
-    "normalize": "subtract the data set's mean and divide by its standard deviation, per channel.",
-    "augment": "crop training images at random after padding by 4 zeros, and mirror every other one.",
+    "normalize": "subtract the data set's mean and divide by its standard deviation, per channel (of one's own images: "
+    "ImageNet's).",
+    "augment": "crop training images at random after padding by an eighth of their size (4 zeros of 32), and mirror "
+    "every other one.",
+    "path": "of the folder, or of the table.",
+    "path_column": "the column with the paths of the images.",
+    "label_column": "the column with the names of their classes.",
+    "task_column": "the column with the tasks; null: `task`, if there is one.",
+    "domain_column": "the column with the domains; null: `domain`, if there is one.",
+    "split_column": "the column that says `train` or `test`; null: `split`, if there is one.",
+    "test": "share of each class that is drawn, from the seed, as test images where the data does not say which are.",
+    "size": "height and width of the images in pixels; images of any size are brought to it.",
+    "crop": "`center` cuts off what is left of the longer side, `stretch` resizes both sides apart, `pad` keeps the "
+    "whole image on black.",
+    "resize": "the shorter side in pixels before `center` cuts; null: `size`.",
+    "mode": "`colour` (3 channels) or `grey` (1); images of other modes are converted.",
+    "skip_broken": "leave out images that cannot be read, instead of listing them and stopping.",
+    "skip_empty": "leave out classes without images, instead of naming them and stopping.",
+    "memory": "most bytes of images to keep in memory; of more images, each is read from its file when it is needed.",
+    "workers": "threads that read images; null: one for each core.",
     "max_angle": "in degrees; experience i of n, counted from 0, is turned by i/n of it.",
 }
 
 
+OF_OWN = "number of experiences; null: the most, up to 5, that divide the classes evenly, else 5, the first larger."
+
+
 def documented(builder: Builder) -> Builder:
     """Add to the docstring of `builder` what each of its options means, in the same words for all."""
-    names = [name for name in inspect.signature(builder).parameters if name in OPTIONS]
-    lines = "".join(f"    {name}: {OPTIONS[name]}\n" for name in names)
+    parameters = inspect.signature(builder).parameters
+    texts = OPTIONS | ({"experiences": OF_OWN} if getattr(parameters.get("experiences"), "default", 0) is None else {})
+    lines = "".join(f"    {name}: {texts[name]}\n" for name in parameters if name in texts)
     builder.__doc__ = f"{inspect.getdoc(builder)}\n\nOptions:\n{lines}"
     return builder
 

@@ -1,0 +1,233 @@
+"""What scenarios of one's own image files share: the list of files, its split, its checks, and the images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from clframe.arrays import Arrays
+from clframe.data import Part, Transform
+from clframe.errors import DataError
+from clframe.images import Files, Images, LazyImages, Look, Mode, bytes_of, cores
+from clframe.scenarios.streams import random_of
+
+Key = TypeVar("Key", bound="str | tuple[str, ...]")
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+# of photographs: mean and standard deviation of ImageNet's channels, and of their grey
+NORMS: dict[Mode, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "colour": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "grey": ((0.449,), (0.226,)),
+}
+BLOCK = 512
+SHOWN = 10  # names at most that a sentence lists
+# A small network and enough passes for the few hundred images that a folder may hold.
+DEFAULTS: dict[str, Any] = {
+    "backbone": "cnn-small",
+    "train": {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "epochs": 10},
+}
+
+
+@dataclass(frozen=True, slots=True)  # there may be millions
+class Entry:
+    """One image file of a data set.
+
+    Attributes:
+        file: where it is.
+        name: what the data set calls it: the same on every machine.
+        label: the name of its class.
+        part: training or test; None: it will be drawn.
+        group: the task or domain that it belongs to; empty where there are none.
+    """
+
+    file: str
+    name: str
+    label: str
+    part: Part | None = None
+    group: str = ""
+
+
+def by_name(text: str) -> tuple[int, float, str]:
+    """To sort names as people do: numbers by their value, then the rest by the alphabet."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.inf
+    return (0, number, text) if math.isfinite(number) else (1, 0.0, text)  # a class may be called `nan`
+
+
+def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str) -> list[Entry]:
+    """`entries` with `share` of each class (of each group) drawn as test images, one at least.
+
+    Raises:
+        DataError: if a class has one image only, which cannot be both.
+    """
+    tested: set[str] = set()
+    for k, ((group, label), members) in enumerate(sorted(grouped(entries, lambda e: (e.group, e.label)).items())):
+        if len(members) < 2:
+            where = f" of `{group}`" if group else ""
+            raise DataError(
+                f"The class `{label}`{where} in {what} has one image only; it takes two, one to learn from and one to "
+                "test with."
+            )
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        tested |= {members[i].name for i in random_of(seed, k).permutation(len(members))[:count].tolist()}
+    return [replace(e, part="test" if e.name in tested else "train") for e in entries]
+
+
+def limited(entries: Iterable[Entry], per_class: int | None) -> list[Entry]:
+    """The first `per_class` images of each class (of each group), of training and of test images; all if None."""
+    counted = Counter[tuple[str | None, str, str]]()
+    kept = []
+    for entry in entries:
+        counted[entry.part, entry.group, entry.label] += 1
+        if per_class is None or counted[entry.part, entry.group, entry.label] <= per_class:
+            kept.append(entry)
+    return kept
+
+
+def grouped(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, list[Entry]]:
+    """`entries` by their key, each in their order."""
+    found: dict[Key, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(key(entry), []).append(entry)
+    return found
+
+
+def read_all(
+    name: str,
+    entries: Sequence[Entry],
+    look: Look,
+    *,
+    what: str,
+    skip_broken: bool,
+    memory: int,
+    workers: int | None,
+    normalize: bool,
+    augment: bool,
+) -> tuple[Arrays, list[Entry]]:
+    """The images of `entries`, in memory if that takes at most `memory` bytes, else to be read as they are needed.
+
+    Every file is read once to its last pixel, for the checksum and to know which are broken. Classes are numbered by
+    their sorted names.
+
+    Returns:
+        The arrays, and the entries of their rows: those of the training images, then those of the test images.
+
+    Raises:
+        DataError: that lists all files that cannot be read, unless `skip_broken`.
+    """
+    entries = sorted(entries, key=lambda e: e.part == "test")
+    keep = bytes_of(len(entries), look) <= memory
+    pixels = np.empty((len(entries) if keep else 0, *look.shape), dtype=np.uint8)
+    workers = workers or cores()
+
+    def examine(i: int) -> tuple[bytes, str]:
+        """The file's SHA-256, or why it cannot be read."""
+        try:
+            content = Path(entries[i].file).read_bytes()
+            image = look.read(BytesIO(content))
+        except (OSError, DataError) as error:
+            return b"", getattr(error, "strerror", None) or str(error)
+        if keep:
+            pixels[i] = image
+        return hashlib.sha256(content).digest(), ""
+
+    found: list[tuple[bytes, str]] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(entries), BLOCK):  # a pool keeps a kilobyte for each call that it is given
+            found += pool.map(examine, range(start, min(start + BLOCK, len(entries))))
+    broken = [f"{e.file} ({reason})" for e, (_, reason) in zip(entries, found, strict=True) if reason]
+    if broken and not skip_broken:
+        raise DataError(
+            f"{len(broken)} of the {len(entries)} images of {what} cannot be read; repair or remove them, or leave "
+            "them out with `--set scenario.skip_broken=true`:\n" + "\n".join(f"  {line}" for line in broken)
+        )
+    good = [i for i, (_, reason) in enumerate(found) if not reason]
+    total = hashlib.sha256()
+    for i in sorted(good, key=lambda i: entries[i].name):
+        e = entries[i]
+        total.update("\0".join([e.name, e.label, e.part or "", e.group, found[i][0].hex(), ""]).encode())
+    entries = [entries[i] for i in good]
+    if broken:
+        pixels = pixels[good] if keep else pixels
+    images: Images = torch.from_numpy(pixels) if keep else LazyImages([Files([e.file for e in entries], look, workers)])
+    names = tuple(sorted({e.label for e in entries}, key=by_name))
+    number = {label: i for i, label in enumerate(names)}
+    y = torch.tensor([number[e.label] for e in entries], dtype=torch.int64)
+    cut = sum(e.part == "train" for e in entries)
+    mean, std = NORMS[look.mode] if normalize else ((), ())
+    transform = Transform(mean=mean, std=std, pad=look.size // 8 if augment else 0, flip=augment, look=look)
+    sha256 = total.hexdigest()
+    return Arrays(name, images[:cut], y[:cut], images[cut:], y[cut:], names, transform, sha256), entries
+
+
+def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None:
+    """Refuse a data set of one class, and classes that are not both learnt and tested.
+
+    Args:
+        entries: with their parts.
+        what: the data set, in sentences.
+        new_in_test: what to do about a class that only the test images have.
+
+    Raises:
+        DataError: in one sentence.
+    """
+    parts = {part: Counter(e.label for e in entries if e.part == part) for part in ("train", "test")}
+    new = sorted(parts["test"].keys() - parts["train"].keys(), key=by_name)
+    if new:
+        raise DataError(
+            f"{classes(new)} in the test images of {what} {'is' if len(new) == 1 else 'are'} not in its training "
+            f"images; {new_in_test}."
+        )
+    if untested := sorted(parts["train"].keys() - parts["test"].keys(), key=by_name):
+        raise DataError(f"{classes(untested)} in {what} has no test images; add some, or leave out the class.")
+    if len(parts["train"]) < 2:
+        only = f", `{next(iter(parts['train']))}`" if parts["train"] else ""
+        raise DataError(f"{what} has {len(parts['train'])} class{only}; there must be two at least to tell apart.")
+
+
+def classes(names: Sequence[str]) -> str:
+    """``The class `a` `` or ``The classes `a`, `b` ``, of which the first are named."""
+    listed = ", ".join(f"`{name}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"The class{'es' if len(names) > 1 else ''} {listed}"
+
+
+def groups_for(count: int, experiences: int | None, first: int | None) -> tuple[int, int | None]:
+    """Into how many experiences `count` classes go where nobody said so, and the classes of the first.
+
+    As many as divide them evenly, up to five; a number without such divisor gives five, the first with what is left
+    over.
+    """
+    if experiences is not None:
+        return experiences, first
+    if first is not None:
+        rest = max(0, count - first)
+        return 1 + max((n for n in range(1, 5) if rest and rest % n == 0), default=0), first
+    even = max((n for n in range(2, 6) if count % n == 0), default=0)
+    return (even, None) if even else (5, count - 4 * (count // 5))
+
+
+def walk(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The paths of the image files in and below `folder`, sorted, and the endings of all others but hidden ones."""
+    images, others = list[str](), Counter[str]()
+    for at, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                images.append(os.path.join(at, name))
+            elif not name.startswith(".") and name != "Thumbs.db":
+                others[suffix or name] += 1
+    return sorted(images), others

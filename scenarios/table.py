@@ -1,0 +1,293 @@
+"""A scenario of one's own images: a table of their paths and labels, and of tasks or domains if it has some."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clframe.arrays import Arrays, suits
+from clframe.data import ImageData, Part, Scenario, Setting
+from clframe.errors import DataError, WrongUse, did_you_mean
+from clframe.images import Crop, Look, Mode
+from clframe.options import Count, CountOrZero
+from clframe.scenarios.files import (
+    DEFAULTS,
+    Entry,
+    by_name,
+    check_classes,
+    divided,
+    grouped,
+    groups_for,
+    limited,
+    read_all,
+)
+from clframe.scenarios.folder import TestShare
+from clframe.scenarios.streams import Order, documented, random_of, split
+
+COLUMNS = ("path", "label", "task", "domain", "split")
+REQUIRED = COLUMNS[:2]
+
+
+@suits(**DEFAULTS)
+@documented
+def split_table(
+    *,
+    path: Path,
+    path_column: str = "path",
+    label_column: str = "label",
+    task_column: str | None = None,
+    domain_column: str | None = None,
+    split_column: str | None = None,
+    setting: Setting = "class",
+    experiences: Count | None = None,
+    first: Count | None = None,
+    order: Order = "natural",
+    seed: CountOrZero | None = None,
+    limit: Count | None = None,
+    test: TestShare = 0.2,
+    size: Count = 64,
+    crop: Crop = "center",
+    resize: Count | None = None,
+    mode: Mode = "colour",
+    skip_broken: bool = False,
+    normalize: bool = True,
+    augment: bool = True,
+    memory: CountOrZero = 2_000_000_000,
+    workers: Count | None = None,
+) -> Scenario:
+    """One's own images that a table lists (CSV, TSV or Parquet), with their labels, tasks or domains.
+
+    Relative paths are relative to the table. With a column of tasks, each task is an experience and brings its own
+    classes; in the setting `domain` each domain is one, and all share their classes. Without, classes are split.
+    """
+    table = path.expanduser()
+    look = Look(size, crop, resize, mode)
+    names = {
+        "path": path_column,
+        "label": label_column,
+        "task": task_column,
+        "domain": domain_column,
+        "split": split_column,
+    }
+    rows = _Rows(table, read_table(table), names)
+    kind = "domain" if setting == "domain" else "task"
+    if setting == "domain" and not rows.has("domain"):
+        raise rows.lacking(["domain"])
+    by_group = rows.has(kind)
+    if by_group and (experiences is not None or first is not None):
+        given = "experiences" if experiences is not None else "first"
+        raise WrongUse(f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` says it.")
+    what = str(table)
+    entries = rows.entries(kind)
+    if not rows.has("split"):
+        entries = divided(entries, test, seed, what)
+    fix = "give it rows to learn from, or leave it out"
+    check_classes(entries, what, fix)
+    if by_group:
+        _check_groups(entries, what, kind, rows.column(kind))
+    arrays, entries = read_all(
+        table.stem,
+        limited(entries, limit),
+        look,
+        what=what,
+        skip_broken=skip_broken,
+        memory=memory,
+        workers=workers,
+        normalize=normalize,
+        augment=augment,
+    )
+    check_classes(entries, f"{what}, without its broken images,", "repair them")
+    if not by_group:
+        experiences, first = groups_for(len(arrays.class_names), experiences, first)
+        return split("split-table", arrays, setting, experiences, first, order, seed, None)
+    _check_groups(entries, f"{what}, without its broken images,", kind, rows.column(kind))
+    groups = sorted({e.group for e in entries}, key=by_name)
+    return by_groups("split-table", arrays, entries, _ordered(groups, order, seed, kind), setting)
+
+
+def by_groups(name: str, arrays: Arrays, entries: Sequence[Entry], groups: Sequence[str], setting: Setting) -> Scenario:
+    """A scenario whose experiences are the groups of `entries`, in this order.
+
+    Args:
+        name: of the scenario.
+        arrays: the images.
+        entries: of the rows of the training, then of the test images.
+        groups: tasks, each with classes of its own; in the setting ``domain`` domains, which share theirs.
+        setting: of the scenario.
+    """
+    number = {label: i for i, label in enumerate(arrays.class_names)}
+    found = grouped(entries, lambda e: e.group)
+    order: list[int] = []  # class numbers as they are met
+    classes: list[list[int]] = []
+    for group in groups:
+        own = sorted({number[e.label] for e in found[group]})
+        order += [c for c in own if c not in order]
+        classes.append([order.index(c) for c in own])
+    if setting == "domain":
+        order = list(range(len(number)))
+        classes = [order] * len(groups)
+    column = torch.tensor([order.index(c) for c in range(len(order))])
+    where: dict[tuple[str, Part], list[int]] = {}
+    cut = len(arrays.y_train)
+    for i, entry in enumerate(entries):
+        part: Part = "train" if i < cut else "test"
+        where.setdefault((entry.group, part), []).append(i if i < cut else i - cut)
+    tests: dict[int, ImageData] = {}  # asked for after every experience, so they are kept
+
+    def load(i: int, part: Part) -> ImageData:
+        if part == "test" and i in tests:
+            return tests[i]
+        x, y = arrays.part(part)
+        rows = torch.tensor(where[groups[i], part], device=y.device)
+        data = ImageData(x.index_select(0, rows), column.to(y.device)[y[rows]], index=rows, task=i)
+        if part == "test":
+            tests[i] = data
+        return data
+
+    return Scenario(
+        name,
+        setting,
+        classes,
+        [arrays.class_names[c] for c in order],
+        arrays.x_train.shape[1:],
+        load,
+        transform=arrays.transform,
+        class_order=order,
+        checksum=arrays.checksum(),
+        move=arrays.move,
+    )
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV (or TSV) or Parquet file, all values as text.
+
+    Raises:
+        DataError: if it cannot be read, or is empty; if Parquet cannot be read here.
+    """
+    if not path.is_file():
+        there = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"The table {path} {there}; name a CSV or Parquet file with `--set scenario.path=FILE`.")
+    try:
+        rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DataError(f"The table {path} cannot be read ({' '.join(str(error).split())}); repair it.") from error
+    if not rows:
+        raise DataError(f"The table {path} has no rows below its header; list an image in each.")
+    return rows
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=header.count)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more values than the header")
+            rows.append({name.strip(): (value or "").strip() for name, value in row.items()})
+        return rows
+
+
+def _parquet(path: Path) -> list[dict[str, str]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a Parquet file, for which pyarrow is missing: `pip install 'clframe[parquet]'`, or save it "
+            "as CSV."
+        ) from error
+    rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+
+
+class _Rows:
+    """The rows of a table, and which of its columns says what.
+
+    Args:
+        path: of the table.
+        rows: by the names of the columns.
+        names: for each meaning (`COLUMNS`) the column that the user named; None: the one of that name, if any.
+
+    Raises:
+        DataError: if a column is lacking that is named, or needed.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[Mapping[str, str]], names: Mapping[str, str | None]) -> None:
+        self.path, self.rows, self.names = path, rows, names
+        self.columns = list(rows[0])
+        if lacking := [m for m in COLUMNS if not self.has(m) and (m in REQUIRED or names[m] is not None)]:
+            raise self.lacking(lacking)
+
+    def column(self, meaning: str) -> str:
+        return self.names[meaning] or meaning
+
+    def has(self, meaning: str) -> bool:
+        return self.column(meaning) in self.columns
+
+    def lacking(self, meanings: Iterable[str]) -> DataError:
+        missing = [self.column(m) for m in meanings]
+        listed = " and ".join(f"`{name}`" for name in missing)
+        options = " and ".join(f"`--set scenario.{m}_column=NAME`" for m in meanings)
+        has = ", ".join(f"`{name}`" for name in self.columns)
+        return DataError(
+            f"The table {self.path} lacks the column{'s' if len(missing) > 1 else ''} {listed}; it has {has}: name the "
+            f"right one{'s' if len(missing) > 1 else ''} with {options}."
+        )
+
+    def entries(self, kind: str) -> list[Entry]:
+        """An entry for each row, whose group is what the column of `kind` (``task`` or ``domain``) says."""
+        return [self._entry(i, row, kind) for i, row in enumerate(self.rows, start=1)]
+
+    def _entry(self, i: int, row: Mapping[str, str], kind: str) -> Entry:
+        needed = [*REQUIRED, *([kind] if self.has(kind) else []), *(["split"] if self.has("split") else [])]
+        if empty := [self.column(m) for m in needed if not row[self.column(m)]]:
+            raise DataError(f"Row {i} of {self.path} has no {' and no '.join(f'`{c}`' for c in empty)}; fill it in.")
+        name = row[self.column("path")]
+        group = row[self.column(kind)] if self.has(kind) else ""
+        entry = Entry(str(self.path.parent / Path(name).expanduser()), name, row[self.column("label")], None, group)
+        if not self.has("split"):
+            return entry
+        part = row[self.column("split")]
+        if part not in ("train", "test"):
+            guess = did_you_mean(part, ("train", "test"))
+            raise DataError(
+                f"Row {i} of {self.path} has `{part}` in the column `{self.column('split')}`; it must be `train` or "
+                f"`test` (images to choose settings by are drawn by `train.val`).{guess if 'Did' in guess else ''}"
+            )
+        return replace(entry, part="train" if part == "train" else "test")
+
+
+def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -> None:
+    """Refuse tasks that share classes, and tasks or domains that are not both learnt and tested."""
+    for group, members in grouped(entries, lambda e: e.group).items():
+        if len({e.part for e in members}) < 2:
+            lacking = "test" if members[0].part == "train" else "training"
+            raise DataError(f"The {kind} `{group}` in {what} has no {lacking} images; add some, or leave it out.")
+    if kind == "domain":
+        return
+    for label, members in grouped(entries, lambda e: e.label).items():
+        tasks = sorted({e.group for e in members}, key=by_name)
+        if len(tasks) > 1:
+            raise DataError(
+                f"The class `{label}` in {what} is in the tasks {' and '.join(f'`{t}`' for t in tasks)}, and a class "
+                f"belongs to one: with `--setting domain` and `--set scenario.domain_column={column}` experiences "
+                "share their classes."
+            )
+
+
+def _ordered(groups: Sequence[str], order: str | list[int], seed: int | None, kind: str) -> list[str]:
+    """The groups in the order in which they are learnt."""
+    if isinstance(order, str):
+        order = random_of(seed).permutation(len(groups)).tolist() if order == "random" else list(range(len(groups)))
+    if sorted(order) != list(range(len(groups))):
+        raise WrongUse(
+            f"`scenario.order` is {order}; it must hold each of the numbers 0 to {len(groups) - 1} of the {kind}s once."
+        )
+    return [groups[i] for i in order]

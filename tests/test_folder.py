@@ -1,0 +1,415 @@
+"""A folder of one's own images as a scenario: with what such folders hold, without code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import clframe
+from clframe import Plugin, hookimpl
+from clframe.cli.main import main
+from clframe.engine import Engine
+from clframe.errors import DataError, Interrupted, WrongUse
+from clframe.images import Files, LazyImages
+from clframe.scenarios.digits import digits
+from clframe.scenarios.files import groups_for
+from clframe.scenarios.folder import split_folder
+
+KINDS = ("png", "jpg", "gif", "bmp")
+NAMES = ("dahlia", "dahlia blue", "temple", "temple blue", "0", "1", "2", "10")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """200 images of 8 classes as people have them: cuts of photographs, digits, all sizes, kinds and modes.
+
+    One file is broken and one class is empty.
+    """
+    root = tmp_path_factory.mktemp("own") / "photographs"
+    spec = importlib.util.find_spec("sklearn")
+    folder = Path(spec.origin).parent / "datasets" / "images"
+    flower, china = (Image.open(folder / f"{name}.jpg").convert("RGB") for name in ("flower", "china"))
+    photos = dict(zip(NAMES[:4], (flower, mirrored(flower), china, mirrored(china)), strict=True))
+    arrays = digits()
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(NAMES):
+        (root / name).mkdir(parents=True)
+        of_class = (arrays.y_train == k).nonzero().flatten().tolist()
+        for i in range(25):
+            width, height = map(int, rng.integers(20, 120, 2))
+            if name in photos:
+                left, top = int(rng.integers(0, 500)), int(rng.integers(0, 300))
+                image = photos[name].crop((left, top, left + width, top + height))
+            else:
+                image = Image.fromarray(arrays.x_train[of_class[i], 0].numpy() * 15).resize((width, width))
+            kind, exif = KINDS[i % 4], Image.Exif()
+            if i % 5 == 0:
+                image = image.convert("L")
+            elif i % 5 == 1 and kind != "jpg":
+                image = image.convert("RGBA")
+                image.putalpha(200)
+            elif i % 5 == 2 and kind != "jpg":
+                image = image.convert("P")
+            if kind == "jpg" and i % 3 == 0:
+                exif[0x0112] = 6
+            image.save(root / name / f"image {i}.{kind}", **({"exif": exif} if kind == "jpg" else {}))
+    broken = root / "temple" / "image 1.jpg"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    (root / "none yet").mkdir()
+    (root / "notes.txt").write_text("these are mine")
+    return root
+
+
+def mirrored(image: Image.Image) -> Image.Image:
+    """With red and blue exchanged."""
+    return Image.merge("RGB", image.split()[::-1])
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """Four classes of 10 images, 6x6 and of one colour each, in one folder."""
+    root = tmp_path / "small"
+    rng = np.random.default_rng(1)
+    for k, name in enumerate("abcd"):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(60, size=(6, 6, 3), dtype=np.uint8) + np.uint8(40 * k)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def halved(root: Path, train: int = 6) -> Path:
+    """The images of `root` in its folders `train` and `test`."""
+    for folder in list(root.iterdir()):
+        for part in ("train", "test"):
+            (root / part / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            part = "train" if int(file.stem) < train else "test"
+            file.rename(root / part / folder.name / file.name)
+        folder.rmdir()
+    return root
+
+
+def options(root: Path, **more) -> dict:
+    return {"name": "split-folder", "path": str(root), "size": 8, "augment": False, **more}
+
+
+def names_of(root: Path, data) -> set[str]:
+    return {"/".join(Path(path).parts[-2:]) for path in paths(data)}
+
+
+def paths(data) -> list[str]:
+    source = data.images._sources[0]
+    return [source.paths[i] for i in data.images._rows[:, 1].tolist()]
+
+
+# ---------------------------------------------------------------------------------- as a person meets it
+
+
+def test_a_folder_of_photographs_runs_without_code(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(photographs.parent)
+    call = ["run", "-q", "--no-tensorboard", "--scenario", "split-folder", "--set", "scenario.path=photographs"]
+    call += ["--epochs", "1", "--set", "scenario.size=16", "--output", str(tmp_path / "run")]
+    assert main(call) == 3
+    told = capsys.readouterr().err
+    assert told == (
+        "clframe: The class `none yet` in photographs has no images; add some, remove the folder, or leave it out with "
+        "`--set scenario.skip_empty=true`.\n"
+    )
+    call += ["--set", "scenario.skip_empty=true"]
+    assert main(call) == 3
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == (
+        "clframe: 1 of the 200 images of photographs cannot be read; repair or remove them, or leave them out with "
+        "`--set scenario.skip_broken=true`:"
+    )
+    assert told[1].startswith("clframe:   photographs/temple/image 1.jpg (")
+    assert len(told) == 2
+    call += ["--set", "scenario.skip_broken=true"]
+    assert main(call) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["class_names"] == ["0", "1", "2", "10", "dahlia", "dahlia blue", "temple", "temple blue"]
+    assert results["classes"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert sum(results["test_images"]) in (39, 40)  # a fifth, and the broken one is among these or the others
+
+
+def test_all_broken_files_are_listed(photographs, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(photographs, root)
+    (root / "none yet").rmdir()
+    broken = ["0/image 3.bmp", "2/image 2.gif", "temple/image 1.jpg"]
+    for name in broken:
+        (root / name).write_bytes(b"GIF89a")
+    with pytest.raises(DataError) as told:
+        split_folder(path=root, size=8)
+    lines = str(told.value).splitlines()
+    assert lines[0].startswith(f"3 of the 200 images of {root} cannot be read; ")
+    assert sorted(line.split(" (")[0] for line in lines[1:]) == sorted(f"  {root / name}" for name in broken)
+
+
+# ------------------------------------------------------------------------------------------- the split
+
+
+def test_a_fifth_of_each_class_is_drawn_for_testing_from_the_seed(small):
+    def drawn(**more):
+        scenario = split_folder(path=small, size=8, memory=0, **more)
+        return [(names_of(small, e.train), names_of(small, e.test)) for e in scenario]
+
+    first = drawn(seed=3)
+    assert first == drawn(seed=3)
+    assert first != drawn(seed=4)
+    for (train, test), letter in zip(first, "abcd", strict=True):
+        assert (len(train), len(test)) == (8, 2)
+        assert train | test == {f"{letter}/{i}.png" for i in range(10)}
+    assert [len(test) for _, test in drawn(test=0.5)] == [5] * 4
+    assert [len(test) for _, test in drawn(test=0.99)] == [9] * 4
+
+
+def test_folders_train_and_test_are_taken_as_they_are(small):
+    halved(small)
+    (small / "test" / "a" / "deeper").mkdir()
+    (small / "test" / "a" / "9.png").rename(small / "test" / "a" / "deeper" / "9.PNG")
+    scenario = split_folder(path=small, size=8, memory=0, experiences=2, order=[3, 0, 1, 2], setting="task")
+    assert scenario.class_names == ("d", "a", "b", "c")
+    assert [names_of(small, e.train) for e in scenario] == [
+        {f"{c}/{i}.png" for c in two for i in range(6)} for two in ("da", "bc")
+    ]
+    assert sorted(Path(p).name for p in paths(scenario[0].test) if "/a/" in p) == ["6.png", "7.png", "8.png", "9.PNG"]
+
+
+def test_an_image_is_what_its_file_shows_and_keeps_its_label_and_place(small):
+    scenario = split_folder(path=small, size=6, experiences=2, seed=1)
+    lazy = split_folder(path=small, size=6, experiences=2, seed=1, memory=0)
+    assert scenario.checksum == lazy.checksum
+    for i in range(2):
+        for part in ("train", "test"):
+            data, late = getattr(scenario[i], part), getattr(lazy[i], part)
+            assert isinstance(data.images, torch.Tensor)
+            assert isinstance(late.images, LazyImages)
+            for column in ("y", "index", "task", "weight", "origin"):
+                assert torch.equal(getattr(data, column), getattr(late, column))
+            for path, x, y in zip(paths(late), data.x, data.y, strict=True):
+                assert (x.numpy() == np.asarray(Image.open(path)).transpose(2, 0, 1)).all()
+                assert scenario.class_names[y] == Path(path).parent.name
+            assert torch.equal(late.x, data.x)
+
+
+def test_a_limit_takes_the_first_images_of_each_class_and_part(small):
+    halved(small)
+    scenario = split_folder(path=small, size=8, memory=0, limit=2)
+    assert names_of(small, scenario[1].train) == {"b/0.png", "b/1.png"}
+    assert names_of(small, scenario[1].test) == {"b/6.png", "b/7.png"}
+
+
+def test_the_checksum_is_that_of_the_files_wherever_they_are(small, tmp_path):
+    before = split_folder(path=small, size=8).checksum
+    small.rename(tmp_path / "elsewhere")
+    small = tmp_path / "elsewhere"
+    assert split_folder(path=small, size=16, mode="grey").checksum == before
+    (small / "a" / "0.png").write_bytes((small / "a" / "1.png").read_bytes())
+    assert split_folder(path=small, size=8).checksum != before
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "found"),
+    [
+        (8, (None, None), (4, None)),
+        (10, (None, None), (5, None)),
+        (2, (None, None), (2, None)),
+        (6, (None, None), (3, None)),
+        (7, (None, None), (5, 3)),
+        (23, (None, None), (5, 7)),
+        (8, (2, None), (2, None)),
+        (8, (None, 2), (4, 2)),
+        (8, (None, 8), (1, 8)),
+    ],
+)
+def test_classes_are_divided_by_a_rule_where_nobody_said_how(count, asked, found):
+    assert groups_for(count, *asked) == found
+
+
+def test_the_input_has_the_shape_and_norms_that_the_options_say(small):
+    grey = split_folder(path=small, size=16, mode="grey")
+    assert grey.input_shape == (1, 16, 16)
+    assert (grey.transform.mean, grey.transform.std, grey.transform.pad) == ((0.449,), (0.226,), 2)
+    plain = split_folder(path=small, size=16, normalize=False, augment=False)
+    assert (plain.transform.mean, plain.transform.augments) == ((), False)
+
+
+# ----------------------------------------------------------------------------------------- wrong input
+
+
+def test_what_is_no_folder_of_classes_is_refused_in_one_sentence(small, tmp_path):
+    one = tmp_path / "one"
+    shutil.copytree(small / "a", one / "a")
+    file = tmp_path / "file"
+    file.write_text("")
+    flat = small / "a"
+    single = tmp_path / "single"
+    shutil.copytree(small, single)
+    for path in list((single / "b").iterdir())[1:]:
+        path.unlink()
+    half = tmp_path / "half"
+    shutil.copytree(small, half / "train")
+    heic = tmp_path / "heic"
+    shutil.copytree(small, heic)
+    (heic / "phone").mkdir()
+    (heic / "phone" / "IMG_1.HEIC").write_text("")
+    for path, told in (
+        (tmp_path / "nowhere", "does not exist; name that of your class folders"),
+        (file, "is no folder"),
+        (one, "has one class, `a`; it must hold a folder for each class, and two classes at least."),
+        (flat, "has no class folders with images"),
+        (single, "The class `b` in .* has one image only"),
+        (half, "has a folder `train` and none `test`"),
+        (heic, r"The class `phone` in .* has no images \(but files of the kinds .heic, which are not read\)"),
+    ):
+        with pytest.raises(DataError, match=told) as caught:
+            split_folder(path=path, size=8)
+        assert "\n" not in str(caught.value)
+
+
+def test_classes_must_be_both_learnt_and_tested(small):
+    halved(small)
+    shutil.copytree(small / "test" / "a", small / "test" / "e")
+    with pytest.raises(DataError, match=r"The class `e` in the test images of .* is not in its training images; add"):
+        split_folder(path=small, size=8)
+    shutil.rmtree(small / "test" / "e")
+    shutil.rmtree(small / "test" / "b")
+    with pytest.raises(DataError, match=r"The class `b` in .* has no test images"):
+        split_folder(path=small, size=8)
+
+
+def test_a_class_all_of_whose_images_are_broken_is_named(small):
+    halved(small)
+    for file in (small / "train" / "c").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"The class `c` in the test images of .*, without its broken images, is not"):
+        split_folder(path=small, size=8, skip_broken=True)
+
+
+def test_groups_that_do_not_divide_the_classes_are_refused(small):
+    with pytest.raises(WrongUse, match="4 classes of small cannot be divided so evenly"):
+        split_folder(path=small, size=8, experiences=3)
+
+
+# ------------------------------------------------------------------------------------------- streaming
+
+TRAIN = {"epochs": 2, "batch_size": 7, "threads": 1}
+
+
+def same(a: Path, b: Path) -> None:
+    """Both runs have the same results and the same model, to the last bit."""
+    assert (a / "results.json").read_bytes() == (b / "results.json").read_bytes()
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    first, second = (load_file(f / "predictions.safetensors") for f in (a, b))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+METHODS = [
+    [],
+    [{"er": {"size": 8}}],
+    [{"er": {"size": 8, "memory": "balanced"}}],
+    [{"icarl": {"size": 8}}],
+    [{"icarl": {"size": 8, "batch_size": 4}}],
+    [{"ewc": {}}],
+    ["joint"],
+]
+
+
+@pytest.mark.parametrize("plugins", METHODS, ids=str)
+def test_a_run_that_reads_images_late_is_bit_equal(small, tmp_path, plugins):
+    for name, memory in (("memory", 10**9), ("files", 0)):
+        spec = options(small, memory=memory, augment=True, experiences=2)
+        run = {"output": str(tmp_path / name), "tensorboard": False, "device": "cpu", "eval_batch_size": 3}
+        clframe.run(spec, "cnn-small", plugins, train={**TRAIN, "val": 0.2}, run=run)
+    same(tmp_path / "memory", tmp_path / "files")
+
+
+@pytest.mark.parametrize("plugins", [[{"er": {"size": 8}}], [{"icarl": {"size": 8}}]], ids=str)
+def test_a_stopped_run_that_reads_late_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, plugins):
+    spec = options(small, memory=0, augment=True, experiences=2)
+    run = {"tensorboard": False, "device": "cpu"}
+    clframe.run(spec, "cnn-small", plugins, train=TRAIN, run={**run, "output": str(tmp_path / "whole")})
+    finish, steps = Engine.finish_step, 0
+
+    def stop(engine, batch):
+        nonlocal steps
+        steps += 1
+        if steps in (2, 8):
+            engine.signal = 15
+        finish(engine, batch)
+
+    monkeypatch.setattr(Engine, "finish_step", stop)
+    with pytest.raises(Interrupted):
+        clframe.run(spec, "cnn-small", plugins, train=TRAIN, run={**run, "output": str(tmp_path / "stopped")})
+    with pytest.raises(Interrupted):
+        clframe.resume(tmp_path / "stopped")
+    clframe.resume(tmp_path / "stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_training_and_evaluation_keep_no_images_that_they_read(small):
+    class Watch(Plugin):
+        name = "watch"
+
+        def __init__(self) -> None:
+            self.lazy: list[bool] = []
+            self.waiting: list[int] = []
+
+        @hookimpl
+        def after_step(self, run, batch):
+            files = run.experience.train.images._sources[0]
+            self.waiting.append(len(files._coming))
+
+        @hookimpl
+        def after_eval(self, run, experience):
+            self.lazy.append(isinstance(run.experience.train.images, LazyImages))
+
+    watch = Watch()
+    scenario = split_folder(path=small, size=8, memory=0, experiences=2)
+    clframe.run(scenario, "cnn-small", [watch], train={"epochs": 1, "batch_size": 4}, run={"device": "cpu"})
+    assert watch.lazy == [True, True]
+    assert watch.waiting == [12, 8, 4, 0] * 2  # 16 images each: those of the epoch that are left, then none
+    assert all(isinstance(e.test.images, LazyImages) for e in scenario)
+
+
+def test_no_more_images_are_read_ahead_than_said(small, monkeypatch):
+    monkeypatch.setattr("clframe.engine.READ_AHEAD", 5)
+    most = []
+    expect = Files.expect
+
+    def counted(self, where):
+        expect(self, where)
+        most.append(len(self._coming))
+
+    monkeypatch.setattr(Files, "expect", counted)
+    scenario = split_folder(path=small, size=8, memory=0, experiences=1)
+    clframe.run(
+        scenario, "cnn-small", train={"epochs": 1, "batch_size": 2}, run={"device": "cpu", "eval_batch_size": 2}
+    )
+    assert max(most) == 2 + 5
+
+
+def test_a_file_that_vanishes_while_a_run_goes_on_stops_it(small, tmp_path, capsys):
+    halved(small)
+
+    class Thief(Plugin):
+        name = "thief"
+
+        @hookimpl
+        def before_experience(self, run, experience):
+            if experience.index == 1:
+                (small / "train" / "d" / "0.png").unlink()
+
+    with pytest.raises(DataError, match=r"The image .*d/0\.png could be read before, and cannot any more"):
+        clframe.run(options(small, memory=0, experiences=2), "cnn-small", [Thief()], train=TRAIN)

@@ -1,0 +1,197 @@
+"""Image files: how they look, and that reading them late changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clframe import ImageData
+from clframe.errors import DataError, WrongUse
+from clframe.images import Files, LazyImages, Look, joined
+from clframe.training import Sampler
+
+RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def halves(width: int, height: int) -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
+
+
+def looked(image: Image.Image, path: Path, **options) -> np.ndarray:
+    image.save(path)
+    return Look(**options).read(path)
+
+
+def test_an_image_that_is_too_wide_is_cut_off_on_both_sides(tmp_path):
+    image = Image.new("RGB", (40, 10), BLACK)
+    image.paste(halves(10, 10), (15, 0))
+    pixels = looked(image, tmp_path / "a.png", size=10)
+    assert (pixels == np.asarray(halves(10, 10)).transpose(2, 0, 1)).all()
+
+
+def test_stretching_keeps_both_ends_and_padding_keeps_the_shape(tmp_path):
+    image = halves(16, 8)
+    stretched = looked(image, tmp_path / "a.png", size=8, crop="stretch")
+    assert tuple(stretched[:, 0, 0]) == RED
+    assert tuple(stretched[:, 7, 7]) == BLUE
+    padded = looked(image, tmp_path / "a.png", size=8, crop="pad")
+    assert not padded[:, :2].any()
+    assert not padded[:, 6:].any()
+    assert tuple(padded[:, 2, 0]) == RED
+    assert tuple(padded[:, 5, 7]) == BLUE
+
+
+def test_what_is_cut_out_after_resizing_is_the_middle(tmp_path):
+    image = Image.new("RGB", (32, 32), WHITE)
+    image.paste(RED, (8, 8, 24, 24))
+    assert tuple(looked(image, tmp_path / "a.png", size=8)[:, 0, 0]) == WHITE
+    inner = looked(image, tmp_path / "a.png", size=8, resize=20)  # the middle 12.8 pixels of 32
+    assert (inner == np.array(RED)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_as_its_exif_data_says(tmp_path, orientation):
+    rng = np.random.default_rng(0)
+    upright = Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that a camera would have made
+    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert (Look(16).read(tmp_path / "a.png") == np.asarray(upright).transpose(2, 0, 1)).all()
+
+
+def test_images_of_all_modes_become_colour_or_grey(tmp_path):
+    red = Image.new("RGB", (4, 4), RED)
+    half = Image.new("RGBA", (4, 4), (*RED, 0))
+    sixteen = Image.fromarray(np.full((4, 4), 257 * 77, dtype=np.uint16))
+    cases = {
+        "palette.gif": (red.quantize(4), RED),
+        "one-bit.png": (Image.new("1", (4, 4), 1), WHITE),
+        "grey.png": (Image.new("L", (4, 4), 9), (9, 9, 9)),
+        "transparent.png": (half, WHITE),
+        "grey-transparent.png": (Image.new("LA", (4, 4), (0, 0)), WHITE),
+        "cmyk.tif": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), RED),
+        "sixteen.png": (sixteen, (77, 77, 77)),
+    }
+    for name, (image, colour) in cases.items():
+        image.save(tmp_path / name)
+        pixels = Look(4).read(tmp_path / name)
+        assert (pixels == np.array(colour)[:, None, None]).all(), name
+        grey = Look(4, mode="grey").read(tmp_path / name)
+        assert grey.shape == (1, 4, 4)
+        assert abs(int(grey[0, 0, 0]) - np.dot(colour, (0.299, 0.587, 0.114))) < 1, name
+
+
+def test_why_a_file_is_no_image_is_said_in_a_few_words(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    halves(64, 64).save(tmp_path / "cut.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:500])
+    Image.new("F", (4, 4)).save(tmp_path / "real.tif")
+    for name, reason in (
+        ("text.png", "no image of a known kind"),
+        ("cut.bmp", "truncated"),
+        ("real.tif", "floating-point"),
+        ("missing.png", "No such file"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            Look(4).read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"size": 32, "resize": 16}, "give 32 at least"), ({"crop": "pad", "resize": 99}, "needs `scenario.crop=center`")],
+)
+def test_a_look_that_cannot_be_is_refused(options, told):
+    with pytest.raises(WrongUse, match=told):
+        Look(**options)
+
+
+@pytest.fixture
+def files(tmp_path) -> Files:
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    return Files([tmp_path / f"{i}.png" for i in range(12)], Look(8), workers=2)
+
+
+def test_rows_of_files_are_picked_and_joined_as_those_of_a_tensor(files):
+    lazy = LazyImages([files])
+    x = lazy.read()
+    assert (x.shape, x.dtype) == ((12, 3, 8, 8), torch.uint8)
+    assert (lazy.shape, lazy.dtype) == (x.shape, x.dtype)
+    where = torch.tensor([3, 3, 11, 0])
+    mask = torch.arange(12) % 3 == 1
+    for pick in (lambda a: a[2:7], lambda a: a[where], lambda a: a[mask], lambda a: a.index_select(0, where)[1:]):
+        assert torch.equal(pick(lazy).read(), pick(x))
+    for other in (x[:2] + 1, x[:2].float() / 3):
+        parts = [lazy[5:], other, lazy[where], other[:1]]
+        together = joined(parts)
+        assert isinstance(together, LazyImages)
+        expected = torch.cat([p.read() if isinstance(p, LazyImages) else p for p in parts])
+        assert torch.equal(together.read(), expected)
+        assert (together.shape, together.dtype) == (expected.shape, expected.dtype)
+        order = torch.randperm(len(expected), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(together[order].read(), expected[order])
+        twice = joined([together, together[1:3]])
+        assert torch.equal(twice.read(), torch.cat([expected, expected[1:3]]))
+
+
+def test_image_data_in_files_reads_only_what_it_is_asked_for(files, monkeypatch):
+    read = []
+    plain = Look.read
+    monkeypatch.setattr(Look, "read", lambda self, path: read.append(Path(path).stem) or plain(self, path))
+    data = ImageData(LazyImages([files]), torch.arange(12))
+    some = data.rows(torch.tensor([4, 2]))
+    mask = data.rows(data.y > 9)
+    assert read == []
+    assert torch.equal(some.y, torch.tensor([4, 2]))
+    first = some.x
+    assert sorted(read) == ["2", "4"]
+    assert some.x is first  # kept
+    assert torch.equal(mask.to("cpu").marked(2).x, LazyImages([files])[10:].read())
+    assert isinstance(data.images, LazyImages)
+
+
+def test_parts_are_read_ahead_and_no_file_is_read_twice(files, monkeypatch):
+    read = []
+    plain = Look.read
+    monkeypatch.setattr(Look, "read", lambda self, path: read.append(Path(path).stem) or plain(self, path))
+    data = ImageData(LazyImages([files]), torch.arange(12))
+    rows = list(data.parts(5))
+    assert [len(part) for part in rows] == [5, 5, 2]
+    x = torch.cat([part.x for part in rows])
+    assert sorted(map(int, read)) == list(range(12))
+    assert torch.equal(x, LazyImages([files]).read())
+    assert not files._coming
+
+
+def test_a_file_that_vanished_is_an_error_that_names_it(files):
+    Path(files.paths[3]).unlink()
+    with pytest.raises(DataError, match=r"3\.png could be read before, and cannot any more: No such file"):
+        LazyImages([files])[2:5].read()
+
+
+@pytest.mark.parametrize("length", [{"epochs": 2, "iterations": None}, {"epochs": None, "iterations": 5}])
+def test_a_sampler_knows_what_comes_within_the_epoch_and_draws_nothing_for_it(length):
+    def orders(look: bool) -> tuple[list[list[int]], list[list[int]]]:
+        sampler = Sampler(7, 2, torch.Generator().manual_seed(1), torch.device("cpu"), **length)
+        met, coming = [], []
+        for where in sampler:
+            met.append(where.tolist())
+            coming.append(sampler.coming(3).tolist() if look else [])
+        return met, coming
+
+    met, coming = orders(look=True)
+    assert met == orders(look=False)[0]
+    per_epoch = 4 if length["epochs"] else 3
+    for step, ahead in enumerate(coming):
+        end = min((step // per_epoch + 1) * per_epoch, len(met))
+        assert ahead == [i for batch in met[step + 1 : end] for i in batch][:3]
