@@ -42,7 +42,7 @@ from clframe.trained import Trained
 def run(
     scenario: str | Mapping[str, Any] | Scenario = "split-digits",
     model: str | Mapping[str, Any] | nn.Module | None = None,
-    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] = (),
+    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] | Mapping[str, Mapping[str, Any]] = (),
     *,
     train: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
@@ -54,7 +54,7 @@ def run(
         scenario: a name, a mapping with ``name`` and options, or a scenario of one's own (`clframe.split_classes`,
             `clframe.change_domains`, `clframe.Scenario`).
         model: likewise; or a backbone of one's own, a module with ``features(x) -> [B, D]`` and ``width`` = D.
-        plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling.
+        plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling; or one mapping of them all.
         train: training settings (`clframe.config.TrainSettings`).
         run: settings of the run (`clframe.config.RunSettings`). Without ``output`` nothing is written to the disk.
         listeners: called with each record of the run's progress.
@@ -65,6 +65,8 @@ def run(
         RunFailed: if a loss is not finite, memory or disk is full, or a plugin raised.
         Interrupted: after SIGINT or SIGTERM; the run is saved.
     """
+    if isinstance(plugins, Mapping):  # as YAML has them: going through it would give the names alone
+        plugins = [{name: options} for name, options in plugins.items()]
     if classes := [plugin.__name__ for plugin in plugins if isinstance(plugin, type)]:
         raise WrongUse(*(f"`{name}` is a class; give a plugin built from it: `{name}()`." for name in classes))
     names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]

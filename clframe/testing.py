@@ -581,7 +581,7 @@ def it_runs_on_split_digits_and_its_record_runs_again(subject: Subject, folder: 
     recorded = record["plugins"][name]
     hold(recorded.keys() == kept.keys(), f"The record has the options {sorted(recorded)}, the plugin {sorted(kept)}.")
     record["run"]["output"] = None
-    again = api.run(record["scenario"], record["model"], [record["plugins"]], train=record["train"], run=record["run"])
+    again = api.run(record["scenario"], record["model"], record["plugins"], train=record["train"], run=record["run"])
     hold(
         again.data == first.data,
         "The record of a run on split-digits runs again to other figures: draw from `run.rng` only.",

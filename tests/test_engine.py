@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import clframe
 from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
+from clframe.config import parse_yaml
 from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.plugins.ewc import EWC
 from clframe.training import training_only
@@ -636,6 +637,14 @@ def test_a_penalty_that_is_no_new_scalar_is_refused(tiny, answer: Any, sentence:
 
     with pytest.raises(WrongUse, match=sentence):
         learn(tiny(), Odd())
+
+
+def test_plugins_may_be_one_mapping_as_in_yaml_and_keep_their_options(tiny, tmp_path):
+    plugins = {"ewc": {"lambda": 7.0}, "lwf": {}}
+    clframe.run(tiny(), plugins=plugins, train={"iterations": 1}, run={"output": str(tmp_path / "run")})
+    recorded = parse_yaml((tmp_path / "run" / "config.yaml").read_text(), "config.yaml")["plugins"]
+    assert list(recorded) == ["ewc", "lwf"]
+    assert recorded["ewc"]["lambda"] == 7.0
 
 
 def test_plugin_objects_are_given_once_and_new(tiny):
