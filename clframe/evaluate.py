@@ -25,7 +25,8 @@ class Predictor(nn.Module):
     Attributes:
         scores: ``logits``, or ``distances`` (negated), of which no NLL and no calibration error is computed.
         uses_task: the scores depend on the task that is given.
-        needs_task: there are no scores without a task, so the run has no class-incremental reading.
+        needs_task: there are no scores without a task, so the run has no class-incremental reading, nor of a task that
+            is not learnt yet.
         n_classes: how many of the head's classes, from the first, it can answer with; None: all.
     """
 
@@ -178,10 +179,12 @@ def evaluate(
     for name in names:
         row.accuracy[name], row.scores[name] = [], []
     uses_task = getattr(predictor, "uses_task", True)
+    # a later task may have classes that are known, and still nothing to compute with
+    last = after if getattr(predictor, "needs_task", False) else len(scenario) - 1
     n_classes = answered(predictor, n_classes)
     with evaluating(predictor), torch.no_grad():
         for on, experience in enumerate(scenario):
-            covered = [name for name in names if readings.covered(name, after, on, n_classes)]
+            covered = [name for name in names if on <= last and readings.covered(name, after, on, n_classes)]
             data = getattr(experience, part).to(device) if covered else None
             if data is not None and not len(data):
                 data = None  # there is no accuracy on no images

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from clframe import checkpoint
 from clframe.data import Transform, affine
@@ -137,14 +138,30 @@ def deployed(trained: Trained, task: int | None, kind: str) -> Deployed:
     by_task = any(isinstance(m, IncrementalNet) and m.selected is not None for m in trained.modules())
     if by_task and task is None and kind != "safetensors":
         raise WrongUse(
-            f"This network computes something else for each task, and a `{kind}` file holds one computation: fix a "
-            "task (`--task`)."
+            f"This network computes something else for each task, and a file of format `{kind}` holds one computation: "
+            "fix a task (`--task`)."
         )
     module = Deployed(trained, task)
     if by_task and task is not None:  # its path is selected, and no task is left to find
         net = next(m for m in module.modules() if isinstance(m, IncrementalNet) and m.selected is not None)
         module.predictor, module.tells = ModelPredictor(net).eval(), False
+        for part in list(net.modules()):
+            _applied(part)
     return module
+
+
+def _applied(part: nn.Module) -> None:
+    """Make weights under a mask what the mask makes of them.
+
+    Not by torch's `remove_parametrizations`, which changes the class, and that is also the original's of a copy.
+    """
+    if not parametrize.is_parametrized(part):
+        return
+    weights = {name: getattr(part, name).detach().clone() for name in part.parametrizations}  # type: ignore[union-attr]
+    part.__class__ = parametrize.type_before_parametrizations(part)
+    del part.parametrizations
+    for name, value in weights.items():
+        part.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def example(trained: Trained, module: Deployed, n: int) -> tuple[Tensor, ...]:

@@ -102,7 +102,9 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_network_of_a_computation_for_each_task_is_written_for_one(trained: Any, tmp_path: Path, name: str):
     model = trained({name: METHODS[name]}, setting="task")
-    with pytest.raises(WrongUse, match=r"a `torch-export` file holds one computation: fix a task \(`--task`\)"):
+    with pytest.raises(
+        WrongUse, match=r"a file of format `torch-export` holds one computation: fix a task \(`--task`\)"
+    ):
         model.export(tmp_path / "file", "torch-export")
     assert not (tmp_path / "file").exists()
     whole = model.export(tmp_path / "whole", "safetensors")
@@ -119,6 +121,14 @@ def test_distances_to_means_are_written_too(trained: Any, tmp_path: Path, kind: 
     model = trained({"icarl": {"size": 12}})
     found = model.export(tmp_path / "file", kind)
     assert found.checked_with is None or found.difference < 1e-4
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("onnxscript"), reason="needs onnxscript")
+def test_masks_kept_as_bits_are_applied_in_the_file(trained: Any, tmp_path: Path):
+    model = trained({"piggyback": {}}, setting="task")
+    model.export(tmp_path / "file", "onnx", task=1)
+    assert torch.allclose(session(tmp_path / "file")(images=images(5)), model(images(5), 1), atol=1e-4)
+    assert model.export(tmp_path / "weights", "safetensors", task=1).difference == 0
 
 
 def test_where_the_task_is_found_the_weights_are_written_and_a_graph_for_a_task(trained: Any, tmp_path: Path):

@@ -204,6 +204,20 @@ def test_a_class_of_an_old_name_is_the_old_class_and_others_get_new_columns(tiny
     assert (second / "tensorboard").is_dir()
 
 
+@pytest.mark.parametrize("name", ["", "channel-gating", "hat", "packnet", "piggyback"])
+def test_a_later_task_may_bring_old_classes_again(name: str, tiny: Any, tmp_path: Path):
+    """Of a task that is not learnt yet there is no accuracy, where the network computes something else for each."""
+    whole = tiny(shape=(1, 8, 8), setting="task")
+    plugins = [{name: METHODS[name]}] if name else []
+    first = {"output": str(tmp_path / "first"), "tensorboard": False}
+    clframe.run(part(whole, 0, 2), "cnn-small", plugins, train=TRAIN, run=first)
+    results = clframe.extend(tmp_path / "first", part(whole, 0, 2), run={"output": str(tmp_path / "second")})
+    assert results.data["classes"] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert [a is None for a in results.accuracy["task"][2]] == [True, True, False, bool(name)]
+    assert None not in results.accuracy["task"][3][2:]
+    assert clframe.load(tmp_path / "second").allowed.tolist()[2] == [True, True, False, False]
+
+
 def test_settings_are_those_of_the_run_unless_given_anew(tiny: Any, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
     whole = tiny(shape=(1, 8, 8))
