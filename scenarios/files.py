@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,7 +146,8 @@ def read_all(
         return hashlib.sha256(content).digest(), ""
 
     found: list[tuple[bytes, str]] = []
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of small faults, such as in EXIF data, that hinder nothing
         for start in range(0, len(entries), BLOCK):  # a pool keeps a kilobyte for each call that it is given
             found += pool.map(examine, range(start, min(start + BLOCK, len(entries))))
     broken = [f"{e.file} ({reason})" for e, (_, reason) in zip(entries, found, strict=True) if reason]

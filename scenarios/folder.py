@@ -95,7 +95,7 @@ def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
     if not root.is_dir():
         there = "is no folder" if root.exists() else "does not exist"
         raise DataError(
-            f"The folder {root} {there}; name that of your class folders with `--set scenario.path=FOLDER`."
+            f"The folder {root.absolute()} {there}; name that of your class folders with `--set scenario.path=FOLDER`."
         )
     halves = [part for part in PARTS if (root / part).is_dir()]
     if len(halves) == 1 and len(_folders(root)) == 1:

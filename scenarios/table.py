@@ -171,7 +171,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         there = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"The table {path} {there}; name a CSV or Parquet file with `--set scenario.path=FILE`.")
+        raise DataError(
+            f"The table {path.absolute()} {there}; name a CSV or Parquet file with `--set scenario.path=FILE`."
+        )
     try:
         rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:

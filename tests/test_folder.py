@@ -202,6 +202,14 @@ def test_an_image_is_what_its_file_shows_and_keeps_its_label_and_place(small):
             assert torch.equal(late.x, data.x)
 
 
+def test_small_faults_of_files_are_not_told(small, recwarn):
+    image = Image.open(small / "a" / "0.png")
+    image.save(small / "a" / "0.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0")  # nine entries, none of which follow
+    (small / "a" / "0.png").unlink()
+    assert len(split_folder(path=small, size=8).class_names) == 4
+    assert not recwarn.list
+
+
 def test_a_limit_takes_the_first_images_of_each_class_and_part(small):
     halved(small)
     scenario = split_folder(path=small, size=8, memory=0, limit=2)
