@@ -242,8 +242,8 @@ def firing(run: Run, rows: ImageData) -> dict[str, Tensor]:
     return {name: total / max(1, len(rows)) for name, total in sums.items()}
 
 
-def settle(run: Run, rows: ImageData, generator: torch.Generator) -> dict[str, float]:
-    """The experience is learnt: kernels that fire for `rows` are its path, and those that never fired begin anew.
+def settle(run: Run, rows: ImageData, generator: torch.Generator, relevant: float = 0.0) -> dict[str, float]:
+    """The experience is learnt: kernels that fire for more than a share of `rows` are its path; the others begin anew.
 
     Returns:
         ``open/LAYER``, how many gates were open for an image, and ``free/LAYER``, how many kernels are left, in shares.
@@ -251,7 +251,7 @@ def settle(run: Run, rows: ImageData, generator: torch.Generator) -> dict[str, f
     curves: dict[str, float] = {}
     for name, often in firing(run, rows).items():
         conv = installed(run.model.backbone, ConditionalConv)[name]
-        conv.fired[run.experience.index] = often > 0
+        conv.fired[run.experience.index] = often > relevant
         free = ~conv.used(run.experience.index + 1)
         conv.renew(free, generator)
         curves |= {f"open/{name}": often.mean().item(), f"free/{name}": free.float().mean().item()}

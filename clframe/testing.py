@@ -40,6 +40,7 @@ from clframe.model import IncrementalNet, evaluating, snapshot
 from clframe.options import options_of
 from clframe.plugin import Plugin
 from clframe.results import Results
+from clframe.trained import Trained
 
 MODEL = "cnn-small"
 SETTINGS: tuple[Setting, ...] = ("class", "task", "domain")
@@ -421,7 +422,7 @@ def a_finished_run_loads_and_predicts(subject: Subject, folder: Path) -> None:
     agrees(loaded, whole, scenario, "name in `predictor_state` what `predictor` needs")
 
 
-def agrees(loaded: api.Trained, whole: Results, scenario: Scenario, advice: str) -> None:
+def agrees(loaded: Trained, whole: Results, scenario: Scenario, advice: str) -> None:
     """Raise `Broken` unless the loaded model is as often right as the run, on the second experience."""
     test, setting = scenario[1].test, scenario.setting
     reading = setting if setting in whole.accuracy else next(iter(whole.accuracy))

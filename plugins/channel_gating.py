@@ -40,6 +40,7 @@ class ChannelGating(Plugin):
     Options:
         sparsity: lambda_s.
         sparsity_after: share of an experience's steps without sparsity, in the beginning.
+        relevance: share of the images for which a channel must fire to be the task's; below, it is shut and free.
         bias: of new gates' logits, so that most are open.
         memory: of the task classifier: `episodic`: images that are kept; `generative`: a Wasserstein GAN of each task.
         size: images in the episodic memory, of all classes together.
@@ -62,6 +63,7 @@ class ChannelGating(Plugin):
         *,
         sparsity: NonNegative = 1.0,
         sparsity_after: Share = 0.25,
+        relevance: Share = 0.0,
         bias: float = 1.5,
         memory: Literal["episodic", "generative"] = "episodic",
         size: Count = 1000,
@@ -71,6 +73,7 @@ class ChannelGating(Plugin):
         generator_net: Net = "mlp",
     ) -> None:
         self.sparsity, self.sparsity_after, self.bias = sparsity, sparsity_after, bias
+        self.relevance = relevance
         self.classifier_iterations = classifier_iterations
         recipe = Recipe("wgan", generator_net) if memory == "generative" else None
         self.past = Recollection(size, per_class, recipe, generator_iterations)
@@ -153,7 +156,7 @@ class ChannelGating(Plugin):
         data, rng, tells = experience.train.to(run.device), run.rng(self.name), run.scenario.setting == "class"
         if tells:  # first of all, as the run may be saved in the midst of it
             self.past.keep(run, self.name, data)
-        curves = settle(run, experience.val.to(run.device) if len(experience.val) else data, rng)
+        curves = settle(run, experience.val.to(run.device) if len(experience.val) else data, rng, self.relevance)
         run.log({f"{self.name}/{curve}": value for curve, value in curves.items()})
         if tells:
             images = [*self.past.images(run, self.name), data]

@@ -15,6 +15,7 @@ from torch import Tensor
 from clframe.arrays import Arrays, change_domains, suits
 from clframe.data import Scenario, Setting, Transform
 from clframe.errors import WrongUse, did_you_mean
+from clframe.images import joined
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import cifar, mnist, sources, streams
 
@@ -139,9 +140,9 @@ def _arrays(variant: str, data_root: Path, normalize: bool | None, augment: bool
     shift = len(parts[0].class_names)
     return Arrays(
         "cifar110",
-        torch.cat([part.x_train for part in parts]),
+        joined([part.x_train for part in parts]),
         torch.cat([parts[0].y_train, parts[1].y_train + shift]),
-        torch.cat([part.x_test for part in parts]),
+        joined([part.x_test for part in parts]),
         torch.cat([parts[0].y_test, parts[1].y_test + shift]),
         tuple(name for part in parts for name in part.class_names),
         transform,
