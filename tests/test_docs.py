@@ -59,11 +59,11 @@ class Reader:
 
     def read(self, path):
         printed = None  # by the latest block of code, if it was run
-        self.capsys.readouterr()
         for language, title, body in FENCE.findall(SOURCES[path]):
             if title:
                 self.write(title, body)
             elif language == "python":
+                self.capsys.readouterr()
                 exec(compile(body, path, "exec"), self.scope)
                 printed = self.capsys.readouterr().out
             elif language == "text" and printed is not None:
