@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,7 +42,11 @@ NAVIGATION: dict[str, list[str]] = {
         "measures.md",
         "commands.md",
     ],
-    "Extend": ["write-a-method.md", "hooks/index.md", *(f"hooks/{name}.md" for name in HOOKS)],
+    "Extend": [
+        "write-a-method.md",
+        "hooks/index.md",
+        *(f"hooks/{name}.md" for name in HOOKS),
+    ],
     "Python": ["api.md", "api-tools.md"],
 }
 REST = "More"
@@ -62,7 +67,7 @@ HOMES = {  # of the types that hooks speak of
 }
 TOOLS = {  # modules of the core that methods share: what of them is of use to a method's author
     "memory": "quota groups_of balanced at_random herding reservoir ring draw",
-    "distill": "soft_cross_entropy kl_divergence hard_cross_entropy sigmoid_cross_entropy half_squared_distance grad_cam",
+    "distill": "soft_cross_entropy kl_divergence hard_cross_entropy sigmoid_cross_entropy grad_cam",
     "importance": "Quadratic ImportanceMean label_cotangents path_importance",
     "evaluate": "ModelPredictor TaskPredictor NearestMean",
     "model": "PerTask masked class_mask",
@@ -76,20 +81,44 @@ TOOLS = {  # modules of the core that methods share: what of them is of use to a
 
 
 def hook(name: str) -> str:
-    """A hook: signature, contract, place in the loop, arguments, answers, and who uses it."""
+    """A hook: signature, contract, place in the loop, arguments and answers."""
     spec = getattr(Hooks, name)
     signature = inspect.signature(spec)
-    lines = ["```python", "@hookimpl", f"def {name}{signature}: ...".replace("'", ""), "```", ""]
-    lines += [prose(inspect.getdoc(spec) or ""), "", "## When", "", "```text", _loop(name), "```", ""]
-    lines += ["## Arguments", "", "An implementation takes any of them, by these names, in any order.", ""]
+    lines = ["```python", "@hookimpl", signature_of(name), "```", ""]
+    lines += [
+        prose(inspect.getdoc(spec) or ""),
+        "",
+        "## When",
+        "",
+        "```text",
+        _loop(name),
+        "```",
+        "",
+    ]
+    lines += [
+        "## Arguments",
+        "",
+        "An implementation takes any of them, by these names, in any order.",
+        "",
+    ]
     arguments = [p for p in signature.parameters.values() if p.name != "self"]
-    lines += table(["argument", "type", "what"], [[code(p.name), _type(p.annotation), ARGUMENTS[p.name]] for p in arguments])
+    lines += table(
+        ["argument", "type", "what"],
+        [[code(p.name), _type(p.annotation), ARGUMENTS[p.name]] for p in arguments],
+    )
     lines += ["", "## Answer", "", _answer(spec, str(signature.return_annotation)), ""]
-    lines += ["## Built-in methods that use it", ""]
-    users = [(n, cls) for n, cls in _plugins() if name in registry.hooks_of(cls)]
-    rows = [[_method_link(n, "../methods.md"), prose(_first_line(getattr(cls, name)))] for n, cls in users]
-    lines += table(["method", "what it does there"], rows) if rows else ["None."]
     return "\n".join(lines)
+
+
+def users(name: str) -> str:
+    """The built-in methods that use a hook."""
+    found = [(n, cls) for n, cls in _plugins() if name in registry.hooks_of(cls)]
+    rows = [
+        [_method_link(n, "../methods.md"), prose(_first_line(getattr(cls, name)))]
+        for n, cls in found
+    ]
+    table_ = table(["method", "what it does there"], rows) if rows else ["None."]
+    return "\n".join(["## Built-in methods that use it", "", *table_])
 
 
 def all_hooks(_: str) -> str:
@@ -98,13 +127,22 @@ def all_hooks(_: str) -> str:
     for name in HOOKS:
         spec = getattr(Hooks, name)
         arguments = ", ".join(list(inspect.signature(spec).parameters)[1:])
-        rows.append([f"[`{name}({arguments})`]({name}.md)", _kind(spec), prose(_first_line(spec))])
+        rows.append(
+            [
+                f"[`{name}({arguments})`]({name}.md)",
+                _kind(spec),
+                prose(_first_line(spec)),
+            ]
+        )
     return "\n".join(table(["hook", "answers", "what"], rows))
 
 
 def methods(_: str) -> str:
     """All plugins: a table, and a section for each."""
-    rows = [[_method_link(n, ""), prose(_first_line(cls)), prose(cls.citation)] for n, cls in _plugins()]
+    rows = [
+        [_method_link(n, ""), prose(_first_line(cls)), prose(cls.citation)]
+        for n, cls in _plugins()
+    ]
     lines = [*table(["method", "what", "paper"], rows), ""]
     for name, cls in _plugins():
         description = (inspect.getdoc(cls) or "").partition("\nOptions:\n")[0]
@@ -137,11 +175,20 @@ def scenarios(_: str) -> str:
     lines = []
     for name in registry.names("scenario"):
         build = registry.find("scenario", name)[0].load()
-        lines += [f"## `{name}{_variant(build)}`", "", prose(_before_options(build)), ""]
+        lines += [
+            f"## `{name}{_variant(build)}`",
+            "",
+            prose(_before_options(build)),
+            "",
+        ]
         lines += [*options(options_of(build, skip=registry.SUPPLIED), "scenario"), ""]
         model, train = getattr(build, "backbone", None), getattr(build, "train", {})
-        suits = ", ".join(code(f"train.{key}={value(given)}") for key, given in train.items())
-        lines += [f"- Model that suits it: {code(value(model)) if model else 'none named'}"]
+        suits = ", ".join(
+            code(f"train.{key}={value(given)}") for key, given in train.items()
+        )
+        lines += [
+            f"- Model that suits it: {code(value(model)) if model else 'none named'}"
+        ]
         lines += [f"- Training that suits it: {suits or 'the defaults'}", ""]
     return "\n".join(lines)
 
@@ -151,7 +198,12 @@ def backbones(_: str) -> str:
     lines = []
     for name in registry.names("model"):
         build = registry.find("model", name)[0].load()
-        lines += [f"### `{name}{_variant(build)}`", "", prose(_before_options(build)), ""]
+        lines += [
+            f"### `{name}{_variant(build)}`",
+            "",
+            prose(_before_options(build)),
+            "",
+        ]
         if found := options_of(build, skip=registry.SUPPLIED):
             lines += [*options(found, "model"), ""]
     return "\n".join(lines)
@@ -167,8 +219,12 @@ def measures(_: str) -> str:
     """All measures of a run with formula and source."""
     import torch
 
-    found = metrics.measures([[1.0]], [1]) | metrics.calibration(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
-    rows = [[code(name), prose(m.formula), prose(m.source)] for name, m in found.items()]
+    found = metrics.measures([[1.0]], [1]) | metrics.calibration(
+        torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    )
+    rows = [
+        [code(name), prose(m.formula), prose(m.source)] for name, m in found.items()
+    ]
     return "\n".join(table(["measure", "formula", "source"], rows))
 
 
@@ -176,18 +232,39 @@ def commands(_: str) -> str:
     """All commands with their arguments and options, as the command line has them."""
     lines = []
     for path, command in _commands():
-        arguments = " ".join(_argument(p) for p in command.params if p.param_type_name == "argument")
-        flags = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        arguments = " ".join(
+            _argument(p) for p in command.params if p.param_type_name == "argument"
+        )
+        flags = [
+            p
+            for p in command.params
+            if p.param_type_name == "option" and p.name != "help"
+        ]
         usage = " ".join(filter(None, [path, arguments, "[OPTIONS]" if flags else ""]))
-        lines += [f"## `{path}`", "", command.help or "", "", "```text", usage, "```", ""]
-        rows = [[", ".join(code(name) for name in _flags(p)), prose(p.help or "")] for p in flags]
+        lines += [
+            f"## `{path}`",
+            "",
+            command.help or "",
+            "",
+            "```text",
+            usage,
+            "```",
+            "",
+        ]
+        rows = [
+            [", ".join(code(name) for name in _flags(p)), prose(p.help or "")]
+            for p in flags
+        ]
         lines += [*(table(["option", "what"], rows) if rows else []), ""]
     return "\n".join(lines)
 
 
 def api(_: str) -> str:
     """Directives of mkdocstrings for the public names of `clframe`."""
-    homes = [f"{inspect.getmodule(getattr(clframe, name)).__name__}.{name}" for name in PUBLIC]
+    homes = [
+        f"{inspect.getmodule(getattr(clframe, name)).__name__}.{name}"
+        for name in PUBLIC
+    ]
     return "\n\n".join(f"::: {home}" for home in homes)
 
 
@@ -195,10 +272,17 @@ def tools(_: str) -> str:
     """Directives of mkdocstrings for what methods share."""
     lines = []
     for module, names in TOOLS.items():
-        about = (inspect.getdoc(inspect.importlib.import_module(f"clframe.{module}")) or "").partition("\n\n")[0]
+        about = (
+            inspect.getdoc(inspect.importlib.import_module(f"clframe.{module}")) or ""
+        ).partition("\n\n")[0]
         lines += [f"## `clframe.{module}`", "", prose(about), ""]
         for name in names.split():
-            lines += [f"::: clframe.{module}.{name}", "    options:", "      heading_level: 3", ""]
+            lines += [
+                f"::: clframe.{module}.{name}",
+                "    options:",
+                "      heading_level: 3",
+                "",
+            ]
     return "\n".join(lines)
 
 
@@ -212,7 +296,20 @@ PUBLIC = [
 ]
 PARTS: dict[str, Callable[[str], str]] = {
     part.__name__: part
-    for part in (hook, all_hooks, methods, readme, scenarios, backbones, settings, measures, commands, api, tools)
+    for part in (
+        hook,
+        users,
+        all_hooks,
+        methods,
+        readme,
+        scenarios,
+        backbones,
+        settings,
+        measures,
+        commands,
+        api,
+        tools,
+    )
 }
 
 
@@ -236,23 +333,55 @@ def words(kind: str) -> str:
 
 def prose(text: str) -> str:
     """A docstring as Markdown: what is no code is taken word for word, but for lists."""
-    parts = re.split(r"(``.+?``|`[^`]+`)", text)
-    return "".join(p if i % 2 else re.sub(r"(?<!^)([*_\[\]<])", r"\\\1", p) for i, p in enumerate(parts))
+    return _outside_code(r"([*_\[\]<])", r"\\\1", text)
 
 
 def table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
     """The lines of a table."""
-    cells = [headers, ["---"] * len(headers), *([" ".join(cell.split()) for cell in row] for row in rows)]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    cells = [
+        headers,
+        ["---"] * len(headers),
+        *([" ".join(cell.split()) for cell in row] for row in rows),
+    ]
+    return [
+        "| " + " | ".join(_outside_code(r"\|", r"\\|", cell) for cell in row) + " |"
+        for row in cells
+    ]
 
 
 def options(found: list[Option], section: str) -> list[str]:
     """The table of the options of a plugin, a scenario or a model."""
     rows = []
     for option in found:
-        default = "(required)" if option.default is REQUIRED else code(value(option.default))
-        rows.append([code(f"{section}.{option.name}"), words(option.type), default, prose(option.doc)])
-    return table(["option", "type", "default", "meaning"], rows) if rows else ["It has no options."]
+        default = (
+            "(required)" if option.default is REQUIRED else code(value(option.default))
+        )
+        rows.append(
+            [
+                code(f"{section}.{option.name}"),
+                words(option.type),
+                default,
+                prose(option.doc),
+            ]
+        )
+    return (
+        table(["option", "type", "default", "meaning"], rows)
+        if rows
+        else ["It has no options."]
+    )
+
+
+def signature_of(hook: str) -> str:
+    """The definition of a hook as a plugin may write it, in lines that fit a page."""
+    text = f"def {hook}{inspect.signature(getattr(Hooks, hook))}: ...".replace("'", "")
+    return text if len(text) <= 80 else re.sub(r"\((.*)\) ->", r"(\n    \1\n) ->", text)
+
+
+def _outside_code(pattern: str, new: str, text: str) -> str:
+    parts = re.split(r"(``.+?``|`[^`]+`)", text)
+    return "".join(
+        part if i % 2 else re.sub(pattern, new, part) for i, part in enumerate(parts)
+    )
 
 
 def _plugins() -> Iterator[tuple[str, type[clframe.Plugin]]]:
@@ -276,13 +405,19 @@ def _commands() -> Iterator[tuple[str, Any]]:
 
 def _argument(parameter: Any) -> str:
     shown = parameter.metavar or parameter.name.upper()
-    shown = shown + "..." if parameter.nargs == -1 and not shown.endswith("...") else shown
+    shown = (
+        shown + "..." if parameter.nargs == -1 and not shown.endswith("...") else shown
+    )
     return shown if parameter.required else f"[{shown}]"
 
 
 def _flags(parameter: Any) -> list[str]:
     names = [*parameter.opts, *parameter.secondary_opts]
-    metavar = "" if parameter.is_flag else " " + (parameter.metavar or parameter.type.name.upper())
+    metavar = (
+        ""
+        if parameter.is_flag
+        else " " + (parameter.metavar or parameter.type.name.upper())
+    )
     return [*(name for name in names[1:] if len(names) > 1), names[0] + metavar]
 
 
@@ -290,13 +425,20 @@ def _loop(name: str) -> str:
     """The order of calling, out of the docstring of `clframe.hooks`, with an arrow at the line of this hook."""
     block = inspect.cleandoc(hooks.__doc__ or "").split("\n\n")[1]
     lines = [line[4:] for line in block.splitlines()]
-    return "\n".join(f"{line}    <-- {name}" if re.search(rf"\b{name}\b", line) else line for line in lines)
+    return "\n".join(
+        f"{line}    <-- {name}" if re.search(rf"\b{name}\b", line) else line
+        for line in lines
+    )
 
 
 def _kind(spec: Any) -> str:
     if spec.clframe_spec["firstresult"]:
         return "of one owner"
-    return "none" if str(inspect.signature(spec).return_annotation) == "None" else "collected"
+    return (
+        "none"
+        if str(inspect.signature(spec).return_annotation) == "None"
+        else "collected"
+    )
 
 
 def _answer(spec: Any, kind: str) -> str:
@@ -342,7 +484,10 @@ def _of_readme(pattern: str) -> str:
 def sources() -> dict[str, str]:
     """The pages as they are written, by path in this folder."""
     files = sorted(FOLDER.rglob("*.md"))
-    return {file.relative_to(FOLDER).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    return {
+        file.relative_to(FOLDER).as_posix(): file.read_text(encoding="utf-8")
+        for file in files
+    }
 
 
 def whole(page: str) -> str:
@@ -355,10 +500,17 @@ def navigation(paths: Iterable[str]) -> list[Any]:
     paths = set(paths)
     named = {"index.md", *(path for section in NAVIGATION.values() for path in section)}
     if missing := named - paths:
-        raise LookupError(f"The navigation names pages that are not there: {', '.join(sorted(missing))}.")
-    sections: dict[str, list[Any]] = {title: list(pages) for title, pages in NAVIGATION.items()}
+        raise LookupError(
+            f"The navigation names pages that are not there: {', '.join(sorted(missing))}."
+        )
+    sections: dict[str, list[Any]] = {
+        title: list(pages) for title, pages in NAVIGATION.items()
+    }
     of_hooks = [path for path in sections["Extend"] if path.startswith("hooks/")]
-    sections["Extend"] = [*(p for p in sections["Extend"] if p not in of_hooks), {"Hooks": of_hooks}]
+    sections["Extend"] = [
+        *(p for p in sections["Extend"] if p not in of_hooks),
+        {"Hooks": of_hooks},
+    ]
     if rest := sorted(paths - named):
         sections[REST] = [*rest]
     return ["index.md", *({title: pages} for title, pages in sections.items())]
@@ -371,11 +523,16 @@ def main(out: Path) -> None:
         file = out / "pages" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(whole(text), encoding="utf-8")
+    shutil.copy(FOLDER / "extra.css", out / "pages" / "extra.css")
     config = yaml.safe_load((FOLDER / "mkdocs.yml").read_text(encoding="utf-8"))
-    python = next(plugin for plugin in config["plugins"] if isinstance(plugin, dict))["mkdocstrings"]["handlers"]["python"]
+    python = next(plugin for plugin in config["plugins"] if isinstance(plugin, dict))[
+        "mkdocstrings"
+    ]["handlers"]["python"]
     python["paths"] = [str(ROOT)]
     config |= {"docs_dir": "pages", "site_dir": "site", "nav": navigation(pages)}
-    (out / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (out / "mkdocs.yml").write_text(
+        yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The documentation against the code: all of it is documented, and what the pages show runs and prints what they say."""
+"""The documentation against the code: all is documented, and what the pages show runs and prints what they say."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from clframe.options import options_of
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 DECIMAL = re.compile(r"\d+\.\d+")
+WIDTH = 88  # characters of code
 TOLERANCE = 3.0  # of a figure with decimals: another processor rounds otherwise
 
 
@@ -37,8 +38,10 @@ def load_generator():
 
 generate = load_generator()
 SOURCES = generate.sources()
-RUNNING = [path for path, text in SOURCES.items() if any(language == "python" for language, _, _ in FENCE.findall(text))]
-CARRIED_OUT = ["write-a-method.md"]  # pages whose commands are run, too; those of others are only looked at
+RUNNING = [
+    path for path, text in SOURCES.items() if any(language == "python" for language, _, _ in FENCE.findall(text))
+]
+CARRIED_OUT = ["write-a-method.md"]  # pages whose commands are run, too, and whose blocks are scripts of their own
 
 
 @cache
@@ -64,7 +67,8 @@ class Reader:
                 self.write(title, body)
             elif language == "python":
                 self.capsys.readouterr()
-                exec(compile(body, path, "exec"), self.scope)
+                scope = {"__name__": "page"} if path in CARRIED_OUT else self.scope
+                exec(compile(body, path, "exec"), scope)
                 printed = self.capsys.readouterr().out
             elif language == "text" and printed is not None:
                 assert alike(printed, body), f"{path} says\n{body}but it printed\n{printed}"
@@ -203,15 +207,16 @@ def test_every_hook_has_a_page_with_its_exact_signature_arguments_and_users():
     for name in HOOKS:
         page = pages()[f"hooks/{name}.md"]
         signature = str(inspect.signature(getattr(Hooks, name))).replace("'", "")
-        assert f"\ndef {name}{signature}: ...\n" in page
+        (shown,) = re.findall(rf"^@hookimpl\n(def {name}\(\n?\s*self, run: Run.*?): \.\.\.$", page, re.M | re.S)
+        assert re.sub(r"\n *", "", shown) == f"def {name}{signature}"
         assert f"<-- {name}\n" in page
         for argument in list(inspect.signature(getattr(Hooks, name)).parameters)[1:]:
             assert f"\n| `{argument}` | [`" in page
         for plugin in registry.names("plugin"):
             uses = name in registry.hooks_of(registry.plugin_class(plugin))
             assert (f"| [`{plugin}`](../methods.md#{plugin}) |" in page) == uses
-    assert "\ndef penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None: ...\n" in (
-        pages()["hooks/penalty.md"]
+    assert generate.signature_of("penalty") == (
+        "def penalty(\n    self, run: Run, batch: Batch, outputs: Outputs\n) -> dict[str, Tensor] | None: ..."
     )
 
 
@@ -347,6 +352,12 @@ def test_figures_may_be_a_little_off_and_words_may_not():
     assert alike("accuracy 61.0 %", "accuracy  60.1 %")
     assert not alike("accuracy 61.0 %", "accuracy 71.0 %")
     assert not alike("5 images", "6 images")
+
+
+def test_code_fits_a_page_without_scrolling():
+    for path, text in SOURCES.items():
+        for line in "\n".join(body for _, _, body in FENCE.findall(text)).splitlines():
+            assert len(line) <= WIDTH, f"{path}: {line}"
 
 
 def test_plugins_of_the_pages_have_their_own_names():
