@@ -148,7 +148,8 @@ def methods(_: str) -> str:
         description = (inspect.getdoc(cls) or "").partition("\nOptions:\n")[0]
         lines += [f"## `{name}`", "", prose(description), ""]
         if text := _of_readme(rf"^(\*\*`{name}`\.\*\*.*?)(?=\n\n)"):
-            lines += [text.partition("** ")[2], ""]
+            use = re.sub(r"\s+Hooks?: [^.]*\.", "", text.partition("** ")[2])
+            lines += [use, ""]  # without its hooks, which follow
         lines += [*options(options_of(cls, skip=("variant",)), name), ""]
         hooks_ = [f"[`{h}`](hooks/{h}.md)" for h in registry.hooks_of(cls)]
         facts = {
@@ -173,7 +174,7 @@ def readme(heading: str) -> str:
 def scenarios(_: str) -> str:
     """All scenarios with their options and what suits them."""
     lines = []
-    for name in registry.names("scenario"):
+    for name in names("scenario"):
         build = registry.find("scenario", name)[0].load()
         lines += [
             f"## `{name}{_variant(build)}`",
@@ -196,7 +197,7 @@ def scenarios(_: str) -> str:
 def backbones(_: str) -> str:
     """All backbones with their options."""
     lines = []
-    for name in registry.names("model"):
+    for name in names("model"):
         build = registry.find("model", name)[0].load()
         lines += [
             f"### `{name}{_variant(build)}`",
@@ -261,11 +262,10 @@ def commands(_: str) -> str:
 
 def api(_: str) -> str:
     """Directives of mkdocstrings for the public names of `clframe`."""
-    homes = [
-        f"{inspect.getmodule(getattr(clframe, name)).__name__}.{name}"
-        for name in PUBLIC
-    ]
-    return "\n\n".join(f"::: {home}" for home in homes)
+    rest = [name for name in clframe.__all__ if name not in (*FIRST, "hookimpl")]
+    return "\n\n".join(
+        f"::: {clframe._HOME_OF[name]}.{name}" for name in [*FIRST, *rest]
+    )
 
 
 def tools(_: str) -> str:
@@ -286,13 +286,11 @@ def tools(_: str) -> str:
     return "\n".join(lines)
 
 
-# In the order in which a reader needs them; `hookimpl` is a mark, and stands in the pages of the hooks.
-PUBLIC = [
+FIRST = [  # of the public names, in the order in which a reader needs them; `hookimpl` is only a mark
     *("run", "resume", "load", "Results", "Trained"),
     *("Arrays", "split_classes", "change_domains", "Transform", "Scenario", "suits"),
     *("Plugin", "Run", "Phase", "Experience", "ImageData", "Batch"),
     *("IncrementalNet", "Outputs", "snapshot", "Predictor"),
-    *("ClframeError", "WrongUse", "DataError", "RunFailed", "Interrupted"),
 ]
 PARTS: dict[str, Callable[[str], str]] = {
     part.__name__: part
@@ -332,8 +330,9 @@ def words(kind: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A docstring as Markdown: what is no code is taken word for word, but for lists."""
-    return _outside_code(r"([*_\[\]<])", r"\\\1", text)
+    """A docstring as Markdown: all but code and lists is taken word for word."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.startswith("    ") else _escaped(p) for p in paragraphs)
 
 
 def table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -377,6 +376,11 @@ def signature_of(hook: str) -> str:
     return text if len(text) <= 80 else re.sub(r"\((.*)\) ->", r"(\n    \1\n) ->", text)
 
 
+def _escaped(text: str) -> str:
+    escaped = _outside_code(r"([*_\[\]{])", r"\\\1", text)
+    return _outside_code("<", "&lt;", escaped)
+
+
 def _outside_code(pattern: str, new: str, text: str) -> str:
     parts = re.split(r"(``.+?``|`[^`]+`)", text)
     return "".join(
@@ -384,8 +388,13 @@ def _outside_code(pattern: str, new: str, text: str) -> str:
     )
 
 
+def names(kind: registry.Kind) -> list[str]:
+    """What clframe itself brings of this kind; other packages may be installed beside it."""
+    return [offer.name for offer in registry.offers(kind) if offer.package == "clframe"]
+
+
 def _plugins() -> Iterator[tuple[str, type[clframe.Plugin]]]:
-    return ((name, registry.plugin_class(name)) for name in registry.names("plugin"))
+    return ((name, registry.plugin_class(name)) for name in names("plugin"))
 
 
 def _commands() -> Iterator[tuple[str, Any]]:
