@@ -16,7 +16,7 @@ import pytest
 import typer
 
 import clframe
-from clframe import registry
+from clframe import Plugin, registry
 from clframe.cli.main import app, main
 from clframe.config import RunSettings, TrainSettings, resolve
 from clframe.hooks import HOOKS, Hooks
@@ -137,6 +137,24 @@ def alike(printed, shown):
 @pytest.mark.parametrize("path", RUNNING)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path, reader):
     reader.read(path)
+    for cls in [thing for thing in reader.scope.values() if inspect.isclass(thing) and issubclass(thing, Plugin)]:
+        if cls is not Plugin:
+            check_resume(cls)
+
+
+def check_resume(cls):
+    """A run with the plugin that is stopped goes on to the figures of one that was not, and can be loaded."""
+
+    def stop(record):
+        if record["kind"] == "eval" and record["experience"] == 1:
+            raise KeyboardInterrupt
+
+    scenario, train = {"name": "split-digits", "limit": 20}, {"iterations": 3}
+    whole = clframe.run(scenario, plugins=[cls()], train=train)
+    with pytest.raises(KeyboardInterrupt):
+        clframe.run(scenario, plugins=[cls()], train=train, run={"output": "stopped"}, listeners=[stop])
+    assert clframe.resume("stopped", plugins=[cls()]).accuracy == whole.accuracy
+    assert clframe.load("stopped", plugins=[cls()]).class_names == tuple("0123456789")
 
 
 @pytest.mark.parametrize("name", HOOKS)
