@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= $(or $(CLFRAME_DATA),$(HOME)/.cache/clframe)
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-full clean
+.PHONY: demo test lint docs bench bench-full clean
 
 demo: .venv/installed
 	@rm -rf runs/demo
@@ -22,6 +22,12 @@ lint: .venv/installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p clframe
 
+docs: .venv/docs
+	@rm -rf build/docs
+	$(BIN)/python docs/generate.py build/docs
+	$(BIN)/zensical build --strict --config-file build/docs/mkdocs.yml
+	@echo "Read it: build/docs/site/index.html"
+
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py short --data-root "$(DATA)"
 
@@ -33,6 +39,10 @@ bench-full: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
 	@touch $@
 
 clean:

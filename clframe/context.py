@@ -32,7 +32,7 @@ class Run:
         earlier: the experiences learnt before it; only for plugins that declare ``keeps_experiences``.
         phase: the stretch of training under way.
         optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built anew.
-        accuracy: for each reading the rows of R[i][j] so far, from 0 to 1, None where empty.
+        accuracy: for each reading the rows of `R[i][j]` so far, from 0 to 1, None where empty.
         losses: detached scalars of the latest step, by the name of the term.
         task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.
         step, steps_in_phase, epoch: the step under way and its epoch, from 0, and the number of steps of the phase.

@@ -207,7 +207,10 @@ class WGAN(GenerativeModel):
     convolutional generator has, as the paper's.
 
     Args:
-        shape, net, hidden, z: as `VAE` has them; the critic is built as its encoder, the generator as its decoder.
+        shape: as `VAE` has it.
+        net: likewise; the critic is built as its encoder, the generator as its decoder.
+        hidden: likewise.
+        z: likewise.
         critic_steps: steps of the critic for one of the generator.
         penalty: lambda.
 

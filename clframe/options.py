@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from clframe.errors import WrongUse, did_you_mean
 
@@ -53,6 +53,15 @@ def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> li
             public_name(p.name), _type_in_words(hints.get(p.name, Any)), p.default, docs.get(public_name(p.name), "")
         )
         for p in _parameters(factory, skip)
+    ]
+
+
+def fields_of(settings: type[BaseModel]) -> list[Option]:
+    """The fields of a model of settings (such as `clframe.config.TrainSettings`), in their order, as options."""
+    hints = get_type_hints(settings, include_extras=True)
+    return [
+        Option(name, _type_in_words(hints[name]), field.default, field.description or "")
+        for name, field in settings.model_fields.items()
     ]
 
 

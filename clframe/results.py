@@ -31,7 +31,7 @@ class Results:
 
     @property
     def accuracy(self) -> dict[str, Matrix]:
-        """For each reading R[i][j], accuracy (0 to 1) on experience j after learning experience i; None where empty."""
+        """For each reading `R[i][j]`, accuracy (0 to 1) on experience j after learning i; None where empty."""
         return dict(self.data["accuracy"])
 
     @property

@@ -1,0 +1,548 @@
+"""Writes the pages of the documentation: the text of this folder, with what the code says of itself put in.
+
+    python docs/generate.py build/docs
+
+leaves the pages in ``build/docs/pages`` and the builder's settings, with the navigation, in ``build/docs/mkdocs.yml``.
+
+A line ``<!-- generated: NAME ARGUMENT -->`` of a page gives way to what the function NAME of `PARTS` answers. So hooks,
+options, settings, measures and commands stand in one place, the code, and the pages cannot fall behind it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import clframe
+from clframe import hooks, metrics, registry
+from clframe.config import RunSettings, TrainSettings
+from clframe.hooks import HOOKS, Hooks
+from clframe.options import REQUIRED, Option, fields_of, options_of
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
+PART = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.MULTILINE)
+
+# What the reader meets first comes first; a page that is not named here joins the last section by itself.
+NAVIGATION: dict[str, list[str]] = {
+    "Use": [
+        "getting-started.md",
+        "methods.md",
+        "scenarios.md",
+        "settings.md",
+        "run-folder.md",
+        "measures.md",
+        "commands.md",
+    ],
+    "Extend": [
+        "write-a-method.md",
+        "hooks/index.md",
+        *(f"hooks/{name}.md" for name in HOOKS),
+    ],
+    "Python": ["api.md", "api-tools.md"],
+}
+REST = "More"
+
+ARGUMENTS = {
+    "run": "the context that calls: the model, the settings, what is under way, and what a plugin may ask for",
+    "experience": "the one that is being learnt: its index, task, classes and training images; no test images",
+    "batch": "the rows of this step; where plugins added some, all of them, but for `extra_batch`",
+    "outputs": "the network's features and logits for the rows of `batch`, with their graph",
+}
+HOMES = {  # of the types that hooks speak of
+    "Run": "clframe.context.Run",
+    "Experience": "clframe.data.Experience",
+    "Batch": "clframe.data.Batch",
+    "ImageData": "clframe.data.ImageData",
+    "Outputs": "clframe.model.Outputs",
+    "Phase": "clframe.training.Phase",
+}
+TOOLS = {  # modules of the core that methods share: what of them is of use to a method's author
+    "memory": "quota groups_of balanced at_random herding reservoir ring draw",
+    "distill": "soft_cross_entropy kl_divergence hard_cross_entropy sigmoid_cross_entropy grad_cam",
+    "importance": "Quadratic ImportanceMean label_cotangents path_importance",
+    "evaluate": "ModelPredictor TaskPredictor NearestMean",
+    "model": "PerTask masked class_mask",
+    "training": "warm_up",
+    "generators": "GenerativeModel VAE WGAN Rehearsal",
+    "masks": "WeightMask WeightOwner TaskNorm",
+}
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def hook(name: str) -> str:
+    """A hook: signature, contract, place in the loop, arguments and answers."""
+    spec = getattr(Hooks, name)
+    signature = inspect.signature(spec)
+    lines = ["```python", "@hookimpl", signature_of(name), "```", ""]
+    lines += [
+        prose(inspect.getdoc(spec) or ""),
+        "",
+        "## When",
+        "",
+        "```text",
+        _loop(name),
+        "```",
+        "",
+    ]
+    lines += [
+        "## Arguments",
+        "",
+        "An implementation takes any of them, by these names, in any order.",
+        "",
+    ]
+    arguments = [p for p in signature.parameters.values() if p.name != "self"]
+    lines += table(
+        ["argument", "type", "what"],
+        [[code(p.name), _type(p.annotation), ARGUMENTS[p.name]] for p in arguments],
+    )
+    lines += ["", "## Answer", "", _answer(spec, str(signature.return_annotation)), ""]
+    return "\n".join(lines)
+
+
+def users(name: str) -> str:
+    """The built-in methods that use a hook."""
+    found = [(n, cls) for n, cls in _plugins() if name in registry.hooks_of(cls)]
+    rows = [
+        [_method_link(n, "../methods.md"), prose(_first_line(getattr(cls, name)))]
+        for n, cls in found
+    ]
+    table_ = table(["method", "what it does there"], rows) if rows else ["None."]
+    return "\n".join(["## Built-in methods that use it", "", *table_])
+
+
+def all_hooks(_: str) -> str:
+    """The table of hooks in the order of calling."""
+    rows = []
+    for name in HOOKS:
+        spec = getattr(Hooks, name)
+        arguments = ", ".join(list(inspect.signature(spec).parameters)[1:])
+        rows.append(
+            [
+                f"[`{name}({arguments})`]({name}.md)",
+                _kind(spec),
+                prose(_first_line(spec)),
+            ]
+        )
+    return "\n".join(table(["hook", "answers", "what"], rows))
+
+
+def methods(_: str) -> str:
+    """All plugins: a table, and a section for each."""
+    rows = [
+        [_method_link(n, ""), prose(_first_line(cls)), prose(cls.citation)]
+        for n, cls in _plugins()
+    ]
+    lines = [*table(["method", "what", "paper"], rows), ""]
+    for name, cls in _plugins():
+        description = (inspect.getdoc(cls) or "").partition("\nOptions:\n")[0]
+        lines += [f"## `{name}`", "", prose(description), ""]
+        if text := _of_readme(rf"^(\*\*`{name}`\.\*\*.*?)(?=\n\n)"):
+            use = re.sub(r"\s+Hooks?: [^.]*\.", "", text.partition("** ")[2])
+            lines += [use, ""]  # without its hooks, which follow
+        lines += [*options(options_of(cls, skip=("variant",)), name), ""]
+        hooks_ = [f"[`{h}`](hooks/{h}.md)" for h in registry.hooks_of(cls)]
+        facts = {
+            "Hooks": ", ".join(hooks_),
+            "Settings": ", ".join(cls.settings),
+            "State": ", ".join(map(code, cls.state)) or "none",
+            "Keeps training images": "yes" if cls.keeps_images else "no",
+            "Paper": prose(cls.citation) or "none",
+        }
+        lines += [f"- {fact}: {text}" for fact, text in facts.items()] + [""]
+    return "\n".join(lines)
+
+
+def readme(heading: str) -> str:
+    """The section of README under that heading, without the heading."""
+    found = _of_readme(rf"^#+ {re.escape(heading)}\n\n(.*?)(?=^#+ |\Z)")
+    if not found:
+        raise LookupError(f"README has no section {heading!r}.")
+    return found.strip()
+
+
+def scenarios(_: str) -> str:
+    """All scenarios with their options and what suits them."""
+    lines = []
+    for name in names("scenario"):
+        build = registry.find("scenario", name)[0].load()
+        lines += [
+            f"## `{name}{_variant(build)}`",
+            "",
+            prose(_before_options(build)),
+            "",
+        ]
+        lines += [*options(options_of(build, skip=registry.SUPPLIED), "scenario"), ""]
+        model, train = getattr(build, "backbone", None), getattr(build, "train", {})
+        suits = ", ".join(
+            code(f"train.{key}={value(given)}") for key, given in train.items()
+        )
+        lines += [
+            f"- Model that suits it: {code(value(model)) if model else 'none named'}"
+        ]
+        lines += [f"- Training that suits it: {suits or 'the defaults'}", ""]
+    return "\n".join(lines)
+
+
+def backbones(_: str) -> str:
+    """All backbones with their options."""
+    lines = []
+    for name in names("model"):
+        build = registry.find("model", name)[0].load()
+        lines += [
+            f"### `{name}{_variant(build)}`",
+            "",
+            prose(_before_options(build)),
+            "",
+        ]
+        if found := options_of(build, skip=registry.SUPPLIED):
+            lines += [*options(found, "model"), ""]
+    return "\n".join(lines)
+
+
+def settings(section: str) -> str:
+    """The table of ``train`` or ``run`` settings."""
+    model = {"train": TrainSettings, "run": RunSettings}[section]
+    return "\n".join(options(fields_of(model), section))
+
+
+def measures(_: str) -> str:
+    """All measures of a run with formula and source."""
+    import torch
+
+    found = metrics.measures([[1.0]], [1]) | metrics.calibration(
+        torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    )
+    rows = [
+        [code(name), prose(m.formula), prose(m.source)] for name, m in found.items()
+    ]
+    return "\n".join(table(["measure", "formula", "source"], rows))
+
+
+def commands(_: str) -> str:
+    """All commands with their arguments and options, as the command line has them."""
+    lines = []
+    for path, command in _commands():
+        arguments = " ".join(
+            _argument(p) for p in command.params if p.param_type_name == "argument"
+        )
+        flags = [
+            p
+            for p in command.params
+            if p.param_type_name == "option" and p.name != "help"
+        ]
+        usage = " ".join(filter(None, [path, arguments, "[OPTIONS]" if flags else ""]))
+        lines += [
+            f"## `{path}`",
+            "",
+            command.help or "",
+            "",
+            "```text",
+            usage,
+            "```",
+            "",
+        ]
+        rows = [
+            [", ".join(code(name) for name in _flags(p)), prose(p.help or "")]
+            for p in flags
+        ]
+        lines += [*(table(["option", "what"], rows) if rows else []), ""]
+    return "\n".join(lines)
+
+
+def api(_: str) -> str:
+    """Directives of mkdocstrings for the public names of `clframe`."""
+    rest = [name for name in clframe.__all__ if name not in (*FIRST, "hookimpl")]
+    return "\n\n".join(
+        f"::: {clframe._HOME_OF[name]}.{name}" for name in [*FIRST, *rest]
+    )
+
+
+def tools(_: str) -> str:
+    """Directives of mkdocstrings for what methods share."""
+    lines = []
+    for module, names in TOOLS.items():
+        about = (
+            inspect.getdoc(inspect.importlib.import_module(f"clframe.{module}")) or ""
+        ).partition("\n\n")[0]
+        lines += [f"## `clframe.{module}`", "", prose(about), ""]
+        for name in names.split():
+            lines += [
+                f"::: clframe.{module}.{name}",
+                "    options:",
+                "      heading_level: 3",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+FIRST = [  # of the public names, in the order in which a reader needs them; `hookimpl` is only a mark
+    *("run", "resume", "load", "Results", "Trained"),
+    *("Arrays", "split_classes", "change_domains", "Transform", "Scenario", "suits"),
+    *("Plugin", "Run", "Phase", "Experience", "ImageData", "Batch"),
+    *("IncrementalNet", "Outputs", "snapshot", "Predictor"),
+]
+PARTS: dict[str, Callable[[str], str]] = {
+    part.__name__: part
+    for part in (
+        hook,
+        users,
+        all_hooks,
+        methods,
+        readme,
+        scenarios,
+        backbones,
+        settings,
+        measures,
+        commands,
+        api,
+        tools,
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------- words
+
+
+def code(text: str) -> str:
+    """`text` as code."""
+    return f"`{text}`"
+
+
+def value(given: object) -> str:
+    """A value as YAML and ``--set`` write it."""
+    return given if isinstance(given, str) else json.dumps(given, default=str)
+
+
+def words(kind: str) -> str:
+    """The type of an option for readers: its choices one by one."""
+    return " or ".join(code(choice) for choice in kind.split(" | "))
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: all but code and lists is taken word for word."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.startswith("    ") else _escaped(p) for p in paragraphs)
+
+
+def table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a table."""
+    cells = [
+        headers,
+        ["---"] * len(headers),
+        *([" ".join(cell.split()) for cell in row] for row in rows),
+    ]
+    return [
+        "| " + " | ".join(_outside_code(r"\|", r"\\|", cell) for cell in row) + " |"
+        for row in cells
+    ]
+
+
+def options(found: list[Option], section: str) -> list[str]:
+    """The table of the options of a plugin, a scenario or a model."""
+    rows = []
+    for option in found:
+        default = (
+            "(required)" if option.default is REQUIRED else code(value(option.default))
+        )
+        rows.append(
+            [
+                code(f"{section}.{option.name}"),
+                words(option.type),
+                default,
+                prose(option.doc),
+            ]
+        )
+    return (
+        table(["option", "type", "default", "meaning"], rows)
+        if rows
+        else ["It has no options."]
+    )
+
+
+def signature_of(hook: str) -> str:
+    """The definition of a hook as a plugin may write it, in lines that fit a page."""
+    text = f"def {hook}{inspect.signature(getattr(Hooks, hook))}: ...".replace("'", "")
+    return text if len(text) <= 80 else re.sub(r"\((.*)\) ->", r"(\n    \1\n) ->", text)
+
+
+def _escaped(text: str) -> str:
+    escaped = _outside_code(r"([*_\[\]{])", r"\\\1", text)
+    return _outside_code("<", "&lt;", escaped)
+
+
+def _outside_code(pattern: str, new: str, text: str) -> str:
+    parts = re.split(r"(``.+?``|`[^`]+`)", text)
+    return "".join(
+        part if i % 2 else re.sub(pattern, new, part) for i, part in enumerate(parts)
+    )
+
+
+def names(kind: registry.Kind) -> list[str]:
+    """What clframe itself brings of this kind; other packages may be installed beside it."""
+    return [offer.name for offer in registry.offers(kind) if offer.package == "clframe"]
+
+
+def _plugins() -> Iterator[tuple[str, type[clframe.Plugin]]]:
+    return ((name, registry.plugin_class(name)) for name in names("plugin"))
+
+
+def _commands() -> Iterator[tuple[str, Any]]:
+    import typer
+
+    from clframe.cli.main import app
+
+    def walk(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+        inside = getattr(command, "commands", None)
+        if inside is None:
+            yield path, command
+        for name, child in (inside or {}).items():
+            yield from walk(f"{path} {name}", child)
+
+    return walk("clframe", typer.main.get_command(app))
+
+
+def _argument(parameter: Any) -> str:
+    shown = parameter.metavar or parameter.name.upper()
+    shown = (
+        shown + "..." if parameter.nargs == -1 and not shown.endswith("...") else shown
+    )
+    return shown if parameter.required else f"[{shown}]"
+
+
+def _flags(parameter: Any) -> list[str]:
+    names = [*parameter.opts, *parameter.secondary_opts]
+    metavar = (
+        ""
+        if parameter.is_flag
+        else " " + (parameter.metavar or parameter.type.name.upper())
+    )
+    return [*(name for name in names[1:] if len(names) > 1), names[0] + metavar]
+
+
+def _loop(name: str) -> str:
+    """The order of calling, out of the docstring of `clframe.hooks`, with an arrow at the line of this hook."""
+    block = inspect.cleandoc(hooks.__doc__ or "").split("\n\n")[1]
+    lines = [line[4:] for line in block.splitlines()]
+    return "\n".join(
+        f"{line}    <-- {name}" if re.search(rf"\b{name}\b", line) else line
+        for line in lines
+    )
+
+
+def _kind(spec: Any) -> str:
+    if spec.clframe_spec["firstresult"]:
+        return "of one owner"
+    return (
+        "none"
+        if str(inspect.signature(spec).return_annotation) == "None"
+        else "collected"
+    )
+
+
+def _answer(spec: Any, kind: str) -> str:
+    told = {
+        "none": "Nothing: the hook is an event, and what it returns is not looked at.",
+        "collected": f"{code(kind)}. The engine collects the answers of all plugins, in the order in which they were "
+        "named, and passes over `None`.",
+        "of one owner": f"{code(kind)}. The first answer that is not `None` counts. Two plugins that own this hook are "
+        "refused before training, both named; one that owns it with some options only says so in its method `owns`.",
+    }
+    return told[_kind(spec)]
+
+
+def _type(annotation: str) -> str:
+    return f"[`{annotation}`][{HOMES[annotation]}]"
+
+
+def _method_link(name: str, page: str) -> str:
+    return f"[`{name}`]({page}#{name})"
+
+
+def _first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _variant(factory: Callable[..., object]) -> str:
+    return ":NAME" if "variant" in inspect.signature(factory).parameters else ""
+
+
+def _before_options(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\nOptions:\n")[0].strip()
+
+
+def _of_readme(pattern: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(pattern, text, re.DOTALL | re.MULTILINE)
+    return found[1] if found else ""
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def sources() -> dict[str, str]:
+    """The pages as they are written, by path in this folder."""
+    files = sorted(FOLDER.rglob("*.md"))
+    return {
+        file.relative_to(FOLDER).as_posix(): file.read_text(encoding="utf-8")
+        for file in files
+    }
+
+
+def whole(page: str) -> str:
+    """The text of a page with its generated parts."""
+    return PART.sub(lambda found: PARTS[found[1]](found[2]), page)
+
+
+def navigation(paths: Iterable[str]) -> list[Any]:
+    """The builder's ``nav`` for these pages."""
+    paths = set(paths)
+    named = {"index.md", *(path for section in NAVIGATION.values() for path in section)}
+    if missing := named - paths:
+        raise LookupError(
+            f"The navigation names pages that are not there: {', '.join(sorted(missing))}."
+        )
+    sections: dict[str, list[Any]] = {
+        title: list(pages) for title, pages in NAVIGATION.items()
+    }
+    of_hooks = [path for path in sections["Extend"] if path.startswith("hooks/")]
+    sections["Extend"] = [
+        *(p for p in sections["Extend"] if p not in of_hooks),
+        {"Hooks": of_hooks},
+    ]
+    if rest := sorted(paths - named):
+        sections[REST] = [*rest]
+    return ["index.md", *({title: pages} for title, pages in sections.items())]
+
+
+def main(out: Path) -> None:
+    """Write all pages and the builder's settings into the folder `out`."""
+    pages = sources()
+    for path, text in pages.items():
+        file = out / "pages" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(whole(text), encoding="utf-8")
+    shutil.copy(FOLDER / "extra.css", out / "pages" / "extra.css")
+    config = yaml.safe_load((FOLDER / "mkdocs.yml").read_text(encoding="utf-8"))
+    python = next(plugin for plugin in config["plugins"] if isinstance(plugin, dict))[
+        "mkdocstrings"
+    ]["handlers"]["python"]
+    python["paths"] = [str(ROOT)]
+    config |= {"docs_dir": "pages", "site_dir": "site", "nav": navigation(pages)}
+    (out / "mkdocs.yml").write_text(
+        yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,393 @@
+"""The documentation against the code: all is documented, and what the pages show runs and prints what they say."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+
+import clframe
+from clframe import Plugin, registry
+from clframe.cli.main import app, main
+from clframe.config import RunSettings, TrainSettings, resolve
+from clframe.hooks import HOOKS, Hooks
+from clframe.options import options_of
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+DECIMAL = re.compile(r"\d+\.\d+")
+WIDTH = 88  # characters of code
+TOLERANCE = 3.0  # of a figure with decimals: another processor rounds otherwise
+
+
+def load_generator():
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load_generator()
+SOURCES = generate.sources()
+RUNNING = [
+    path for path, text in SOURCES.items() if any(language == "python" for language, _, _ in FENCE.findall(text))
+]
+CARRIED_OUT = ["write-a-method.md"]  # pages whose commands are run, too, and whose blocks are scripts of their own
+
+
+@cache
+def pages():
+    """The pages with their generated parts."""
+    return {path: generate.whole(text) for path, text in SOURCES.items()}
+
+
+class Reader:
+    """Does what a page says, in a folder of its own: writes its files, runs its code, compares what is printed."""
+
+    def __init__(self, folder, monkeypatch, capsys):
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        self.scope = {"__name__": "page"}
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def read(self, path):
+        printed = None  # by the latest block of code, if it was run
+        for language, title, body in FENCE.findall(SOURCES[path]):
+            if title:
+                self.write(title, body)
+            elif language == "python":
+                self.capsys.readouterr()
+                scope = {"__name__": "page"} if path in CARRIED_OUT else self.scope
+                exec(compile(body, path, "exec"), scope)
+                printed = self.capsys.readouterr().out
+            elif language == "text" and printed is not None:
+                assert alike(printed, body), f"{path} says\n{body}but it printed\n{printed}"
+            elif language == "sh":
+                printed = None
+                for line in body.splitlines() if path in CARRIED_OUT else ():
+                    self.carry_out(line)
+
+    def write(self, title, body):
+        (self.folder / title).write_text(body)
+        if title.endswith(".py"):
+            self.monkeypatch.delitem(sys.modules, title.removesuffix(".py"), raising=False)
+            importlib.invalidate_caches()
+
+    def carry_out(self, line):
+        words = shlex.split(line)
+        if words[0] == "clframe":
+            assert main([*words[1:], *(["--quiet"] if words[1] == "run" else [])]) == 0
+        elif words[0] == "pytest":
+            self.run_tests(words[1])
+        else:
+            assert words == ["pip", "install", "-e", "."]
+            self.install()
+
+    def install(self):
+        """What pip leaves of the package in this folder."""
+        project = tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]
+        info = self.folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\nSummary: of a page\n")
+        groups = project["entry-points"].items()
+        entries = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in groups]
+        (info / "entry_points.txt").write_text("\n".join(entries))
+        registry._offers.cache_clear()
+
+    def run_tests(self, file):
+        module = importlib.import_module(file.removesuffix(".py"))
+        tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
+        assert tests
+        for name, test in tests.items():
+            folder = self.folder / name
+            folder.mkdir()
+            test(**({"tmp_path": folder} if "tmp_path" in inspect.signature(test).parameters else {}))
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, capsys):
+    before = set(sys.modules)
+    yield Reader(tmp_path, monkeypatch, capsys)
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    registry._offers.cache_clear()
+
+
+def alike(printed, shown):
+    """Whether two texts are the same but for spaces, and for figures that are a little off."""
+    words, other = (" ".join(DECIMAL.sub("#", text).split()) for text in (printed, shown))
+    figures = zip(DECIMAL.findall(printed), DECIMAL.findall(shown), strict=False)
+    return words == other and all(abs(float(a) - float(b)) <= TOLERANCE for a, b in figures)
+
+
+# ------------------------------------------------------------------------------ what the pages show
+
+
+@pytest.mark.parametrize("path", RUNNING)
+def test_the_code_of_a_page_runs_and_prints_what_the_page_says(path, reader):
+    reader.read(path)
+    for cls in [thing for thing in reader.scope.values() if inspect.isclass(thing) and issubclass(thing, Plugin)]:
+        if cls is not Plugin:
+            check_resume(cls)
+
+
+def check_resume(cls):
+    """A run with the plugin that is stopped goes on to the figures of one that was not, and can be loaded."""
+
+    def stop(record):
+        if record["kind"] == "eval" and record["experience"] == 1:
+            raise KeyboardInterrupt
+
+    scenario, train = {"name": "split-digits", "limit": 20}, {"iterations": 3}
+    whole = clframe.run(scenario, plugins=[cls()], train=train)
+    with pytest.raises(KeyboardInterrupt):
+        clframe.run(scenario, plugins=[cls()], train=train, run={"output": "stopped"}, listeners=[stop])
+    assert clframe.resume("stopped", plugins=[cls()]).accuracy == whole.accuracy
+    assert clframe.load("stopped", plugins=[cls()]).class_names == tuple("0123456789")
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_s_page_shows_a_plugin_that_implements_it(name):
+    (block,) = (body for language, title, body in FENCE.findall(SOURCES[f"hooks/{name}.md"]) if language == "python")
+    plugins = re.split(r"^(?=class )", block, flags=re.MULTILINE)
+    assert any("(Plugin):" in part and f"@hookimpl\n    def {name}(self" in part for part in plugins)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in CARRIED_OUT])
+def test_commands_name_what_exists(path):
+    for line in shell_lines(pages()[path]):
+        assert command_problem(line) is None, line
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_commands_within_sentences_exist(path):
+    known = {" ".join(name.split()[:2]) for name, _ in generate._commands()}
+    prose = FENCE.sub("", pages()[path])
+    for words in re.findall(r"`(clframe [a-z]+)\b(?!\.)[^`]*`", " ".join(prose.split())):
+        assert words in known
+
+
+def test_a_command_that_does_not_exist_is_noticed():
+    assert "No such option" in command_problem("clframe run --epoch 3")
+    assert command_problem("clframe dance") == "there is no such command"
+    assert "There is no plugin `ecw`" in command_problem("clframe run --plugin ecw")
+    assert "`ewc.lamda` is not an option" in command_problem("clframe run --plugin ewc --set ewc.lamda=1")
+    assert command_problem("clframe run --plugin ewc --set ewc.lambda=1") is None
+
+
+def shell_lines(text):
+    blocks = [body for language, _, body in FENCE.findall(text) if language == "sh"]
+    lines = [line.partition(" #")[0].strip() for body in blocks for line in body.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def command_problem(line):
+    """Why the command cannot be given as it stands; None if it can. Only those of clframe are looked at."""
+    words = shlex.split(line)
+    if words[0] != "clframe":
+        return None
+    command, path = typer.main.get_command(app), ["clframe"]
+    words = words[1:]
+    while hasattr(command, "commands"):
+        if not words or words[0] not in command.commands:
+            return None if words and words[0].startswith("-") else "there is no such command"
+        path.append(words[0])
+        command, words = command.commands[words[0]], words[1:]
+    try:
+        given = command.make_context(" ".join(path), list(words)).params
+    except Exception as error:
+        return str(getattr(error, "message", error))
+    try:
+        if path[1:] == ["run"] and given["config"] is None:
+            resolve(scenario=given["scenario"], model=given["model"], plugins=given["plugin"], sets=given["set_"] or ())
+        elif path[2:] == ["show"]:
+            registry.find(path[1].removesuffix("s"), given["name"])
+    except clframe.WrongUse as error:
+        return str(error)
+    return None
+
+
+def test_configurations_in_pages_resolve(tmp_path):
+    blocks = [body for text in SOURCES.values() for language, _, body in FENCE.findall(text) if language == "yaml"]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "page.yaml").write_text(block)
+        config = resolve(yaml_file=tmp_path / "page.yaml")
+        registry.manager([registry.build_plugin(name, options) for name, options in config.plugins.items()])
+
+
+# -------------------------------------------------------------------------- that all is documented
+
+
+def test_every_hook_has_a_page_with_its_exact_signature_arguments_and_users():
+    for name in HOOKS:
+        page = pages()[f"hooks/{name}.md"]
+        signature = str(inspect.signature(getattr(Hooks, name))).replace("'", "")
+        (shown,) = re.findall(rf"^@hookimpl\n(def {name}\(\n?\s*self, run: Run.*?): \.\.\.$", page, re.M | re.S)
+        assert re.sub(r"\n *", "", shown) == f"def {name}{signature}"
+        assert f"<-- {name}\n" in page
+        for argument in list(inspect.signature(getattr(Hooks, name)).parameters)[1:]:
+            assert f"\n| `{argument}` | [`" in page
+        for plugin in generate.names("plugin"):
+            uses = name in registry.hooks_of(registry.plugin_class(plugin))
+            assert (f"| [`{plugin}`](../methods.md#{plugin}) |" in page) == uses
+    assert generate.signature_of("penalty") == (
+        "def penalty(\n    self, run: Run, batch: Batch, outputs: Outputs\n) -> dict[str, Tensor] | None: ..."
+    )
+
+
+def test_the_table_of_hooks_has_them_in_calling_order():
+    found = re.findall(r"^\| \[`(\w+)\(.*?\)`\]\((\w+)\.md\) \|", pages()["hooks/index.md"], re.MULTILINE)
+    assert found == [(name, name) for name in HOOKS]
+
+
+def test_every_plugin_and_each_of_its_options_is_documented():
+    sections = sections_of(pages()["methods.md"])
+    for name in generate.names("plugin"):
+        for option in options_of(registry.plugin_class(name), skip=("variant",)):
+            assert option.doc, f"{name}.{option.name}"
+            assert f"\n| `{name}.{option.name}` | " in sections[name]
+    assert "| `ewc.lambda` | `float >= 0` | `100.0` | strength of the penalty. |" in sections["ewc"]
+
+
+def test_every_scenario_and_backbone_and_each_of_its_options_is_documented():
+    sections = sections_of(pages()["scenarios.md"])
+    for kind in ("scenario", "model"):
+        for name in generate.names(kind):
+            build = registry.find(kind, name)[0].load()
+            for option in options_of(build, skip=registry.SUPPLIED):
+                assert option.doc, f"{name}: {option.name}"
+                assert f"\n| `{kind}.{option.name}` | " in sections[name + generate._variant(build)]
+
+
+def test_every_setting_is_documented_with_its_default():
+    page = pages()["settings.md"]
+    for section, model in (("train", TrainSettings), ("run", RunSettings)):
+        for name, field in model.model_fields.items():
+            assert field.description
+            assert f"\n| `{section}.{name}` | " in page
+    assert "\n| `train.batch_size` | `int >= 1` | `32` | images of a step, replay not counted |" in page
+
+
+def test_every_command_and_each_of_its_options_is_documented():
+    sections = sections_of(pages()["commands.md"])
+    for path, command in generate._commands():
+        assert command.help
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                assert parameter.help, f"{path} {parameter.name}"
+                assert all(flag in sections[path] for flag in parameter.opts)
+    assert "| `-p`, `--plugin NAME` | A method that takes part" in sections["clframe run"]
+
+
+def test_every_measure_is_documented_with_its_formula():
+    assert "| `forgetting` | mean over j&lt;T of" in pages()["measures.md"]
+    for name in ("average_accuracy", "backward_transfer", "ece", "nll", "confident_errors", "intransigence"):
+        assert f"\n| `{name}` | " in pages()["measures.md"]
+
+
+def test_every_public_name_is_in_the_reference():
+    found = re.findall(r"^::: clframe\.\w+\.(\w+)$", pages()["api.md"], re.MULTILINE)
+    assert sorted([*found, "hookimpl"]) == sorted(clframe.__all__)
+    for module, names in generate.TOOLS.items():
+        for name in names.split():
+            assert inspect.getdoc(getattr(importlib.import_module(f"clframe.{module}"), name))
+
+
+def test_every_file_of_a_run_folder_is_documented(tmp_path):
+    clframe.run("split-digits", train={"iterations": 1}, run={"output": str(tmp_path / "run"), "tensorboard": True})
+    for file in (tmp_path / "run").iterdir():
+        assert f"`{file.name}{'/' * file.is_dir()}`" in pages()["run-folder.md"], file.name
+
+
+def test_every_exit_code_is_documented():
+    errors = [getattr(clframe, name) for name in clframe.__all__ if name.endswith(("Error", "Use", "Failed"))]
+    for code in {error.code for error in errors} | {0, 70, 130, 143}:
+        assert f"\n| {code} | " in pages()["commands.md"]
+
+
+def sections_of(page):
+    """The text below each heading, by the heading without its code marks."""
+    parts = re.split(r"^#{2,3} `?(.*?)`?$", page, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# ------------------------------------------------------------------------------------- how it holds
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_links_lead_somewhere(path):
+    text = FENCE.sub("", pages()[path])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        linked = (Path("docs") / path).parent.joinpath(file) if file else Path("docs") / path
+        name = Path(*linked.parts[1:]) if ".." not in linked.parts else None
+        resolved = (ROOT / linked).resolve()
+        assert resolved.is_file(), target
+        if anchor:
+            assert anchor in anchors(pages()[resolved.relative_to(ROOT / "docs").as_posix()]), target
+        assert name is None or name.as_posix() in pages()
+
+
+def anchors(page):
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def test_references_to_the_api_are_to_names_that_it_has():
+    documented = set(re.findall(r"^::: (\S+)$", pages()["api.md"] + "\n" + pages()["api-tools.md"], re.MULTILINE))
+    for path, text in pages().items():
+        for target in re.findall(r"\]\[(clframe[\w.]*)\]", FENCE.sub("", text)):
+            assert target in documented, f"{path}: {target}"
+
+
+def test_a_page_that_nobody_named_joins_the_navigation():
+    before = generate.navigation(SOURCES)
+    after = generate.navigation([*SOURCES, "a-new-page.md"])
+    rest = {"More": [*(before[-1].get("More", []) if isinstance(before[-1], dict) else []), "a-new-page.md"]}
+    assert sorted(after[-1]["More"]) == sorted(rest["More"])
+    with pytest.raises(LookupError, match=r"methods\.md"):
+        generate.navigation([path for path in SOURCES if path != "methods.md"])
+
+
+def test_the_pages_and_the_builder_s_settings_are_written(tmp_path):
+    generate.main(tmp_path)
+    written = {file.relative_to(tmp_path / "pages").as_posix() for file in (tmp_path / "pages").rglob("*.md")}
+    assert written == set(SOURCES)
+    assert not any("<!-- generated" in (tmp_path / "pages" / path).read_text() for path in written)
+    assert "docs_dir: pages" in (tmp_path / "mkdocs.yml").read_text()
+
+
+def test_text_of_docstrings_is_taken_word_for_word():
+    assert generate.prose("of\n\n    a_b * c") == "of\n\n    a_b * c"
+    assert generate.prose("theta*_{k} of `a_b`, R[i] <x>") == r"theta\*\_\{k} of `a_b`, R\[i\] &lt;x>"
+
+
+def test_figures_may_be_a_little_off_and_words_may_not():
+    assert alike("accuracy 61.0 %", "accuracy  60.1 %")
+    assert not alike("accuracy 61.0 %", "accuracy 71.0 %")
+    assert not alike("5 images", "6 images")
+
+
+def test_code_fits_a_page_without_scrolling():
+    for path, text in SOURCES.items():
+        for line in "\n".join(body for _, _, body in FENCE.findall(text)).splitlines():
+            assert len(line) <= WIDTH, f"{path}: {line}"
+
+
+def test_plugins_of_the_pages_have_their_own_names():
+    names = [name for text in SOURCES.values() for name in re.findall(r'^    name = "([\w-]+)"$', text, re.MULTILINE)]
+    assert len(names) >= len(HOOKS)
+    assert not set(names) & set(generate.names("plugin"))
