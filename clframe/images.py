@@ -112,8 +112,9 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
     if image.mode == "F":
         raise DataError("its pixels are floating-point numbers")
-    if image.mode.startswith("I"):  # of 16 bits, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode.startswith("I"):  # of 16 bits, which Pillow would cut off at 255, or of 8 bits in 32
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values // (257 if values.max(initial=0) > 255 else 1)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
