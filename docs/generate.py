@@ -423,9 +423,7 @@ def _argument(parameter: Any) -> str:
 def _flags(parameter: Any) -> list[str]:
     names = [*parameter.opts, *parameter.secondary_opts]
     metavar = (
-        ""
-        if parameter.is_flag
-        else " " + (parameter.metavar or parameter.type.name.upper())
+        "" if parameter.is_flag else " " + (parameter.metavar or parameter.name.upper())
     )
     return [*(name for name in names[1:] if len(names) > 1), names[0] + metavar]
 

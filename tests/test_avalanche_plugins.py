@@ -198,7 +198,9 @@ def test_other_plugins_and_wrong_options_are_refused_in_a_sentence(tiny):
     )
     assert "`avalanche:MIR` is not among the plugins of Avalanche" in refusal("avalanche:MIR", {})
     assert "Did you mean `EWC`?" in refusal("avalanche:EWCC", {})
-    assert refusal("avalanche:EWC", {}) == "`avalanche:EWC.ewc_lambda` is required."
+    assert refusal("avalanche:EWC", {}) == (
+        "`avalanche:EWC.ewc_lambda` is required: give it with `--set avalanche:EWC.ewc_lambda=VALUE`."
+    )
     assert "`avalanche:EWC.ewc_lambda` is 'x'" in refusal("avalanche:EWC", {"ewc_lambda": "x"})
     assert (
         "`avalanche:EWC.lambda` is not an option of the plugin `avalanche:EWC`. Did you mean `ewc_lambda`?"
