@@ -41,6 +41,7 @@ def dream(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
         per_class=options.images // options.classes,
         iterations=options.iterations,
         lr=options.lr,
+        anneal=options.anneal,
         feature=options.feature,
         tv=options.tv,
         batch_size=options.images,
@@ -71,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of learning them")
     parser.add_argument("--images", type=int, default=64, help="dreams, all at a time")
     parser.add_argument("--iterations", type=int, default=300, help="steps of the dreams")
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate of the dreams")
-    parser.add_argument("--feature", type=float, default=10.0, help="weight of R_feature")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of the dreams")
+    parser.add_argument("--anneal", action=argparse.BooleanOptionalAction, default=True, help="let it fall to 0")
+    parser.add_argument("--feature", type=float, default=1.0, help="weight of R_feature")
     parser.add_argument("--tv", type=float, default=1e-3, help="weight of the total variation")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")

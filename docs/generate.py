@@ -480,7 +480,7 @@ def _before_options(documented: object) -> str:
 
 
 def _of_readme(pattern: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     found = re.search(pattern, text, re.DOTALL | re.MULTILINE)
     return found[1] if found else ""
 
