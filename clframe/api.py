@@ -237,6 +237,7 @@ def extension_config(
     """
     check_finished(path)
     base = finished(path, _read_config(path))
+    _check_resumes(base.config, (), path, "extended")
     old = base.config.model_dump()
     named = {name: values for name, values in old["plugins"].items() if name not in objects}
     for name, values in named.items():
@@ -337,8 +338,8 @@ def _name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
     return plugin if isinstance(plugin, str) else next(iter(plugin))
 
 
-def _check_resumes(config: Config, plugins: Sequence[Plugin], path: Path) -> None:
-    """Refuse to resume a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
+def _check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: str = "resumed") -> None:
+    """Refuse to go on with a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
     given = {_name(plugin): type(plugin) for plugin in plugins}
     for name, options in config.plugins.items():
         if OBJECT in options and name not in given:
@@ -346,7 +347,7 @@ def _check_resumes(config: Config, plugins: Sequence[Plugin], path: Path) -> Non
         # a plugin's own class says so for all of its variants, which may take long to import
         if not (given[name] if name in given else registry.plugin_class(name.partition(":")[0])).resumes:
             raise DataError(
-                f"The run in {path} cannot be resumed: what `{name}` keeps is in no checkpoint. Start it again with "
+                f"The run in {path} cannot be {what}: what `{name}` keeps is in no checkpoint. Start it again with "
                 f"`clframe run --config {path / 'config.yaml'}`."
             )
 

@@ -291,6 +291,8 @@ def test_a_run_keeps_no_checkpoint_and_is_refused_to_resume_but_can_be_loaded(tm
         f"again with `clframe run --config {tmp_path / 'a' / 'config.yaml'}`."
     )
     results = start(tmp_path / "b")
+    with pytest.raises(DataError, match=r"b cannot be extended: what `avalanche:LwF` keeps is in no checkpoint\."):
+        clframe.extend(tmp_path / "b", "split-digits")
     assert len(results.accuracy["class"]) == 5
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     assert clframe.load(tmp_path / "b")(images).shape == (2, 10)
