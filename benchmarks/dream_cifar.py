@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=300, help="steps of the dreams")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of the dreams")
     parser.add_argument("--anneal", action=argparse.BooleanOptionalAction, default=True, help="let it fall to 0")
-    parser.add_argument("--feature", type=float, default=1.0, help="weight of R_feature")
+    parser.add_argument("--feature", type=float, default=0.5, help="weight of R_feature")
     parser.add_argument("--tv", type=float, default=1e-3, help="weight of the total variation")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
