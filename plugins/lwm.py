@@ -133,10 +133,15 @@ class LwM(Plugin):
 
     @staticmethod
     def _maps(run: Run) -> list[str]:
-        """The layers of the backbone that give maps of several pixels, in the order in which they are done."""
+        """The layers of the backbone that give maps of several pixels, in the order in which they are done.
+
+        One that stands in several places counts if the last of them is such: that is where it is looked at.
+        """
         found: list[str] = []
 
         def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            if name in found:
+                found.remove(name)
             if isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
                 found.append(name)
 

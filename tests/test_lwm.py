@@ -770,3 +770,24 @@ def test_an_error_leaves_no_hook_either(tiny) -> None:
         learn(tiny(2, shape=(1, 8, 8)), lwm, fails)
     assert not any(m._forward_hooks for net in (fails.model, lwm.teacher) for m in net.modules())
     assert all(p.grad is None for p in lwm.teacher.parameters())  # type: ignore[union-attr]
+
+
+def test_a_layer_that_stands_in_two_places_counts_as_the_last_of_them(tiny):
+    """A ReLU that is done on maps and then on vectors gives vectors; the batch norm before it is what is looked at."""
+
+    class Shared(nn.Module):
+        width = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.relu, self.fc = nn.ReLU(), nn.Linear(256, 4)
+
+        def features(self, x):
+            return self.relu(self.fc(self.relu(self.norm(self.conv(x))).flatten(1)))
+
+    torch.manual_seed(0)
+    plugin = LwM()
+    scenario = tiny(experiences=2, shape=(1, 8, 8))
+    clframe.run(scenario, Shared(), [plugin], train={"epochs": 1, "batch_size": 12}, run={"tensorboard": False})
+    assert plugin.layer == "norm"
