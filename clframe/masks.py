@@ -8,6 +8,7 @@ entries of parameters as they are, whatever the optimizer.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -300,7 +301,7 @@ def _cut(net: nn.Module, layers: Mapping[str, nn.Module], found: Mapping[str, st
     return not _try(net, input_shape, hooks).isnan().any()
 
 
-class Gated(PerTask):
+class Gated(PerTask, ABC):
     """A layer, the norm after it, and a gate of the task for each of its units, which multiplies what comes out.
 
     Gates come after the activation, as their gradient depends on it: where one follows directly, it is done here, and
@@ -322,9 +323,9 @@ class Gated(PerTask):
         self.units = len(layer.weight)
         self.active: nn.Module | None = None
 
+    @abstractmethod
     def gate(self, x: Tensor) -> Tensor:
         """Gates [B, C] of the units for the input `x`, or [1, C] for every one."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] to [B, C, ...]; linear layers give [B, ..., C]."""
