@@ -2,71 +2,43 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from isolating import SHAPE, Answers, Small, copied
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import clframe
 from clframe import Plugin, Scenario, hookimpl, split_classes
-from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
-from clframe.model import evaluating
 from clframe.plugins.duplicate import Copies, Duplicate
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "keep_optimizer": True},
 }
-SHAPE = (1, 8, 8)
 
 
-class Small(nn.Module):
-    """A convolution, two batch norms of which one learns nothing, and a linear layer."""
-
-    width = 5
+class Witness(Answers):
+    """Keeps answers, and the network before and after each experience."""
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
-            self.plain = nn.BatchNorm2d(4, affine=False)
-            self.norm = nn.BatchNorm2d(4)
-            self.linear = nn.Linear(64, 5)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(self.plain(self.conv(x))).relu().flatten(1))
-
-
-class Witness(Plugin):
-    """Keeps answers, and the network before and after each experience."""
-
-    name = "witness"
-    observer = True
-
-    def __init__(self) -> None:
-        self.answers: list[list[Tensor]] = []
         self.before: list[dict[str, Tensor]] = []
         self.after: list[dict[str, Tensor]] = []
         self.trainable: list[set[str]] = []
 
     @hookimpl
     def before_experience(self, run, experience):
-        self.model = run.model
+        super().before_experience(run, experience)
         self.before.append(copied(run.model))
         self.trainable.append({name for name, p in run.model.named_parameters() if p.requires_grad})
 
     @hookimpl
     def after_eval(self, run, experience):
-        x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
-        with evaluating(run.model), torch.no_grad():
-            asked = (run.model(x, torch.full((6,), t)) for t in range(experience.index + 1))
-            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
+        super().after_eval(run, experience)
         self.after.append(copied(run.model))
 
 
@@ -82,10 +54,6 @@ class Alike(Plugin):
         with torch.no_grad():
             for parameter in run.model.head[-1].parameters():
                 parameter.normal_(generator=torch.Generator().manual_seed(4))
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def network(state: dict[str, Tensor], task: int | None) -> dict[str, Tensor]:
@@ -187,46 +155,6 @@ def test_what_the_user_froze_is_frozen_in_each_copy(stream: Scenario):
     assert frozen == {f"backbone.copies.{k}.conv.{p}" for k in range(3) for p in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("start", ["original", "first"])
-def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any):
-    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
-    calls, stop = [0], [0]
-    original = Engine.pause
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
-    learn(stream, Duplicate(start=start), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
-    pauses = calls[0]
-    for k in range(2, pauses, pauses // 5):
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(stream, Duplicate(start=start), model=Small(), train={"epochs": 1}, output=str(folder))
-        stop[0] = 0
-        clframe.resume(folder, scenario=stream, model=Small(), plugins=[Duplicate(start=start)])
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-@pytest.mark.parametrize("start", ["original", "first"])
-def test_a_loaded_run_answers_each_task_as_the_run_did(stream: Scenario, tmp_path: Path, start: Any):
-    witness = Witness()
-    learn(stream, Duplicate(start=start), witness, output=str(tmp_path / "run"))
-    loaded = clframe.load(tmp_path / "run", model=Small(), plugins=[Duplicate(start=start), Witness()])
-    for k, experience in enumerate(stream):
-        x = experience.test.x
-        with evaluating(witness.model), torch.no_grad():
-            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
-        assert torch.equal(loaded(x, k)[:, list(experience.classes)], expected)
-    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
-        loaded(x)
-
-
 def test_copies_are_apart_from_the_first_and_each_answers_for_its_task():
     copies = Copies(Small()).eval()
     x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -240,9 +168,3 @@ def test_copies_are_apart_from_the_first_and_each_answers_for_its_task():
             copies.task = task
             assert torch.equal(copies.features(x), expected.features(x))
         assert not torch.equal(copies.copies[0].features(x), copies.copies[1].features(x))
-
-
-@pytest.mark.parametrize("setting", ["class", "domain"])
-def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
-    with pytest.raises(WrongUse, match=f"`duplicate` cannot serve the setting `{setting}` .* it serves `task`"):
-        learn(tiny(shape=SHAPE, setting=setting), Duplicate())

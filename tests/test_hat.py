@@ -3,80 +3,35 @@
 from __future__ import annotations
 
 import copy
-import signal
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from isolating import SHAPE, Answers, seeded, unusual, usual
 from torch import Tensor, nn
 
 import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl
-from clframe.backbones import FeatureNet, cnn_small, mlp
-from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
+from clframe.backbones import mlp
+from clframe.errors import WrongUse
 from clframe.masks import AttentionGate, TaskNorm, installed
-from clframe.model import evaluating
 from clframe.plugins.hat import HAT
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
 }
-SHAPE = (1, 8, 8)
 
 
-def usual() -> nn.Module:
-    """Convolutions, each with its norm and ReLU."""
-    return seeded(cnn_small, SHAPE, widths=[6, 8])
-
-
-def unusual() -> nn.Module:
-    """Norms that do not follow a layer, one that is none of batches, and a parameter that is in no layer.
-
-    The parameter is small, and must not make what passes it look unused.
-    """
-
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.by = nn.Parameter(torch.full((8, 1, 1), 0.1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.by * x
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = [nn.Conv2d(1, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.GroupNorm(2, 6)]
-        layers += [nn.Conv2d(6, 8, 3), Scale(), nn.Flatten(), nn.Linear(128, 9), nn.Tanh()]
-        return FeatureNet(nn.Sequential(*layers), 9)
-
-    return seeded(build)
-
-
-def seeded(build: Any, *args: Any, **options: Any) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        net: nn.Module = build(*args, **options)
-    return net
-
-
-class Witness(Plugin):
+class Witness(Answers):
     """Keeps answers after each experience, and after each step what the gates are."""
 
-    name = "witness"
-    observer = True
-
     def __init__(self) -> None:
-        self.answers: list[list[Tensor]] = []
+        super().__init__()
         self.s: list[float] = []
         self.largest: list[float] = []
         self.values: list[dict[str, float]] = []
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        self.model = run.model
 
     @hookimpl
     def after_step(self, run):
@@ -84,18 +39,6 @@ class Witness(Plugin):
         (s,) = {gate.s for gate in gates}
         self.s.append(s)
         self.largest.append(max(gate.embeddings[-1].abs().max().item() for gate in gates))
-
-    @hookimpl
-    def after_eval(self, run, experience):
-        x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
-        with evaluating(run.model), torch.no_grad():
-            asked = (run.model(x, torch.full((6,), t)) for t in range(experience.index + 1))
-            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
-
-    def drift(self) -> float:
-        """The largest change of an answer to a task since it had just been learnt."""
-        n = len(self.answers)
-        return max((self.answers[i][j] - self.answers[j][j]).abs().max().item() for i in range(n) for j in range(i))
 
 
 def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
@@ -352,54 +295,6 @@ def test_curves_tell_what_is_open_and_what_is_free(stream: Scenario):
 
 
 # ------------------------------------------------------------------------------------------ afterwards
-
-
-@pytest.mark.parametrize("build", [usual, unusual])
-def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Any):
-    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
-    calls, stop = [0], [0]
-    original = Engine.pause
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
-    learn(stream, HAT(), model=build(), train={"epochs": 1}, output=str(tmp_path / "whole"))
-    pauses = calls[0]
-    for k in range(2, pauses, pauses // 5):
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(stream, HAT(), model=build(), train={"epochs": 1}, output=str(folder))
-        stop[0] = 0
-        clframe.resume(folder, scenario=stream, model=build(), plugins=[HAT()])
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-@pytest.mark.parametrize("build", [usual, unusual])
-def test_a_loaded_run_answers_each_task_as_the_run_did(stream: Scenario, tmp_path: Path, build: Any):
-    witness = Witness()
-    learn(stream, HAT(), witness, model=build(), output=str(tmp_path / "run"))
-    loaded = clframe.load(tmp_path / "run", model=build(), plugins=[HAT(), Witness()])
-    for k, experience in enumerate(stream):
-        x = experience.test.x
-        with evaluating(witness.model), torch.no_grad():
-            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
-        scores = loaded(x, k)
-        assert torch.equal(scores[:, list(experience.classes)], expected)
-        assert scores.isfinite().sum(1).tolist() == [2] * len(x)
-    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
-        loaded(x)
-
-
-@pytest.mark.parametrize("setting", ["class", "domain"])
-def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
-    with pytest.raises(WrongUse, match=f"`hat` cannot serve the setting `{setting}` .* it serves `task`"):
-        learn(tiny(shape=SHAPE, setting=setting), HAT())
 
 
 @pytest.mark.parametrize(("option", "value"), [("sparsity", -0.1), ("s_max", 0.0)])

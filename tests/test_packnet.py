@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from isolating import SHAPE, Answers, Small, copied
 from torch import Tensor, nn
 
 import clframe
 from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
-from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import WrongUse
 from clframe.masks import WeightOwner, installed
-from clframe.model import evaluating
 from clframe.plugins.packnet import PackNet
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
@@ -24,42 +21,20 @@ MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient i
     "kept": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "keep_optimizer": True},
 }
-SHAPE = (1, 8, 8)
 
 
-class Small(nn.Module):
-    """A convolution and a linear layer, both with biases; a batch norm, and one that learns nothing."""
-
-    width = 5
+class Witness(Answers):
+    """Keeps answers, owners and what of the network each phase changed."""
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
-            self.plain = nn.BatchNorm2d(4, affine=False)
-            self.norm = nn.BatchNorm2d(4)
-            self.linear = nn.Linear(64, 5)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(self.plain(self.conv(x))).relu().flatten(1))
-
-
-class Witness(Plugin):
-    """Keeps answers, owners and what of the network each phase changed."""
-
-    name = "witness"
-    observer = True
-
-    def __init__(self) -> None:
-        self.answers: list[list[Tensor]] = []
         self.owners: list[dict[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
         self.steps: dict[tuple[int, str], list[dict[str, Tensor]]] = {}  # the network after each
 
     @hookimpl
     def before_experience(self, run, experience):
-        self.model = run.model
+        super().before_experience(run, experience)
         self.began = copied(run.model)
 
     @hookimpl
@@ -69,21 +44,9 @@ class Witness(Plugin):
 
     @hookimpl
     def after_eval(self, run, experience):
-        x = torch.linspace(0, 1, 64).view(1, 1, 8, 8) * torch.arange(1, 5).view(4, 1, 1, 1)
-        with evaluating(run.model), torch.no_grad():
-            asked = (run.model(x, torch.full((4,), t)) for t in range(experience.index + 1))
-            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
+        super().after_eval(run, experience)
         self.owners.append({name: p.owner.clone() for name, p in installed(run.model.backbone, WeightOwner).items()})
         self.states.append(copied(run.model))
-
-    def same(self) -> bool:
-        """Whether every answer to a task is what it was when the task had just been learnt."""
-        n = len(self.answers)
-        return all(torch.equal(self.answers[i][j], self.answers[j][j]) for i in range(n) for j in range(i))
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
@@ -314,53 +277,3 @@ def test_more_tasks_than_a_byte_tells_apart_are_refused(n: int):
 def test_a_share_that_prunes_nothing_or_all_is_refused(prune: float):
     with pytest.raises(WrongUse, match=r"`packnet\.prune`"):
         PackNet(prune=prune)
-
-
-@pytest.mark.parametrize("setting", ["class", "domain"])
-def test_a_setting_without_tasks_is_refused(tiny: Any, setting: str):
-    with pytest.raises(WrongUse, match=f"`packnet` cannot serve the setting `{setting}` .* it serves `task`"):
-        learn(tiny(shape=SHAPE, setting=setting), PackNet())
-
-
-@pytest.mark.parametrize("options", [{}, {"pretrained": True}])
-def test_a_stop_anywhere_changes_no_bit(
-    stream: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
-):
-    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
-    calls, stop = [0], [0]
-    original = Engine.pause
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
-    learn(stream, PackNet(**options), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
-    pauses = calls[0]
-    for k in range(2, pauses, pauses // 5):
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(stream, PackNet(**options), model=Small(), train={"epochs": 1}, output=str(folder))
-        stop[0] = 0
-        clframe.resume(folder, scenario=stream, model=Small(), plugins=[PackNet(**options)])
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-@pytest.mark.parametrize("options", [{}, {"pretrained": True}])
-def test_a_loaded_run_answers_each_task_as_the_run_did(stream: Scenario, tmp_path: Path, options: Any):
-    witness = Witness()
-    learn(stream, PackNet(**options), witness, output=str(tmp_path / "run"))
-    loaded = clframe.load(tmp_path / "run", model=Small(), plugins=[PackNet(**options), Witness()])
-    for k, experience in enumerate(stream):
-        x = experience.test.x
-        with evaluating(witness.model), torch.no_grad():
-            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
-        scores = loaded(x, k)
-        assert torch.equal(scores[:, list(experience.classes)], expected)
-        assert scores.isfinite().sum(1).tolist() == [2] * len(x)
-    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
-        loaded(x)

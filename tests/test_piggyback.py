@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import isolating
 import pytest
 import torch
+from isolating import SHAPE
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl, split_classes
 from clframe.backbones import cnn_small, mlp
-from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import WrongUse
 from clframe.masks import TaskNorm, WeightMask, installed, masked_weights
 from clframe.model import evaluating
 from clframe.plugins.piggyback import Piggyback
@@ -25,41 +26,18 @@ MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient i
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "sgd": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
 }
-SHAPE = (1, 8, 8)
 
 
-class Small(nn.Module):
-    """A convolution and a linear layer, both with biases; a batch norm, and one that learns nothing."""
+Small = partial(isolating.Small, 3, last_relu=True)
 
-    width = 5
+
+class Witness(isolating.Answers):
+    """Keeps the answers to every task so far and the network's state after each experience; sees each optimizer."""
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            self.conv = nn.Conv2d(1, 3, 3, stride=2, padding=1)
-            self.plain = nn.BatchNorm2d(3, affine=False)
-            self.norm = nn.BatchNorm2d(3)
-            self.linear = nn.Linear(48, 5)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(self.plain(self.conv(x))).relu().flatten(1)).relu()
-
-
-class Witness(Plugin):
-    """Keeps the answers to every task so far and the network's state after each experience; sees each optimizer."""
-
-    name = "witness"
-    observer = True
-
-    def __init__(self) -> None:
-        self.answers: list[list[Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
         self.groups: list[list[tuple[list[str], float]]] = []
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        self.model = run.model
 
     @hookimpl
     def after_step(self, run):
@@ -68,16 +46,8 @@ class Witness(Plugin):
 
     @hookimpl
     def after_eval(self, run, experience):
-        x = torch.linspace(0, 1, 64).view(1, 1, 8, 8) * torch.arange(1, 5).view(4, 1, 1, 1)
-        with evaluating(run.model), torch.no_grad():
-            asked = (run.model(x, torch.full((4,), t)) for t in range(experience.index + 1))
-            self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])
-        self.states.append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    def same(self) -> bool:
-        """Whether every answer to a task is what it was when the task had just been learnt."""
-        n = len(self.answers)
-        return all(torch.equal(self.answers[i][j], self.answers[j][j]) for i in range(n) for j in range(i))
+        super().after_eval(run, experience)
+        self.states.append(isolating.copied(run.model))
 
 
 class Alike(Plugin):
@@ -281,49 +251,6 @@ def test_a_task_costs_a_bit_for_each_weight_and_its_head(tiny_arrays, tmp_path: 
     assert sizes[1] - sizes[0] == planes * (-(-conv // 8) + -(-linear // 8)) + 4 * head
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "task"}, {"pretrained": True, "norm": "task"}])
-def test_a_stop_anywhere_changes_no_bit(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any):
-    """What is grown is built again before it is loaded, and what was frozen is frozen again."""
-    stream = tiny(shape=SHAPE, setting="task")
-    calls, stop = [0], [0]
-    original = Engine.pause
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
-    learn(stream, Piggyback(**options), model=Small(), train={"epochs": 1}, output=str(tmp_path / "whole"))
-    pauses = calls[0]
-    for k in range(2, pauses, pauses // 5):
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(stream, Piggyback(**options), model=Small(), train={"epochs": 1}, output=str(folder))
-        stop[0] = 0
-        clframe.resume(folder, scenario=stream, model=Small(), plugins=[Piggyback(**options)])
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-@pytest.mark.parametrize("options", [{}, {"norm": "task"}, {"pretrained": True, "norm": "task"}, {"ternary": True}])
-def test_a_loaded_run_answers_each_task_as_the_run_did(tiny, tmp_path: Path, options: Any):
-    witness = Witness()
-    learn(tiny(shape=SHAPE, setting="task"), Piggyback(**options), witness, output=str(tmp_path / "run"))
-    loaded = clframe.load(tmp_path / "run", model=Small(), plugins=[Piggyback(**options), Witness()])
-    for k, experience in enumerate(tiny(shape=SHAPE, setting="task")):
-        x = experience.test.x
-        with evaluating(witness.model), torch.no_grad():
-            expected = witness.model(x.float() / 255, torch.full((len(x),), k)).head(k)
-        scores = loaded(x, k)
-        assert torch.equal(scores[:, list(experience.classes)], expected)
-        assert scores.isfinite().sum(1).tolist() == [2] * len(x)
-    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
-        loaded(x)
-
-
 # ------------------------------------------------------------------------------------------ refusals
 
 
@@ -335,9 +262,3 @@ def test_a_threshold_that_no_mask_exceeds_is_refused(tiny, threshold: float):
         f"`piggyback.threshold` is {threshold:g}, which no mask exceeds, as all begin at `piggyback.init`, 0.02: "
         "choose a lower threshold.",
     )
-
-
-@pytest.mark.parametrize("setting", ["class", "domain"])
-def test_a_setting_without_tasks_is_refused(tiny, setting: str):
-    with pytest.raises(WrongUse, match=f"`piggyback` cannot serve the setting `{setting}` .* it serves `task`"):
-        learn(tiny(shape=SHAPE, setting=setting), Piggyback())
