@@ -11,7 +11,7 @@ from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layers_of, norms_by_task, reached
-from clframe.model import freeze, thaw
+from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
 
 LEAST_CLIP = 10_000
@@ -89,12 +89,12 @@ class HAT(Plugin):
         self.kept = None
         if not experience.index:
             return
-        own = {id(p) for block in run.new_blocks for p in run.model.head[block].parameters()}
+        own = [p for block in run.new_blocks for p in run.model.head[block].parameters()]
         for gate in installed(run.model, AttentionGate).values():
-            own |= {id(p) for p in (*gate.layer.parameters(), gate.embeddings[-1])}
+            own += [*gate.layer.parameters(), gate.embeddings[-1]]
         for norm in installed(run.model, TaskNorm).values():
-            own |= {id(p) for p in norm.norms[-1].parameters()}
-        self.frozen += freeze(run.model, [name for name, p in run.model.named_parameters() if id(p) not in own])
+            own += norm.norms[-1].parameters()
+        self.frozen += freeze_others(run.model, own)
 
     @hookimpl
     def extra_batch(self, run: Run) -> None:

@@ -11,7 +11,7 @@ from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.masks import TaskNorm, WeightMask, installed, masked_weights, norms_by_task, rest_norms
-from clframe.model import freeze, thaw
+from clframe.model import freeze_others, thaw
 from clframe.options import Positive
 
 
@@ -85,12 +85,12 @@ class Piggyback(Plugin):
         """All rests but the task's masks, norms and head."""
         if experience.index < self.first:
             return
-        own = {id(mask.real) for mask in installed(run.model, WeightMask).values()}
-        own |= {id(p) for block in run.new_blocks for p in run.model.head[block].parameters()}
+        own = [mask.real for mask in installed(run.model, WeightMask).values()]
+        own += [p for block in run.new_blocks for p in run.model.head[block].parameters()]
         for norm in installed(run.model, TaskNorm).values():
             norm.norms[-1].load_state_dict(norm.norms[0].state_dict())
-            own |= {id(p) for p in norm.norms[-1].parameters()}
-        self.frozen += freeze(run.model, [name for name, p in run.model.named_parameters() if id(p) not in own])
+            own += norm.norms[-1].parameters()
+        self.frozen += freeze_others(run.model, own)
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
