@@ -167,7 +167,6 @@ class Engine:
         New weights depend on the seed and on the size of the head alone.
         """
         run = self.run
-        run.describe(self.stream, experience.index)
         known = run.scenario.classes
         coming = known if run.logits == "all" else known[: experience.index + 1]
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):

@@ -134,6 +134,7 @@ def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]
     structures = {}
     needed = grown_in(packed)
     for index in range(count):
+        engine.run.describe(engine.stream, index)
         engine.run.experience = experience = engine.stream[index].for_training()
         engine.grow(experience)
         if engine.run.model.grown in needed:

@@ -19,7 +19,7 @@ from clframe.evaluate import Predictor
 from clframe.generators import HIDDEN as WIDTHS
 from clframe.generators import Recipe, Rehearsal, check_range, conv_problems
 from clframe.memory import at_random, balanced, quota, too_small
-from clframe.model import IncrementalNet, evaluating, initialised_by
+from clframe.model import IncrementalNet, class_mask, evaluating, initialised_by, masked
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -192,7 +192,5 @@ class PathPredictor(Predictor):
             return told
         task = self.classifier(path_features(self.model, x, self.classifier.tasks)).argmax(1)
         logits: Tensor = self.model(x, task).logits
-        allowed = torch.zeros(len(self._classes), logits.shape[1], dtype=torch.bool, device=x.device)
-        for row, group in zip(allowed, self._classes, strict=True):
-            row[group] = True
-        return logits.masked_fill(~allowed[task], -torch.inf)
+        allowed = torch.stack([class_mask(group, logits.shape[1], x.device) for group in self._classes])
+        return masked(logits, allowed[task])
