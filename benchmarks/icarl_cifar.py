@@ -21,7 +21,6 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "er": [{"er": {"size": 200}}],
     "icarl": [{"icarl": {"size": 200}}],
 }
-LR = {"fine-tuning": 0.1, "er": 0.1, "icarl": 1.0}
 
 
 def one(method: str, seed: int, options: argparse.Namespace) -> float:
@@ -34,9 +33,9 @@ def one(method: str, seed: int, options: argparse.Namespace) -> float:
         METHODS[method],
         train={
             "epochs": options.epochs,
-            "batch_size": 64,
+            "batch_size": options.batch_size,
             "optimizer": "sgd",
-            "lr": LR[method] if options.lr is None else options.lr,
+            "lr": options.lr,
             "momentum": 0.9,
             "weight_decay": 1e-4,
             "schedule": "cosine",
@@ -85,16 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", help="folder of cifar10.npz")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--only", nargs="+", choices=list(METHODS), help="methods; the page is left as it is")
     parser.add_argument("--limit", type=int, default=250, help="images per class to learn from")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, help="for all methods")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     found: dict[str, list[float]] = {method: [] for method in options.only or METHODS}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for method, values in found.items():
             values.append(one(method, seed, options))
             print(f"{method}, seed {seed}: {values[-1]:.1f}", file=sys.stderr, flush=True)

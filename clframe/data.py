@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clframe.errors import DataError, WrongUse
-from clframe.images import Images, LazyImages, Look, joined
+from clframe.images import Images, LazyImages, joined
+from clframe.look import Look
 
 Setting = Literal["class", "task", "domain"]
 Part = Literal["train", "test"]

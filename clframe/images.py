@@ -5,120 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from loky import get_reusable_executor
 from torch import Tensor
 
 from clframe.errors import DataError, WrongUse
+from clframe.look import Look, Pixels, begin_reading, read_files
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-Crop = Literal["center", "stretch", "pad"]
-Mode = Literal["colour", "grey"]
-Pixels = NDArray[np.uint8]
 READ_AHEAD = 64  # images at least that are read while a step is taken
-
-
-@dataclass(frozen=True)
-class Look:
-    """How an image of any size and kind becomes one of a fixed shape.
-
-    It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts.
-
-    Attributes:
-        size: height in pixels, and width where that is not given.
-        crop: ``center``: what is left of the longer side is cut off; ``stretch``: both sides are resized apart;
-            ``pad``: the whole image, on black.
-        resize: the shorter side in pixels before ``center`` cuts; None: `size`.
-        mode: ``colour`` (3 channels) or ``grey`` (1).
-        width: in pixels; None: as the height.
-
-    Raises:
-        WrongUse: if `resize` is less than `size`, or has no meaning.
-    """
-
-    size: int = 64
-    crop: Crop = "center"
-    resize: int | None = None
-    mode: Mode = "colour"
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.resize is not None and self.crop != "center":
-            raise WrongUse(f"`scenario.resize` needs `scenario.crop=center`: with `{self.crop}` nothing is cut off.")
-        if self.resize is not None and self.resize < self.size:
-            raise WrongUse(
-                f"`scenario.resize` is {self.resize}, and {self.size} pixels (`scenario.size`) cannot be cut out of "
-                f"it: give {self.size} at least."
-            )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        return (1 if self.mode == "grey" else 3, self.size, self.width or self.size)
-
-    def read(self, file: Path | str | IO[bytes]) -> Pixels:
-        """The image as [C, H, W].
-
-        Raises:
-            DataError: with the reason if it cannot be read to its last pixel.
-        """
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
-        try:
-            with Image.open(file) as image:
-                # a JPEG that is much too large is decoded smaller, in a fraction of the time
-                image.draft(None, (2 * max(self.resize or 0, *self.shape[1:]),) * 2)
-                ImageOps.exif_transpose(image, in_place=True)
-                plain = self._resized(_in_mode(image, "L" if self.mode == "grey" else "RGB"))
-            pixels = np.asarray(plain)
-        except (UnidentifiedImageError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise DataError(error.strerror or "it is no image of a known kind") from error
-        except Exception as error:  # Pillow's readers raise whatever the damage leads to
-            raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        from PIL import Image
-
-        width, height = image.size
-        _, high, wide = self.shape
-        whole = (0.0, 0.0, float(width), float(height))
-        if self.crop == "pad":
-            factor = min(wide / width, high / height)
-            inner = max(1, round(width * factor)), max(1, round(height * factor))
-            canvas = Image.new(image.mode, (wide, high))
-            small = image.resize(inner, Image.Resampling.BILINEAR, whole, reducing_gap=2)
-            canvas.paste(small, ((wide - inner[0]) // 2, (high - inner[1]) // 2))
-            return canvas
-        if self.crop == "center":
-            factor = min(width / wide, height / high) * self.size / (self.resize or self.size)
-            left, top = (width - wide * factor) / 2, (height - high * factor) / 2
-            whole = (left, top, left + wide * factor, top + high * factor)
-        return image.resize((wide, high), Image.Resampling.BILINEAR, whole, reducing_gap=2)
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in 8-bit grey ("L") or colour ("RGB"), whatever it was in."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise DataError("its pixels are floating-point numbers")
-    if image.mode.startswith("I"):  # of 16 bits, which Pillow would cut off at 255, or of 8 bits in 32
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values // (257 if values.max(initial=0) > 255 else 1)).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+AT_ONCE = 32  # images at most that a process is asked for in one go: asking for each costs as much as reading it
+IDLE = 300  # seconds after which processes that read nothing end
 
 
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -171,34 +72,37 @@ def read_image(path: str | Path, look: Look, scale: float = 255) -> Tensor:
 
 
 class Files:
-    """Image files that threads read, in the background where they are asked for in time.
+    """Image files that other processes read, in the background where they are asked for in time.
 
-    Threads suffice, as Pillow decodes and resizes outside Python's lock.
+    Threads would take turns with each other and with the training for Python's lock, which a small image needs for
+    half of its time.
 
     Args:
         paths: of the files.
         look: of the images.
-        workers: threads; None: one for each core that this process may use.
+        workers: processes, which all files of this process share; None: one for each core that it may use.
     """
 
     def __init__(self, paths: Sequence[str | Path], look: Look, workers: int | None = None) -> None:
         self.paths = [os.fspath(path) for path in paths]
         self.look = look
         self.workers = workers or cores()
-        self._coming: dict[int, Future[Pixels]] = {}
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.workers, "images")
+        self._coming: dict[int, tuple[Future[Pixels], int]] = {}  # for a position, who reads it, and its row there
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Files:
         return self  # a copy of a data set has the same files
 
     def expect(self, where: Iterable[int]) -> None:
         """Begin to read the files at these positions; `read` will ask for them."""
-        for i in where:
-            if i not in self._coming:
-                self._coming[i] = self._pool.submit(self._read, i)
+        new = [i for i in dict.fromkeys(where) if i not in self._coming]
+        if not new:
+            return
+        pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading)
+        share = min(AT_ONCE, -(-len(new) // self.workers))
+        for start in range(0, len(new), share):
+            part = new[start : start + share]
+            future = pool.submit(read_files, [self.paths[i] for i in part], self.look)
+            self._coming.update((i, (future, row)) for row, i in enumerate(part))
 
     def read(self, where: Sequence[int]) -> Tensor:
         """The images at these positions, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
@@ -206,15 +110,16 @@ class Files:
         out = np.empty((len(where), *self.look.shape), dtype=np.uint8)
         last: dict[int, int] = {}  # a position may occur twice
         for row, i in enumerate(where):
-            out[row] = out[last[i]] if i in last else self._coming.pop(i).result()
+            if i in last:
+                out[row] = out[last[i]]
+            else:
+                future, there = self._coming.pop(i)
+                try:
+                    out[row] = future.result()[there]
+                except BrokenExecutor:  # who read it has been killed: the next ones are asked of new processes
+                    out[row] = read_files([self.paths[i]], self.look)[0]
             last[i] = row
         return torch.from_numpy(out)
-
-    def _read(self, i: int) -> Pixels:
-        try:
-            return self.look.read(self.paths[i])
-        except DataError as error:
-            raise DataError(f"The image {self.paths[i]} could be read before, and cannot any more: {error}.") from error
 
 
 class LazyImages:

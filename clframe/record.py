@@ -18,7 +18,7 @@ from clframe.context import Run
 from clframe.data import Scenario, Transform
 from clframe.engine import Engine
 from clframe.errors import WrongUse
-from clframe.images import Look
+from clframe.look import Look
 from clframe.model import class_mask, masked
 from clframe.results import FORMAT, Results
 

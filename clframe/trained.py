@@ -16,6 +16,7 @@ from clframe import images as files
 from clframe.data import Scenario
 from clframe.errors import DataError, WrongUse
 from clframe.evaluate import Reading, Readings
+from clframe.look import Look
 from clframe.model import evaluating, masked
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Trained(nn.Module):
             skipped += problems
         return found
 
-    def _look(self) -> files.Look:
+    def _look(self) -> Look:
         """How image files become raw images: as those that were learnt."""
         return self.scenario.transform.look or files.look_of(self.scenario.input_shape)
 

@@ -20,7 +20,8 @@ import torch
 from clframe.arrays import Arrays
 from clframe.data import Part, Transform
 from clframe.errors import DataError
-from clframe.images import Files, Images, LazyImages, Look, Mode, bytes_of, cores
+from clframe.images import Files, Images, LazyImages, bytes_of, cores
+from clframe.look import Look, Mode
 from clframe.scenarios.streams import random_of
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")

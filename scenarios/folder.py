@@ -11,7 +11,7 @@ from pydantic import Field
 from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
 from clframe.errors import DataError
-from clframe.images import Crop, Look, Mode
+from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
 from clframe.scenarios.files import (
     DEFAULTS,

@@ -45,7 +45,7 @@ OPTIONS = {
     "skip_broken": "leave out images that cannot be read, instead of listing them and stopping.",
     "skip_empty": "leave out classes without images, instead of naming them and stopping.",
     "memory": "most bytes of images to keep in memory; of more images, each is read from its file when it is needed.",
-    "workers": "threads that read images; null: one for each core.",
+    "workers": "processes that read images when they are needed, or threads that read all at first; null: as cores.",
     "max_angle": "in degrees; experience i of n, counted from 0, is turned by i/n of it.",
 }
 

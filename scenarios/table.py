@@ -13,7 +13,7 @@ import torch
 from clframe.arrays import Arrays, suits
 from clframe.data import ImageData, Part, Scenario, Setting
 from clframe.errors import DataError, WrongUse, did_you_mean
-from clframe.images import Crop, Look, Mode
+from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
 from clframe.scenarios.files import (
     DEFAULTS,

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loky import get_reusable_executor
 from PIL import Image
 
 from clframe import ImageData
 from clframe.errors import DataError, WrongUse
-from clframe.images import Files, LazyImages, Look, joined
+from clframe.images import Files, LazyImages, joined
+from clframe.look import Look
 from clframe.training import Sampler
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -144,10 +152,18 @@ def test_rows_of_files_are_picked_and_joined_as_those_of_a_tensor(files):
         assert torch.equal(twice.read(), torch.cat([expected, expected[1:3]]))
 
 
-def test_image_data_in_files_reads_only_what_it_is_asked_for(files, monkeypatch):
-    read = []
+@pytest.fixture
+def read(monkeypatch) -> Iterator[list[str]]:
+    """The names of the files that are read: in this process, so that they can be counted."""
+    names: list[str] = []
     plain = Look.read
-    monkeypatch.setattr(Look, "read", lambda self, path: read.append(Path(path).stem) or plain(self, path))
+    monkeypatch.setattr(Look, "read", lambda self, path: names.append(Path(path).stem) or plain(self, path))
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr("clframe.images.get_reusable_executor", lambda *_, **__: pool)
+        yield names
+
+
+def test_image_data_in_files_reads_only_what_it_is_asked_for(files, read):
     data = ImageData(LazyImages([files]), torch.arange(12))
     some = data.rows(torch.tensor([4, 2]))
     mask = data.rows(data.y > 9)
@@ -160,10 +176,7 @@ def test_image_data_in_files_reads_only_what_it_is_asked_for(files, monkeypatch)
     assert isinstance(data.images, LazyImages)
 
 
-def test_parts_are_read_ahead_and_no_file_is_read_twice(files, monkeypatch):
-    read = []
-    plain = Look.read
-    monkeypatch.setattr(Look, "read", lambda self, path: read.append(Path(path).stem) or plain(self, path))
+def test_parts_are_read_ahead_and_no_file_is_read_twice(files, read):
     data = ImageData(LazyImages([files]), torch.arange(12))
     rows = list(data.parts(5))
     assert [len(part) for part in rows] == [5, 5, 2]
@@ -177,6 +190,27 @@ def test_a_file_that_vanished_is_an_error_that_names_it(files):
     Path(files.paths[3]).unlink()
     with pytest.raises(DataError, match=r"3\.png could be read before, and cannot any more: No such file"):
         LazyImages([files])[2:5].read()
+
+
+def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
+    expected = LazyImages([files]).read()
+    readers = [*get_reusable_executor(reuse=True)._processes.values()]
+    assert readers
+    assert os.getpid() not in [reader.pid for reader in readers]
+    for reader in readers:
+        os.kill(reader.pid, signal.SIGINT)
+    assert torch.equal(LazyImages([files]).read(), expected)
+    assert [*get_reusable_executor(reuse=True)._processes.values()] == readers
+    files.expect(range(12))
+    for reader in readers:
+        os.kill(reader.pid, signal.SIGKILL)
+    for _ in range(2):
+        assert torch.equal(LazyImages([files]).read(), expected)
+
+
+def test_what_reads_alone_does_without_torch():
+    code = "import sys; import clframe.look; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("length", [{"epochs": 2, "iterations": None}, {"epochs": None, "iterations": 5}])

@@ -1,0 +1,133 @@
+"""How an image file becomes an array of one shape. Without torch, so that a process that only reads starts at once."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clframe.errors import DataError, WrongUse
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Crop = Literal["center", "stretch", "pad"]
+Mode = Literal["colour", "grey"]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an image of any size and kind becomes one of a fixed shape.
+
+    It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts.
+
+    Attributes:
+        size: height in pixels, and width where that is not given.
+        crop: ``center``: what is left of the longer side is cut off; ``stretch``: both sides are resized apart;
+            ``pad``: the whole image, on black.
+        resize: the shorter side in pixels before ``center`` cuts; None: `size`.
+        mode: ``colour`` (3 channels) or ``grey`` (1).
+        width: in pixels; None: as the height.
+
+    Raises:
+        WrongUse: if `resize` is less than `size`, or has no meaning.
+    """
+
+    size: int = 64
+    crop: Crop = "center"
+    resize: int | None = None
+    mode: Mode = "colour"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.crop != "center":
+            raise WrongUse(f"`scenario.resize` needs `scenario.crop=center`: with `{self.crop}` nothing is cut off.")
+        if self.resize is not None and self.resize < self.size:
+            raise WrongUse(
+                f"`scenario.resize` is {self.resize}, and {self.size} pixels (`scenario.size`) cannot be cut out of "
+                f"it: give {self.size} at least."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return (1 if self.mode == "grey" else 3, self.size, self.width or self.size)
+
+    def read(self, file: Path | str | IO[bytes]) -> Pixels:
+        """The image as [C, H, W].
+
+        Raises:
+            DataError: with the reason if it cannot be read to its last pixel.
+        """
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        try:
+            with Image.open(file) as image:
+                # a JPEG that is much too large is decoded smaller, in a fraction of the time
+                image.draft(None, (2 * max(self.resize or 0, *self.shape[1:]),) * 2)
+                ImageOps.exif_transpose(image, in_place=True)
+                plain = self._resized(_in_mode(image, "L" if self.mode == "grey" else "RGB"))
+            pixels = np.asarray(plain)
+        except (UnidentifiedImageError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise DataError(error.strerror or "it is no image of a known kind") from error
+        except Exception as error:  # Pillow's readers raise whatever the damage leads to
+            raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        from PIL import Image
+
+        width, height = image.size
+        _, high, wide = self.shape
+        whole = (0.0, 0.0, float(width), float(height))
+        if self.crop == "pad":
+            factor = min(wide / width, high / height)
+            inner = max(1, round(width * factor)), max(1, round(height * factor))
+            canvas = Image.new(image.mode, (wide, high))
+            small = image.resize(inner, Image.Resampling.BILINEAR, whole, reducing_gap=2)
+            canvas.paste(small, ((wide - inner[0]) // 2, (high - inner[1]) // 2))
+            return canvas
+        if self.crop == "center":
+            factor = min(width / wide, height / high) * self.size / (self.resize or self.size)
+            left, top = (width - wide * factor) / 2, (height - high * factor) / 2
+            whole = (left, top, left + wide * factor, top + high * factor)
+        return image.resize((wide, high), Image.Resampling.BILINEAR, whole, reducing_gap=2)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in 8-bit grey ("L") or colour ("RGB"), whatever it was in."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise DataError("its pixels are floating-point numbers")
+    if image.mode.startswith("I"):  # of 16 bits, which Pillow would cut off at 255, or of 8 bits in 32
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values // (257 if values.max(initial=0) > 255 else 1)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def begin_reading() -> None:
+    """What a process that only reads does first: it leaves Ctrl-C to the one that asks, and small faults unsaid."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def read_files(paths: Sequence[str], look: Look) -> Pixels:
+    """The images in the files, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
+    out = np.empty((len(paths), *look.shape), dtype=np.uint8)
+    for row, path in enumerate(paths):
+        try:
+            out[row] = look.read(path)
+        except DataError as error:
+            raise DataError(f"The image {path} could be read before, and cannot any more: {error}.") from error
+    return out
