@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,14 @@ def read_image(path: str | Path, look: Look, scale: float = 255) -> Tensor:
     return values if scale == 255 else values.to(torch.float32) * (scale / 255)
 
 
+class Held(Protocol):
+    """An image file that a larger one holds; its text says where it is there."""
+
+    def read_bytes(self) -> bytes:
+        """What the file would hold. Raises `OSError` or `DataError` if there is nothing."""
+        ...
+
+
 class Files:
     """Image files that other processes read, in the background where they are asked for in time.
 
@@ -78,13 +86,13 @@ class Files:
     half of its time.
 
     Args:
-        paths: of the files.
+        paths: of the files; of those in larger files, what reads their bytes, which are then sent to who decodes them.
         look: of the images.
         workers: processes, which all files of this process share; None: one for each core that it may use.
     """
 
-    def __init__(self, paths: Sequence[str | Path], look: Look, workers: int | None = None) -> None:
-        self.paths = [os.fspath(path) for path in paths]
+    def __init__(self, paths: Sequence[str | Path | Held], look: Look, workers: int | None = None) -> None:
+        self.paths = [os.fspath(path) if isinstance(path, str | Path) else path for path in paths]
         self.look = look
         self.workers = workers or cores()
         self._coming: dict[int, tuple[Future[Pixels], int]] = {}  # for a position, who reads it, and its row there
@@ -101,7 +109,7 @@ class Files:
         share = min(AT_ONCE, -(-len(new) // self.workers))
         for start in range(0, len(new), share):
             part = new[start : start + share]
-            future = pool.submit(read_files, [self.paths[i] for i in part], self.look)
+            future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
             self._coming.update((i, (future, row)) for row, i in enumerate(part))
 
     def read(self, where: Sequence[int]) -> Tensor:
@@ -117,9 +125,14 @@ class Files:
                 try:
                     out[row] = future.result()[there]
                 except BrokenExecutor:  # who read it has been killed: the next ones are asked of new processes
-                    out[row] = read_files([self.paths[i]], self.look)[0]
+                    out[row] = read_files([self._sent(i)], self.look)[0]
             last[i] = row
         return torch.from_numpy(out)
+
+    def _sent(self, i: int) -> str | tuple[str, bytes]:
+        """The file at this position as another process can read it."""
+        path = self.paths[i]
+        return path if isinstance(path, str) else (str(path), path.read_bytes())
 
 
 class LazyImages:

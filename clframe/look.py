@@ -6,6 +6,7 @@ import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -122,12 +123,17 @@ def begin_reading() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
-def read_files(paths: Sequence[str], look: Look) -> Pixels:
-    """The images in the files, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
-    out = np.empty((len(paths), *look.shape), dtype=np.uint8)
-    for row, path in enumerate(paths):
+def read_files(files: Sequence[str | tuple[str, bytes]], look: Look) -> Pixels:
+    """The images in the files, [N, C, H, W] uint8, each given by its path, or by its name and its bytes.
+
+    Raises:
+        DataError: if one cannot be read any more.
+    """
+    out = np.empty((len(files), *look.shape), dtype=np.uint8)
+    for row, file in enumerate(files):
+        name, source = (file, file) if isinstance(file, str) else (file[0], BytesIO(file[1]))
         try:
-            out[row] = look.read(path)
+            out[row] = look.read(source)
         except DataError as error:
-            raise DataError(f"The image {path} could be read before, and cannot any more: {error}.") from error
+            raise DataError(f"The image {name} could be read before, and cannot any more: {error}.") from error
     return out

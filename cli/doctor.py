@@ -19,6 +19,8 @@ PACKAGES = [
     *("clframe", "torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "tensorboard"),
     *("scikit-learn", "avalanche-lib"),
 ]
+# what an extra of that name brings, for those who need it
+OPTIONAL = {"datasets": "huggingface", "onnx": "onnx", "pyarrow": "parquet"}
 
 
 def examine(data_root: str | None) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def examine(data_root: str | None) -> dict[str, Any]:
     root = data_folder(data_root)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in [*PACKAGES, *OPTIONAL]},
         "device": {
             "auto": "cuda" if devices else "cpu",
             "cuda": devices,
@@ -46,7 +48,9 @@ def examine(data_root: str | None) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> None:
     """Print the findings of `examine`."""
-    show.table(["package", "version"], [[name, version or "missing"] for name, version in found["versions"].items()])
+    missing = {name: f"not here; pip install 'clframe[{extra}]' brings it" for name, extra in OPTIONAL.items()}
+    versions = found["versions"].items()
+    show.table(["package", "version"], [[name, version or missing.get(name, "missing")] for name, version in versions])
     device = found["device"]
     show.line(f"Device: {', '.join(device['cuda']) or 'CPU'} ({device['threads']} threads)")
     free = found["free_bytes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -460,7 +461,8 @@ def _new_folder(config: Config) -> Path:
     from datetime import datetime
 
     methods = "+".join(config.plugins)[:80] or "finetuning"
-    name = f"{config.scenario['name']}-{methods}-{config.run.seed}-{datetime.now():%Y%m%d-%H%M%S}".replace(":", "-")
+    scenario = re.sub(r"[/:]+", "-", config.scenario["name"])[-80:]  # which may be a path
+    name = f"{scenario}-{methods}-{config.run.seed}-{datetime.now():%Y%m%d-%H%M%S}".replace(":", "-")
     folder, count = Path("runs", name), 1
     while folder.exists():
         count += 1

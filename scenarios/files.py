@@ -20,7 +20,7 @@ import torch
 from clframe.arrays import Arrays
 from clframe.data import Part, Transform
 from clframe.errors import DataError
-from clframe.images import Files, Images, LazyImages, bytes_of, cores
+from clframe.images import Files, Held, Images, LazyImages, bytes_of, cores
 from clframe.look import Look, Mode
 from clframe.scenarios.streams import random_of
 
@@ -46,14 +46,14 @@ class Entry:
     """One image file of a data set.
 
     Attributes:
-        file: where it is.
+        file: where it is, or what reads it out of a larger file.
         name: what the data set calls it: the same on every machine.
         label: the name of its class.
         part: training or test; None: it will be drawn.
         group: the task or domain that it belongs to; empty where there are none.
     """
 
-    file: str
+    file: str | Held
     name: str
     label: str
     part: Part | None = None
@@ -118,11 +118,12 @@ def read_all(
     workers: int | None,
     normalize: bool,
     augment: bool,
+    rank: Callable[[str], Any] = by_name,
 ) -> tuple[Arrays, list[Entry]]:
     """The images of `entries`, in memory if that takes at most `memory` bytes, else to be read as they are needed.
 
     Every file is read once to its last pixel, for the checksum and to know which are broken. Classes are numbered by
-    their sorted names.
+    their names, sorted by `rank`.
 
     Returns:
         The arrays, and the entries of their rows: those of the training images, then those of the test images.
@@ -138,7 +139,8 @@ def read_all(
     def examine(i: int) -> tuple[bytes, str]:
         """The file's SHA-256, or why it cannot be read."""
         try:
-            content = Path(entries[i].file).read_bytes()
+            file = entries[i].file
+            content = (Path(file) if isinstance(file, str) else file).read_bytes()
             image = look.read(BytesIO(content))
         except (OSError, DataError) as error:
             return b"", getattr(error, "strerror", None) or str(error)
@@ -166,7 +168,7 @@ def read_all(
     if broken:
         pixels = pixels[good] if keep else pixels
     images: Images = torch.from_numpy(pixels) if keep else LazyImages([Files([e.file for e in entries], look, workers)])
-    names = tuple(sorted({e.label for e in entries}, key=by_name))
+    names = tuple(sorted({e.label for e in entries}, key=rank))
     number = {label: i for i, label in enumerate(names)}
     y = torch.tensor([number[e.label] for e in entries], dtype=torch.int64)
     cut = sum(e.part == "train" for e in entries)

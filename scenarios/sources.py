@@ -131,6 +131,11 @@ def no_downloads() -> Iterator[None]:
         _may_download.reset(before)
 
 
+def may_download() -> bool:
+    """Whether data that is not there may be downloaded: not inside `no_downloads`."""
+    return _may_download.get()
+
+
 def found(data_root: Path) -> list[tuple[str, Path | None]]:
     """Each data set, and the file or complete folder under `data_root` that holds it or None; reads nothing."""
 
@@ -247,7 +252,7 @@ def _download(name: str, data_root: Path) -> None:
     """Have torchvision download into a temporary folder, and move it into place once all of it is there."""
     source = SOURCES[name]
     npz, folder = data_root / f"{name}.npz", data_root / source.folder
-    if not _may_download.get():
+    if not may_download():
         raise DataError(f"{source.title} is not in {data_root}; a run downloads it, or put {npz} or {folder} in place.")
     with (
         _writing(source.title, data_root),

@@ -36,6 +36,12 @@ OPTIONS = {
     "task_column": "the column with the tasks; null: `task`, if there is one.",
     "domain_column": "the column with the domains; null: `domain`, if there is one.",
     "split_column": "the column that says `train` or `test`; null: `split`, if there is one.",
+    "image_column": "the column with the images; null: the only one that holds images.",
+    "config": "which of the data set's configurations (also called subsets); null: the only one, or its default.",
+    "revision": "branch, tag or commit of the data set's repository on the Hub; null: the newest.",
+    "train_split": "the split to learn from.",
+    "test_split": "the split to test with; null: `test`, else `validation`. If it is the one to learn from, or that is "
+    "the only one, test images are drawn from it (`test`).",
     "test": "share of each class that is drawn, from the seed, as test images where the data does not say which are.",
     "size": "height and width of the images in pixels; images of any size are brought to it.",
     "crop": "`center` cuts off what is left of the longer side, `stretch` resizes both sides apart, `pad` keeps the "
@@ -50,13 +56,18 @@ OPTIONS = {
 }
 
 
-OF_OWN = "number of experiences; null: the most, up to 5, that divide the classes evenly, else 5, the first larger."
+OF_NONE = {  # of options that may be left to the data
+    "experiences": "number of experiences; null: the most, up to 5, that divide the classes evenly, else 5, the first "
+    "larger.",
+    "label_column": "the column with the names of their classes; null: the only one of type ClassLabel, else the only "
+    "one of texts or whole numbers.",
+}
 
 
 def documented(builder: Builder) -> Builder:
     """Add to the docstring of `builder` what each of its options means, in the same words for all."""
     parameters = inspect.signature(builder).parameters
-    texts = OPTIONS | ({"experiences": OF_OWN} if getattr(parameters.get("experiences"), "default", 0) is None else {})
+    texts = OPTIONS | {n: text for n, text in OF_NONE.items() if n in parameters and parameters[n].default is None}
     lines = "".join(f"    {name}: {texts[name]}\n" for name in parameters if name in texts)
     builder.__doc__ = f"{inspect.getdoc(builder)}\n\nOptions:\n{lines}"
     return builder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import torch
 
 from clframe import Arrays, ImageData, Plugin, Scenario, split_classes, testing
 from clframe.context import Run
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported: no test asks the Hub
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
 import errno
+import importlib.metadata
 import json
 import os
 import platform
@@ -361,19 +362,29 @@ def test_scenarios_show_without_data_says_what_is_missing_and_downloads_nothing(
     assert not (tmp_path / "data").exists()
 
 
-def test_doctor(capsys, tmp_path):
+def test_doctor(capsys, tmp_path, monkeypatch):
+    version = importlib.metadata.version
+
+    def without(package):
+        if package == "datasets":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar10.npz").write_bytes(b"")
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["clframe"] == clframe.__version__
     assert found["versions"]["torch"]
+    assert found["versions"]["datasets"] is None
     assert found["free_bytes"]["data"] > 0
     assert found["data"]["cifar10"] == str(tmp_path / "data" / "cifar10.npz")
     assert found["data"]["mnist"] is None
     assert {"kind": "plugin", "name": "joint", "package": "clframe", "problem": None} in found["offers"]
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
+    assert "\ndatasets\tnot here; pip install 'clframe[huggingface]' brings it\n" in out
     assert "mnist\tnot here; downloaded when a run needs it" in out
     assert re.search(r"^torch\t\d", out, re.M)
 

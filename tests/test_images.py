@@ -19,7 +19,7 @@ from PIL import Image
 from clframe import ImageData
 from clframe.errors import DataError, WrongUse
 from clframe.images import Files, LazyImages, joined
-from clframe.look import Look
+from clframe.look import Look, read_files
 from clframe.training import Sampler
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -190,6 +190,16 @@ def test_a_file_that_vanished_is_an_error_that_names_it(files):
     Path(files.paths[3]).unlink()
     with pytest.raises(DataError, match=r"3\.png could be read before, and cannot any more: No such file"):
         LazyImages([files])[2:5].read()
+
+
+def test_an_image_out_of_a_larger_file_is_read_by_its_bytes_and_named(tmp_path):
+    picture = Image.fromarray(np.full((4, 4), 7, dtype=np.uint8))
+    picture.save(tmp_path / "7.png")
+    held = ("row 7", (tmp_path / "7.png").read_bytes())
+    look = Look(4, mode="grey")
+    assert read_files([held, str(tmp_path / "7.png")], look).tolist() == [[[[7] * 4] * 4]] * 2
+    with pytest.raises(DataError, match=r"The image row 7 could be read before, and cannot any more: \w+"):
+        read_files([("row 7", held[1][:20])], look)
 
 
 def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):

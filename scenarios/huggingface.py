@@ -1,0 +1,367 @@
+"""A scenario of images on the Hugging Face Hub, or in Parquet files as the Hub has them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clframe.arrays import suits
+from clframe.data import Part, Scenario, Setting
+from clframe.errors import ClframeError, DataError, WrongUse
+from clframe.look import Crop, Look, Mode
+from clframe.options import Count, CountOrZero
+from clframe.scenarios import sources
+from clframe.scenarios.files import (
+    DEFAULTS,
+    Entry,
+    by_name,
+    check_classes,
+    divided,
+    groups_for,
+    limited,
+    read_all,
+)
+from clframe.scenarios.folder import TestShare
+from clframe.scenarios.streams import Order, documented, split
+
+PARQUET = ".parquet"
+TESTS = ("test", "validation")  # the splits to test with, where none is named
+BYTES_AND_PATH = {"bytes", "path"}  # the fields of an image in the Hub's layout
+LABELS = ("string", "large_string", "bool", "int", "uint")  # how the types begin whose values are names of classes
+
+
+@suits(**DEFAULTS)
+@documented
+def huggingface(
+    variant: str,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    setting: Setting = "class",
+    experiences: Count | None = None,
+    first: Count | None = None,
+    order: Order = "natural",
+    seed: CountOrZero | None = None,
+    limit: Count | None = None,
+    test: TestShare = 0.2,
+    size: Count = 64,
+    crop: Crop = "center",
+    resize: Count | None = None,
+    mode: Mode = "colour",
+    skip_broken: bool = False,
+    normalize: bool = True,
+    augment: bool = True,
+    memory: CountOrZero = 2_000_000_000,
+    workers: Count | None = None,
+) -> Scenario:
+    """A data set of labelled images of the Hugging Face Hub, or a local folder or file of Parquet in its layout.
+
+    `huggingface:cifar100`, `huggingface:./FOLDER` or `huggingface:FILE.parquet`: what is there as a folder or file is
+    read, and else the data set of that name. It takes `pip install 'clframe[huggingface]'`. Classes have the names and
+    the order of a column of type ClassLabel, else they are sorted by their values. Data sets are kept where the library
+    `datasets` keeps them (`HF_HOME`); where the Hub cannot be reached, what was kept last is taken.
+    """
+    look = Look(size, crop, resize, mode)
+    found = _found(variant, config, revision)
+    name = f"huggingface:{variant}"
+    what = f"`{name}`"
+    parts = _parts(found.splits, train_split, test_split, what)
+    features = found.splits[train_split].features
+    image = _column(features, image_column, _IMAGES, what)
+    label = _column(features, label_column, _LABELS, what)
+    _check_names(found.files, label, getattr(features[label], "names", None))
+    entries = [e for s, part in parts.items() for e in _entries(found.splits[s], s, part, image, label, what)]
+    if len(parts) == 1:
+        entries = divided(entries, test, seed, what)
+    fix = "choose other splits with `--set scenario.train_split` and `scenario.test_split`, or leave out its rows"
+    check_classes(entries, what, fix)
+    arrays, kept = read_all(
+        variant,
+        limited(entries, limit),
+        look,
+        what=what,
+        skip_broken=skip_broken,
+        memory=memory,
+        workers=workers,
+        normalize=normalize,
+        augment=augment,
+        rank=_rank(features[label]),
+    )
+    check_classes(kept, f"{what}, without its broken images,", "repair them")
+    experiences, first = groups_for(len(arrays.class_names), experiences, first)
+    return split(name, arrays, setting, experiences, first, order, seed, None)
+
+
+class Row:
+    """The image in a row of a split, which stays on the disk until it is read.
+
+    Args:
+        column: of the split's images, in the Hub's layout.
+        number: of the row, from 0.
+        split: its name.
+    """
+
+    __slots__ = ("column", "number", "split")
+
+    def __init__(self, column: Any, number: int, split: str) -> None:
+        self.column, self.number, self.split = column, number, split
+
+    def __str__(self) -> str:
+        return f"row {self.number} of `{self.split}`"
+
+    def read_bytes(self) -> bytes:
+        """What the image's file held. Raises `DataError` if the row has no image, `OSError` if its file is gone."""
+        image = self.column[self.number].as_py() or {}
+        if image.get("bytes") is not None:
+            content: bytes = image["bytes"]
+            return content
+        if Path(image.get("path") or "").is_absolute():
+            return Path(image["path"]).read_bytes()
+        raise DataError("it holds no image")
+
+
+# ------------------------------------------------------------------------------------ what is there
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A data set: its splits by their names, and its files where it is a folder."""
+
+    splits: Mapping[str, Any]
+    files: Sequence[str]
+
+
+def _found(variant: str, config: str | None, revision: str | None) -> _Found:
+    """The data set that `variant` names.
+
+    Raises:
+        DataError: if the library is missing, or the data set is not there, cannot be reached or cannot be read.
+        WrongUse: if `config` or `revision` is not of it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"`huggingface:{variant}` is read by the library `datasets`, which is missing: "
+            "`pip install 'clframe[huggingface]'`."
+        ) from error
+    path = Path(variant).expanduser()
+    local = path.exists() or variant.startswith((".", "/", "~")) or path.suffix.lower() == PARQUET
+    if local and revision is not None:
+        raise WrongUse(f"`scenario.revision` is of data sets on the Hub, and {path} is here: leave it out.")
+    if path.is_file() and config is not None:
+        raise WrongUse(f"`scenario.config` is of data sets and folders, and {path} is a file: leave it out.")
+    if not local:
+        with _quiet(datasets), _explained(datasets, variant):
+            return _of_hub(datasets, variant, config, revision)
+    if not path.exists():
+        raise DataError(
+            f"There is no file or folder {path.absolute()}; name a Parquet file, a folder of them, or a data set of "
+            "the Hub."
+        )
+    if path.is_dir() and not any(path.rglob(f"*{PARQUET}")):
+        raise DataError(
+            f"The folder {path} holds no Parquet files; for a folder of class folders there is "
+            f"`--scenario split-folder --set scenario.path={path}`."
+        )
+    with _quiet(datasets), _explained(datasets, str(path)):
+        if path.is_file():  # `load_dataset` would tell the Hub of it
+            return _Found(datasets.DatasetDict.from_parquet({"train": str(path)}), [])
+        builder = datasets.load_dataset_builder(str(path), config)
+        builder.download_and_prepare()
+        return _Found(builder.as_dataset(), [file for files in builder.config.data_files.values() for file in files])
+
+
+def _of_hub(datasets: Any, name: str, config: str | None, revision: str | None) -> _Found:
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not sources.may_download()
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        cached = type(builder).__name__ == "Cache"  # the Hub could not be reached, and no revision was looked up there
+        if cached and revision not in (None, builder.hash):
+            raise DataError(
+                f"The Hub cannot be reached to look up the revision `{revision}` of `{name}`, of which the commit "
+                f"{builder.hash} is kept here: try again where there is a network, or leave out `scenario.revision`."
+            )
+        builder.download_and_prepare()
+        return _Found(builder.as_dataset(), [])
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Inside, the libraries log nothing, as errors are told by clframe, and show progress on a terminal only."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    shown = not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    if shown and not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _explained(datasets: Any, name: str) -> Iterator[None]:
+    """Turn what the library raises into one sentence that names the data set, and what to do."""
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        yield
+    except (ClframeError, MemoryError):
+        raise
+    except Exception as error:  # readers of many formats, and of the network, raise whatever they meet
+        of_data = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which only says that it was raised
+        told = str((of_data and error.__cause__) or error).partition("Example of usage")[0]
+        reason = " ".join(told.split()).rstrip(". ")
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError | HFValidationError):
+            raise DataError(
+                f"The Hugging Face Hub has no data set `{name}` that is open to you ({reason}); correct its name, log "
+                "in with `hf auth login`, or name a folder of Parquet files as `huggingface:./FOLDER`."
+            ) from error
+        if isinstance(error, ConnectionError):
+            kept = f"The data set `{name}` is not in {datasets.config.HF_DATASETS_CACHE}"
+            offline = datasets.config.HF_HUB_OFFLINE
+            if not offline and not sources.may_download():
+                raise DataError(f"{kept}; a run downloads it.") from error
+            why = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
+            raise DataError(
+                f"{kept}, and {why}: run once with a network, or name a folder of its Parquet files as "
+                "`huggingface:./FOLDER`."
+            ) from error
+        if isinstance(error, ValueError) and "onfig" in reason:
+            raise WrongUse(
+                f"`scenario.config` does not fit the data set `{name}` ({reason}): name one of its configurations with "
+                "`--set scenario.config=NAME`."
+            ) from error
+        raise DataError(f"The data set `{name}` cannot be read ({reason or type(error).__name__}).") from error
+
+
+# ------------------------------------------------------------------------------------ splits and columns
+
+
+def _parts(splits: Mapping[str, Any], train: str, test: str | None, what: str) -> dict[str, Part | None]:
+    """The splits that are read, and what they are for; the only one is for both, and divided later."""
+    there = ", ".join(f"`{name}`" for name in splits)
+    if train not in splits:
+        raise DataError(
+            f"{what} has no split `{train}`; it has {there}: name the one to learn from with "
+            "`--set scenario.train_split=NAME`."
+        )
+    if test is not None and test not in splits:
+        raise DataError(
+            f"{what} has no split `{test}`; it has {there}: name the one to test with with "
+            "`--set scenario.test_split=NAME`."
+        )
+    others = [name for name in splits if name != train]
+    test = test or next((name for name in TESTS if name in others), None)
+    if test is None and others:
+        raise DataError(
+            f"{what} has no split `test` or `validation`; it has {there}: name the one to test with with "
+            f"`--set scenario.test_split=NAME` (`{train}`: a share is drawn)."
+        )
+    return {train: None} if test in (None, train) else {train: "train", str(test): "test"}
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A column that is looked for: the option that names it, what it holds, and what types suit, the best first."""
+
+    option: str
+    holds: str
+    kinds: Sequence[Callable[[Any], bool]]
+
+
+def _kind(feature: Any) -> str:
+    """The type of a column, in the words of `datasets`."""
+    return getattr(feature, "dtype", "") if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+_IMAGES = _Wanted(
+    "image_column",
+    "images",
+    (
+        lambda f: _kind(f) == "Image" or (isinstance(f, Mapping) and set(f) == BYTES_AND_PATH),
+        lambda f: _kind(f) in ("binary", "large_binary"),
+    ),
+)
+_LABELS = _Wanted("label_column", "labels", (lambda f: _kind(f) == "ClassLabel", lambda f: _kind(f).startswith(LABELS)))
+
+
+def _column(features: Mapping[str, Any], named: str | None, wanted: _Wanted, what: str) -> str:
+    """The name of the column of `features` that is `wanted`."""
+    suits = [[name for name, feature in features.items() if kind(feature)] for kind in wanted.kinds]
+    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items())
+    option = f"`--set scenario.{wanted.option}=NAME`"
+    if named is None:
+        best = next(filter(None, suits), [])
+        if len(best) == 1:
+            return best[0]
+        several = " and ".join(f"`{name}`" for name in best)
+        raise DataError(
+            f"{what} has {wanted.holds} in the columns {several}; choose one with {option}."
+            if best
+            else f"{what} has no column of {wanted.holds}; it has {listed}."
+        )
+    if named not in features:
+        raise DataError(f"{what} has no column `{named}`; it has {listed}: name the right one with {option}.")
+    if not any(named in names for names in suits):
+        raise DataError(
+            f"The column `{named}` of {what} is {_kind(features[named])} and holds no {wanted.holds}; it has {listed}: "
+            f"name the right one with {option}."
+        )
+    return named
+
+
+def _entries(dataset: Any, split: str, part: Part | None, image: str, label: str, what: str) -> list[Entry]:
+    """An entry for each row of a split."""
+    import datasets
+
+    names = getattr(dataset.features[label], "names", None)
+    values = dataset.data.column(label).to_pylist()
+    labels = ["" if v is None or (names and v < 0) else names[v] if names else str(v) for v in values]
+    if lacking := [i for i, text in enumerate(labels) if not text]:
+        raise DataError(
+            f"{len(lacking)} of the {len(labels)} rows of the split `{split}` of {what} have no label in `{label}`, "
+            f"the first is row {lacking[0]}; choose another split, or give them labels."
+        )
+    column = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False)).data.column(image)
+    return [Entry(Row(column, i, split), f"{split}/{i}", text, part) for i, text in enumerate(labels)]
+
+
+def _rank(feature: Any) -> Callable[[str], Any]:
+    """By what classes are sorted: by their numbers in a ClassLabel, else by name."""
+    names = getattr(feature, "names", None)
+    return {name: i for i, name in enumerate(names)}.__getitem__ if names else by_name
+
+
+def _check_names(files: Sequence[str], label: str, names: Sequence[str] | None) -> None:
+    """Refuse local files that number their classes apart: `datasets` takes the names of the first for all."""
+    if names is None:
+        return
+    from datasets import Features
+    from pyarrow import parquet
+
+    for file in (f for f in files if f.endswith(PARQUET)):
+        own = getattr(Features.from_arrow_schema(parquet.read_schema(file)).get(label), "names", names)
+        if own != names:
+            raise DataError(
+                f"The column `{label}` of {file} numbers its classes otherwise than the other files do; write them "
+                "with one ClassLabel, or with names in place of numbers."
+            )
