@@ -176,7 +176,7 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
     with _quiet(datasets), _explained(datasets, str(path)):
         if path.is_file():  # `load_dataset` would tell the Hub of it
             return _Found(datasets.DatasetDict.from_parquet({"train": str(path)}), [])
-        builder = datasets.load_dataset_builder(str(path), config)
+        builder = datasets.load_dataset_builder(str(path.absolute()), config)  # `parquet` alone is a reader's name
         builder.download_and_prepare()
         return _Found(builder.as_dataset(), [file for files in builder.config.data_files.values() for file in files])
 

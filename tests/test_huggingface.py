@@ -347,6 +347,13 @@ def test_without_the_library_one_sentence_says_how_to_get_it(both, monkeypatch):
         huggingface(str(both))
 
 
+def test_a_folder_may_be_called_as_a_reader_of_the_library(both, tmp_path, monkeypatch):
+    shutil.copytree(both, tmp_path / "parquet")
+    monkeypatch.chdir(tmp_path)
+    known = huggingface(str(both), **SMALL).checksum
+    assert [huggingface(name, **SMALL).checksum for name in ("./parquet", "parquet")] == [known] * 2
+
+
 def test_a_configuration_of_a_folder_is_chosen_by_its_name(tmp_path):
     root = tmp_path / "two"
     write(root / "a.parquet", rows(4))
