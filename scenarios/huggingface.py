@@ -261,19 +261,19 @@ def _parts(splits: Mapping[str, Any], train: str, test: str | None, what: str) -
     there = ", ".join(f"`{name}`" for name in splits)
     if train not in splits:
         raise DataError(
-            f"{what} has no split `{train}`; it has {there}: name the one to learn from with "
+            f"{what} has no split `{train}`; it has {there}: name the one to learn from by "
             "`--set scenario.train_split=NAME`."
         )
     if test is not None and test not in splits:
         raise DataError(
-            f"{what} has no split `{test}`; it has {there}: name the one to test with with "
+            f"{what} has no split `{test}`; it has {there}: name the one to test with by "
             "`--set scenario.test_split=NAME`."
         )
     others = [name for name in splits if name != train]
     test = test or next((name for name in TESTS if name in others), None)
     if test is None and others:
         raise DataError(
-            f"{what} has no split `test` or `validation`; it has {there}: name the one to test with with "
+            f"{what} has no split `test` or `validation`; it has {there}: name the one to test with by "
             f"`--set scenario.test_split=NAME` (`{train}`: a share is drawn)."
         )
     return {train: None} if test in (None, train) else {train: "train", str(test): "test"}

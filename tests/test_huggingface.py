@@ -184,11 +184,11 @@ def test_splits_that_are_not_there_are_told_with_those_that_are(both, tmp_path):
     )
     for root, options, told in (
         (both, {"train_split": "learn"}, r"has no split `learn`; it has `train`, `test`: name the one to learn from"),
-        (both, {"test_split": "val"}, r"has no split `val`; it has `train`, `test`: name the one to test with with"),
+        (both, {"test_split": "val"}, r"has no split `val`; it has `train`, `test`: name the one to test with by"),
         (
             odd,
             {},
-            r"has no split `test` or `validation`; it has `train`, `extra`: name the one to test with with "
+            r"has no split `test` or `validation`; it has `train`, `extra`: name the one to test with by "
             r"`--set scenario.test_split=NAME` \(`train`: a share is drawn\)",
         ),
     ):
