@@ -191,8 +191,9 @@ class AvalanchePlugin(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Avalanche's `train` ends."""
-        self._call("after_training_exp", **self.arguments)
-        self._call("after_training")
+        with _quiet(DeprecationWarning):
+            self._call("after_training_exp", **self.arguments)
+            self._call("after_training")
         self.memory = None
 
     def _call(self, event: str, **arguments: Any) -> None:
@@ -378,17 +379,23 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Avalanche's import warns of what other packages do."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _quiet(kind: type[Warning]) -> Iterator[None]:
+    """Without warnings of this kind, which nobody who runs clframe can heed.
+
+    Avalanche's import warns of what other packages do, its `ReplayPlugin` of a function of its own that it calls. A
+    filter would not do: such a function puts one of its own first, and leaves it there for the whole process.
+    """
+    with warnings.catch_warnings(record=True) as given:
         yield
+    for warning in given:
+        if not issubclass(warning.category, kind):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @lru_cache(maxsize=len(TESTED))
 def _class_of(variant: str) -> type[Plugin]:
     """The class of ``avalanche:variant``: Avalanche's constructor is its schema of options."""
-    with _quiet():
+    with _quiet(Warning):
         from avalanche.training import plugins
     theirs: Any = getattr(plugins, TESTED[variant][0])
     hints = get_type_hints(theirs.__init__) | HINTS[variant]
@@ -489,7 +496,7 @@ def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "d
     Raises:
         WrongUse: if the plugin needs what a strategy of Avalanche has no place for.
     """
-    with _quiet():
+    with _quiet(Warning):
         from avalanche.training.plugins import SupervisedPlugin
 
     scenario = from_avalanche(benchmark, setting=setting)

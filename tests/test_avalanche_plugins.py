@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -359,6 +360,24 @@ def test_sis_blindness_on_the_cpu_is_told(tiny):
     assert told[0] == (
         "`avalanche:SI` does nothing on the CPU, where it compares the weights with themselves: use `si`."
     )
+
+
+def test_what_avalanche_deprecates_and_calls_itself_is_not_told_and_other_warnings_are(tiny, monkeypatch):
+    from avalanche.training import plugins
+
+    after = plugins.ReplayPlugin.after_training_exp
+
+    def warning(self, strategy, **kwargs):
+        after(self, strategy, **kwargs)
+        warnings.warn("the memory is odd", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(plugins.ReplayPlugin, "after_training_exp", warning)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        clframe.run(tiny(), "mlp-100", [{"avalanche:Replay": {"mem_size": 10}}], train=TRAIN)
+        assert warnings.filters == before
+    assert [(w.category, str(w.message)) for w in told] == [(UserWarning, "the memory is odd")] * len(tiny())
 
 
 def test_listing_and_doctor_tell_what_is_broken_without_importing_avalanche():
