@@ -196,7 +196,8 @@ def extend(
             run's setting; one of the run's own name has the run's other options.
         model: the run's backbone, where it was given as an object; with any weights.
         plugins: the run's, where they were given as objects, and ``{name: {option: value}}`` for options that change.
-        train, run: settings that change; others are the run's.
+        train: training settings that change; others are the run's.
+        run: settings of the run that change, likewise.
         listeners: called with each record of the run's progress.
 
     Raises:

@@ -35,6 +35,8 @@ PART = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.MULTILINE)
 NAVIGATION: dict[str, list[str]] = {
     "Use": [
         "getting-started.md",
+        "own-images.md",
+        "trained-model.md",
         "methods.md",
         "scenarios.md",
         "settings.md",
@@ -287,8 +289,10 @@ def tools(_: str) -> str:
 
 
 FIRST = [  # of the public names, in the order in which a reader needs them; `hookimpl` is only a mark
-    *("run", "resume", "load", "Results", "Trained"),
+    *("run", "resume", "extend", "load", "Results"),
+    *("Trained", "Prediction", "Answer"),
     *("Arrays", "split_classes", "change_domains", "Transform", "Scenario", "suits"),
+    *("save_split", "from_avalanche"),
     *("Plugin", "Run", "Phase", "Experience", "ImageData", "Batch"),
     *("IncrementalNet", "Outputs", "snapshot", "Predictor"),
 ]

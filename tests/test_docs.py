@@ -27,6 +27,7 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE |
 DECIMAL = re.compile(r"\d+\.\d+")
 WIDTH = 88  # characters of code
 TOLERANCE = 3.0  # of a figure with decimals: another processor rounds otherwise
+COARSE = 15.0  # of those that commands print, which may be the confidence in a single image
 
 
 def load_generator():
@@ -41,7 +42,8 @@ SOURCES = generate.sources()
 RUNNING = [
     path for path, text in SOURCES.items() if any(language == "python" for language, _, _ in FENCE.findall(text))
 ]
-CARRIED_OUT = ["write-a-method.md"]  # pages whose commands are run, too, and whose blocks are scripts of their own
+# pages whose commands are run, too, and whose blocks are scripts of their own
+CARRIED_OUT = ["write-a-method.md", "own-images.md", "trained-model.md"]
 
 
 @cache
@@ -61,7 +63,7 @@ class Reader:
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def read(self, path):
-        printed = None  # by the latest block of code, if it was run
+        printed, matches = None, alike  # by the latest block, if it was run, and how much of it the page shows
         for language, title, body in FENCE.findall(SOURCES[path]):
             if title:
                 self.write(title, body)
@@ -69,13 +71,12 @@ class Reader:
                 self.capsys.readouterr()
                 scope = {"__name__": "page"} if path in CARRIED_OUT else self.scope
                 exec(compile(body, path, "exec"), scope)
-                printed = self.capsys.readouterr().out
+                printed, matches = self.capsys.readouterr().out, alike
             elif language == "text" and printed is not None:
-                assert alike(printed, body), f"{path} says\n{body}but it printed\n{printed}"
+                assert matches(printed, body), f"{path} says\n{body}but this was printed:\n{printed}"
             elif language == "sh":
-                printed = None
-                for line in body.splitlines() if path in CARRIED_OUT else ():
-                    self.carry_out(line)
+                lines = shell_lines(f"```sh\n{body}```") if path in CARRIED_OUT else ()
+                printed, matches = "".join(self.carry_out(line, SOURCES[path]) for line in lines), has
 
     def write(self, title, body):
         (self.folder / title).write_text(body)
@@ -83,15 +84,21 @@ class Reader:
             self.monkeypatch.delitem(sys.modules, title.removesuffix(".py"), raising=False)
             importlib.invalidate_caches()
 
-    def carry_out(self, line):
+    def carry_out(self, line, page):
+        """What a command prints, which may fail where the page shows the sentence that says why."""
         words = shlex.split(line)
+        self.capsys.readouterr()
         if words[0] == "clframe":
-            assert main([*words[1:], *(["--quiet"] if words[1] == "run" else [])]) == 0
-        elif words[0] == "pytest":
+            code = main([*words[1:], *(["--quiet"] if words[1] in ("run", "extend") else [])])
+            out, err = self.capsys.readouterr()
+            assert code == 0 or has(page, err), f"{line} failed:\n{err}"
+            return out + err
+        if words[0] == "pytest":
             self.run_tests(words[1])
         else:
             assert words == ["pip", "install", "-e", "."]
             self.install()
+        return ""
 
     def install(self):
         """What pip leaves of the package in this folder."""
@@ -124,11 +131,23 @@ def reader(tmp_path, monkeypatch, capsys):
     registry._offers.cache_clear()
 
 
-def alike(printed, shown):
+def alike(printed, shown, tolerance=TOLERANCE):
     """Whether two texts are the same but for spaces, and for figures that are a little off."""
     words, other = (" ".join(DECIMAL.sub("#", text).split()) for text in (printed, shown))
     figures = zip(DECIMAL.findall(printed), DECIMAL.findall(shown), strict=False)
-    return words == other and all(abs(float(a) - float(b)) <= TOLERANCE for a, b in figures)
+    return words == other and all(abs(float(a) - float(b)) <= tolerance for a, b in figures)
+
+
+def has(text, shown):
+    """Whether each line of `shown` is in `text`, in their order, with figures that are not far off."""
+    words = text.split()
+    for line in shown.splitlines():
+        n = len(line.split())
+        found = (i for i in range(len(words) - n + 1) if alike(" ".join(words[i : i + n]), line, COARSE))
+        if (place := next(found, None)) is None:
+            return False
+        words = words[place + n :]
+    return True
 
 
 # ------------------------------------------------------------------------------ what the pages show
@@ -379,6 +398,9 @@ def test_figures_may_be_a_little_off_and_words_may_not():
     assert alike("accuracy 61.0 %", "accuracy  60.1 %")
     assert not alike("accuracy 61.0 %", "accuracy 71.0 %")
     assert not alike("5 images", "6 images")
+    assert has("on 1 on 2\nafter 1 61.0 -\nafter 2 10.0 99.0", "after 1  60.0  -\n\nafter 2  12.0\n  99.0")
+    assert not has("after 1 61.0 -\nafter 2 10.0 99.0", "after 2  10.0  99.0\nafter 1  61.0  -")
+    assert not has("after 1 61.0 -", "after 1  11.0  -")
 
 
 def test_code_fits_a_page_without_scrolling():
