@@ -142,7 +142,8 @@ def resume(
 
     Raises:
         DataError: if there is nothing to resume, or the folder is damaged, edited or in use.
-        RunFailed, Interrupted: as `run`.
+        RunFailed: as `run`.
+        Interrupted: as `run`.
     """
     path = Path(folder).expanduser()
     opened = RunFolder(path, new=False)
@@ -202,7 +203,9 @@ def extend(
 
     Raises:
         DataError: if the run is not finished, or its last checkpoint is gone.
-        WrongUse, RunFailed, Interrupted: as `run`.
+        WrongUse: as `run`.
+        RunFailed: as `run`.
+        Interrupted: as `run`.
     """
     own = scenario if isinstance(scenario, Scenario) else None
     given = {_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}

@@ -48,8 +48,10 @@ class Arrays:
     """A labelled image data set in memory or in files, from which scenarios are cut.
 
     Attributes:
-        x_train, x_test: [N, C, H, W] uint8, or any float tensor [N, ...]; or `LazyImages`.
-        y_train, y_test: [N] labels 0 .. len(class_names) - 1, of any integer type; held as int64.
+        x_train: [N, C, H, W] uint8, or any float tensor [N, ...]; or `LazyImages`.
+        y_train: [N] labels 0 .. len(class_names) - 1, of any integer type; held as int64.
+        x_test: likewise, of the test images.
+        y_test: likewise.
         class_names: one for each label.
         transform: from these raw values to the model's input.
         sha256: of the data, where that is known; else `checksum` computes one.

@@ -59,7 +59,9 @@ class TrainSettings(BaseModel):
         description="which take part in the loss: of all classes from the start, of those seen, of the "
         "experience's, of the row's task; null: `own` in the task setting, else `seen`",
     )
-    val: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the training images held out")
+    val: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the training images held out: the confidence of predictions is fitted to them"
+    )
     threads: Count | None = Field(None, description="CPU threads; null: as torch chooses")
     first: dict[str, Any] | None = Field(
         None, description="what differs in the first experience, such as {epochs: 10, lr: 0.01}"

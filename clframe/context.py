@@ -35,7 +35,6 @@ class Run:
         accuracy: for each reading the rows of `R[i][j]` so far, from 0 to 1, None where empty.
         losses: detached scalars of the latest step, by the name of the term.
         task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.
-        step, steps_in_phase, epoch: the step under way and its epoch, from 0, and the number of steps of the phase.
         total_steps: steps of the whole run so far.
         config: the whole configuration.
         folder: the run folder; None if the run keeps none.

@@ -207,7 +207,8 @@ class Transform:
 
     Attributes:
         scale: the raw value that becomes 1 (255 for 8-bit images, 16 for scikit-learn's digits, 1: floats).
-        mean, std: per channel, subtracted and divided by after scaling; empty for none.
+        mean: per channel, subtracted after scaling; empty for none.
+        std: per channel, divided by after that; empty for none.
         pad: augmentation crops the image at random from itself padded with this many zeros on each side.
         flip: augmentation mirrors each image left to right with probability 1/2.
         look: how image files became the raw images; None: they came from none.

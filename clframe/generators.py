@@ -59,7 +59,8 @@ class GenerativeModel(nn.Module):
         shape: of one image.
         z: number of latent variables.
         classes: how many classes it can be asked for; None: it knows none.
-        lr, betas: of Adam, as the source has them.
+        lr: of Adam, as the source has it.
+        betas: likewise.
     """
 
     lr: ClassVar[float]

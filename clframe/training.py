@@ -27,7 +27,8 @@ class Phase:
     Attributes:
         name: unique within the experience; ``train`` stands in for the experience's own phase.
         place: before or after the one named ``train``.
-        epochs, iterations: its length, at most one of them; neither: as the run's settings say.
+        epochs: its length in epochs; None, and no `iterations` either: as the run's settings say.
+        iterations: its length in steps, in place of epochs.
         lr: learning rate of all that it trains; None: as the run's settings say.
         only: patterns (as in shells) of the names of the parameters that it trains; empty: all that require gradients.
         data: images to train on in place of the experience's.

@@ -58,7 +58,10 @@ NewName = Annotated[str, typer.Argument(metavar="NAME", help="How a run will cal
 NewFolder = Annotated[
     Path | None, typer.Option("--output", metavar="FOLDER", help="Folder to write [default: NAME, here].")
 ]
-OfPlugins = Annotated[Literal["plugin", "backbone"], typer.Option(help="What it is.")]
+OfPlugins = Annotated[
+    Literal["plugin", "backbone"],
+    typer.Option(metavar="plugin|backbone", help="What it is [default: plugin].", show_default=False),
+]
 
 RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 Task = Annotated[

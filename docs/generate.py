@@ -150,9 +150,17 @@ def methods(_: str) -> str:
         description = (inspect.getdoc(cls) or "").partition("\nOptions:\n")[0]
         lines += [f"## `{name}`", "", prose(description), ""]
         if text := _of_readme(rf"^(\*\*`{name}`\.\*\*.*?)(?=\n\n)"):
-            use = re.sub(r"\s+Hooks?: [^.]*\.", "", text.partition("** ")[2])
+            use = re.sub(r"\s+Hooks?:\s[^.]*\.", "", text.partition("** ")[2])
             lines += [use, ""]  # without its hooks, which follow
-        lines += [*options(options_of(cls, skip=("variant",)), name), ""]
+        if cls.variants:
+            variants = ", ".join(code(f"{name}:{variant}") for variant in cls.variants)
+            lines += [
+                f"It is named by a variant, each of which has options of its own: {variants}. "
+                f"`clframe plugins show {name}:{cls.variants[0]}` shows them.",
+                "",
+            ]
+        else:
+            lines += [*options(options_of(cls), name), ""]
         hooks_ = [f"[`{h}`](hooks/{h}.md)" for h in registry.hooks_of(cls)]
         facts = {
             "Hooks": ", ".join(hooks_),
@@ -185,15 +193,23 @@ def scenarios(_: str) -> str:
             "",
         ]
         lines += [*options(options_of(build, skip=registry.SUPPLIED), "scenario"), ""]
-        model, train = getattr(build, "backbone", None), getattr(build, "train", {})
-        suits = ", ".join(
-            code(f"train.{key}={value(given)}") for key, given in train.items()
-        )
-        lines += [
-            f"- Model that suits it: {code(value(model)) if model else 'none named'}"
-        ]
-        lines += [f"- Training that suits it: {suits or 'the defaults'}", ""]
+        lines += [*_suits("it", *registry.suited(build, name))]
+        for variant in getattr(build, "variants", {}):
+            full = f"{name}:{variant}"
+            lines += _suits(code(full), *registry.suited(build, full))
+        lines += [""]
     return "\n".join(lines)
+
+
+def _suits(what: str, model: Any, train: dict[str, Any]) -> list[str]:
+    """Two items of a list, on the model and the training settings that suit a scenario."""
+    settings = ", ".join(
+        code(f"train.{key}={value(given)}") for key, given in train.items()
+    )
+    return [
+        f"- Model that suits {what}: {code(value(model)) if model else 'none named'}",
+        f"- Training that suits {what}: {settings or 'the defaults'}",
+    ]
 
 
 def backbones(_: str) -> str:
@@ -480,7 +496,9 @@ def _variant(factory: Callable[..., object]) -> str:
 
 
 def _before_options(documented: object) -> str:
-    return (inspect.getdoc(documented) or "").partition("\nOptions:\n")[0].strip()
+    """The docstring up to what is told elsewhere on the page, or by the command itself."""
+    text = (inspect.getdoc(documented) or "").partition("\nOptions:\n")[0]
+    return text.partition("\nRaises:\n")[0].strip()
 
 
 def _of_readme(pattern: str) -> str:

@@ -277,6 +277,8 @@ def test_every_plugin_and_each_of_its_options_is_documented():
         for option in options_of(registry.plugin_class(name), skip=("variant",)):
             assert option.doc, f"{name}.{option.name}"
             assert f"\n| `{name}.{option.name}` | " in sections[name]
+        assert sections[name].count("Hooks:") == 1, f"{name}: README's list of its hooks was not left out"
+    assert "`clframe plugins show avalanche:AGEM` shows them" in sections["avalanche"]
     assert "| `ewc.lambda` | `float >= 0` | `100.0` | strength of the penalty. |" in sections["ewc"]
 
 
@@ -288,6 +290,8 @@ def test_every_scenario_and_backbone_and_each_of_its_options_is_documented():
             for option in options_of(build, skip=registry.SUPPLIED):
                 assert option.doc, f"{name}: {option.name}"
                 assert f"\n| `{kind}.{option.name}` | " in sections[name + generate._variant(build)]
+    assert "Raises:" not in pages()["scenarios.md"]
+    assert "- Model that suits `avalanche:SplitCIFAR10`: `resnet32`" in sections["avalanche:NAME"]
 
 
 def test_every_setting_is_documented_with_its_default():
