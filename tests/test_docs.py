@@ -330,7 +330,8 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_file_of_a_run_folder_is_documented(tmp_path):
     clframe.run("split-digits", train={"iterations": 1}, run={"output": str(tmp_path / "run"), "tensorboard": True})
-    for file in (tmp_path / "run").iterdir():
+    clframe.extend(tmp_path / "run", "split-digits", run={"output": str(tmp_path / "extended")})
+    for file in tmp_path.glob("*/*"):
         assert f"`{file.name}{'/' * file.is_dir()}`" in pages()["run-folder.md"], file.name
 
 
