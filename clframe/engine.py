@@ -149,7 +149,8 @@ class Engine:
             experience = self.stream[index]
             run.describe(self.stream, index)
             run.experience = experience.for_training()
-            run.emit("experience", index=index, task=experience.task, classes=list(experience.classes))
+            classes, names = list(experience.classes), [self.stream.class_names[c] for c in experience.classes]
+            run.emit("experience", index=index, task=experience.task, classes=classes, class_names=names)
             for hint in self.hints():
                 run.emit("message", text=hint)
             if not self.position.entered:

@@ -16,6 +16,7 @@ from rich.text import Text
 from clframe.cli.show import READINGS, percent
 
 REDRAW = 0.25  # seconds
+NAMED = 6  # names at most that a line has
 AT_ONCE = ("experience", "phase", "eval", "end")  # kinds of records that are shown without waiting
 
 
@@ -35,7 +36,7 @@ class Live:
         self.scenario = ""
         self.n = 0
         self.index = 0
-        self.classes: list[int] = []
+        self.classes = ""
         self.phase = ""
         self.step: dict[str, Any] = {}
         self.tick: dict[str, Any] | None = None
@@ -75,10 +76,10 @@ class Live:
         self.rows = {reading: dict(enumerate(rows)) for reading, rows in record["accuracy"].items()}
 
     def _experience(self, record: dict[str, Any]) -> None:
-        self.index, self.classes = record["index"], record["classes"]
+        self.index, self.classes = record["index"], _listed(record["classes"], record["class_names"])
         self.began = time.monotonic()
         self.step, self.tick = {}, None
-        self._plain(f"{self._place()}: {_listed(self.classes)}")
+        self._plain(f"{self._place()}: {self.classes}")
 
     def _phase(self, record: dict[str, Any]) -> None:
         self.phase, self.phase_began = record["name"], time.monotonic()
@@ -165,12 +166,15 @@ def _in_words(reading: str, row: list[float | None]) -> str:
     return f"{READINGS.get(reading, reading)} accuracy {percent(_mean(row))} % ({known})"
 
 
-def _listed(classes: list[int]) -> str:
-    if len(classes) == 1:
-        return f"class {classes[0]}"
-    if len(classes) > 2 and classes == list(range(classes[0], classes[-1] + 1)):
-        return f"classes {classes[0]} to {classes[-1]}"
-    return "classes " + ", ".join(map(str, classes[:-1])) + f" and {classes[-1]}"
+def _listed(classes: list[int], names: list[str]) -> str:
+    """The names; a range, or the first of them, where they are many."""
+    if len(names) == 1:
+        return f"class {names[0]}"
+    if len(names) > 2 and names == [str(k) for k in range(classes[0], classes[-1] + 1)]:
+        return f"classes {names[0]} to {names[-1]}"
+    if len(names) > NAMED:
+        return f"{len(names)} classes: {', '.join(names[:NAMED])}, ..."
+    return "classes " + ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
 def _duration(seconds: float) -> str:

@@ -46,7 +46,8 @@ def records(live, n=2):
     """The records of a small run."""
     live({"kind": "start", "scenario": "split-digits", "n_experiences": n, "accuracy": {}})
     for i in range(n):
-        live({"kind": "experience", "index": i, "task": i, "classes": [2 * i, 2 * i + 1]})
+        classes = [2 * i, 2 * i + 1]
+        live({"kind": "experience", "index": i, "task": i, "classes": classes, "class_names": [*map(str, classes)]})
         live({"kind": "phase", "name": "train", "steps": 30, "experience": i})
         live(
             {
@@ -449,6 +450,24 @@ def test_looking_around_takes_little_and_imports_no_torch(arguments):
 
 
 # the live display
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "told"),
+    [
+        ([4], ["cat"], "class cat"),
+        ([0, 1], ["cat", "dog"], "classes cat and dog"),
+        ([2, 3, 4], ["2", "3", "4"], "classes 2 to 4"),
+        ([7, 2, 4], ["7", "2", "4"], "classes 7, 2 and 4"),
+        ([0, 1, 2], ["1", "2", "3"], "classes 1, 2 and 3"),
+        ([*range(9)], [*"abcdefghi"], "9 classes: a, b, c, d, e, f, ..."),
+    ],
+)
+def test_an_experience_is_told_by_the_names_of_its_classes(classes, names, told, capsys):
+    with Live() as live:
+        live({"kind": "start", "scenario": "photos", "n_experiences": 2, "accuracy": {}})
+        live({"kind": "experience", "index": 0, "task": 0, "classes": classes, "class_names": names})
+    assert capsys.readouterr().err == f"experience 1 of 2: {told}\n"
 
 
 def test_in_a_pipe_each_experience_and_evaluation_is_a_line(capsys):
