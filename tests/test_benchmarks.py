@@ -213,6 +213,10 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
             assert config.train.optimizer == "sgd"
             assert (config.train.epochs, config.train.batch_size, config.train.momentum) == (1, 10, 0)
             assert all((o["size"], o["batch_size"]) == (500, 10) for o in config.plugins.values())
+        elif data == "cifar10":
+            assert (config.scenario["order"], config.scenario["limit"]) == ("random", 500)
+            assert (config.train.epochs, config.train.batch_size, config.train.lr) == (20, 32, 0.01)
+            assert config.train.keep_optimizer is False
         elif method == "channel-gating":
             assert config.scenario["order"] == "random"
             digits = (None, 400, 32), [64, 64, 64]
