@@ -187,7 +187,7 @@ def test_ranges_are_well_formed(run: ModuleType) -> None:
         assert 0 <= entry["low"] <= entry["expected"] <= entry["high"] <= 100, entry["name"]
         assert entry["high"] - entry["low"] <= 24, entry["name"]
         assert entry["seeds"] >= 1
-        assert entry["needs"] in ("", "mnist", "cifar100")
+        assert entry["needs"] in ("", "mnist", "cifar10", "cifar100")
         assert entry["source"]
 
 
