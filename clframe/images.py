@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future
-from contextlib import suppress
-from multiprocessing import current_process
+from contextlib import contextmanager, suppress
+from multiprocessing import current_process, resource_tracker
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -113,12 +114,13 @@ class Files:
         if not new or current_process().daemon or sys.stdout is None or sys.stderr is None:
             return
         share = min(AT_ONCE, -(-len(new) // self.workers))
-        pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
-        for start in range(0, len(new), share):
-            part = new[start : start + share]
-            with suppress(BrokenExecutor, DataError):  # `read` will find out
-                future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
-                self._coming.update((i, (future, row)) for row, i in enumerate(part))
+        with _without_ctrl_c():
+            pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
+            for start in range(0, len(new), share):
+                part = new[start : start + share]
+                with suppress(BrokenExecutor, DataError):  # `read` will find out
+                    future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
+                    self._coming.update((i, (future, row)) for row, i in enumerate(part))
 
     def read(self, where: Sequence[int]) -> Tensor:
         """The images at these positions, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
@@ -147,6 +149,20 @@ class Files:
             return str(path), path.read_bytes()
         except (OSError, DataError) as error:
             raise lost(str(path), getattr(error, "strerror", None) or str(error)) from error
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Inside, a process that starts is deaf to Ctrl-C from its first moment on, and this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which every process needs, and whose own start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class LazyImages:

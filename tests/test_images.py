@@ -266,6 +266,17 @@ def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
         assert torch.equal(LazyImages([files]).read(), expected)
 
 
+def test_a_reader_is_deaf_to_ctrl_c_from_its_first_moment_and_who_asks_is_not():
+    code = (
+        "from signal import SIG_BLOCK, SIGINT, pthread_sigmask\nfrom loky import get_reusable_executor\n"
+        "from clframe.images import Files, Look\nFiles(['none.png'], Look(4), 1).expect([0])\n"
+        "reader = get_reusable_executor(reuse=True).submit(pthread_sigmask, SIG_BLOCK, [])\n"
+        "print(SIGINT in reader.result(), SIGINT in pthread_sigmask(SIG_BLOCK, []))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True False\n", "")
+
+
 def test_readers_end_with_a_process_that_is_killed():
     code = (
         "import os, time\nfrom loky import get_reusable_executor\nfrom clframe.look import begin_reading\n"
