@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future
+from contextlib import contextmanager, suppress
+from multiprocessing import current_process, resource_tracker
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,11 +19,13 @@ from loky import get_reusable_executor
 from torch import Tensor
 
 from clframe.errors import DataError, WrongUse
-from clframe.look import Look, Pixels, begin_reading, read_files
+from clframe.look import Look, Pixels, begin_reading, lost, read_files
 
 READ_AHEAD = 64  # images at least that are read while a step is taken
 AT_ONCE = 32  # images at most that a process is asked for in one go: asking for each costs as much as reading it
 IDLE = 300  # seconds after which processes that read nothing end
+MOST = 60  # processes at most: Windows lets nobody wait for more
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # of a reader: else NumPy starts a thread for each core in each of them
 
 
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -83,7 +89,8 @@ class Files:
     """Image files that other processes read, in the background where they are asked for in time.
 
     Threads would take turns with each other and with the training for Python's lock, which a small image needs for
-    half of its time.
+    half of its time. What could not be read by others is read here: where a process may have no children (as those of
+    `multiprocessing.Pool`) or loky starts none (without a standard output), and after a reader has been killed.
 
     Args:
         paths: of the files; of those in larger files, what reads their bytes, which are then sent to who decodes them.
@@ -92,9 +99,10 @@ class Files:
     """
 
     def __init__(self, paths: Sequence[str | Path | Held], look: Look, workers: int | None = None) -> None:
-        self.paths = [os.fspath(path) if isinstance(path, str | Path) else path for path in paths]
+        # whole paths: the processes stay in the folder that was the current one when they began
+        self.paths = [os.path.abspath(path) if isinstance(path, str | Path) else path for path in paths]
         self.look = look
-        self.workers = workers or cores()
+        self.workers = min(workers or cores(), MOST)
         self._coming: dict[int, tuple[Future[Pixels], int]] = {}  # for a position, who reads it, and its row there
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Files:
@@ -103,14 +111,16 @@ class Files:
     def expect(self, where: Iterable[int]) -> None:
         """Begin to read the files at these positions; `read` will ask for them."""
         new = [i for i in dict.fromkeys(where) if i not in self._coming]
-        if not new:
+        if not new or current_process().daemon or sys.stdout is None or sys.stderr is None:
             return
-        pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading)
         share = min(AT_ONCE, -(-len(new) // self.workers))
-        for start in range(0, len(new), share):
-            part = new[start : start + share]
-            future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
-            self._coming.update((i, (future, row)) for row, i in enumerate(part))
+        with _without_ctrl_c():
+            pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
+            for start in range(0, len(new), share):
+                part = new[start : start + share]
+                with suppress(BrokenExecutor, DataError):  # `read` will find out
+                    future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
+                    self._coming.update((i, (future, row)) for row, i in enumerate(part))
 
     def read(self, where: Sequence[int]) -> Tensor:
         """The images at these positions, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
@@ -118,21 +128,41 @@ class Files:
         out = np.empty((len(where), *self.look.shape), dtype=np.uint8)
         last: dict[int, int] = {}  # a position may occur twice
         for row, i in enumerate(where):
-            if i in last:
-                out[row] = out[last[i]]
-            else:
-                future, there = self._coming.pop(i)
-                try:
-                    out[row] = future.result()[there]
-                except BrokenExecutor:  # who read it has been killed: the next ones are asked of new processes
-                    out[row] = read_files([self._sent(i)], self.look)[0]
+            out[row] = out[last[i]] if i in last else self._read(i)[0]
             last[i] = row
         return torch.from_numpy(out)
 
+    def _read(self, i: int) -> Pixels:
+        """The image at this position, [1, C, H, W] uint8."""
+        if i in self._coming:
+            future, row = self._coming.pop(i)
+            with suppress(BrokenExecutor, DataError):  # a reader was killed, or another file of the part is broken
+                return future.result()[row : row + 1]
+        return read_files([self._sent(i)], self.look)
+
     def _sent(self, i: int) -> str | tuple[str, bytes]:
-        """The file at this position as another process can read it."""
+        """The file at this position as another process can read it. Raises `DataError` if it is not there any more."""
         path = self.paths[i]
-        return path if isinstance(path, str) else (str(path), path.read_bytes())
+        if isinstance(path, str):
+            return path
+        try:
+            return str(path), path.read_bytes()
+        except (OSError, DataError) as error:
+            raise lost(str(path), getattr(error, "strerror", None) or str(error)) from error
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Inside, a process that starts is deaf to Ctrl-C from its first moment on, and this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which every process needs, and whose own start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class LazyImages:

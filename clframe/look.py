@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,9 +121,25 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def begin_reading() -> None:
-    """What a process that only reads does first: it leaves Ctrl-C to the one that asks, and small faults unsaid."""
+    """What a process that only reads does first.
+
+    It leaves Ctrl-C to the one that asks, and small faults unsaid; and it sees to it that it ends soon after that one
+    has been killed, and not after a long idle time.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:  # on Windows it always is
+        time.sleep(1)
+    os._exit(1)
+
+
+def lost(name: str, reason: str) -> DataError:
+    """The error about an image that was there when the run began."""
+    return DataError(f"The image {name} could be read before, and cannot any more: {reason}.")
 
 
 def read_files(files: Sequence[str | tuple[str, bytes]], look: Look) -> Pixels:
@@ -135,5 +154,5 @@ def read_files(files: Sequence[str | tuple[str, bytes]], look: Look) -> Pixels:
         try:
             out[row] = look.read(source)
         except DataError as error:
-            raise DataError(f"The image {name} could be read before, and cannot any more: {error}.") from error
+            raise lost(name, str(error)) from error
     return out

@@ -383,9 +383,10 @@ def _quiet(kind: type[Warning]) -> Iterator[None]:
     """Without warnings of this kind, which nobody who runs clframe can heed.
 
     Avalanche's import warns of what other packages do, its `ReplayPlugin` of a function of its own that it calls. A
-    filter would not do: such a function puts one of its own first, and leaves it there for the whole process.
+    filter alone would not do: such a function puts one of its own first, and leaves it there for the whole process.
     """
     with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("ignore", kind)  # else those who ask for errors in place of warnings get them
         yield
     for warning in given:
         if not issubclass(warning.category, kind):

@@ -206,7 +206,7 @@ def _quiet(datasets: Any) -> Iterator[None]:
     shown = not datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    if shown and not sys.stderr.isatty():
+    if shown and not (sys.stderr and sys.stderr.isatty()):
         datasets.disable_progress_bars()
     try:
         yield

@@ -380,6 +380,15 @@ def test_what_avalanche_deprecates_and_calls_itself_is_not_told_and_other_warnin
     assert [(w.category, str(w.message)) for w in told] == [(UserWarning, "the memory is odd")] * len(tiny())
 
 
+def test_what_is_not_told_is_no_error_either():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with adapter._quiet(DeprecationWarning):
+            warnings.warn("theirs", DeprecationWarning, stacklevel=1)
+        with pytest.raises(UserWarning, match="ours"), adapter._quiet(DeprecationWarning):
+            warnings.warn("ours", UserWarning, stacklevel=1)
+
+
 def test_listing_and_doctor_tell_what_is_broken_without_importing_avalanche():
     code = (
         "import sys\nfrom clframe.cli.main import app\n"

@@ -92,7 +92,7 @@ class Reader:
         if words[0] == "clframe":
             code = main([*words[1:], *(["--quiet"] if words[1] in ("run", "extend") else [])])
             out, err = self.capsys.readouterr()
-            assert code == 0 or has(page, err), f"{line} failed:\n{err}"
+            assert code == 0 or (err.strip() and has(page, err)), f"{line} failed:\n{err}"
             return out + err
         if words[0] == "pytest":
             self.run_tests(words[1])

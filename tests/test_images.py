@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -186,10 +188,55 @@ def test_parts_are_read_ahead_and_no_file_is_read_twice(files, read):
     assert not files._coming
 
 
-def test_a_file_that_vanished_is_an_error_that_names_it(files):
-    Path(files.paths[3]).unlink()
+def test_a_file_that_vanished_is_an_error_that_names_it_until_it_is_there_again(files):
+    expected = LazyImages([files]).read()
+    lost = Path(files.paths[3])
+    content = lost.read_bytes()
+    lost.unlink()
+    files.expect(range(12))
+    assert torch.equal(LazyImages([files])[:3].read(), expected[:3])
     with pytest.raises(DataError, match=r"3\.png could be read before, and cannot any more: No such file"):
         LazyImages([files])[2:5].read()
+    lost.write_bytes(content)
+    assert torch.equal(LazyImages([files]).read(), expected)
+
+
+def test_what_reads_out_of_a_larger_file_may_fail_and_is_named_when_it_is_asked_for():
+    class Gone:
+        def __str__(self) -> str:
+            return "row 1"
+
+        def read_bytes(self) -> bytes:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    files = Files([Gone()], Look(4))
+    files.expect([0])
+    with pytest.raises(DataError, match=r"^The image row 1 could be read before, and cannot any more: No such file"):
+        files.read([0])
+
+
+def test_relative_paths_are_those_of_the_folder_that_was_the_current_one(tmp_path, monkeypatch):
+    for i in range(2):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        Image.new("L", (4, 4), i).save(folder / "image.png")
+        monkeypatch.chdir(folder)
+        images = Files(["image.png"], Look(4, mode="grey"), workers=1)  # whose process began in the first folder
+        monkeypatch.chdir(tmp_path)
+        assert images.read([0]).unique().tolist() == [i]
+
+
+@pytest.mark.parametrize("lacking", ["children", "stdout", "stderr"])
+def test_a_process_that_can_have_no_readers_reads_by_itself(files, read, lacking, monkeypatch):
+    monkeypatch.setattr("clframe.images.get_reusable_executor", None)
+    if lacking == "children":
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    else:
+        monkeypatch.setattr(sys, lacking, None)
+    files.expect(range(12))
+    assert read == []
+    assert len(LazyImages([files])[4:6].read()) == 2
+    assert read == ["4", "5"]
 
 
 def test_an_image_out_of_a_larger_file_is_read_by_its_bytes_and_named(tmp_path):
@@ -207,6 +254,7 @@ def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
     readers = [*get_reusable_executor(reuse=True)._processes.values()]
     assert readers
     assert os.getpid() not in [reader.pid for reader in readers]
+    assert get_reusable_executor(reuse=True).submit(os.getenv, "OPENBLAS_NUM_THREADS").result() == "1"
     for reader in readers:
         os.kill(reader.pid, signal.SIGINT)
     assert torch.equal(LazyImages([files]).read(), expected)
@@ -216,6 +264,29 @@ def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
         os.kill(reader.pid, signal.SIGKILL)
     for _ in range(2):
         assert torch.equal(LazyImages([files]).read(), expected)
+
+
+def test_a_reader_is_deaf_to_ctrl_c_from_its_first_moment_and_who_asks_is_not():
+    code = (
+        "from signal import SIG_BLOCK, SIGINT, pthread_sigmask\nfrom loky import get_reusable_executor\n"
+        "from clframe.images import Files, Look\nFiles(['none.png'], Look(4), 1).expect([0])\n"
+        "reader = get_reusable_executor(reuse=True).submit(pthread_sigmask, SIG_BLOCK, [])\n"
+        "print(SIGINT in reader.result(), SIGINT in pthread_sigmask(SIG_BLOCK, []))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True False\n", "")
+
+
+def test_readers_end_with_a_process_that_is_killed():
+    code = (
+        "import os, time\nfrom loky import get_reusable_executor\nfrom clframe.look import begin_reading\n"
+        "pool = get_reusable_executor(1, timeout=300, initializer=begin_reading)\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\ntime.sleep(300)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert int(process.stdout.readline()) != process.pid
+        process.kill()
+        assert process.communicate(timeout=60) == (b"", None)  # no one is left who could write to it
 
 
 def test_what_reads_alone_does_without_torch():
