@@ -109,15 +109,12 @@ def measure(data_root: Path, methods: Sequence[str] = tuple(METHODS)) -> tuple[l
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[method].append(json.loads(done.stdout.splitlines()[-1]))
         print(f"repetition {repetition + 1} of {REPETITIONS}", file=sys.stderr, flush=True)
-    return compare({method: middle(found) for method, found in runs.items()})
+    return compare({method: least(found) for method, found in runs.items()})
 
 
-def middle(runs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Of several runs, for each experience the median: a few slow seconds in one of them do not count."""
-    return {
-        name: [statistics.median(values) for values in zip(*(run[name] for run in runs), strict=True)]
-        for name in runs[0]
-    }
+def least(runs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Of several runs of the same work, for each experience the least: what slows a machine for a while only adds."""
+    return {name: [min(values) for values in zip(*(run[name] for run in runs), strict=True)] for name in runs[0]}
 
 
 def compare(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -144,7 +141,7 @@ def compare(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[di
         f"Time and memory stay flat (late at most {FLAT} times early): "
         + (f"NOT reached by {', '.join(growing)}." if growing else "reached by all of them."),
         "Seconds are the median of an experience early in the run (3 to 10) and late in it (43 to 50); MiB is the "
-        f"highest within experience 5 and 50; of {REPETITIONS} runs in turns the median, experience by experience.",
+        f"highest within experience 5 and 50; of {REPETITIONS} runs in turns the least, experience by experience.",
         f"{PER_CLASS * 10} images and {EPOCHS} epochs per experience, batches of 128, 1 thread; MLP 400-400, one head "
         "for all experiences; every method with its defaults, but a memory of 500 images where there is one.",
     ]
