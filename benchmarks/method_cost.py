@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 THREADS = 2
 BATCH = 128
@@ -56,7 +56,7 @@ class Job:
 
     name: str
     plugins: dict[str, Options] = field(default_factory=dict)
-    setting: str = "class"
+    setting: Literal["class", "task", "domain"] = "class"
     logits: str | None = "all"
     model: str = "mlp"
     rival: str | None = None
@@ -137,7 +137,7 @@ def in_clframe(job: Job, data_root: Path) -> float:
 
     digits = Arrays("mnist", *_arrays(data_root), tuple("0123456789"), Transform(mean=(MEAN,), std=(STD,)))
     clframe.run(
-        split_classes("split-mnist", digits, experiences=len(EXPERIENCES), setting=job.setting),  # type: ignore[arg-type]
+        split_classes("split-mnist", digits, experiences=len(EXPERIENCES), setting=job.setting),
         {"name": job.model},
         [*({name: options} for name, options in job.plugins.items()), Clock()],
         train={"optimizer": "adam", "lr": 1e-3, "batch_size": BATCH, "threads": THREADS}

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clframe.adapter import as_avalanche
     from clframe.api import extend, load, resume, run
     from clframe.arrays import Arrays, change_domains, split_classes, suits
     from clframe.benchmark import from_avalanche
@@ -48,6 +49,7 @@ __all__ = [
     "Trained",
     "Transform",
     "WrongUse",
+    "as_avalanche",
     "change_domains",
     "extend",
     "from_avalanche",
@@ -62,6 +64,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "adapter": "as_avalanche",
     "api": "extend load resume run",
     "context": "Run",
     "arrays": "Arrays change_domains split_classes suits",

@@ -95,10 +95,10 @@ def gaussian_divergence(seen: Sequence[Statistics]) -> Tensor:
     batch's. The order is that of the authors' code.
     """
     layers = []
-    for norm, mean, var in seen:
-        stored = norm.running_var + EPS  # type: ignore[operator]
-        var = var + EPS
-        away = (norm.running_mean - mean).square()  # type: ignore[operator]
+    for found in seen:
+        mean, stored = found.running
+        stored, var = stored + EPS, found.var + EPS
+        away = (mean - found.mean).square()
         layers.append(((var / stored).log() - 1 + (stored + away) / var).mean() / 2)
     return torch.stack(layers).mean()
 

@@ -46,6 +46,13 @@ class Statistics(NamedTuple):
     mean: Tensor
     var: Tensor
 
+    @property
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] of the real images, as the norm kept them."""
+        mean, var = self.norm.running_mean, self.norm.running_var
+        assert mean is not None and var is not None, "`norms_of` has no norm without them"  # noqa: PT018
+        return mean, var
+
 
 def norms_of(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of `model` that keep running statistics."""
@@ -62,8 +69,9 @@ def observe_norms(model: nn.Module) -> Iterator[list[Statistics]]:
     seen: list[Statistics] = []
 
     def note(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
         var, mean = torch.var_mean(args[0], [0, *range(2, args[0].dim())], correction=0)
-        seen.append(Statistics(norm, mean, var))  # type: ignore[arg-type]
+        seen.append(Statistics(norm, mean, var))
 
     hooks = [norm.register_forward_pre_hook(note) for norm in norms_of(model)]
     try:
@@ -79,10 +87,10 @@ def feature_distance(seen: Sequence[Statistics]) -> Tensor:
     sum_l ||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2. What torch keeps running is the unbiased
     variance: n / (n - 1) times what `seen` would say of the very same images.
     """
-    distances = [
-        torch.linalg.vector_norm(mean - norm.running_mean) + torch.linalg.vector_norm(var - norm.running_var)  # type: ignore[operator]
-        for norm, mean, var in seen
-    ]
+    distances = []
+    for found in seen:
+        mean, var = found.running
+        distances.append(torch.linalg.vector_norm(found.mean - mean) + torch.linalg.vector_norm(found.var - var))
     return torch.stack(distances).sum()
 
 

@@ -65,7 +65,14 @@ def _places(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
-def layers_of(net: nn.Module) -> dict[str, nn.Module]:
+def undecayed(values: Tensor) -> nn.Parameter:
+    """A parameter of these values that no weight decay pulls at: 0 is no natural place for it."""
+    parameter = nn.Parameter(values)
+    parameter.decays = False  # type: ignore[attr-defined]  # read where the optimizer is built
+    return parameter
+
+
+def layers_of(net: nn.Module) -> dict[str, nn.Linear | _ConvNd]:
     """The linear layers and convolutions of `net`, by name."""
     return {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
 
@@ -74,7 +81,7 @@ def masked_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]
     """Put what `build` makes of each layer's weight between the weight and the layer; what was put there, by layer."""
     made = {}
     for name, layer in layers_of(net).items():
-        made[name] = build(layer.weight)  # type: ignore[arg-type]
+        made[name] = build(layer.weight)
         parametrize.register_parametrization(layer, "weight", made[name], unsafe=True)
     return made
 
@@ -111,8 +118,7 @@ class WeightMask(PerTask):
 
     def begin(self, weight: Tensor) -> None:
         """A task comes; also replayed before its mask is loaded."""
-        self.real = nn.Parameter(torch.full_like(weight, self.init))
-        self.real.decays = False  # type: ignore[attr-defined]
+        self.real = undecayed(torch.full_like(weight, self.init))
         row = self.bits.new_zeros(1, 2 if self.ternary else 1, -(-weight.numel() // 8))
         self.bits = torch.cat([self.bits[:, : row.shape[1]], row])
 
@@ -219,7 +225,8 @@ class TaskNorm(PerTask):
     def add(self) -> None:
         """One for another task, as new."""
         made = copy.deepcopy(self.norms[0]).requires_grad_(True)
-        made.reset_parameters()  # type: ignore[operator]
+        assert isinstance(made, _BatchNorm)
+        made.reset_parameters()
         self.norms.append(made)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -353,13 +360,11 @@ class AttentionGate(Gated):
         super().__init__(layer, norm)
         self.s = self.s_max = s_max
         self.embeddings = nn.ParameterList()
-        self.register_buffer("used", torch.zeros(self.units, device=layer.weight.device))  # type: ignore[arg-type]
+        self.register_buffer("used", torch.zeros(self.units, device=next(layer.parameters()).device))
 
     def add(self, generator: torch.Generator) -> None:
         """A task comes; its embedding is standard normal."""
-        embedding = nn.Parameter(torch.randn(self.units, generator=generator).to(self.used))
-        embedding.decays = False  # type: ignore[attr-defined]
-        self.embeddings.append(embedding)
+        self.embeddings.append(undecayed(torch.randn(self.units, generator=generator).to(self.used)))
 
     def attention(self) -> Tensor:
         """Of the task whose turn it is, [C]."""
@@ -415,7 +420,8 @@ def gate_layers(
     made = {}
     for name, layer in layers.items():
         norm = net.get_submodule(after[name]) if name in after else None
-        made[name] = build(layer, norm)  # type: ignore[arg-type]
+        assert norm is None or isinstance(norm, _BatchNorm)
+        made[name] = build(layer, norm)
         if name in relus:
             made[name].active = type(net.get_submodule(relus[name]))()
         net.set_submodule(name, made[name])

@@ -308,7 +308,7 @@ FIRST = [  # of the public names, in the order in which a reader needs them; `ho
     *("run", "resume", "extend", "load", "Results"),
     *("Trained", "Prediction", "Answer"),
     *("Arrays", "split_classes", "change_domains", "Transform", "Scenario", "suits"),
-    *("save_split", "from_avalanche"),
+    *("save_split", "from_avalanche", "as_avalanche"),
     *("Plugin", "Run", "Phase", "Experience", "ImageData", "Batch"),
     *("IncrementalNet", "Outputs", "snapshot", "Predictor"),
 ]

@@ -10,8 +10,8 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl
+from clframe.adapter import Around, as_avalanche
 from clframe.errors import WrongUse
-from clframe.plugins.avalanche import Around, as_avalanche
 from clframe.plugins.ewc import EWC
 from clframe.plugins.icarl import ICaRL
 from clframe.plugins.lwf import LwF

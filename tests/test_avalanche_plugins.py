@@ -18,6 +18,7 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl, registry
+from clframe.adapter import quiet
 from clframe.config import RunSettings, TrainSettings
 from clframe.errors import DataError, WrongUse
 from clframe.hooks import HOOKS
@@ -383,9 +384,9 @@ def test_what_avalanche_deprecates_and_calls_itself_is_not_told_and_other_warnin
 def test_what_is_not_told_is_no_error_either():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with adapter._quiet(DeprecationWarning):
+        with quiet(DeprecationWarning):
             warnings.warn("theirs", DeprecationWarning, stacklevel=1)
-        with pytest.raises(UserWarning, match="ours"), adapter._quiet(DeprecationWarning):
+        with pytest.raises(UserWarning, match="ours"), quiet(DeprecationWarning):
             warnings.warn("ours", UserWarning, stacklevel=1)
 
 
