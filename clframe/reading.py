@@ -1,0 +1,116 @@
+"""Reading of files that others may have written: regular files up to a limit, one sentence for each failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clframe.errors import DataError
+
+JSON_LIMIT = 32 * 2**20  # bytes; parsed, the worst JSON of this size takes 0.7 GB
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Open the regular file `path`, of `limit` bytes at most, for reading; a pipe or a device is never read from.
+
+    Raises:
+        DataError: if there is no such file, no permission, something else than a file, or more than `limit` bytes.
+    """
+    try:
+        check_regular(path, limit)
+        # what a path leads to may change after the check; without O_NONBLOCK a pipe would wait for its writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown(path)} cannot be read: {reason(error)}.") from error
+    try:
+        _check(path, os.fstat(descriptor), limit)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | Path, limit: int | None = None) -> None:
+    """Raise `DataError` if `path` is not a regular file of `limit` bytes at most, as `open_regular` asks."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown(path)} cannot be read: {reason(error)}.") from error
+    _check(path, found, limit)
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Return the content of the regular file `path`, of `limit` bytes at most. Raises `DataError` as `open_regular`."""
+    with open_regular(path, limit) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise DataError(f"{shown(path)} cannot be read: {reason(error)}.") from error
+    if len(content) > limit:  # it grew, or the system gives no size
+        raise DataError(_too_large(path, limit))
+    return content
+
+
+def read_text(path: str | Path, limit: int) -> str:
+    """Return the UTF-8 text of the regular file `path`. Raises `DataError` as `open_regular`, and for other bytes."""
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)} cannot be read: it is not UTF-8 text ({error}).") from error
+
+
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
+    """Return what the JSON file `path` holds. Raises `DataError` as `read_text`, and for what is no JSON."""
+    return parse_json(read_text(path, limit), path)
+
+
+def parse_json(text: str | bytes, path: str | Path) -> Any:
+    """Return what the JSON `text`, which `path` holds, says.
+
+    Raises `DataError` if it is no JSON, is nested too deeply, or has whole numbers of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{shown(path)} cannot be read: it is nested too deeply.") from error
+    except ValueError as error:  # of JSON, of UTF-8, and of `int`, which takes 4,300 digits at most
+        raise DataError(f"{shown(path)} cannot be read: it is no JSON ({cut(str(error))}).") from error
+
+
+def shown(path: object) -> str:
+    """Return the text of a path for a sentence: cut to 200 characters, and without what a terminal cannot show."""
+    return cut(str(path).encode("utf-8", "backslashreplace").decode())
+
+
+def cut(text: str, length: int = 200) -> str:
+    """Return `text`, of which the middle is left out if it is longer than `length` characters."""
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return the cause of an error in the system's words, without the path and without a full stop."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return cut(" ".join(said.split())).rstrip(".")
+
+
+def _check(path: str | Path, found: os.stat_result, limit: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{shown(path)} cannot be read: it is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}.")
+    if limit is not None and found.st_size > limit:
+        raise DataError(_too_large(path, limit))
+
+
+def _too_large(path: str | Path, limit: int) -> str:
+    size = f"{limit / 2**20:.3g} MB" if limit >= 2**20 else f"{limit} bytes"
+    return f"{shown(path)} cannot be read: it is larger than {size}."
