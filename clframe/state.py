@@ -36,7 +36,7 @@ def take(engine: Engine) -> dict[str, Any]:
         "trainable": trainable if engine.trainable is None else engine.trainable,
         "optimizer": run.optimizer,
         "kept_optimizer": engine.kept_optimizer,
-        "sampler": run.sampler.state() if run.sampler else None,
+        "sampler": run.sampler.state() if run.sampler else engine.resumed,  # which waits for its phase
         "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
         "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
         "rng": {name: generator.get_state() for name, generator in run.generators.items()},

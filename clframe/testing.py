@@ -305,6 +305,7 @@ def same_after_a_stop(
 ) -> None:
     """Raise `Broken` unless a run that is stopped, at five places, goes on to the files of the run that is not.
 
+    All but the first and the last resume are stopped again at once, before a step was taken, and resumed once more.
     `spread` adds about so many places, evenly from the second pause on.
     """
     with pauses() as count:
@@ -322,7 +323,8 @@ def same_after_a_stop(
         else:
             raise Broken(f"A run {where} was not stopped: two runs of one seed take other courses. {blame}")
         try:
-            go_on(stopped)
+            if place in (1, count[0]) or not _stopped_at_once(go_on, stopped):
+                go_on(stopped)
         except Interrupted:
             raise
         except (ClframeError, RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -330,6 +332,18 @@ def same_after_a_stop(
         for file in FILES:
             same = (stopped / file).read_bytes() == (folder / "whole" / file).read_bytes()
             hold(same, f"A run {where} and resumed ends with another {file} than one that was not stopped. {blame}")
+
+
+def _stopped_at_once(go_on: Callable[[Path], Results], folder: Path) -> bool:
+    """Resume the run in `folder` and stop it at its first pause; return whether it finished, as there was none."""
+    try:
+        with pauses(1):
+            go_on(folder)
+    except Interrupted as error:
+        if error.signal != signal.SIGTERM:
+            raise
+        return False
+    return True
 
 
 def documented(subject: Subject, skip: tuple[str, ...]) -> None:

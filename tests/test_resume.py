@@ -194,6 +194,39 @@ def test_many_stops_of_one_run_change_no_bit(tiny, tmp_path: Path, monkeypatch: 
     assert [r["experience"] for r in records if r["kind"] == "eval"] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        {"joint": {}},
+        {"joint": {"form": "cumulative", "restart": True}},
+        {"icarl": {"size": 12, "read_out": "ncm"}},
+    ],
+    ids=str,
+)
+def test_a_resume_that_is_stopped_before_its_first_step_changes_no_bit(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: dict[str, Any]
+):
+    """Plugins that keep all experiences are asked again for their images, before the phase under way goes on."""
+    stop = StopAt(monkeypatch)
+    settings: dict[str, Any] = {"plugins": [plugin], "train": TRAIN | {"epochs": 1}}
+    clframe.run(stream(tiny), "mlp-100", **settings, run={"output": str(tmp_path / "whole")})
+    pauses, expected = stop.calls, files(tmp_path / "whole")
+    del expected["config.yaml"]
+    for k in range(3, pauses, 14):
+        folder = tmp_path / f"stopped-{k}"
+        stop.at(k)
+        with pytest.raises(Interrupted):
+            clframe.run(stream(tiny), "mlp-100", **settings, run={"output": str(folder)})
+        for _ in range(2):
+            stop.at(1)
+            with pytest.raises(Interrupted):
+                clframe.resume(folder, scenario=stream(tiny))
+        stop.at(0)
+        clframe.resume(folder, scenario=stream(tiny))
+        found = files(folder)
+        assert {name: found[name] for name in expected} == expected, k
+
+
 def test_a_trained_run_is_loaded_and_answers_as_it_was_evaluated(tiny, tmp_path: Path):
     results = clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(tmp_path / "run")})
     trained = clframe.load(tmp_path / "run", plugins=[Busy()])
