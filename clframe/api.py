@@ -28,7 +28,7 @@ from clframe.config import (
 from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
-from clframe.errors import ClframeError, DataError, RunFailed, WrongUse
+from clframe.errors import ClframeError, DataError, RunFailed, WrongUse, of_the_system, out_of_memory
 from clframe.extension import Base, defaults, extended, finished
 from clframe.folder import RunFolder, check_finished, environment, environment_changes, read_model
 from clframe.model import IncrementalNet
@@ -37,6 +37,9 @@ from clframe.plugin import Plugin
 from clframe.record import results_of, scenario_of, split_of
 from clframe.results import Results
 from clframe.trained import Trained
+
+# errors of writing that are never a plugin's mistake, wherever they are raised
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def run(
@@ -526,18 +529,21 @@ def _go(engine: Engine, begin: Callable[[], None]) -> Results:
                 engine.close()
     except ClframeError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunFailed(
-            f"Out of memory on {run.device} in {run.where}: a smaller `train.batch_size` or "
-            f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
-        ) from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        if out_of_memory(error):
             raise RunFailed(
-                f"{run.folder or 'A file'} could not be written: {error}.{engine.how_to_go_on()}"
+                f"Out of memory on {run.device} in {run.where}: a smaller `train.batch_size` or "
+                f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
+            ) from error
+        refused = of_the_system(error)
+        if refused and getattr(error, "errno", None) in OF_THE_DISK:
+            raise RunFailed(
+                f"{run.folder or 'A file'} could not be written: {refused}.{engine.how_to_go_on()}"
             ) from error
         if blamed := _blame(engine, error):
             raise RunFailed(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
+        if refused:
+            raise RunFailed(f"A file or the system failed in {run.where}: {refused}.{engine.how_to_go_on()}") from error
         raise
     run.emit("end", folder=str(run.folder) if run.folder else None)
     return results

@@ -425,6 +425,8 @@ class Engine:
             return ""
         with suppress(RunFailed):  # an error is under way already
             self.folder.settle()
+        if self.folder.finished:
+            return f" All results were written before: {self.run.folder} is the folder of a finished run."
         kept = checkpoint.newest(self.folder.checkpoints)
         return f" The last good checkpoint is kept: `clframe resume {self.run.folder}` starts from it." if kept else ""
 
@@ -540,7 +542,7 @@ class Engine:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """SIGINT and SIGTERM finish the step, save and stop; a second SIGINT stops at once, without saving."""
+        """SIGINT, SIGTERM and SIGHUP finish the step, save and stop; a second SIGINT stops at once, without saving."""
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal == number == signal.SIGINT:
@@ -550,9 +552,16 @@ class Engine:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread can be told of signals
             return
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in stopping()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def stopping() -> list[signal.Signals]:
+    """Return the signals that ask a process to end; without SIGHUP where it is ignored, as under `nohup`."""
+    hang_up = getattr(signal, "SIGHUP", None)  # which Windows lacks
+    ignored = hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] if ignored else [signal.SIGINT, signal.SIGTERM, hang_up]

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+
+# what torch, oneDNN, Python's threads and C++ say when memory, or room for a thread, ends: all are RuntimeErrors
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|out of memory|not enough memory|failed to allocate|"
+    r"could not create a (primitive|memory)|can't start new thread|bad_alloc|bad allocation",
+    re.IGNORECASE,
+)
+# what torch and safetensors say of a file that the system does not let them open, read or write
+OF_A_FILE = re.compile(
+    r"unable to (open|mmap|map)|open file failed|I/O error|os error \d+|file write failed|PytorchStreamW"
+)
 
 
 class ClframeError(Exception):
@@ -41,6 +54,29 @@ class Interrupted(ClframeError):
         super().__init__(message)
         self.signal = signal
         self.code = 128 + signal
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that memory, or room for another thread, ended; on the CPU that is no MemoryError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def of_the_system(error: BaseException) -> str | None:
+    """Return what the system refused, in its words and with the file's name; None if `error` is of another kind.
+
+    Libraries raise RuntimeErrors and errors of their own where a file cannot be opened or written.
+    """
+    if isinstance(error, OSError):
+        said = error.strerror or str(error) or type(error).__name__
+        return f"{said} ({error.filename})" if error.filename is not None else said
+    if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        return said if OF_A_FILE.search(said) else None
+    return None
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

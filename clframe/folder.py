@@ -22,6 +22,7 @@ from clframe import checkpoint
 from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.evaluate import Row
 from clframe.pictures import png
+from clframe.reading import reason, shown
 from clframe.results import FILE as RESULTS
 from clframe.results import Results, check_format, to_json
 
@@ -47,6 +48,20 @@ class RunFolder:
         self._new = new
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
+        try:
+            self._check(new)
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(path / ".lock")
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
+        except (OSError, ValueError) as error:  # ValueError: no file can be called so
+            raise DataError(
+                f"The run folder {shown(path)} cannot be written: {reason(error)}; name another with `--output`."
+            ) from error
+
+    def _check(self, new: bool) -> None:
+        path = self.path
         if new and path.exists() and not path.is_dir():
             raise WrongUse(f"The run folder {path} is a file: name another with `--output`.")
         # a process that was killed before its run began leaves a lock and nothing else
@@ -59,17 +74,7 @@ class RunFolder:
                 else f"The folder {path} is not empty, and no run folder: name another with `--output`."
             )
         if not new and not (path / "config.yaml").is_file():
-            raise DataError(f"{path} is not a run folder: it has no config.yaml.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(path / ".lock")
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
-        except OSError as error:
-            raise DataError(
-                f"The run folder {path} cannot be written: {error.strerror}; name another with `--output`."
-            ) from error
+            raise DataError(f"{shown(path)} is not a run folder: it has no config.yaml.")
 
     def close(self) -> None:
         """Give the folder back, when nothing is written any more; one in which nothing was begun goes away."""

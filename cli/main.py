@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from clframe import __version__, registry
-from clframe.cli import show
-from clframe.errors import ClframeError
+from clframe.cli import show, streams
+from clframe.errors import ClframeError, of_the_system, out_of_memory
 
 if TYPE_CHECKING:
     from clframe.config import Config
@@ -170,11 +173,10 @@ def run(
 
     def learn(listeners: Sequence[Listener]) -> Results:
         settings = resolved()
-        if settings.run.output is None:
-            settings.run.output = str(_new_folder(settings))
         from clframe.api import run_config
 
-        return run_config(settings, listeners=listeners)
+        with _in_a_folder(settings):
+            return run_config(settings, listeners=listeners)
 
     if not dry_run:
         _shown(learn, quiet, json)
@@ -247,9 +249,8 @@ def extend(
                 device=device, data_root=data_root, output=output, tensorboard=False if no_tensorboard else None
             ),
         )
-        if settings.run.output is None:
-            settings.run.output = str(_new_folder(settings))
-        return run_config(settings, listeners=listeners)
+        with _in_a_folder(settings):
+            return run_config(settings, listeners=listeners)
 
     _shown(go_on, quiet, json)
 
@@ -398,22 +399,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     if given in ([], ["plugins"], ["scenarios"]):
         given.append("--help")
+    with streams.in_order() as output, streams.stoppable() as signals:
+        return _ended(given, debug, output, signals)
+
+
+def _ended(given: list[str], debug: bool, output: streams.Watched, signals: Sequence[int]) -> int:
+    """Do what the arguments `given` ask for and return the exit code; `signals` are those that came meanwhile."""
     try:
-        code = 0
-        if given[:1] == ["--version"]:
-            show.line(f"clframe {__version__}")
-        elif given[:2] in (["plugins", "list"], ["scenarios", "list"]) and set(given[2:]) <= {"--json"}:
-            _list("plugin" if given[0] == "plugins" else "scenario", "--json" in given)  # typer takes twice the time
-        else:
-            code = app(args=given, prog_name="clframe", standalone_mode=False) or 0
+        code = _done(given)
         if code == INTERRUPTED:
-            show.note("Interrupted.")
+            return _stopped(signals)
         sys.stdout.flush()
         return code
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-            # the reader has gone; what is still buffered must not fail again when the interpreter ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # rich leaves with SystemExit; an error under way, such as that of a run, is told nevertheless
+        if output.broken and (isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)):
             return 0
         if isinstance(error, SystemExit | GeneratorExit):
             raise
@@ -421,10 +421,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exception(error)
+        if signals and isinstance(error, KeyboardInterrupt | typer.Abort):
+            return _stopped(signals)
         code, sentences = _explained(error)
         for sentence in sentences:
             show.note(f"clframe: {sentence}")
+        with suppress(OSError):  # a full disk, as told
+            sys.stdout.flush()
         return code
+
+
+def _done(given: list[str]) -> int:
+    """Do what the arguments `given` ask for; return the exit code."""
+    if given[:1] == ["--version"]:
+        show.line(f"clframe {__version__}")
+        return 0
+    if given[:2] in (["plugins", "list"], ["scenarios", "list"]) and set(given[2:]) <= {"--json"}:
+        _list("plugin" if given[0] == "plugins" else "scenario", "--json" in given)  # typer takes twice the time
+        return 0
+    return app(args=given, prog_name="clframe", standalone_mode=False) or 0
+
+
+def _stopped(signals: Sequence[int]) -> int:
+    """Say what stopped the command and return its exit code."""
+    if not signals:
+        show.note("Interrupted.")
+        return INTERRUPTED
+    show.note(f"Stopped by {signal.Signals(signals[0]).name}.")
+    return 128 + signals[0]
 
 
 def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
@@ -437,12 +461,14 @@ def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
         return 2, [f"{error.format_message().rstrip('.')}. See `{command} --help`."]
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, ["Interrupted."]
+    if out_of_memory(error):
+        return 1, ["Out of memory: a smaller `--batch-size`, `--limit` or model may fit."]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 1, [f"The disk is full{_at(error)}: free some space, or write elsewhere with `--output`."]
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return 1, [f"{error.strerror}{_at(error)}: change the permissions, or name another place."]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return 1, ["Out of memory: a smaller `--batch-size`, `--limit` or model may fit."]
+    if refused := of_the_system(error):
+        return 1, [f"The system refused a file, a process or the like: {refused}."]
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     text = " ".join(f"{error}{notes}".split())
     return BUG, [
@@ -459,17 +485,32 @@ def _given(**options: object) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+@contextmanager
+def _in_a_folder(config: Config) -> Iterator[None]:
+    """Inside, the run has a folder, a new one if none is named; that goes away if nothing was begun in it."""
+    if config.run.output is not None:
+        yield
+        return
+    config.run.output = str(_new_folder(config))
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is not empty: the run began
+            Path(config.run.output).rmdir()
+
+
 def _new_folder(config: Config) -> Path:
-    """A folder under runs/ that is not there yet."""
+    """Make a folder under runs/ that was not there and return its path; of two processes, each gets its own."""
     from datetime import datetime
 
     methods = "+".join(config.plugins)[:80] or "finetuning"
     scenario = re.sub(r"[/:]+", "-", config.scenario["name"])[-80:]  # which may be a path
     name = f"{scenario}-{methods}-{config.run.seed}-{datetime.now():%Y%m%d-%H%M%S}".replace(":", "-")
-    folder, count = Path("runs", name), 1
-    while folder.exists():
-        count += 1
-        folder = Path("runs", f"{name}-{count}")
+    for count in itertools.count(1):
+        folder = Path("runs", name if count == 1 else f"{name}-{count}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 
