@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from clframe import checkpoint, registry, state
+from clframe import checkpoint, registry, state, sums
 from clframe.config import (
     DEFAULT_MODEL,
     DEFAULT_SCENARIO,
@@ -30,14 +31,26 @@ from clframe.data import Scenario
 from clframe.engine import Engine, learn
 from clframe.errors import ClframeError, DataError, RunFailed, WrongUse, of_the_system, out_of_memory
 from clframe.extension import Base, defaults, extended, finished
-from clframe.folder import RunFolder, check_finished, environment, environment_changes, read_model
+from clframe.folder import (
+    BASE,
+    CONFIG,
+    CONFIG_LIMIT,
+    ENVIRONMENT,
+    RunFolder,
+    check_finished,
+    environment,
+    environment_changes,
+    read_model,
+)
 from clframe.model import IncrementalNet
 from clframe.options import explain
 from clframe.plugin import Plugin
-from clframe.record import results_of, scenario_of, split_of
+from clframe.reading import cut, held_by, read_text
+from clframe.record import described_in, results_of, scenario_of, split_of
 from clframe.results import Results
 from clframe.trained import Trained
 
+WEIGHTS = "weights"  # the option of a model that starts from published weights
 # errors of writing that are never a plugin's mistake, wherever they are raised
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
@@ -103,13 +116,10 @@ def run_config(
         folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
         try:
             described = base.described if base else None
-            engine = _build(config, device, folder, scenario, model, plugins, listeners, described)
-            if base:
-                methods = [plugin for plugin in engine.run.plugins if not plugin.observer]
-                oracles = [plugin.name for plugin in methods if plugin.keeps_experiences]
-                base.check(config, [plugin.name for plugin in methods], oracles)
-            elif start := config.model.get(START):
-                _start_from(engine.run.model.backbone, Path(start).expanduser(), config.model["name"])
+            engine = _build(
+                config, device, folder, scenario, model, plugins, listeners, described, restored=base is not None
+            )
+            _begin_from(engine, base)
             _check(engine)
             ended = base.last_checkpoint() if base else None
             if folder:
@@ -117,16 +127,29 @@ def run_config(
                 config.train.threads = torch.get_num_threads()
                 found = environment(device, config.run.seed, engine.stream.checksum)
                 folder.begin(to_yaml(config), found, split_of(engine.stream), described)
-
-            def begin() -> None:
-                if base and ended:
-                    state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(config.train))
-                engine.save()
-
-            return _go(engine, begin)
+            return _go(engine, lambda: _first(engine, base, ended))
         finally:
             if folder:
                 folder.close()
+
+
+def _begin_from(engine: Engine, base: Base | None) -> None:
+    """Check that the run `engine` can extend `base`; or give its network the weights that `model.start` names."""
+    config = engine.run.config
+    if base:
+        methods = [plugin for plugin in engine.run.plugins if not plugin.observer]
+        oracles = [plugin.name for plugin in methods if plugin.keeps_experiences]
+        base.check(config, [plugin.name for plugin in methods], oracles)
+    elif start := config.model.get(START):
+        _start_from(engine.run.model.backbone, Path(start).expanduser(), config.model["name"])
+
+
+def _first(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
+    """Bring a run to its beginning, or to where the run that it extends `ended`; and save."""
+    if base and ended:
+        with held_by(base.path / "checkpoints"):
+            state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
+    engine.save()
 
 
 def resume(
@@ -163,18 +186,43 @@ def resume(
             changes = environment_changes(before, now)
             if changes and not allow_env_change:
                 raise DataError(
-                    f"This environment is not the one of the run in {path} ({'; '.join(changes)}), so its last bits "
-                    "may differ: resume it there, or with `--allow-env-change`."
+                    f"This environment is not the one of the run in {path} ({'; '.join(changes)}; {ENVIRONMENT}), so "
+                    "its last bits may differ: resume it there, or with `--allow-env-change`."
                 )
-            loaded = checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
+            # a process that was killed before its first checkpoint has learnt nothing: the run begins again
+            loaded = (
+                None if opened.untouched else checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
+            )
+            position = {"experience": 0, "done": []}
+            if loaded:
+                with held_by(opened.checkpoints):
+                    position = state.position_of(loaded[0])
+            # a checkpoint has the sum of config.yaml; what may differ in environment.json is allowed to
+            skip = (*([CONFIG] if loaded else []), *([ENVIRONMENT] if allow_env_change else []))
+            opened.check_sums(position, skip, lambda text: _tell(listeners, text))
             config.run.output = str(path)
-            engine = _build(config, device, opened, scenario, model, plugins, listeners, opened.base())
+            base = None if loaded else _base_of(config)
+            engine = _build(
+                config, device, opened, scenario, model, plugins, listeners, opened.base(), restored=loaded is not None
+            )
+            if not loaded:
+                _begin_from(engine, base)
             _check(engine)
             if engine.stream.checksum != before.get("data_sha256"):
                 raise DataError(
                     f"The data of `{engine.stream.name}` is not what the run in {path} began with; put it back."
                 )
-            return _go(engine, lambda: state.put_back(engine, *loaded))
+            ended = base.last_checkpoint() if base else None
+
+            def begin() -> None:
+                if loaded:
+                    with held_by(opened.checkpoints):
+                        state.put_back(engine, *loaded)
+                else:
+                    opened.cut_metrics(0)
+                    _first(engine, base, ended)
+
+            return _go(engine, begin)
     finally:
         opened.close()
 
@@ -281,30 +329,47 @@ def extension_config(
     return config
 
 
-def load(folder: str | Path, *, model: nn.Module | None = None, plugins: Sequence[Plugin] = ()) -> Trained:
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    plugins: Sequence[Plugin] = (),
+    listeners: Sequence[Listener] = (),
+) -> Trained:
     """The trained model of a finished run, ready to predict.
 
-    What the run was given as Python objects (the backbone, plugins) is given again, with any weights.
+    What the run was given as Python objects (the backbone, plugins) is given again, with any weights. The files are
+    compared with their sums; a run of an earlier clframe has none, which `listeners`, or else a warning, say.
 
     Raises:
         DataError: if the run is not finished or its model is damaged.
     """
     path = Path(folder).expanduser()
     description, packed, tensors = read_model(path)
+    if told := sums.missing(path):
+        if listeners:
+            _tell(listeners, told)
+        else:
+            warnings.warn(told, stacklevel=2)
     config = _read_config(path)
-    scenario = scenario_of(description["scenario"])
+    scenario = described_in(path, description)
     config.run.tensorboard = False
     with torch.random.fork_rng(devices=[]):
-        engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, ())
+        engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, (), restored=True)
         engine.hook.before_run(run=engine.run)
-    structures = state.regrow(engine, len(scenario), packed)
-    entries = dict(packed["dict"])
-    state.load_model(engine.run.model, checkpoint.unpack(entries["model"], tensors, device=engine.run.device))
-    saved = dict(entries["plugins"]["dict"])
-    for plugin in engine.run.plugins:
-        if plugin.name in saved:
-            state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
-    return Trained(engine.predictor(), scenario, engine.readings, description.get("temperature"))
+    with held_by(path / "model.json"):
+        structures = state.regrow(engine, len(scenario), packed)
+        entries = dict(packed["dict"])
+        state.load_model(engine.run.model, checkpoint.unpack(entries["model"], tensors, device=engine.run.device))
+        saved = dict(entries["plugins"]["dict"])
+        for plugin in engine.run.plugins:
+            if plugin.name in saved:
+                state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
+        trained = Trained(engine.predictor(), scenario, engine.readings, description.get("temperature"))
+        # what does not fit the network or the plugins shows here, and not in the first answer
+        zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
+        trained(zeros, 0 if trained.needs_task else None)
+    return trained
 
 
 # ------------------------------------------------------------------------------ from config to run
@@ -363,10 +428,10 @@ def _read_config(path: Path) -> Config:
     """The resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
     file = path / "config.yaml"
     try:
-        return Config.model_validate(parse_yaml(file.read_text(encoding="utf-8"), str(file)))
-    except (OSError, UnicodeDecodeError, WrongUse, ValidationError) as error:
+        return Config.model_validate(parse_yaml(read_text(file, CONFIG_LIMIT), str(file)))
+    except (DataError, WrongUse, ValidationError) as error:
         problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
-        raise DataError(f"{file} cannot be read, so the run cannot go on: {' '.join(problems)}") from error
+        raise DataError(f"{file} cannot be read, so the run cannot go on: {cut(' '.join(problems), 2000)}") from error
 
 
 @contextmanager
@@ -421,15 +486,19 @@ def _build(
     plugins: Sequence[Plugin],
     listeners: Sequence[Listener],
     base: Mapping[str, Any] | None = None,
+    restored: bool = False,
 ) -> Engine:
     """Scenario, network, plugins and the engine of the run, all of which may still refuse it.
 
-    `base` describes what was learnt before, where the run extends another one.
+    `base` describes what was learnt before, where the run extends another one. The weights of a network that is
+    `restored` are all given later: none are downloaded.
     """
     if scenario is None:
         scenario = registry.build_scenario(_by_name(config.scenario, "scenario"), config.run)
     if base is not None:
-        scenario = extended(scenario_of(base), scenario)
+        with held_by((folder.path if folder else Path(config.run.extends or "")) / BASE):
+            before = scenario_of(base)
+        scenario = extended(before, scenario)
     given = {_name(plugin): plugin for plugin in plugins}
     members = [
         given[name] if name in given else registry.build_plugin(name, _by_name(options, "plugin", name))
@@ -438,7 +507,8 @@ def _build(
     if config.run.tensorboard and folder and "tensorboard" not in config.plugins:
         members.append(registry.build_plugin("tensorboard", {}))
     if model is None:
-        spec = {name: value for name, value in _by_name(config.model, "model").items() if name != START}
+        left_out = (START, WEIGHTS) if restored else (START,)
+        spec = {name: value for name, value in _by_name(config.model, "model").items() if name not in left_out}
         model = registry.build_backbone(spec, scenario.input_shape)
     scenario.hold_out(config.train.val, config.run.seed)
     scenario.to(device)
@@ -449,7 +519,8 @@ def _build(
 def _start_from(backbone: nn.Module, path: Path, name: str) -> None:
     """Give `backbone`, the model `name`, the weights that the run in `path` ended with. Raises `DataError`."""
     _, packed, tensors = read_model(path)
-    saved = checkpoint.unpack(dict(packed["dict"])["model"], tensors)
+    with held_by(path / "model.json"):
+        saved = dict(checkpoint.unpack(dict(packed["dict"])["model"], tensors))
     weights = {key.removeprefix("backbone."): value for key, value in saved.items() if key.startswith("backbone.")}
     wanted = backbone.state_dict()
     for key in sorted(wanted.keys() | weights.keys()):

@@ -8,9 +8,9 @@ newest are kept. Nothing here reads or writes a pickle.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,16 +18,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clframe.data import ImageData
-from clframe.errors import DataError, RunFailed
+from clframe.errors import DataError, RunFailed, of_the_system, out_of_memory
 from clframe.model import IncrementalNet, snapshot
+from clframe.reading import open_regular, read_json
+from clframe.sums import TEXT_LIMIT, digest
+from clframe.writing import create, save_file
 
 FORMAT = 1  # of the files and of the tree in them; CHANGELOG.md has the rule for changes
 FILES = ("tree.json", "tensors.safetensors")
 KEPT = 2
+NAME = re.compile(r"[0-9]{1,18}")  # of a checkpoint
 
 
 class OtherFormat(DataError):
@@ -144,23 +148,31 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
 
     Raises `RunFailed` if the disk is full or cannot be written; the checkpoints that were there remain.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     number = max((int(p.name) for p in _checkpoints(folder)), default=0) + 1
     target, beside = folder / f"{number:06d}", folder / f".{number:06d}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if beside.is_symlink():
+            beside.unlink()
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        (beside / FILES[0]).write_text(json.dumps({"format": FORMAT, "tree": packed}), encoding="utf-8")
+        with create(beside / FILES[0]) as file:
+            file.write(json.dumps({"format": FORMAT, "tree": packed}).encode("utf-8"))
         _save(tensors, beside / FILES[1])
         for name in FILES:
             sync(beside / name)
-        write_text(beside / "manifest.json", json.dumps({name: _sha256(beside / name) for name in FILES}))
+        write_text(beside / "manifest.json", json.dumps({name: digest(beside / name) for name in FILES}))
         sync(beside)
         beside.rename(target)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, DataError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         kept = newest(folder)
+        if kept == target:
+            raise RunFailed(
+                f"The checkpoint {target} is written, and its folder could not be brought to the disk ({error}): make "
+                "room and resume."
+            ) from error
         raise RunFailed(
             f"The checkpoint {target} could not be written ({error}); "
             + (
@@ -204,32 +216,37 @@ def newest(folder: Path) -> Path | None:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    strange = sorted(p.name for p in path.iterdir() if p.name not in (*FILES, "manifest.json"))
-    if strange:
-        raise DataError(
-            f"Checkpoint {path} is refused as untrusted: it holds `{strange[0]}`, which clframe did not write."
-        )
     try:
-        sums = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        strange = sorted(p.name for p in path.iterdir() if p.name not in (*FILES, "manifest.json"))
+        if strange:
+            raise DataError(
+                f"Checkpoint {path} is refused as untrusted: it holds `{strange[0]}`, which clframe did not write."
+            )
+        sums = read_json(path / "manifest.json")
         for name in FILES:
-            if _sha256(path / name) != sums[name]:
+            if digest(path / name) != sums[name]:
                 raise DataError(f"Checkpoint {path} is damaged: {name} is not what was written.")
-        data = json.loads((path / FILES[0]).read_text(encoding="utf-8"))
+        data = read_json(path / FILES[0], TEXT_LIMIT)
         if data["format"] != FORMAT:
             raise OtherFormat(
                 f"Checkpoint {path} has format {data['format']}, and this clframe reads format {FORMAT}: resume the "
                 "run with the clframe that wrote it (environment.json names it)."
             )
         return data["tree"], load_file(path / FILES[1])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DataError(f"Checkpoint {path} is damaged: {error}.") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(f"Checkpoint {path} is damaged: {of_the_system(error) or error}.") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
     beside = path.with_name(f".{path.name}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        with create(beside) as file:
+            file.write(text.encode("utf-8"))
         sync(beside)
         beside.replace(path)
     except OSError:
@@ -240,11 +257,11 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Write `tensors` as safetensors to `path` whole or not at all, with what it is `about` in its header.
 
-    Raises `OSError` if that fails.
+    Equal tensors are equal bytes. Raises `OSError` if that fails.
     """
     beside = path.with_name(f".{path.name}")
     try:
-        _save(_apart(tensors), beside, about)
+        _save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, about)
         sync(beside)
         beside.replace(path)
     except SafetensorError as error:  # it stands for an error of the system, too
@@ -258,9 +275,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, st
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises `DataError` if it is missing or damaged."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is missing or damaged: {error}.") from error
+        with open_regular(path):  # safetensors' own words for what the system refuses are other ones
+            return load_file(path)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(f"{path} is missing or damaged: {of_the_system(error) or error}.") from error
 
 
 def sync(path: Path) -> None:
@@ -273,29 +293,12 @@ def sync(path: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that whoever may read its folder may read; safetensors lets the owner alone."""
+    """Write a safetensors file with the permissions of its folder."""
     save_file(tensors, path, about) if about else save_file(tensors, path)
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, each in a storage of its own, as safetensors requires."""
-    apart: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        owned = tensor.detach().cpu().contiguous()
-        storage = owned.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != owned.nbytes:
-            owned = owned.clone()
-        storages.add(owned.untyped_storage().data_ptr())
-        apart[name] = owned
-    return apart
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), key=lambda p: int(p.name))

@@ -105,7 +105,7 @@ class TrainSettings(BaseModel):
         return self.head_lr if self.head_lr is not None and parameter.startswith("head.") else self.lr
 
 
-Named = Annotated[str, Field(min_length=1)]  # a path; a variable of the shell that is not set gives an empty one
+FolderName = Annotated[str, Field(min_length=1)]  # a path; a variable of the shell that is not set gives an empty one
 
 
 class RunSettings(BaseModel):
@@ -115,17 +115,17 @@ class RunSettings(BaseModel):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    data_root: Named | None = Field(
+    data_root: FolderName | None = Field(
         None, description="folder of the data sets; null: CLFRAME_DATA, else the user's cache"
     )
-    output: Named | None = Field(None, description="folder of this run; null: a new one under runs/")
+    output: FolderName | None = Field(None, description="folder of this run; null: a new one under runs/")
     eval_every: Literal["experience", "epoch"] = Field("experience", description="how often to evaluate")
     eval_batch_size: Count = Field(512, description="images at a time in evaluation")
     checkpoint_every: NonNegative = Field(60.0, description="seconds between checkpoints within an experience")
     log_every: Count = Field(50, description="steps between two records of the losses")
     tensorboard: bool = Field(True, description="write curves for TensorBoard")
-    extends: Named | None = Field(None, description="folder of a finished run whose model learns on")
-    joint: Named | None = Field(None, description="folder of a finished joint run, for intransigence")
+    extends: FolderName | None = Field(None, description="folder of a finished run whose model learns on")
+    joint: FolderName | None = Field(None, description="folder of a finished joint run, for intransigence")
     predictions: bool = Field(True, description="keep the scores of every test image")
 
 

@@ -562,6 +562,8 @@ class Engine:
 
 def stopping() -> list[signal.Signals]:
     """Return the signals that ask a process to end; without SIGHUP where it is ignored, as under `nohup`."""
-    hang_up = getattr(signal, "SIGHUP", None)  # which Windows lacks
-    ignored = hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM] if ignored else [signal.SIGINT, signal.SIGTERM, hang_up]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hang_up: signal.Signals | None = getattr(signal, "SIGHUP", None)  # which Windows lacks
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
+        numbers.append(hang_up)
+    return numbers

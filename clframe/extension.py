@@ -16,8 +16,10 @@ from clframe.data import ImageData, Part, Scenario
 from clframe.errors import DataError, WrongUse
 from clframe.folder import read_model
 from clframe.options import options_of
-from clframe.record import scenario_of
-from clframe.results import Results
+from clframe.reading import held_by
+from clframe.record import described_in, scenario_of
+from clframe.results import read_results
+from clframe.state import position_of
 
 ANEW = ("experiences", "first", "order", "limit")  # options of a scenario that say nothing of the next one
 OF_OPTIMIZER = (  # with others, a kept optimizer is not taken over
@@ -54,7 +56,8 @@ class Base:
             loaded = checkpoint.load(self.path / "checkpoints", problems.append)
         except DataError as error:
             raise DataError(f"The run in {self.path} cannot be extended: {error}") from error
-        position = dict(dict(loaded[0]["dict"])["position"]["dict"])
+        with held_by(self.path / "checkpoints"):
+            position = position_of(loaded[0])
         if position["experience"] != len(self.scenario):
             gone = f"The run in {self.path} cannot be extended, as its last checkpoint is gone."
             raise DataError(" ".join([gone, *problems]))
@@ -94,7 +97,8 @@ class Base:
 def finished(path: Path, config: Config) -> Base:
     """The run in `path`, with this configuration, to be extended. Raises `DataError` if it is not finished."""
     description, _, _ = read_model(path)
-    return Base(path, config, description["scenario"], Results.read(path).data["plugins"])
+    described_in(path, description)
+    return Base(path, config, description["scenario"], read_results(path).data["plugins"])
 
 
 def defaults(base: Base, scenario: str) -> dict[str, Any]:

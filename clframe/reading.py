@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from clframe.errors import DataError
+from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 
 JSON_LIMIT = 32 * 2**20  # bytes; parsed, the worst JSON of this size takes 0.7 GB
 KINDS = {
@@ -85,6 +87,26 @@ def parse_json(text: str | bytes, path: str | Path) -> Any:
         raise DataError(f"{shown(path)} cannot be read: it is nested too deeply.") from error
     except ValueError as error:  # of JSON, of UTF-8, and of `int`, which takes 4,300 digits at most
         raise DataError(f"{shown(path)} cannot be read: it is no JSON ({cut(str(error))}).") from error
+
+
+@contextmanager
+def held_by(file: str | Path) -> Iterator[None]:
+    """Inside, values from `file` are used; whatever one of another kind raises becomes a `DataError` naming `file`."""
+    try:
+        yield
+    except ClframeError:
+        raise
+    except Exception as error:
+        if out_of_memory(error) or of_the_system(error):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        if type(error).__name__ == "ValidationError":  # pydantic's, which not every command imports
+            first = cast(Any, error).errors(include_url=False)[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        said = cut(" ".join(said.split()))
+        raise DataError(
+            f"{shown(file)} holds something else than clframe writes ({said}): put the file back as it was."
+        ) from error
 
 
 def shown(path: object) -> str:

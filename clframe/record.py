@@ -8,9 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from clframe import checkpoint, metrics, state
@@ -20,7 +21,11 @@ from clframe.engine import Engine
 from clframe.errors import WrongUse
 from clframe.look import Look
 from clframe.model import class_mask, masked
-from clframe.results import FORMAT, Results
+from clframe.reading import held_by
+from clframe.results import FORMAT, Results, read_results
+
+Index = Annotated[int, Field(ge=0)]
+LARGEST_IMAGE = 2**28  # values
 
 
 def results_of(engine: Engine) -> Results:
@@ -85,7 +90,8 @@ def results_of(engine: Engine) -> Results:
             "scores": row.kind,
             "temperature": _temperatures(engine),
         }
-        engine.folder.finish(results, trained, description)
+        for lost in engine.folder.finish(results, trained, description):
+            run.emit("message", text=lost)
     return results
 
 
@@ -134,7 +140,7 @@ def _calibration(
 
 def _joint(folder: str | None, reading: str) -> list[float | None] | None:
     """Accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
-    return Results.read(Path(folder).expanduser()).accuracy.get(reading, [None])[-1] if folder else None
+    return read_results(Path(folder).expanduser()).accuracy.get(reading, [None])[-1] if folder else None
 
 
 def _in_words(reading: str, logits: str) -> str:
@@ -204,6 +210,53 @@ def scenario_of(described: Mapping[str, Any]) -> Scenario:
     )
     empty.known = tuple(described.get("known", empty.known))
     return empty.described()
+
+
+def described_in(path: Path, description: Mapping[str, Any]) -> Scenario:
+    """The scenario that `description`, from model.json of the run folder `path`, holds. Raises `DataError`."""
+    with held_by(path / "model.json"):
+        _Described.model_validate(description)
+        return scenario_of(description["scenario"])
+
+
+class _Transform(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    mean: list[float | int]
+    std: list[float | int]
+    scale: float | int
+
+
+class _Scenario(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str
+    setting: Literal["class", "task", "domain"]
+    classes: Annotated[list[Annotated[list[Index], Field(min_length=1)]], Field(min_length=1)]
+    class_names: list[str]
+    input_shape: list[Annotated[int, Field(gt=0, lt=2**20)]]
+    transform: _Transform
+    known: list[Index] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if max(map(max, self.classes)) >= len(self.class_names):
+            raise ValueError("there are classes without a name")
+        if self.known is not None and max(self.known, default=0) != len(self.classes):
+            raise ValueError("what is known does not end with the last experience")
+        if not 0 < math.prod(self.input_shape) < LARGEST_IMAGE:
+            raise ValueError(f"images of the shape {self.input_shape} are too large")
+        return self
+
+
+class _Described(BaseModel):
+    """What model.json says beside the state."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    scenario: _Scenario
+    scores: Literal["logits", "distances"] = "logits"
+    temperature: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
 
 
 def _no_images() -> Any:

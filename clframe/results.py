@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from clframe import sums
 from clframe.errors import DataError
+from clframe.reading import held_by, read_json
 
 FORMAT = 1  # of results.json and model.json; CHANGELOG.md has the rule for changes
 FILE = "results.json"
+PREDICTIONS = "predictions.safetensors"
 Matrix = list[list[float | None]]
+
+
+class _Measure(BaseModel):
+    value: float | int | None
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,17 @@ class Results:
         Read from `predictions.safetensors`. Raises `DataError` if the run kept no scores.
         """
         import torch
-        from safetensors.torch import load_file
 
+        from clframe.checkpoint import read_tensors
         from clframe.metrics import confusion_matrix
 
         last, n = len(self.accuracy[reading]) - 1, len(self.data["test_images"])
+        folder = self.folder or Path()
         try:
-            saved = load_file((self.folder or Path()) / "predictions.safetensors")
+            if not (folder / PREDICTIONS).is_file():
+                raise FileNotFoundError(f"no {PREDICTIONS}")
+            sums.check(folder, PREDICTIONS)
+            saved = read_tensors(folder / PREDICTIONS)
             labels = [saved[f"labels/{on}"] for on in range(n)]
             scores = [saved.get(f"{reading}/{last}/{on}", saved.get(f"class/{last}/{on}")) for on in range(n)]
         except (OSError, KeyError) as error:
@@ -86,13 +100,41 @@ class Results:
     @classmethod
     def read(cls, folder: Path) -> Results:
         """The results of the finished run in `folder`. Raises `DataError` if there are none."""
-        try:
-            data = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            timings = json.loads((folder / "timings.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder} holds no results of a finished run ({error}).") from error
-        check_format(data, folder / FILE)
-        return cls(data, timings, folder)
+        results = read_results(folder)
+        if told := sums.missing(folder):
+            warnings.warn(told, stacklevel=2)
+        return results
+
+
+def read_results(folder: Path) -> Results:
+    """The results of the finished run in `folder`, without a warning where it has no sums. Raises `DataError`."""
+    try:
+        if not (folder / FILE).is_file():
+            raise DataError(f"there is no {FILE}")
+        sums.check(folder, FILE, "timings.json")
+        data, timings = read_json(folder / FILE), read_json(folder / "timings.json")
+    except DataError as error:
+        raise DataError(f"{folder} holds no results of a finished run that can be read ({error}).") from error
+    check_format(data, folder / FILE)
+    with held_by(folder / FILE):
+        _Shape.model_validate(data)
+    with held_by(folder / "timings.json"):
+        dict(timings)
+    return Results(data, timings, folder)
+
+
+class _Shape(BaseModel):
+    """What must stand in results.json for its figures to be read."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    scenario: str
+    plugins: list[str]
+    accuracy: dict[str, list[list[float | int | None]]]
+    measures: dict[str, dict[str, _Measure]]
+    classes: list[list[int]]
+    class_names: list[str]
+    test_images: list[int]
 
 
 def check_format(data: Any, file: Path) -> None:

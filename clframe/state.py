@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from clframe.checkpoint import grown_in, unpack
+from clframe.data import ImageData
 from clframe.errors import DataError
 from clframe.model import IncrementalNet, snapshot
 from clframe.plugin import Plugin
@@ -18,6 +20,57 @@ from clframe.training import Phase, optimizer_of
 if TYPE_CHECKING:
     from clframe.context import Run
     from clframe.engine import Engine
+
+
+Row = list[float | int | None]
+
+
+class _Kinds(BaseModel):
+    """What the plain entries of a checkpoint are: values of another kind would end a run in its middle."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    ticks: dict[str, int]
+    total_steps: int
+    model: dict[str, Tensor]
+    trainable: list[str]
+    sampler: _Order | None
+    extra_data: dict[str, ImageData]
+    phases: dict[str, list[_Fields]]
+    rng: dict[str, Tensor]
+    torch_rng: Tensor
+    accuracy: dict[str, list[Row]]
+    baseline: dict[str, Row]
+    timings: list[dict[str, float | int]]
+
+
+class _Position(BaseModel):
+    model_config = _Kinds.model_config
+
+    experience: Annotated[int, Field(ge=0)]
+    entered: bool
+    done: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    phase: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)]
+
+
+class _Order(BaseModel):
+    model_config = _Kinds.model_config
+
+    step: int
+    order: Tensor
+
+
+class _Fields(BaseModel):
+    model_config = _Kinds.model_config
+
+    name: str
+    place: Literal["before", "after"]
+    epochs: int | None
+    iterations: int | None
+    lr: float | int | None
+    only: tuple[str, ...]
+    data: ImageData | None
 
 
 def take(engine: Engine) -> dict[str, Any]:
@@ -49,6 +102,11 @@ def take(engine: Engine) -> dict[str, Any]:
         "config": engine.folder.config_sum() if engine.folder else None,
         "metrics": engine.folder.metrics_size() if engine.folder else 0,
     }
+
+
+def position_of(packed: Any) -> dict[str, Any]:
+    """Where the run of a checkpoint stands: the fields of `Position`, of the right kinds. Raises as they are not."""
+    return dict(_Position.model_validate(unpack(dict(packed["dict"])["position"], {})))
 
 
 def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -83,36 +141,37 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
     run, position = engine.run, engine.position
     entries = dict(packed["dict"])
 
-    def value(name: str) -> Any:
-        return unpack(entries[name], tensors, device=run.device)
-
-    for name, item in value("position").items():
+    for name, item in position_of(packed).items():
         setattr(position, name, item)
+    if not 0 <= position.experience <= len(engine.stream):
+        raise ValueError(f"the run is in experience {position.experience + 1} of {len(engine.stream)}")
     structures = regrow(engine, position.experience + position.entered, packed)
-    run.tick_done.update(value("ticks"))
-    run.total_steps = value("total_steps")
-    load_model(run.model, value("model"))
-    trainable = set(value("trainable"))
+    values = {name: unpack(entries[name], tensors, device=run.device) for name in _Kinds.model_fields}
+    _Kinds.model_validate(values)
+    run.tick_done.update(values["ticks"])
+    run.total_steps = values["total_steps"]
+    load_model(run.model, values["model"])
+    trainable = set(values["trainable"])
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(name in trainable)
     if keep_optimizer:
         run.optimizer = _optimizer(run, entries["optimizer"], tensors)
         engine.kept_optimizer = _optimizer(run, entries["kept_optimizer"], tensors)
-    engine.resumed = value("sampler")
+    engine.resumed = values["sampler"]
     engine.collected = {
-        "extra_data": value("extra_data"),
-        "phases": {name: [Phase(**given) for given in phases] for name, phases in value("phases").items()},
+        "extra_data": values["extra_data"],
+        "phases": {name: [Phase(**given) for given in phases] for name, phases in values["phases"].items()},
     }
-    run.accuracy, engine.baseline, engine.timings = value("accuracy"), value("baseline"), value("timings")
+    run.accuracy, engine.baseline, engine.timings = values["accuracy"], values["baseline"], values["timings"]
     saved = dict(entries["plugins"]["dict"])
     for plugin in run.plugins:
         if plugin.name in saved:  # an observer may have joined
             into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
-    for name, generator_state in value("rng").items():
+    for name, generator_state in values["rng"].items():
         run.rng(name).set_state(generator_state)
-    torch.set_rng_state(value("torch_rng"))
+    torch.set_rng_state(values["torch_rng"])
     if run.device.type == "cuda" and entries["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(value("cuda_rng"), run.device)
+        torch.cuda.set_rng_state(unpack(entries["cuda_rng"], tensors), run.device)
 
 
 def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
@@ -170,4 +229,7 @@ def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.op
     groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
     optimizer = optimizer_of(groups, run.settings)
     optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        if wrong := [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]:
+            raise ValueError(f"the optimizer's `{wrong[0]}` is not of its parameter's shape")
     return optimizer

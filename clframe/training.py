@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clframe.config import TrainSettings
 from clframe.data import ImageData
+from clframe.errors import DataError
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -102,7 +103,12 @@ class Sampler:
         return {"step": self.step, "order": self._order.cpu()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken. Raises `DataError` if that was among other images."""
+        length = len(state["order"])
+        if not 0 <= state["step"] <= self.steps or length not in (0, self._n):
+            raise DataError("The checkpoint's place among the images is none of this phase: its data or state changed.")
+        if length and not torch.equal(state["order"].cpu().sort().values, torch.arange(length)):
+            raise DataError("The checkpoint's order of the images is none: it does not name each of them once.")
         self.step, self._order = state["step"], state["order"].to(self._device)
 
 

@@ -75,7 +75,7 @@ def in_order() -> Iterator[Watched]:
     if hasattr(out, "reconfigure") and out.errors == "strict":
         out.reconfigure(errors="backslashreplace")
     watched = Watched(out, forgiven=False)
-    sys.stdout, sys.stderr = watched, Watched(messages, forgiven=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = watched, Watched(messages, forgiven=True)
     try:
         yield watched
     finally:

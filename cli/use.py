@@ -18,7 +18,7 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
 
     if top < 1:
         raise WrongUse(f"`--top` is {top}; it must be 1 at least.")
-    trained = load(folder)
+    trained = load(folder, listeners=[lambda record: show.note(record["text"])])
     index = index_of(task, len(trained.scenario), trained.needs_task)
     skipped: list[str] | None = [] if skip else None
     found = trained.predict(images, top=top, task=index, skipped=skipped)
@@ -59,7 +59,7 @@ def exported(folder: str, kind: str, output: str, task: int | None, json: bool) 
     """Write the model to a file, and print what that takes and how it was checked."""
     from clframe.api import load
 
-    trained = load(folder)
+    trained = load(folder, listeners=[lambda record: show.note(record["text"])])
     index = index_of(task, len(trained.scenario), needed=False)
     written = trained.export(output, cast("Format", kind), task=index)
     if json:
