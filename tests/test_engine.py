@@ -475,7 +475,7 @@ def test_results_say_what_they_are(tiny, tmp_path: Path):
     found = {p.name for p in (tmp_path / "run").iterdir()} - {".lock"}
     assert found == {
         "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "model.json", "model.safetensors",
-        "predictions.safetensors", "results.json", "split.json", "tensorboard", "timings.json",
+        "predictions.safetensors", "results.json", "split.json", "sums.json", "tensorboard", "timings.json",
     }  # fmt: skip
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
