@@ -447,6 +447,26 @@ def agrees(loaded: Trained, whole: Results, scenario: Scenario, advice: str) -> 
     right = loaded(test.x, 1 if reading == "task" else None).argmax(1) == test.y
     share, wanted = right.sum().item() / len(test), whole.accuracy[reading][1][1]
     hold(share == wanted, f"A loaded run is right in {share:.3f} of the images, the run itself in {wanted}: {advice}.")
+    answers_alone(loaded, torch.cat([experience.test.x for experience in scenario]), 1 if reading == "task" else None)
+
+
+def answers_alone(loaded: Trained, x: Tensor, task: int | None) -> None:
+    """Raise `Broken` unless the scores of an image are the same in batches of any size, order and company."""
+    x = x.repeat(-(-128 // len(x)), *[1] * (x.dim() - 1))
+    whole = loaded(x, task)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    others = {
+        "of 1": torch.cat([loaded(x[k : k + 1], task) for k in range(16)]),
+        "of 7": torch.cat([loaded(part, task) for part in x.split(7)]),
+        "in another order": torch.empty_like(whole).index_copy_(0, order, loaded(x[order], task)),
+    }
+    for how, scores in others.items():
+        expected = whole[: len(scores)]
+        hold(
+            torch.allclose(scores, expected, rtol=1e-5, atol=1e-5),
+            f"In batches {how} images get other scores than in one of {len(x)}: an answer must not depend on the other "
+            "images of its batch.",
+        )
 
 
 def a_plugin_that_does_nothing_changes_nothing_beside_it(subject: Subject, folder: Path) -> None:
