@@ -48,6 +48,7 @@ from clframe.plugin import Plugin
 from clframe.reading import cut, held_by, read_text
 from clframe.record import described_in, results_of, scenario_of, split_of
 from clframe.results import Results
+from clframe.streams import stream_problems
 from clframe.trained import Trained
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
@@ -547,6 +548,7 @@ def _check(engine: Engine) -> None:
     if run.config.train.logits == "own" and scenario.setting == "domain":
         problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
     problems += _logits_problems(run)
+    problems += stream_problems(run)
     problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
     if problems:
         raise WrongUse(*problems)

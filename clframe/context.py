@@ -123,13 +123,34 @@ class Run:
 
     @property
     def old_blocks(self) -> list[int]:
-        """Blocks of the head, by number, of earlier classes that the experience under way does not have."""
-        return self.model.blocks_of(set(self.old_classes).difference(self.experience.classes))
+        """Blocks of the head, by number, that have earlier classes and none of the experience under way.
+
+        This is the one rule of which blocks an experience may train: a block trains if the experience has a class of
+        it. Tasks of a plugin that isolates share no class, so that there every earlier task's block is an old one.
+        """
+        return [k for k in self.model.blocks_of(self.old_classes) if k not in self.current_blocks]
+
+    @property
+    def current_blocks(self) -> list[int]:
+        """Blocks of the head, by number, that have a class of the experience under way: those that it trains."""
+        return self.model.blocks_of(self.experience.classes)
 
     @property
     def new_blocks(self) -> list[int]:
         """Blocks of the head, by number, that have classes which no earlier experience had; none in domains."""
         return self.model.blocks_of(set(self.experience.classes).difference(self.old_classes))
+
+    def labelled_columns(self, batch: Batch) -> Tensor | None:
+        """Old columns in which the labels of `batch` are to be learnt, [B, old classes] bool; None: there are none.
+
+        They are those of earlier classes that come back with the experience under way, for rows whose label it has
+        and which no plugin added to the batch. Every other old column is left to what an earlier network says.
+        """
+        back = torch.tensor([c in self.experience.classes for c in self.old_classes], device=batch.y.device)
+        if not back.any():
+            return None
+        own = (batch.origin == 0) & torch.isin(batch.y, batch.y.new_tensor(list(self.experience.classes)))
+        return own[:, None] & back
 
     @property
     def replaying(self) -> list[str]:

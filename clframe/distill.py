@@ -76,21 +76,27 @@ def sigmoid_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(student, targets, reduction="none").mean(1)
 
 
-def incremental_bce(logits: Tensor, y: Tensor, teacher: Tensor | None, temperature: float = 1.0) -> Tensor:
+def incremental_bce(
+    logits: Tensor, y: Tensor, teacher: Tensor | None, temperature: float = 1.0, hard: Tensor | None = None
+) -> Tensor:
     """iCaRL's loss (Rebuffi et al., CVPR 2017, algorithm 3), averaged over all C outputs; [B].
 
     The target of a new class is 1 for the label and 0 otherwise; of an old class it is sigma(q / T), also where the
-    label is that old class.
+    label is that old class, unless `hard` says otherwise.
 
     Args:
         logits: [B, C] of all outputs, those of classes to come included (their target is 0).
         y: [B] labels.
         teacher: logits q [B, C_old] of the old classes, which are the first columns; None: there are none yet.
         temperature: T > 0, 1 in the paper; the student's logits are not divided by it.
+        hard: [B, C_old] bool: old columns whose target is 1 for the label and 0 otherwise, as of a new class; None:
+            none. See `clframe.context.Run.labelled_columns`.
     """
     targets = functional.one_hot(y, logits.shape[1]).to(logits.dtype)
     if teacher is not None:
-        targets[:, : teacher.shape[1]] = (teacher.detach() / temperature).sigmoid()
+        soft = (teacher.detach() / temperature).sigmoid()
+        old = targets[:, : teacher.shape[1]]
+        targets[:, : teacher.shape[1]] = soft if hard is None else torch.where(hard, old, soft)
     return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from clframe.masks import Gated, TaskNorm, gate_layers, installed, norms_by_task
 from clframe.model import IncrementalNet, evaluating, initialised_by
+from clframe.training import restart
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -254,5 +255,6 @@ def settle(run: Run, rows: ImageData, generator: torch.Generator, relevant: floa
         conv.fired[run.experience.index] = often > relevant
         free = ~conv.used(run.experience.index + 1)
         conv.renew(free, generator)
+        restart(run.optimizer, conv.entries(free))
         curves |= {f"open/{name}": often.mean().item(), f"free/{name}": free.float().mean().item()}
     return curves

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clframe.config import TrainSettings
 from clframe.data import ImageData
 from clframe.errors import DataError
+from clframe.model import freeze, thaw
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -247,6 +248,37 @@ def extend_optimizer(
     new = {name: parameter for name, parameter in parameters.items() if name not in known}
     for group in group_parameters(new, settings, None):
         optimizer.add_param_group(group)
+
+
+def rest_old_blocks(run: Run, frozen: list[str]) -> list[str]:
+    """Freeze the head's blocks that the experience has no class of, and train again those that it has; see `Run`.
+
+    Args:
+        frozen: names of the parameters that the plugin froze before; a user's own frozen ones are not among them.
+
+    Returns:
+        The names of those that are frozen now.
+    """
+    back = {name for name in frozen for k in run.current_blocks if name.startswith(f"head.{k}.")}
+    thaw(run.model, back)
+    return [n for n in frozen if n not in back] + freeze(run.model, [f"head.{k}.*" for k in run.old_blocks])
+
+
+def restart(optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Set to 0 what a kept optimizer knows of entries of parameters whose weights were set back.
+
+    Momentum and Adam's moments belong to weights that are gone. Adam's count of steps is one number for each parameter
+    and stays.
+
+    Args:
+        optimizer: None: there is nothing to set back.
+        entries: pairs of a parameter, and a mask [bool] of those entries, which can be broadcast to its shape.
+    """
+    for parameter, mask in entries:
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                value.masked_fill_(mask.expand_as(value), 0.0)
 
 
 def rate_factor(settings: TrainSettings, step: int, sampler: Sampler) -> float:

@@ -50,8 +50,8 @@ class Duplicate(Plugin):
             self.keep(run.model.backbone)
             return
         run.model.backbone.copies[-1].load_state_dict(self.original)  # type: ignore[index, union-attr]
-        old = [f"{place}.{k}.*" for place in ("backbone.copies", "head") for k in range(experience.index)]
-        self.frozen += freeze(run.model, old)
+        copies = [f"backbone.copies.{task}.*" for task in range(experience.index)]
+        self.frozen += freeze(run.model, [*copies, *(f"head.{k}.*" for k in run.old_blocks)])
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:

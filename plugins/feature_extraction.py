@@ -11,7 +11,7 @@ from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative
-from clframe.training import no_new_heads, warm_up, warm_up_problems
+from clframe.training import no_new_heads, rest_old_blocks, warm_up, warm_up_problems
 
 
 class FeatureExtraction(Plugin):
@@ -53,7 +53,7 @@ class FeatureExtraction(Plugin):
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Freeze what is old."""
         backbone = ["backbone.*"] if experience.index or self.pretrained else []
-        self.frozen += freeze(run.model, [*backbone, *(f"head.{k}.*" for k in run.old_blocks)])
+        self.frozen = rest_old_blocks(run, self.frozen) + freeze(run.model, backbone)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:

@@ -10,7 +10,7 @@ from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative
-from clframe.training import warm_up, warm_up_problems
+from clframe.training import rest_old_blocks, warm_up, warm_up_problems
 
 
 class FinetuneFC(Plugin):
@@ -50,7 +50,7 @@ class FinetuneFC(Plugin):
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Freeze what is old, but for the layers that are shared and trained."""
-        self.frozen += freeze(run.model, [f"head.{k}.*" for k in run.old_blocks])
+        self.frozen = rest_old_blocks(run, self.frozen)
         if experience.index or self.pretrained:
             linear = self._linear(run)
             convolutional = any(isinstance(m, nn.Conv2d) for m in run.model.backbone.modules())

@@ -22,7 +22,8 @@ class ICaRL(Plugin):
     """Learns features with exemplars and distillation, and classifies by the nearest class mean of them.
 
     L = binary cross-entropy of sigmoid outputs, averaged over all outputs: the target is the old network's sigmoid for
-    old classes, exemplars included, and else 1 for the label and 0 for the others (algorithm 3). After an experience
+    old classes, exemplars included, and else 1 for the label and 0 for the others (algorithm 3). The paper has no class
+    that comes back: for images of the experience the columns of its own classes have the targets 1 and 0. After it
     each class seen keeps m = ceil(K / classes) images, old ones the first of theirs, new ones chosen by herding on
     normalised features (algorithms 4 and 5). An image gets the class whose mean is nearest to its normalised feature
     (algorithm 1).
@@ -77,7 +78,7 @@ class ICaRL(Plugin):
     def problems(self, run: Run) -> Iterable[str]:
         """There must be room for each class."""
         if self.per_class is None:
-            yield from too_small(self.size, max(map(max, run.scenario.classes)) + 1, "icarl.size")
+            yield from too_small(self.size, sum(map(len, run.scenario.classes)), "icarl.size")
 
     @hookimpl
     def extra_data(self) -> ImageData | None:
@@ -99,13 +100,14 @@ class ICaRL(Plugin):
         if self.teacher is not None:
             with torch.no_grad():
                 old = self.teacher(batch.x, batch.task).logits[:, : len(run.old_classes)]
-        return batch.mean(incremental_bce(outputs.logits, batch.y, old, self.temperature))
+        hard = run.labelled_columns(batch)
+        return batch.mean(incremental_bce(outputs.logits, batch.y, old, self.temperature, hard))
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Cut the old sets, choose the new ones, and let the network as it is now be the next teacher."""
-        seen = len(run.old_classes) + len(experience.classes)
-        count = self.per_class or quota(self.size, seen, ceil=True)
+        groups = sum(map(len, run.scenario.classes[: experience.index + 1]))  # a class that came twice has two
+        count = self.per_class or quota(self.size, groups, ceil=True)
         new = experience.train.to(run.device)
         self.exemplars = balanced(self.exemplars, new, count, lambda rows, m: herding(features(run, rows), m))
         self.teacher = snapshot(run.model)

@@ -40,7 +40,7 @@ class LwF(Plugin):
       first code of van de Ven and Tolias has it, which gave their figures of 2019).
     - all: both are over all classes from the start (as van de Ven et al., 2022, have it).
     - mc: LwF.MC of Rebuffi et al. (iCaRL, 2017): sigmoid outputs, targets 0 and 1 for new classes and the teacher's
-      sigmoid for old ones, averaged over all outputs.
+      sigmoid for old ones, averaged over all outputs. Old classes that come back have the targets 0 and 1 again.
 
     A form sets `train.logits`.
 
@@ -97,6 +97,11 @@ class LwF(Plugin):
             )
         if form == "local" and setting == "domain":
             yield "`lwf.form=local` needs classes of its own in each experience; in the domain setting choose `all`."
+        if form == "mc" and setting == "domain":
+            yield (
+                "`lwf.form=mc` distils classes that an experience does not have, and in the domain setting each has "
+                "all: choose `all`, or `--setting class`."
+            )
         yield from warm_up_problems(run, self)
 
     @hookimpl
@@ -114,7 +119,7 @@ class LwF(Plugin):
         """The loss of LwF.MC, or the cross-entropy with its share of a balanced sum."""
         if self.form == "mc":
             old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.old_classes)]
-            return batch.mean(incremental_bce(outputs.logits, batch.y, old))
+            return batch.mean(incremental_bce(outputs.logits, batch.y, old, hard=run.labelled_columns(batch)))
         if self.balance:
             return run.loss(batch, outputs) / (run.experience.index + 1)
         return None

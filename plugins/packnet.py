@@ -14,6 +14,7 @@ from clframe.evaluate import TaskPredictor
 from clframe.masks import Held, WeightOwner, installed, masked_weights, rest_norms
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
+from clframe.training import restart
 
 MOST_TASKS = 255
 
@@ -108,6 +109,7 @@ class PackNet(Plugin):
         if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
             for weight, part in self.parts(run):
                 part.take(weight, 1 - self.prune if weight.requires_grad else 1.0)  # what a user froze stays whole
+            restart(run.optimizer, ((weight, part.owner == 0) for weight, part in self.parts(run)))
             self.held = None
 
     @hookimpl

@@ -83,6 +83,7 @@ def context(model: IncrementalNet, index: int = 0) -> Any:
         config=SimpleNamespace(run=SimpleNamespace(eval_batch_size=3)),
         batch=Transform().batch,
         experience=SimpleNamespace(index=index),
+        optimizer=None,
     )
 
 

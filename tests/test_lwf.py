@@ -110,7 +110,6 @@ PLACES = [  # form, setting, model
     ("local", "class", "cnn-small"),
     ("mc", "class", "cnn-small"),
     ("all", "domain", "mlp-100"),
-    ("mc", "domain", "mlp-100"),
     ("seen", "task", "mlp-100"),
 ]
 
@@ -433,7 +432,10 @@ def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float])
     zeros = torch.zeros(len(z), dtype=torch.int64)
     batch = Batch(torch.zeros(len(z), 1), torch.tensor(y), zeros, zeros, torch.tensor(weight), zeros)
     scenario = SimpleNamespace(setting="class", classes=((0, 1), (2, 3)))
-    run = SimpleNamespace(scenario=scenario, experience=SimpleNamespace(index=1), old_classes=[0, 1])
+    experience = SimpleNamespace(index=1)
+    run = SimpleNamespace(
+        scenario=scenario, experience=experience, old_classes=[0, 1], labelled_columns=lambda batch: None
+    )
     return run, batch, Outputs(z, z, [2, 4])
 
 
