@@ -8,8 +8,9 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,9 +20,10 @@ from torch.nn.utils import parametrize
 
 from clframe import checkpoint
 from clframe.data import Transform, affine
-from clframe.errors import RunFailed, WrongUse, did_you_mean
+from clframe.errors import ClframeError, RunFailed, WrongUse, did_you_mean, of_the_system
 from clframe.evaluate import ModelPredictor
 from clframe.model import IncrementalNet, masked
+from clframe.writing import create
 
 if TYPE_CHECKING:
     from clframe.trained import Trained
@@ -109,9 +111,10 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
     module = deployed(trained, task, kind)
     inputs = [example(trained, module, n) for n in BATCHES]
     write = {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[kind]
+    beside = path.with_name(f".{path.name}")  # a process that is killed leaves no part under the final name
     try:
         with torch.no_grad(), _quiet():
-            loaded, checked_with = write(trained, module, inputs, path)
+            loaded, checked_with = write(trained, module, inputs, beside)
             differences = []
             for given in inputs:
                 expected = trained(*given) if task is None else trained(*given, task)
@@ -122,9 +125,15 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
                 f"The exported model does not answer as the run's does: its scores differ by {difference:.2g} of the "
                 "largest; nothing was written."
             )
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        checkpoint.sync(beside)
+        beside.replace(path)
+    except Exception as error:
+        if isinstance(error, ClframeError) or not (refused := of_the_system(error)):
+            raise
+        raise RunFailed(f"{path} could not be written: {refused}.") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     described = {"images": f"{str(inputs[0][0].dtype).removeprefix('torch.')} [B, {_shape(trained)}]"}
     if module.takes_task:
         described["task"] = "int64 [B], from 0"
@@ -200,7 +209,10 @@ def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) ->
 
 def _torch_export(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
     program = _traced(module, inputs[0])
-    torch.export.save(program, path, extra_files={"class_names.json": json.dumps(trained.class_names)})
+    content = BytesIO()  # torch's own writing ends the process where the system refuses it
+    torch.export.save(program, content, extra_files={"class_names.json": json.dumps(trained.class_names)})
+    with create(path) as file:
+        file.write(content.getbuffer())
     return torch.export.load(path).module(), "torch"
 
 
@@ -216,6 +228,8 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
         assert program is not None
         program.save(path, external_data=False)
     except (RuntimeError, ValueError, TypeError) as error:
+        if of_the_system(error):
+            raise
         raise WrongUse(_refused("torch.onnx", error.__cause__ or error)) from error
     if importlib.util.find_spec("onnxruntime") is None:
         return None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +127,16 @@ def about_scenario(
 
 def _draw(path: Path, scenario: Scenario) -> None:
     from clframe.pictures import png, sheet
+    from clframe.writing import create
 
+    beside = path.with_name(f".{path.name}")
     try:
-        path.write_bytes(png(sheet(scenario)))
+        with create(beside) as file:
+            file.write(png(sheet(scenario)))
+        beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise WrongUse(f"The sheet cannot be written to {path} ({error.strerror}); name another file.") from error
 
 

@@ -442,3 +442,20 @@ def test_published_weights_are_not_asked_for_where_they_are_overwritten(finished
         resummed(folder, "config.yaml")
     clframe.load(finished)
     assert asked == [False]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
+def test_an_export_that_cannot_be_written_leaves_nothing_and_says_so(finished: Path, tmp_path: Path, kind: str, capsys):
+    (tmp_path / "out").mkdir()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "sync", full)
+        call = ["export", str(finished), "--format", kind, "--output", str(tmp_path / "out" / "model")]
+        assert main(call) == 1
+    assert "could not be written: No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(call) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
