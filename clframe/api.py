@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -30,7 +30,7 @@ from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
 from clframe.errors import ClframeError, DataError, RunFailed, WrongUse, of_the_system, out_of_memory
-from clframe.extension import Base, defaults, extended, finished
+from clframe.extension import Base, defaults, extended, finished, join
 from clframe.folder import (
     BASE,
     CONFIG,
@@ -59,7 +59,7 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 def run(
     scenario: str | Mapping[str, Any] | Scenario = "split-digits",
     model: str | Mapping[str, Any] | nn.Module | None = None,
-    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] | Mapping[str, Mapping[str, Any]] = (),
+    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] | Mapping[str, Mapping[str, Any]] | str = (),
     *,
     train: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
@@ -71,7 +71,8 @@ def run(
         scenario: a name, a mapping with ``name`` and options, or a scenario of one's own (`clframe.split_classes`,
             `clframe.change_domains`, `clframe.Scenario`).
         model: likewise; or a backbone of one's own, a module with ``features(x) -> [B, D]`` and ``width`` = D.
-        plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling; or one mapping of them all.
+        plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling; or one name, or one
+            mapping of them all.
         train: training settings (`clframe.config.TrainSettings`).
         run: settings of the run (`clframe.config.RunSettings`). Without ``output`` nothing is written to the disk.
         listeners: called with each record of the run's progress.
@@ -82,8 +83,7 @@ def run(
         RunFailed: if a loss is not finite, memory or disk is full, or a plugin raised.
         Interrupted: after SIGINT or SIGTERM; the run is saved.
     """
-    if isinstance(plugins, Mapping):  # as YAML has them: going through it would give the names alone
-        plugins = [{name: options} for name, options in plugins.items()]
+    plugins = _each_plugin(plugins)
     if classes := [plugin.__name__ for plugin in plugins if isinstance(plugin, type)]:
         raise WrongUse(*(f"`{name}` is a class; give a plugin built from it: `{name}()`." for name in classes))
     names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
@@ -116,7 +116,7 @@ def run_config(
     with _environment(config) as device:
         folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
         try:
-            described = base.described if base else None
+            described = base.known if base else None
             engine = _build(
                 config, device, folder, scenario, model, plugins, listeners, described, restored=base is not None
             )
@@ -138,9 +138,7 @@ def _begin_from(engine: Engine, base: Base | None) -> None:
     """Check that the run `engine` can extend `base`; or give its network the weights that `model.start` names."""
     config = engine.run.config
     if base:
-        methods = [plugin for plugin in engine.run.plugins if not plugin.observer]
-        oracles = [plugin.name for plugin in methods if plugin.keeps_experiences]
-        base.check(config, [plugin.name for plugin in methods], oracles)
+        base.check(config, engine.run.plugins)
     elif start := config.model.get(START):
         _start_from(engine.run.model.backbone, Path(start).expanduser(), config.model["name"])
 
@@ -150,6 +148,7 @@ def _first(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> 
     if base and ended:
         with held_by(base.path / "checkpoints"):
             state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
+        join(engine, base.joining(engine.run.plugins))
     engine.save()
 
 
@@ -233,7 +232,7 @@ def extend(
     scenario: str | Mapping[str, Any] | Scenario,
     *,
     model: nn.Module | None = None,
-    plugins: Sequence[Mapping[str, Mapping[str, Any]] | Plugin] = (),
+    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] | Mapping[str, Mapping[str, Any]] | str = (),
     train: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
@@ -248,7 +247,8 @@ def extend(
         scenario: as `run` takes it. One by name comes as one experience, unless its options say otherwise, and in the
             run's setting; one of the run's own name has the run's other options.
         model: the run's backbone, where it was given as an object; with any weights.
-        plugins: the run's, where they were given as objects, and ``{name: {option: value}}`` for options that change.
+        plugins: the run's, where they were given as objects; ``{name: {option: value}}`` for options that change; and
+            those that join the run (`clframe.Plugin.joins`), as `run` takes them.
         train: training settings that change; others are the run's.
         run: settings of the run that change, likewise.
         listeners: called with each record of the run's progress.
@@ -260,7 +260,9 @@ def extend(
         Interrupted: as `run`.
     """
     own = scenario if isinstance(scenario, Scenario) else None
+    plugins = _each_plugin(plugins)
     given = {_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}
+    plugins = [{plugin: {}} if isinstance(plugin, str) else plugin for plugin in plugins]
     options = {name: values for plugin in plugins if isinstance(plugin, Mapping) for name, values in plugin.items()}
     run = dict(run or {})
     run.setdefault("tensorboard", run.get("output") is not None)
@@ -300,13 +302,12 @@ def extension_config(
         _by_name(values, "plugin", name)
     if "model" not in objects:
         _by_name(old["model"], "model")
-    if strangers := [name for name in plugins or {} if name not in named]:
-        raise WrongUse(*(f"The plugin `{name}` is not one of the run in {path}." for name in strangers))
-    changed = {name: values | dict((plugins or {}).get(name, {})) for name, values in named.items()}
+    joining = {name: values for name, values in (plugins or {}).items() if name not in old["plugins"]}
+    changed = {name: values | dict((plugins or {}).get(name, {})) for name, values in named.items()} | joining
     own = OBJECT in scenario
     carried = {"name": DEFAULT_SCENARIO} if own else {"name": scenario["name"], **defaults(base, scenario["name"])}
     device = old["run"]["device"]
-    kept = {"output": None, "joint": None, "extends": str(path.resolve())}
+    kept = {"output": None, "joint": None, "old_images": None, "extends": str(path.resolve())}
     if device.startswith("cuda") and not torch.cuda.is_available():
         kept["device"] = "auto"
     config = resolve(
@@ -326,7 +327,7 @@ def extension_config(
         config.scenario = dict(scenario)
     if "model" in objects:
         config.model = old["model"]
-    config.plugins = {name: config.plugins.get(name, {}) for name in old["plugins"]}
+    config.plugins = {name: config.plugins.get(name, {}) for name in (*old["plugins"], *joining)}
     return config
 
 
@@ -366,7 +367,8 @@ def load(
         for plugin in engine.run.plugins:
             if plugin.name in saved:
                 state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
-        trained = Trained(engine.predictor(), scenario, engine.readings, description.get("temperature"))
+        temperature, fitted = description.get("temperature"), description.get("fitted")
+        trained = Trained(engine.predictor(), scenario, engine.readings, temperature, fitted)
         # what does not fit the network or the plugins shows here, and not in the first answer
         zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
         trained(zeros, 0 if trained.needs_task else None)
@@ -403,6 +405,19 @@ def _config_of(
     named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
     config.plugins = {name: named[name] for name in map(_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
+
+
+def _each_plugin(
+    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] | Mapping[str, Mapping[str, Any]] | str | Plugin,
+) -> Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin]:
+    """The plugins one by one: a text is one name, and not its letters; a mapping is as YAML has them."""
+    if isinstance(plugins, str | Plugin):
+        return [plugins]
+    if isinstance(plugins, Mapping):
+        return [{name: options} for name, options in plugins.items()]
+    if isinstance(plugins, type):
+        return [cast(Any, plugins)]
+    return plugins
 
 
 def _name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
@@ -514,7 +529,9 @@ def _build(
     scenario.hold_out(config.train.val, config.run.seed)
     scenario.to(device)
     run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
-    return Engine(run, scenario, folder)
+    engine = Engine(run, scenario, folder)
+    engine.carried = None if base is None else dict(base.get("temperature") or {})
+    return engine
 
 
 def _start_from(backbone: nn.Module, path: Path, name: str) -> None:

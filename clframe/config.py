@@ -125,6 +125,9 @@ class RunSettings(BaseModel):
     log_every: Count = Field(50, description="steps between two records of the losses")
     tensorboard: bool = Field(True, description="write curves for TensorBoard")
     extends: FolderName | None = Field(None, description="folder of a finished run whose model learns on")
+    old_images: FolderName | None = Field(
+        None, description="folder of images of classes that the extended run learned, for methods that join it"
+    )
     joint: FolderName | None = Field(None, description="folder of a finished joint run, for intransigence")
     predictions: bool = Field(True, description="keep the scores of every test image")
 

@@ -110,6 +110,7 @@ class Engine:
         self.position = Position()
         self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin
         self.baseline: dict[str, list[float | None]] = {}  # the untrained network's accuracy
+        self.carried: dict[str, float] | None = None  # temperatures of the run that this one extends; None: it is new
         self.timings: list[dict[str, float]] = []  # of each experience
         self.row: Row | None = None  # the latest
         self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clframe import checkpoint, registry
+from clframe import checkpoint, images, registry
 from clframe.config import OBJECT, Config, TrainSettings
-from clframe.data import ImageData, Part, Scenario
-from clframe.errors import DataError, WrongUse
+from clframe.data import Experience, ImageData, Part, Scenario
+from clframe.engine import Engine
+from clframe.errors import DataError, WrongUse, did_you_mean
 from clframe.folder import read_model
 from clframe.options import options_of
+from clframe.plugin import Plugin
 from clframe.reading import held_by
 from clframe.record import described_in, scenario_of
 from clframe.results import read_results
@@ -37,12 +39,19 @@ class Base:
         config: its configuration.
         described: its scenario as `model.json` has it.
         methods: the plugins that it learnt with.
+        temperature: for each reading the temperature of its confidence; empty if none was fitted.
     """
 
     path: Path
     config: Config
     described: Mapping[str, Any]
     methods: Sequence[str]
+    temperature: Mapping[str, float]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the run that extends it must know of it, as `base.json` holds it."""
+        return {**self.described, "temperature": dict(self.temperature)}
 
     @property
     def scenario(self) -> Scenario:
@@ -67,13 +76,31 @@ class Base:
         """Whether an optimizer that was kept suits the settings `train`."""
         return all(getattr(train, name) == getattr(self.config.train, name) for name in OF_OPTIMIZER)
 
-    def check(self, config: Config, methods: Sequence[str], oracles: Sequence[str]) -> None:
+    def check(self, config: Config, plugins: Sequence[Plugin]) -> None:
         """Refuse a run that cannot take over the network and the state of this one."""
         problems = []
-        if sorted(methods) != sorted(self.methods):
+        methods = [plugin for plugin in plugins if not plugin.observer]
+        if missing := [name for name in self.methods if name not in [plugin.name for plugin in methods]]:
             problems.append(
-                f"The run in {self.path} learnt with {_listed(self.methods)}, and what extends it with "
-                f"{_listed(methods)}: their state is taken over, so name the same."
+                f"The run in {self.path} learned with {_listed(self.methods)}, and what extends it leaves "
+                f"{_listed(missing)} out: their state is taken over, so name the same."
+            )
+        joining = self.joining(methods)
+        if strangers := [plugin.name for plugin in joining if not plugin.joins]:
+            problems.append(
+                f"The run in {self.path} learned with {_listed(self.methods)}, and {_listed(strangers)} cannot join "
+                "it, as it needs what it would have kept from the start: leave it out, or run all experiences anew."
+            )
+        needy = [plugin.name for plugin in joining if plugin.joins == "images"]
+        if needy and config.run.old_images is None:
+            problems.append(
+                f"{_listed(needy)} can join the run in {self.path} with images of the classes that it learned: name a "
+                "folder that has a folder of them for each class, with `--images FOLDER` (`run.old_images`)."
+            )
+        if config.run.old_images is not None and not needy:
+            problems.append(
+                "`run.old_images` is for methods that join the run and need images of old classes, and there is none: "
+                "leave it out."
             )
         if config.model != self.config.model:
             problems.append(
@@ -83,7 +110,7 @@ class Base:
         problems += [
             f"`{name}` trains on the images of earlier experiences, which a finished run does not keep: run it anew, "
             "on all of them."
-            for name in oracles
+            for name in [plugin.name for plugin in methods if plugin.keeps_experiences]
         ]
         if config.run.device != "auto" and self.config.run.device == "cpu" and config.run.device != "cpu":
             problems.append(
@@ -93,12 +120,69 @@ class Base:
         if problems:
             raise WrongUse(*problems)
 
+    def joining(self, plugins: Sequence[Plugin]) -> list[Plugin]:
+        """The methods among `plugins` that this run learned without."""
+        return [plugin for plugin in plugins if not plugin.observer and plugin.name not in self.methods]
+
+
+def old_images(folder: Path, scenario: Scenario, experience: Experience) -> Experience:
+    """`experience`, whose training images are those in `folder`, of any class that `scenario` has had until then.
+
+    Args:
+        folder: one folder of image files for each class, named like it.
+        scenario: as far as it was learned.
+        experience: its last.
+
+    Raises:
+        DataError: if there is no such folder, or an image cannot be read.
+        WrongUse: if a folder is not named like a class that was learned, or there is no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
+    learned = {scenario.class_names[c]: c for classes in scenario.classes for c in classes}
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if strangers := [path.name for path in found if path.name not in learned]:
+        raise WrongUse(
+            f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
+            "class that its images are of." + did_you_mean(strangers[0], learned)
+        )
+    look = scenario.transform.look or images.look_of(scenario.input_shape)
+    read, labels = [], []
+    for path in found:
+        files = images.image_files([path])
+        read += [images.read_image(file, look, scenario.transform.scale) for file in files]
+        labels += [learned[path.name]] * len(files)
+    if not read:
+        raise WrongUse(f"{folder} has no folder of images; it needs one for each class, named like it.")
+    y = torch.tensor(labels)
+    first = {c: task for task, classes in reversed(list(enumerate(scenario.classes))) for c in classes}
+    task = torch.tensor([first[label] for label in labels])
+    data = ImageData(torch.stack(read), y, task=task)
+    return Experience(experience.index, experience.task, experience.classes, lambda part: data)
+
+
+def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
+    """Let plugins join the network of a run that learned without them, before the first experience to come.
+
+    Their ``after_experience`` is called as if the last old experience had just ended. It has the images in
+    ``run.old_images``, or none.
+    """
+    run = engine.run
+    experience = run.experience
+    if run.config.run.old_images is not None:
+        experience = old_images(Path(run.config.run.old_images).expanduser(), run.scenario, experience)
+    for plugin in plugins:
+        for name, call in engine.callers["after_experience"]:
+            if name == plugin.name:
+                call(run=run, experience=experience)
+
 
 def finished(path: Path, config: Config) -> Base:
     """The run in `path`, with this configuration, to be extended. Raises `DataError` if it is not finished."""
     description, _, _ = read_model(path)
     described_in(path, description)
-    return Base(path, config, description["scenario"], read_results(path).data["plugins"])
+    temperature = description.get("temperature") or {}
+    return Base(path, config, description["scenario"], read_results(path).data["plugins"], temperature)
 
 
 def defaults(base: Base, scenario: str) -> dict[str, Any]:

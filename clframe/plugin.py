@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clframe.options import public_name, validated
 
@@ -49,6 +49,9 @@ class Plugin(metaclass=_Validated):
     - ``grows``: its state must grow with the experiences; that of a method that does not say so must not.
     - ``variants``: it is named ``name:VARIANT``, with one of these, and `of_variant` gives the class.
     - ``resumes``: a run with it can be saved and resumed.
+    - ``joins``: whether it can join a finished run that learned without it (`clframe.extend`): ``network``, it needs
+      the old network only; ``images``, images of old classes, too (``run.old_images``); empty, it cannot. Its
+      ``after_experience`` is then called once before training, with the last old experience, which has those images.
     - ``known_problems``: sentences on what is known to be broken in what it stands on; `clframe doctor` tells them.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
     - ``citation``: the paper.
@@ -71,6 +74,7 @@ class Plugin(metaclass=_Validated):
     observer: ClassVar[bool] = False
     variants: ClassVar[tuple[str, ...]] = ()
     resumes: ClassVar[bool] = True
+    joins: ClassVar[Literal["", "network", "images"]] = ""
     known_problems: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = ""
 

@@ -44,6 +44,7 @@ def results_of(engine: Engine) -> Results:
         "plugins": [plugin.name for plugin in methods],
         "forms": {plugin.name: plugin.form for plugin in methods if plugin.form},
         "seed": run.config.run.seed,
+        **({"extends": stream.known[-2]} if len(stream.known) > 1 else {}),  # experiences learned in runs before
         "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
         "accuracy": run.accuracy,
         "measures": {
@@ -84,26 +85,36 @@ def results_of(engine: Engine) -> Results:
             "model": dict(run.model.state_dict()),
             "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
         }
+        temperature, fitted = _temperatures(engine)
         description = {
             "format": FORMAT,
             "scenario": _described(stream, run),
             "scores": row.kind,
-            "temperature": _temperatures(engine),
+            "temperature": temperature,
+            "fitted": fitted,
         }
         for lost in engine.folder.finish(results, trained, description):
             run.emit("message", text=lost)
     return results
 
 
-def _temperatures(engine: Engine) -> dict[str, float]:
-    """For each reading the temperature that fits its logits on the validation images; empty without any."""
-    if not engine.stream.val_share:
-        return {}
+def _temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
+    """For each reading the temperature that fits its logits on the validation images, and to what it was fitted.
+
+    A run that extends another one holds no images of the classes before out. On new classes alone, which it learned
+    last, it is right and sure of itself more often than on all, so that what fits them may only lower the confidence:
+    the temperature is not below that of the run before, or 1 if that had none.
+    """
+    stream, carried = engine.stream, engine.carried or {}
+    nothing = {"images": 0, "classes": [], "floor": None}
+    if not stream.val_share:
+        return carried, dict.fromkeys(carried, nothing)
     row = engine.evaluated(keep_scores=True, part="val")
     if row.kind != "logits":
-        return {}
-    last = len(engine.stream) - 1
-    fitted: dict[str, float] = {}
+        return {}, {}
+    last = len(stream) - 1
+    temperatures: dict[str, float] = {}
+    about: dict[str, Any] = {}
     for reading, given in row.scores.items():
         rows = [
             _allowed(scores, engine.readings.choices(reading, last, on))
@@ -112,8 +123,15 @@ def _temperatures(engine: Engine) -> dict[str, float]:
         ]
         if rows:
             labels = [row.labels[on] for on, scores in enumerate(given) if scores is not None]
-            fitted[reading] = metrics.fitted_temperature(torch.cat(rows), torch.cat(labels))
-    return fitted
+            temperature = metrics.fitted_temperature(torch.cat(rows), torch.cat(labels))
+            present = sorted(set(torch.cat(labels).tolist()))
+            floor = None
+            if engine.carried is not None and not {c for group in stream.classes for c in group} <= set(present):
+                floor = carried.get(reading, 1.0)
+                temperature = max(temperature, floor)
+            temperatures[reading] = temperature
+            about[reading] = {"images": len(torch.cat(labels)), "classes": present, "floor": floor}
+    return temperatures, about
 
 
 def _allowed(scores: Tensor, classes: Sequence[int]) -> Tensor:

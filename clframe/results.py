@@ -52,6 +52,16 @@ class Results:
             for reading, measures in self.data["measures"].items()
         }
 
+    def notes(self) -> list[str]:
+        """Sentences on what the figures leave out."""
+        if not self.data.get("extends"):
+            return []
+        return [
+            "Classes learned before this extension were not measured, as a finished run keeps no images: how much of "
+            "them is forgotten is not known. To measure it, let `clframe predict` answer test images of old classes, "
+            "or run all experiences in one run."
+        ]
+
     def confusion_matrix(self, reading: str = "class") -> list[list[int]]:
         """Of all test images after the last experience: row = label, column = answer, in the order of the head.
 
@@ -98,8 +108,9 @@ class Results:
         return dict(zip(self.data["class_names"], found, strict=True))
 
     @classmethod
-    def read(cls, folder: Path) -> Results:
+    def read(cls, folder: str | Path) -> Results:
         """The results of the finished run in `folder`. Raises `DataError` if there are none."""
+        folder = Path(folder).expanduser()
         results = read_results(folder)
         if told := sums.missing(folder):
             warnings.warn(told, stacklevel=2)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clframe.export import Exported, Format
 
 BATCH = 256  # images at a time
+NAMED = 6  # classes at most that a sentence names
 Files = str | Path | Sequence[str | Path]
 Images = Tensor | NDArray[Any] | Sequence[Tensor] | Sequence[NDArray[Any]]
 
@@ -77,6 +78,9 @@ class Trained(nn.Module):
         scores: ``logits`` or ``distances``, of which there is no confidence.
         temperature: for each reading what its logits are divided by for the confidence; empty where the run held no
             images out to fit it (``train.val``).
+        fitted: for each reading what the temperature was fitted to: ``images``, their number; ``classes``, the labels
+            that they have; ``floor``, below which it was not put, as they are of some of the classes only. Empty for a
+            run of an earlier clframe.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Trained(nn.Module):
         scenario: Scenario,
         readings: Readings,
         temperature: Mapping[str, float] | None = None,
+        fitted: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.predictor = predictor.eval()
@@ -92,6 +97,7 @@ class Trained(nn.Module):
         self.scenario = scenario
         self.scores: str = getattr(predictor, "scores", "logits")
         self.temperature = dict(temperature or {})
+        self.fitted = dict(fitted or {})
         self._names = readings.names(predictor)
         # what may be answered within each task; in domains everything
         n_classes, domain = len(self.class_names), "domain" in self._names
@@ -133,6 +139,30 @@ class Trained(nn.Module):
         if self.scores == "distances":
             return None
         return (scores.double() / self.temperature.get(self.reading(task), 1.0)).softmax(1)
+
+    def about_confidence(self, task: Tensor | int | None = None) -> str:
+        """A sentence on what the confidences rest on, for questions with this task."""
+        reading = self.reading(task)
+        temperature, fitted = self.temperature.get(reading), self.fitted.get(reading)
+        if self.scores == "distances":
+            return "This model answers by distances, of which there is no confidence."
+        if temperature is None:
+            return "The confidence is the network's own: a run with `train.val` above 0 fits it to images held out."
+        if fitted is None:
+            return f"The confidence was fitted to images held out (temperature {temperature:.3g})."
+        of = f"The confidence (temperature {temperature:.3g})"
+        if not fitted["images"]:
+            return f"{of} is that of the run before the extension; no image of the classes learned since was held out."
+        count = f"{fitted['images']} image{'s'[: fitted['images'] != 1]}"
+        if fitted["floor"] is None:
+            return f"{of} was fitted to {count} held out."
+        names = [self.class_names[c] for c in fitted["classes"]]
+        told = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        return (
+            f"{of} rests on {count} held out of new classes only ({told}), and none of those that were learned before: "
+            f"the temperature was kept at {fitted['floor']:.3g} or more, and the confidence may still be too high for "
+            "old classes."
+        )
 
     def predict(
         self,

@@ -218,6 +218,20 @@ def extend(
             "--scenario", "-s", metavar="NAME", help="What to learn now.", autocompletion=_completed("scenario")
         ),
     ],
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            "-p",
+            metavar="NAME",
+            help="A method that joins the run's, such as lwf; repeatable.",
+            autocompletion=_completed("plugin"),
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Images of old classes, a folder of each, for a method that joins."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="One setting that is not to be the run's; repeatable."),
@@ -243,10 +257,15 @@ def extend(
         settings = extension_config(
             Path(folder).expanduser(),
             {"name": scenario, **_given(limit=limit)},
+            plugins={name: {} for name in plugin or ()},
             sets=set_ or (),
             train=_given(epochs=epochs, iterations=iterations, lr=lr),
             run=_given(
-                device=device, data_root=data_root, output=output, tensorboard=False if no_tensorboard else None
+                old_images=images,
+                device=device,
+                data_root=data_root,
+                output=output,
+                tensorboard=False if no_tensorboard else None,
             ),
         )
         with _in_a_folder(settings):
@@ -458,7 +477,8 @@ def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
         return error.code, str(error).splitlines()
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx else "clframe"
-        return 2, [f"{error.format_message().rstrip('.')}. See `{command} --help`."]
+        told = error.format_message().rstrip(".")
+        return 2, [f"{told}{'' if told.endswith('?') else '.'} See `{command} --help`."]
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, ["Interrupted."]
     if out_of_memory(error):

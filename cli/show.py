@@ -128,6 +128,8 @@ def results(finished: Results, as_json: bool) -> None:
         [[name.replace("_", " "), *(percent(of.get(name)) for of in measures.values())] for name in names],
         numbers=True,
     )
+    for sentence in finished.notes():
+        line(sentence)
     if folder:
         if not sys.stdout.isatty():
             line()

@@ -23,12 +23,7 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
     skipped: list[str] | None = [] if skip else None
     found = trained.predict(images, top=top, task=index, skipped=skipped)
     temperature = trained.temperature.get(trained.reading(index))
-    if trained.scores == "distances":
-        about = "This model answers by distances, of which there is no confidence."
-    elif temperature is None:
-        about = "The confidence is the network's own: a run with `train.val` above 0 fits it to images held out."
-    else:
-        about = f"The confidence was fitted to images held out (temperature {temperature:.3g})."
+    about = trained.about_confidence(index)
     if json:
         show.document(
             {

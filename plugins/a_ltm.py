@@ -30,6 +30,7 @@ class ALTM(Plugin):
 
     name = "a-ltm"
     state = ("stable",)
+    joins = "network"
     citation = "Furlanello, Zhao, Saxe, Itti, Tjan, Active long term memory networks, 2016"
 
     def __init__(

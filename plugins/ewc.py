@@ -44,6 +44,7 @@ class EWC(Plugin):
 
     name = "ewc"
     state = ("penalties", "mean")
+    joins = "images"
     citation = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
     def __init__(

@@ -33,6 +33,7 @@ class LFL(Plugin):
 
     name = "lfl"
     state = ("teacher", "frozen")
+    joins = "network"
     citation = "Jung, Ju, Jung, Kim, Less-forgetting learning in deep neural networks, 2016"
 
     def __init__(

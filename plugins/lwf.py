@@ -56,6 +56,7 @@ class LwF(Plugin):
 
     name = "lwf"
     state = ("teacher",)
+    joins = "network"
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 
     def __init__(

@@ -37,6 +37,7 @@ class MAS(Plugin):
 
     name = "mas"
     state = ("springs", "mean")
+    joins = "images"
     citation = "Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, Memory aware synapses, ECCV 2018"
 
     def __init__(

@@ -303,9 +303,9 @@ def test_what_cannot_follow_is_refused_in_a_sentence_each(first: Path, tiny: Any
         clframe.extend(first, scenario)
     with pytest.raises(WrongUse, match="`named` has two classes `class 1`"):
         clframe.extend(first, named(tiny, ["class 1", "class 1"]))
-    with pytest.raises(WrongUse, match="The plugin `lwf` is not one of the run"):
-        clframe.extend(first, tiny(), plugins=[{"lwf": {}}])
-    with pytest.raises(WrongUse, match=r"learnt with `ewc`, and what extends it with no method.*name the same"):
+    with pytest.raises(WrongUse, match="`si` cannot join it, as it needs"):
+        clframe.extend(first, tiny(), plugins=[{"si": {}}])
+    with pytest.raises(WrongUse, match=r"learned with `ewc`, and what extends it leaves `ewc` out.*name the same"):
         clframe.run(tiny(), "mlp-100", run={"extends": str(first)})
     with pytest.raises(WrongUse, match=r"The network of the run in .* is `mlp-100` with the options"):
         clframe.run(tiny(), "mlp", ["ewc"], run={"extends": str(first)})
@@ -421,3 +421,108 @@ def test_an_engineer_adds_classes_by_two_commands_and_predicts(
     capsys.readouterr()
     assert main(["predict", str(folder), "a.png"]) == 0
     assert capsys.readouterr().out.startswith("a.png\tfox\t")
+
+
+@pytest.mark.parametrize("name", ["a-ltm", "lfl", "lwf"])
+def test_a_method_that_needs_the_old_network_only_joins_a_run_without_it(name: str, tiny: Any, tmp_path: Path):
+    """In its first experience the method changes nothing, so that a run with it from the start ends alike."""
+    whole = tiny(shape=(1, 8, 8), setting="task")
+    clframe.run(whole, "cnn-small", [name], train=TRAIN, run={"output": str(tmp_path / "whole")})
+    clframe.run(part(whole, 0, 1), "cnn-small", train=TRAIN, run={"output": str(tmp_path / "first")})
+    clframe.extend(tmp_path / "first", part(whole, 1, 3), plugins=name, run={"output": str(tmp_path / "extended")})
+    assert same(tmp_path / "whole", tmp_path / "extended")
+
+
+def written(folder: Path, data: ImageData, names: Sequence[str]) -> None:
+    """The images of `data` as files, a folder for each class."""
+    for i, (x, y) in enumerate(zip(data.x, data.y.tolist(), strict=True)):
+        (folder / names[y]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(folder / names[y] / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ewc", {"labels": "empirical", "samples": None}), ("mas", {"samples": None})]
+)
+def test_a_method_that_needs_old_images_joins_with_a_folder_of_them(
+    name: str, options: dict[str, Any], tiny: Any, tmp_path: Path
+):
+    """With the very images that were learned, its springs are those of a run with it from the start."""
+    whole = tiny(shape=(1, 8, 8))
+    run = {"tensorboard": False}
+    plugins = [{name: options}]
+    clframe.run(part(whole, 0, 1), "mlp-100", plugins, train=TRAIN, run=run | {"output": str(tmp_path / "with")})
+    clframe.run(part(whole, 0, 1), "mlp-100", train=TRAIN, run=run | {"output": str(tmp_path / "without")})
+    written(tmp_path / "old", whole[0].train, whole.class_names)
+    kept = {}
+    for first in ("with", "without"):
+        settings = run | {"output": str(tmp_path / f"after-{first}")}
+        if first == "without":
+            with pytest.raises(WrongUse, match=f"`{name}` can join the run in .* with images"):
+                clframe.extend(tmp_path / first, part(whole, 1, 2), plugins=plugins, run=settings)
+            settings["old_images"] = str(tmp_path / "old")
+        clframe.extend(tmp_path / first, part(whole, 1, 2), plugins=plugins, run=settings, train={"epochs": 1})
+        _, tensors = checkpoint.load(tmp_path / f"after-{first}" / "checkpoints", print)
+        kept[first] = {key: value for key, value in tensors.items() if f"/plugins/{name}/" in key}
+    assert kept["with"].keys() == kept["without"].keys()
+    assert any("precision" in key for key in kept["with"])
+    for key, value in kept["with"].items():
+        torch.testing.assert_close(value, kept["without"][key], rtol=1e-3, atol=1e-6)
+
+
+def test_a_folder_of_old_images_has_folders_named_like_learned_classes(tiny: Any, tmp_path: Path):
+    whole = tiny(shape=(1, 8, 8))
+    clframe.run(part(whole, 0, 1), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first")})
+    (tmp_path / "old" / "class 7").mkdir(parents=True)
+    coming, run = part(whole, 1, 2), {"old_images": str(tmp_path / "old")}
+    with pytest.raises(WrongUse, match="a folder class 7, and no class of that name was learned"):
+        clframe.extend(tmp_path / "first", coming, plugins="mas", run=run)
+    with pytest.raises(DataError, match="which is no folder"):
+        clframe.extend(tmp_path / "first", coming, plugins="mas", run={"old_images": str(tmp_path / "none")})
+    with pytest.raises(WrongUse, match="there is none: leave it out"):
+        clframe.extend(tmp_path / "first", coming, plugins="lwf", run=run)
+
+
+def test_new_classes_alone_do_not_sharpen_the_confidence(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What fits the new classes' images may raise the temperature of the run before, and not lower it."""
+    whole, fitted = tiny(shape=(1, 8, 8)), iter([2.0, 2.0, 0.5, 3.0, 0.25, 0.25])
+    monkeypatch.setattr(clframe.metrics, "fitted_temperature", lambda scores, labels: next(fitted))
+    train = TRAIN | {"val": 0.25}
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    clframe.run(part(whole, 0, 1), "mlp-100", train=train, run={"output": first})
+    before = clframe.load(first)
+    assert before.temperature == {"class": 2, "task": 2}
+    assert before.about_confidence() == "The confidence (temperature 2) was fitted to 6 images held out."
+    clframe.extend(first, part(whole, 1, 2), run={"output": second})
+    after = clframe.load(second)
+    assert after.temperature == {"class": 2, "task": 3}
+    assert after.fitted["class"] == {"images": 6, "classes": [2, 3], "floor": 2}
+    assert "held out of new classes only (class 2, class 3)" in after.about_confidence()
+    clframe.extend(second, part(whole, 0, 2), run={"output": str(tmp_path / "third")})  # all classes come back
+    again = clframe.load(tmp_path / "third")
+    assert again.temperature == {"class": 0.25, "task": 0.25}
+    assert again.fitted["class"]["floor"] is None
+
+
+def test_an_extension_without_a_fitted_run_before_is_never_sharper_than_the_network(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = tiny(shape=(1, 8, 8))
+    monkeypatch.setattr(clframe.metrics, "fitted_temperature", lambda scores, labels: 0.24)
+    clframe.run(part(whole, 0, 1), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first")})
+    results = clframe.extend(
+        tmp_path / "first", part(whole, 1, 2), train={"val": 0.25}, run={"output": str(tmp_path / "second")}
+    )
+    assert clframe.load(tmp_path / "second").temperature == {"class": 1, "task": 1}
+    assert results.data["extends"] == 1
+    assert "were not measured" in results.notes()[0]
+
+
+def test_results_are_read_from_a_text(tiny: Any, tmp_path: Path):
+    results = clframe.run(tiny(), "mlp-100", "ewc", train=TRAIN | {"epochs": 1}, run={"output": str(tmp_path / "r")})
+    assert clframe.Results.read(str(tmp_path / "r")).accuracy == results.accuracy
+    assert results.data["plugins"] == ["ewc"]
+
+
+def test_a_question_is_followed_by_no_stop(capsys: pytest.CaptureFixture[str]):
+    assert main(["rn"]) == 2
+    assert capsys.readouterr().err == "clframe: No such command 'rn'. Did you mean 'run'? See `clframe --help`.\n"
