@@ -267,6 +267,16 @@ class _Scenario(BaseModel):
         return self
 
 
+class _Fitted(BaseModel):
+    """To what a temperature was fitted."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    images: Index
+    classes: list[Index]
+    floor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+
+
 class _Described(BaseModel):
     """What model.json says beside the state."""
 
@@ -275,6 +285,14 @@ class _Described(BaseModel):
     scenario: _Scenario
     scores: Literal["logits", "distances"] = "logits"
     temperature: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    fitted: dict[str, _Fitted] = {}
+
+    @model_validator(mode="after")
+    def _names_classes(self) -> Self:
+        named = [c for fitted in self.fitted.values() for c in fitted.classes]
+        if max(named, default=0) >= len(self.scenario.class_names):
+            raise ValueError("the confidence was fitted to a class without a name")
+        return self
 
 
 def _no_images() -> Any:
