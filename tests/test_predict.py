@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def test_the_command_prints_a_line_for_each_image_and_json(
     assert main(["predict", str(folder), str(tmp_path / "in")]) == 0
     out, err = capsys.readouterr()
     assert [line.split("\t")[:2] for line in out.splitlines()] == [[images[0], "class 4"], [images[1], "class 5"]]
-    assert "The confidence was fitted to images held out" in err
+    assert re.search(r"The confidence \(temperature [\d.]+\) was fitted to 18 images held out\.", err)
     assert main(["predict", str(folder), *images, "--json", "--top", "2", "--task", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [len(p["classes"]) for p in found["predictions"]] == [2, 2]
