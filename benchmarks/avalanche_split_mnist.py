@@ -52,7 +52,7 @@ PLUGINS: dict[str, dict[str, Any]] = {  # with what Avalanche's classes of these
     "ewc": {"lambda": LAMBDA, "labels": "empirical", "samples": None},
     "er": {"size": 500, "memory": "balanced"},
     "icarl": {"size": 2000},
-    "generative-replay": {"hidden": [400], "z": 2},
+    "generative-replay": {"hidden": [400], "z": 2, "iterations": 95},  # an epoch, as the solver
 }
 
 Figures = dict[str, Any]

@@ -37,7 +37,7 @@ METHODS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "a-ltm": [{"a-ltm": {}}],
     "er": [{"er": {"size": 500}}],
     "der": [{"der": {"size": 500}}],
-    "generative-replay": [{"generative-replay": {}}],
+    "generative-replay": [{"generative-replay": {"iterations": 12}}],
 }
 # median of eight experiences; the first has no penalty yet, and torch starts up in it
 EARLY, LATE = slice(2, 10), slice(EXPERIENCES - 8, EXPERIENCES)

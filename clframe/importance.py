@@ -124,6 +124,7 @@ class Quadratic(nn.Module):
         self.anchor: dict[str, Tensor] = {}
         self.precision: dict[str, Tensor] = {}
         self.constant = 0.0
+        self._largest: dict[str, float] | None = None
 
     @torch.no_grad()
     def add(self, precision: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
@@ -132,6 +133,7 @@ class Quadratic(nn.Module):
         The new anchor is the mean of the old ones, weighted by their precisions: A' = A + F, m' = m + F/A' (t - m), and
         the constant grows by 1/2 sum A F/A' (t - m)^2. No step subtracts what it has added before, so nothing cancels.
         """
+        self._largest = None
         for name, added in precision.items():
             self._join(added.device)
             if name not in self.precision:
@@ -153,18 +155,26 @@ class Quadratic(nn.Module):
         self.anchor, self.precision, self.constant = {}, {}, 0.0
         self.add(precision, anchor)
 
-    def forward(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The value at `parameters`, by name, with a gradient; names that it does not hold play no part."""
+    def forward(self, parameters: Mapping[str, Tensor], limits: Mapping[str, float] | None = None) -> Tensor:
+        """The value at `parameters`, by name, with a gradient; names that it does not hold play no part.
+
+        Precisions of a parameter named in `limits` count as at most that number.
+        """
         if not self.anchor:
             return torch.zeros(())
         theta = [parameters[name] for name in self.anchor]
         self._join(theta[0].device)
-        value: Tensor = _HalfSquares.apply(len(theta), *theta, *self.anchor.values(), *self.precision.values())
+        precision = self.precision
+        if limits:
+            precision = {n: a.clamp(max=limits[n]) if n in limits else a for n, a in precision.items()}
+        value: Tensor = _HalfSquares.apply(len(theta), *theta, *self.anchor.values(), *precision.values())
         return value + self.constant
 
     def largest(self) -> dict[str, float]:
-        """The largest of A within each parameter."""
-        return {name: float(a.max()) for name, a in self.precision.items() if a.numel()}
+        """Return the largest A of each parameter; computed once, until the penalty changes."""
+        if self._largest is None:
+            self._largest = {name: float(a.max()) for name, a in self.precision.items() if a.numel()}
+        return self._largest
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict holds."""
@@ -174,6 +184,7 @@ class Quadratic(nn.Module):
         """Take over what `get_extra_state` gave."""
         self.anchor, self.precision = dict(state["anchor"]), dict(state["precision"])
         self.constant = state["constant"]
+        self._largest = None
 
     def _join(self, device: torch.device) -> None:
         """Be on `device`: what a checkpoint gave back is on the CPU."""
@@ -242,32 +253,29 @@ class ImportanceMean(nn.Module):
         self.rows, self.partial = state["rows"], dict(state["partial"])
 
 
-def too_stiff(run: Run, option: str, strength: float, penalty: Quadratic) -> list[str]:
-    """A sentence if plain SGD cannot follow ``strength/2 sum A (theta - m)^2``, else nothing.
+def weighted_penalty(run: Run, strength: float, penalty: Quadratic) -> Tensor:
+    """Return ``strength * penalty`` at the weights of `run`, with no curvature that SGD would overshoot.
 
-    A step of gradient descent on a quadratic of curvature c overshoots further each time unless lr * c < 2, with
-    momentum m unless lr * c < 2 (1 + m), with Nesterov's unless lr * c < 2 (1 + m) / (1 + 2 m). Adam rescales gradients
-    and knows no such bound.
+    Gradient descent on a quadratic of curvature c diverges unless lr * c < 2, with momentum m unless
+    lr * c < 2 (1 + m), with Nesterov's unless lr * c < 2 (1 + m) / (1 + 2 m). At half of that bound the slowest mode
+    shrinks fastest, so under SGD each ``strength * A_i`` counts as at most half of the bound over the learning rate of
+    its parameter. Adam rescales gradients and has no such bound: there the penalty is the papers'.
 
     Args:
-        run: the run, for its learning rate.
-        option: the name of the option that weakens the penalty, such as ``ewc.lambda``.
-        strength: what the penalty is multiplied by.
-        penalty: the springs.
+        run: the run, for its weights and its learning rate.
+        strength: the factor of the penalty.
+        penalty: the quadratic.
     """
     settings, m = run.settings, run.settings.momentum
-    springs = [(settings.lr_of(name), strength * a) for name, a in penalty.largest().items()]
-    lr, curvature = max(springs, key=lambda spring: spring[0] * spring[1], default=(settings.lr, 0.0))
-    bound = 2 * (1 + m) / (1 + 2 * m * settings.nesterov)
-    # springs that are not finite have no bound to be told of: the loss term itself is reported then
-    if settings.optimizer != "sgd" or not bound <= lr * curvature < math.inf:
-        return []
-    rate = "train.lr" if lr == settings.lr else "train.head_lr"
-    return [
-        f"`{option}` is too strong for SGD here: `{rate}` {lr:g} times the stiffest spring, {curvature:.3g}, is "
-        f"{lr * curvature:.3g}, and must stay below {bound:g}; divide one of them by "
-        f"{math.floor(lr * curvature / bound) + 1} or more, or use Adam."
-    ]
+    limits = {}
+    if settings.optimizer == "sgd" and strength > 0:
+        bound = 2 * (1 + m) / (1 + 2 * m * settings.nesterov)
+        for name, largest in penalty.largest().items():
+            lr = settings.lr_of(name) if run.phase.lr is None else run.phase.lr
+            most = bound / 2 / lr / strength
+            if most < largest < math.inf:  # a precision that is not finite is reported as the loss term
+                limits[name] = most
+    return strength * penalty(dict(run.model.named_parameters()), limits)
 
 
 class _HalfSquares(torch.autograd.Function):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from clframe.errors import WrongUse
 from clframe.hooks import hookimpl
-from clframe.importance import ImportanceMean, Labels, Quadratic, label_cotangents, too_stiff
+from clframe.importance import ImportanceMean, Labels, Quadratic, label_cotangents, weighted_penalty
 from clframe.options import Count, NonNegative, Share
 from clframe.per_sample import GradientSums
 from clframe.plugin import Plugin
@@ -30,7 +29,8 @@ class EWC(Plugin):
     - online (Huszar, PNAS 2018, with one anchor, the latest; Schwarz et al., ICML 2018, eq. 9, with gamma):
       F~_t = gamma F~_{t-1} + F_t, L = loss + lambda/2 gamma F~_{t-1} (theta - theta*_{t-1})^2.
 
-    The papers mean the expectation over the model's own labels. With SGD, lr * lambda * max F must stay below 2.
+    The papers mean the expectation over the model's own labels. Under SGD, entries of lambda F that a step would
+    overshoot count as less (`clframe.importance.weighted_penalty`); Adam takes all of them as they are.
 
     Options:
         lambda: strength of the penalty.
@@ -73,16 +73,12 @@ class EWC(Plugin):
         """What the sum of the springs is multiplied by."""
         return self.lambda_ * (self.gamma if self.form == "online" else 1.0)
 
-    def hints(self, run: Run) -> Iterable[str]:
-        """Springs can be too stiff."""
-        return too_stiff(run, "ewc.lambda", self.strength, self.penalties)
-
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
         """The springs; none in the first experience."""
         if not self.penalties.anchor:
             return None
-        return {self.name: self.strength * self.penalties(dict(run.model.named_parameters()))}
+        return {self.name: weighted_penalty(run, self.strength, self.penalties)}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:

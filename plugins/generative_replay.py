@@ -18,6 +18,7 @@ from clframe.options import Count, Positive
 
 SHOWN = 64  # images, after each experience
 CHECKED = 500  # images, for the agreement of known labels with the solver's
+LEAST_ITERATIONS = 1500  # of the generator: on the digits, fewer leave replay worse than none
 
 
 class GenerativeReplay(Plugin):
@@ -47,7 +48,8 @@ class GenerativeReplay(Plugin):
             that take part in the loss, of which the new ones have a share of 0. Van de Ven and Tolias multiply it by
             T^2, which is left out here.
         temperature: T of soft labels.
-        iterations: of the generator, after each experience; null: as many as the solver took steps in it.
+        iterations: of the generator, after each experience; null: as many as the solver took steps in it, and 1500 at
+            least: a generator that has not learnt its images makes replay worse than none.
         lr: of the generator's Adam; null: 1e-3 for `vae`, 1e-4 for `wgan`. Its state is kept between experiences if
             `train.keep_optimizer`.
         critic_steps: of `wgan`, in each iteration.
@@ -148,7 +150,7 @@ class GenerativeReplay(Plugin):
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Train the generator, copy the solver, and tell how good they are."""
         data, share = experience.train.to(run.device), 1 / (experience.index + 1)
-        iterations = self.iterations or run.total_steps - self.begun
+        iterations = self.iterations or max(LEAST_ITERATIONS, run.total_steps - self.begun)
         values = self.generator.rehearse(run, self.name, data, share, iterations, fresh=self.fresh)
         self.solver = snapshot(run.model)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from clframe import Batch, Experience, ImageData, Plugin, hookimpl
 from clframe.arrays import read_images
 from clframe.context import Run
-from clframe.importance import ImportanceMean, Quadratic, norm_cotangents, too_stiff
+from clframe.importance import ImportanceMean, Quadratic, norm_cotangents, weighted_penalty
 from clframe.options import Count, NonNegative
 from clframe.per_sample import GradientSums
 
@@ -22,7 +22,8 @@ class MAS(Plugin):
 
     After an experience Omega += mean over its images of |d ||z||_2^2 / d theta|, with z the logits that take part in
     the loss, of each image by itself, in eval mode; L = loss + lambda sum Omega (theta - theta*)^2, with theta* the
-    weights after the latest experience. There is no factor 1/2, and importance is added up, not averaged.
+    weights after the latest experience. There is no factor 1/2, and importance is added up, not averaged. Under SGD,
+    entries that a step would overshoot count as less (`clframe.importance.weighted_penalty`).
 
     Options:
         lambda: strength of the penalty.
@@ -60,16 +61,12 @@ class MAS(Plugin):
             if shape != run.scenario.input_shape:
                 yield f"The images in `mas.images`, {self.images}, are {shape}, not {run.scenario.input_shape}."
 
-    def hints(self, run: Run) -> Iterable[str]:
-        """Springs can be too stiff."""
-        return too_stiff(run, "mas.lambda", 2 * self.lambda_, self.springs)
-
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
         """The springs; none in the first experience."""
         if not self.springs.anchor:
             return None
-        return {self.name: 2 * self.lambda_ * self.springs(dict(run.model.named_parameters()))}
+        return {self.name: weighted_penalty(run, 2 * self.lambda_, self.springs)}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
-from clframe.importance import Quadratic, path_importance, path_step, too_stiff
+from clframe.importance import Quadratic, path_importance, path_step, weighted_penalty
 from clframe.options import NonNegative, Positive
 
 
@@ -19,7 +17,8 @@ class SI(Plugin):
     During training omega += -g (theta_after - theta_before), with g the gradient of the experience's own loss, without
     any penalty and before clipping, and the step as the optimizer made it. After an experience
     Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi)), and L = loss + c sum Omega (theta - theta*)^2, with
-    theta* the weights after the latest experience. There is no factor 1/2.
+    theta* the weights after the latest experience. There is no factor 1/2. Under SGD, entries that a step would
+    overshoot count as less (`clframe.importance.weighted_penalty`).
 
     Options:
         c: strength of the penalty.
@@ -39,10 +38,6 @@ class SI(Plugin):
         self.start: dict[str, Tensor] = {}
         self.before: list[Tensor] = []
 
-    def hints(self, run: Run) -> Iterable[str]:
-        """Springs can be too stiff."""
-        return too_stiff(run, "si.c", 2 * self.c, self.springs)
-
     @hookimpl
     def before_experience(self, run: Run) -> None:
         """A path begins at the weights as they are."""
@@ -58,7 +53,7 @@ class SI(Plugin):
         """The springs; none in the first experience."""
         if not self.springs.anchor:
             return None
-        return {self.name: 2 * self.c * self.springs(dict(run.model.named_parameters()))}
+        return {self.name: weighted_penalty(run, 2 * self.c, self.springs)}
 
     @hookimpl
     def after_backward(self, run: Run) -> None:

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # where defaults take long
     "always-be-dreaming": {"iterations": 5, "batch_size": 8, "noise": 10, "width": 8},
     "channel-gating": {"classifier_iterations": 5, "size": 12},
     "deep-inversion": {"per_class": 4, "iterations": 5},
+    "generative-replay": {"iterations": 5},
 }
 TRAIN = {"epochs": 1, "batch_size": 12, "optimizer": "sgd", "lr": 0.05}
 # terms that a pair lacks, and why: the features that they hold cannot move, nor can the convolution that is looked at

@@ -19,7 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "deep-inversion": {"per_class": 4, "iterations": 10},
     "der": {"size": 10},
     "er": {"size": 10},
-    "generative-replay": {"hidden": [16], "z": 4},
+    "generative-replay": {"hidden": [16], "z": 4, "iterations": 6},
     "icarl": {"size": 24},
 }
 MODELS: dict[str, str] = {"finetune-fc": "mlp-100"}  # of those that `cnn-small` does not suit

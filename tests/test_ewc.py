@@ -14,7 +14,7 @@ import clframe
 from clframe import Plugin, checkpoint, importance
 from clframe.context import Run
 from clframe.data import Experience
-from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import hookimpl
 from clframe.importance import label_cotangents
 from clframe.per_sample import GradientSums, zeros_for
@@ -239,25 +239,24 @@ def test_fisher_information_is_that_of_single_images(model: str, setting: str, l
 
 
 @pytest.mark.parametrize("form", ["offline", "online"])
-def test_springs_too_stiff_for_sgd_are_told_of(form: str) -> None:
-    """With the numbers, when the experience begins and when the loss diverges."""
+def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(form: str) -> None:
+    """Without clipping: the weights that mattered stay where they were, and nothing diverges or is warned of."""
     told: list[str] = []
-    fading = 0.5 if form == "online" else 1.0
     ewc = EWC(lambda_=1e6, form=form, gamma=0.5 if form == "online" else None)
-    with pytest.raises(RunFailed, match="became infinite or not a number in experience 2 of 2") as failed:
-        clframe.run(
-            {"name": "permuted-digits", "experiences": 2, "limit": 12},
-            model={"name": "mlp", "hidden": [16]},
-            plugins=[ewc],
-            train=QUICK | {"clip": 0.0, "epochs": 20},
-            run={"output": None, "tensorboard": False},
-            listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
-        )
-    curvature = 1e6 * fading * max(f.max().item() for f in ewc.penalties.precision.values())
-    assert len(told) == 1
-    assert "`ewc.lambda` is too strong for SGD here: `train.lr` 0.05 times the stiffest spring" in told[0]
-    assert f"spring, {curvature:.3g}, is {0.05 * curvature:.3g}, and must stay below 2;" in told[0]
-    assert told[0] in str(failed.value)
+    results = clframe.run(
+        {"name": "permuted-digits", "experiences": 2, "limit": 12},
+        model={"name": "mlp", "hidden": [16]},
+        plugins=[ewc],
+        train=QUICK | {"clip": 0.0, "epochs": 20},
+        run={"output": None, "tensorboard": False},
+        listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
+    )
+    assert 0.05 * 1e6 * max(f.max().item() for f in ewc.penalties.precision.values()) > 100  # far above the bound of 2
+    assert told == []
+    learnt, kept = results.accuracy["domain"][0][0], results.accuracy["domain"][1][0]
+    assert learnt is not None
+    assert kept is not None
+    assert kept > learnt - 0.05
 
 
 def test_nothing_is_left_on_the_model_and_running_statistics_stay() -> None:

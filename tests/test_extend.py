@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ewc": {},
     "feature-extraction": {},
     "finetune-fc": {},
-    "generative-replay": {"hidden": [16], "z": 4},
+    "generative-replay": {"hidden": [16], "z": 4, "iterations": 6},
     "hat": {},
     "icarl": {"size": 24, "outputs": "seen"},
     "lfl": {},

@@ -19,10 +19,17 @@ from clframe.context import Run
 from clframe.engine import Engine
 from clframe.errors import Interrupted, RunFailed, WrongUse
 from clframe.generators import GenerativeModel, Mixture, Rehearsal
+from clframe.plugins import generative_replay
 from clframe.plugins.generative_replay import GenerativeReplay
 
 QUICK = {"epochs": 2, "batch_size": 7, "optimizer": "sgd", "lr": 0.05}
 SMALL = {"hidden": [12], "z": 3}
+
+
+@pytest.fixture(autouse=True)
+def few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the default number of iterations be the solver's steps, however few."""
+    monkeypatch.setattr(generative_replay, "LEAST_ITERATIONS", 1)
 
 
 def learn(scenario: Any, *plugins: Plugin, model: Any = "mlp-100", run: Any = None, **train: Any) -> clframe.Results:
@@ -521,6 +528,15 @@ def test_it_takes_as_many_steps_as_asked_for(options: Any, train: Any, steps: in
     learn(tiny(), recorder, replay, **train)
     assert [len(drawn) for drawn in recorder.steps] == [steps] * 3
     assert recorder.updates == updates
+
+
+def test_the_default_is_no_less_than_the_least_number_of_iterations(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generative_replay, "LEAST_ITERATIONS", 7)
+    for iterations, steps in ((5, 7), (9, 9)):
+        replay = GenerativeReplay(**SMALL)
+        recorder = Recorder(replay=replay)
+        learn(tiny(), recorder, replay, epochs=None, iterations=iterations)
+        assert recorder.updates == [steps] * 3
 
 
 def test_a_fresh_generator_begins_anew_and_another_goes_on(tiny) -> None:

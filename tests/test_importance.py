@@ -24,10 +24,11 @@ from clframe.importance import (
     norm_cotangents,
     path_importance,
     path_step,
-    too_stiff,
+    weighted_penalty,
 )
 from clframe.model import IncrementalNet
 from clframe.per_sample import GradientSums, Reduce, zeros_for
+from clframe.training import Phase
 
 CLASSES = 4
 IMAGE = (3, 9, 9)
@@ -805,70 +806,95 @@ def test_largest_precision() -> None:
 ANCHOR = {"a": torch.zeros(2), "b": torch.zeros(1), "none": torch.empty(0)}
 
 
+def under(theta: nn.Parameter, **settings: Any) -> Any:
+    """A run of one parameter `w`, with these settings."""
+    model = SimpleNamespace(named_parameters=lambda: [("w", theta)])
+    return SimpleNamespace(settings=TrainSettings(**settings), phase=Phase("train"), model=model)
+
+
+def one_spring(precision: float) -> Quadratic:
+    quadratic = Quadratic()
+    quadratic.add({"w": torch.tensor([precision, 0.01]).double()}, {"w": torch.zeros(2).double()})
+    return quadratic
+
+
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.9, False), (0.5, True), (0.9, True)])
-def test_bound_of_stiffness_is_where_sgd_diverges(momentum: float, nesterov: bool) -> None:
-    """A hundredth below the bound the spring's weight comes to rest and nothing is said; above it, both change."""
-    spring, strength = 8.0, 3.0
+@pytest.mark.parametrize("times", [1.01, 50.0, 1e9])
+def test_sgd_comes_to_rest_on_a_penalty_that_it_would_overshoot(momentum: float, nesterov: bool, times: float) -> None:
+    """Without the limit the same steps diverge, as the curvature is above the bound of stability."""
+    strength, lr = 3.0, 0.1
     bound = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-    for share, diverges in ((0.99, False), (1.01, True)):
-        lr = share * bound / (strength * spring)
-        settings = TrainSettings(optimizer="sgd", lr=lr, momentum=momentum, nesterov=nesterov)
-        quadratic, theta = Quadratic(), nn.Parameter(torch.ones(1, dtype=torch.float64))
-        quadratic.add({"w": torch.tensor([spring], dtype=torch.float64)}, {"w": torch.zeros(1, dtype=torch.float64)})
-        told = too_stiff(SimpleNamespace(settings=settings), "my.option", strength, quadratic)  # type: ignore[arg-type]
-        optimizer = torch.optim.SGD([theta], lr=lr, momentum=momentum, nesterov=nesterov)
+    quadratic = one_spring(times * bound / (strength * lr))
+    sgd: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+    away = {}
+    for limited in (True, False):
+        theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer = torch.optim.SGD([theta], **sgd)
+        run = under(theta, optimizer="sgd", **sgd)
         for _ in range(1500):
-            theta.grad = strength * spring * theta.detach()  # of strength times the quadratic
+            optimizer.zero_grad()
+            value = weighted_penalty(run, strength, quadratic) if limited else strength * quadratic({"w": theta})
+            value.backward()
             optimizer.step()
-        assert (theta.abs().item() > 1e2) == diverges
-        assert (theta.abs().item() < 1e-1) != diverges
-        assert bool(told) == diverges
+            if not theta.isfinite().all() or theta.abs().max() > 1e100:
+                break
+        away[limited] = theta[0].abs().nan_to_num(1e100).item()
+    assert away[True] < 1e-6
+    assert away[False] > 1e2
 
 
-def told_of(precision: float, **settings: Any) -> list[str]:
-    quadratic = Quadratic()
-    quadratic.add({"w": torch.tensor([precision, 0.5])}, {"w": torch.zeros(2)})
-    run: Any = SimpleNamespace(settings=TrainSettings(**{"optimizer": "sgd", "lr": 0.1} | settings))
-    return too_stiff(run, "my.option", 2.0, quadratic)
+def gradient(precision: float, strength: float = 2.0, phase: Phase | None = None, **settings: Any) -> list[float]:
+    theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    run = under(theta, **{"optimizer": "sgd", "lr": 0.1} | settings)
+    run.phase = phase or run.phase
+    weighted_penalty(run, strength, one_spring(precision)).backward()
+    assert theta.grad is not None
+    return theta.grad.tolist()
 
 
-def test_sentence_on_stiffness_has_the_numbers() -> None:
-    """What it tells to divide by is enough: one more where the quotient is whole."""
-    assert told_of(60.0) == [
-        "`my.option` is too strong for SGD here: `train.lr` 0.1 times the stiffest spring, 120, is 12, and must stay "
-        "below 2; divide one of them by 7 or more, or use Adam."
-    ]
-    assert "below 3.8; divide one of them by 4 or more" in told_of(60.0, momentum=0.9)[0]
-    assert "below 1.35714; divide one of them by 9 or more" in told_of(60.0, momentum=0.9, nesterov=True)[0]
-    assert told_of(9.9) == []
-
-
-def test_springs_of_the_head_are_told_of_at_its_own_learning_rate() -> None:
-    quadratic = Quadratic()
-    a = {"backbone.w": torch.tensor([6.0]), "head.0.weight": torch.tensor([5.0])}
-    quadratic.add(a, {name: torch.zeros(1) for name in a})
-    sentences = [
-        too_stiff(
-            SimpleNamespace(settings=TrainSettings(optimizer="sgd", lr=0.1, head_lr=head_lr)),  # type: ignore[arg-type]
-            "my.option",
-            2.0,
-            quadratic,
-        )
-        for head_lr in (None, 0.05, 0.5)
-    ]
-    assert sentences[:2] == [[], []]
-    assert "`train.head_lr` 0.5 times the stiffest spring, 10, is 5, and must stay below 2" in sentences[2][0]
+def test_a_limited_curvature_is_half_of_the_bound_over_the_learning_rate() -> None:
+    """Of each entry by itself: the other one, 2 * 0.01, is as it was."""
+    assert gradient(4.9) == pytest.approx([9.8, 0.02])  # below 1 / 0.1
+    assert gradient(60.0) == pytest.approx([10.0, 0.02])
+    assert gradient(60.0, momentum=0.9) == pytest.approx([19.0, 0.02])
+    assert gradient(60.0, momentum=0.9, nesterov=True) == pytest.approx([19.0 / 2.8, 0.02])
+    assert gradient(60.0, lr=0.001) == pytest.approx([120.0, 0.02])
+    assert gradient(60.0, phase=Phase("tuning", lr=0.5)) == pytest.approx([2.0, 0.02])
+    assert gradient(60.0, head_lr=0.5) == pytest.approx([10.0, 0.02])
+    assert gradient(60.0, strength=0.0) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_adam_knows_no_stiffness(optimizer: str) -> None:
-    assert told_of(1e9, optimizer=optimizer) == []
+def test_adam_has_no_limit_of_curvature(optimizer: str) -> None:
+    assert gradient(1e9, optimizer=optimizer) == pytest.approx([2e9, 0.02])
+
+
+def test_the_head_is_limited_by_its_own_learning_rate() -> None:
+    theta = {name: nn.Parameter(torch.ones(1)) for name in ("backbone.w", "head.0.weight")}
+    quadratic = Quadratic()
+    quadratic.add({name: torch.tensor([50.0]) for name in theta}, {name: torch.zeros(1) for name in theta})
+    run: Any = SimpleNamespace(
+        settings=TrainSettings(optimizer="sgd", lr=0.1, head_lr=0.5),
+        phase=Phase("train"),
+        model=SimpleNamespace(named_parameters=theta.items),
+    )
+    weighted_penalty(run, 2.0, quadratic).backward()
+    assert [p.grad.item() for p in theta.values() if p.grad is not None] == pytest.approx([10.0, 2.0])
 
 
 @pytest.mark.parametrize("precision", [math.inf, math.nan])
-def test_springs_that_are_not_finite_are_no_matter_of_stiffness(precision: float) -> None:
-    """They are told of as a loss term that is not finite; the hint must not raise an error of its own."""
-    assert told_of(precision) == []
+def test_a_precision_that_is_not_finite_stays_so(precision: float) -> None:
+    """The run then stops with the sentence that names the loss term."""
+    assert not math.isfinite(gradient(precision)[0])
+
+
+def test_largest_precisions_follow_a_change() -> None:
+    quadratic = one_spring(3.0)
+    assert quadratic.largest() == {"w": 3.0}
+    quadratic.add({"w": torch.tensor([4.0, 0.0]).double()}, {"w": torch.zeros(2).double()})
+    assert quadratic.largest() == {"w": 7.0}
+    quadratic.load_state_dict(one_spring(5.0).state_dict())
+    assert quadratic.largest() == {"w": 5.0}
 
 
 class Folded(nn.Module):

@@ -17,8 +17,7 @@ import clframe
 from clframe import Arrays, Plugin, Scenario, checkpoint, hookimpl, importance, split_classes
 from clframe.context import Run
 from clframe.data import Batch, Experience
-from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
-from clframe.plugins.ewc import EWC
+from clframe.errors import DataError, Interrupted, WrongUse
 from clframe.plugins.mas import MAS
 
 Weights = dict[str, Tensor]
@@ -581,36 +580,18 @@ def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
     assert not any("mas/mean/partial" in name for name in whole)
 
 
-# ------------------------------------------------------------------------ hints and refusals
-
-
-def listening(told: list[str]) -> list[Any]:
-    return [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
+# ------------------------------------------------------------------- large penalties and refusals
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_springs_too_stiff_for_sgd_are_told_of(momentum: float, tiny: Callable[..., Scenario]) -> None:
-    """With the numbers, when the experience begins and when the loss diverges; weaker springs and Adam are not."""
+def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(momentum: float, tiny: Callable[..., Scenario]) -> None:
     told: list[str] = []
     mas = MAS(lambda_=1e5)
-    with pytest.raises(RunFailed, match="became infinite or not a number in experience 2 of 2") as failed:
-        run(tiny(2), mas, listeners=listening(told), epochs=10, momentum=momentum)
-    curvature = 2e5 * max(p.max().item() for p in mas.springs.precision.values())
-    bound = 2 * (1 + momentum)
-    assert len(told) == 1
-    assert "`mas.lambda` is too strong for SGD here: `train.lr` 0.1 times the stiffest spring, " in told[0]
-    assert f"spring, {curvature:.3g}, is {0.1 * curvature:.3g}, and must stay below {bound:g};" in told[0]
-    assert told[0] in str(failed.value)
-    told.clear()
-    run(tiny(2), MAS(lambda_=1e5), listeners=listening(told), optimizer="adam", lr=0.01)
-    run(tiny(2), MAS(lambda_=1e-3), listeners=listening(told), momentum=momentum)
+    listeners: list[Any] = [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
+    witness = run(tiny(2), mas, listeners=listeners, epochs=10, momentum=momentum)
+    assert 0.1 * 2e5 * max(p.max().item() for p in mas.springs.precision.values()) > 2 * (1 + momentum)
     assert told == []
-
-
-def test_each_plugin_tells_of_its_own_springs(tiny: Callable[..., Scenario]) -> None:
-    told: list[str] = []
-    run(tiny(2), MAS(lambda_=1e5), EWC(lambda_=1e-3), listeners=listening(told), epochs=1, clip=1.0)
-    assert ["mas.lambda" in text for text in told] == [True]
+    assert all(p.isfinite().all() for p in witness.model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Plugin, Scenario, hookimpl
+from clframe.config import TrainSettings
 from clframe.context import Run
 from clframe.data import Batch, Experience
-from clframe.errors import RunFailed, WrongUse
+from clframe.errors import WrongUse
 from clframe.model import IncrementalNet
 from clframe.plugins.lwf import LwF
 from clframe.plugins.si import SI
@@ -357,6 +358,7 @@ class Stub:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.settings = TrainSettings(optimizer="adam")
 
 
 def test_first_experience_and_strength_0_are_finetuning(tiny: Callable[..., Scenario]) -> None:
@@ -450,11 +452,10 @@ def test_path_beside_lwf(warm_up: float, setting: str, tiny: Callable[..., Scena
     assert seen.losses[-1]["lwf"] > 0
 
 
-# -------------------------------------------------------------------------- hints and refusals
+# -------------------------------------------------------------------- large penalties and refusals
 
 
-def test_springs_too_stiff_for_sgd_are_told_of(tiny: Callable[..., Scenario]) -> None:
-    """With the numbers, when the experience begins and when the loss diverges; weaker springs and Adam are not."""
+def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(tiny: Callable[..., Scenario]) -> None:
     told: list[str] = []
 
     def listen(record: dict[str, Any]) -> None:
@@ -462,17 +463,10 @@ def test_springs_too_stiff_for_sgd_are_told_of(tiny: Callable[..., Scenario]) ->
             told.append(record["text"])
 
     si = SI(c=1e5)
-    with pytest.raises(RunFailed, match="loss term `si` became infinite") as failed:
-        run(tiny(2), si, listeners=[listen], iterations=30)
-    curvature = 2e5 * max(p.max().item() for p in si.springs.precision.values())
-    assert len(told) == 1
-    assert "`si.c` is too strong for SGD here: `train.lr` 0.1 times the stiffest spring" in told[0]
-    assert f"stiffest spring, {curvature:.3g}, is {0.1 * curvature:.3g}, and must stay below 2;" in told[0]
-    assert told[0] in str(failed.value)
-    told.clear()
-    run(tiny(2), SI(c=1e5), listeners=[listen], **ADAM)
-    run(tiny(2), SI(c=0.1), listeners=[listen])
+    witness = run(tiny(2), si, listeners=[listen], iterations=30)
+    assert 0.1 * 2e5 * max(p.max().item() for p in si.springs.precision.values()) > 2
     assert told == []
+    assert all(w.isfinite().all() for w in witness.end[1].values())
 
 
 @pytest.mark.parametrize(
