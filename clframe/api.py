@@ -396,10 +396,12 @@ def _config_of(
         plugins=[plugin for plugin in plugins if not isinstance(plugin, Plugin)],
         train={**defaults, **(train or {})},
         run=run,
+        plugin_train=registry.suited_train(built),
     )
     if own_scenario:
         config.scenario = {"name": own_scenario.name, OBJECT: True}
-        config.train = TrainSettings(**(train or {}))  # without its length, too
+        suited = registry.suited_train(plugin if isinstance(plugin, Plugin) else _name(plugin) for plugin in plugins)
+        config.train = TrainSettings(**suited | dict(train or {}))  # without its length, too
     if own_model:
         config.model = {"name": type(own_model).__name__, OBJECT: True}
     named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}

@@ -181,13 +181,14 @@ def resolve(
     train: Given | None = None,
     run: Given | None = None,
     base: Given | None = None,
+    plugin_train: Given | None = None,
 ) -> Config:
     """The whole configuration, every option with its value.
 
-    From weak to strong: defaults, what suits the scenario, the YAML file, `sets` (each ``a.b=value``), and
-    the other arguments. A model or scenario of another name takes no options from a weaker place; plugins
-    that are given here replace the file's, of which those named again keep their options. `base` stands in for what a
-    file holds.
+    From weak to strong: defaults, what suits the scenario, what suits the plugins (`plugin_train` is of those that are
+    given as objects), the YAML file, `sets` (each ``a.b=value``), and the other arguments. A model or scenario of
+    another name takes no options from a weaker place; plugins that are given here replace the file's, of which those
+    named again keep their options. `base` stands in for what a file holds.
 
     Raises:
         WrongUse: with one sentence for each mistake.
@@ -217,7 +218,8 @@ def resolve(
         )
         for name in chosen
     }
-    train_layers = [training, *section("train", train)]
+    of_plugins = registry.suited_train(resolved_plugins) | dict(plugin_train or {})
+    train_layers = [training, of_plugins, *section("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)
     run_layers = section("run", run)
     resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)

@@ -129,6 +129,7 @@ class Engine:
         self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
         self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
         self.replay_checked = False
+        self.hinted: set[str] = set()  # the plugins whose hints were told
         self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # of each step; see `watch_finite`
         self.signal = 0
         self.last_save = self.last_pulse = time.monotonic()
@@ -152,8 +153,7 @@ class Engine:
             run.experience = experience.for_training()
             classes, names = list(experience.classes), [self.stream.class_names[c] for c in experience.classes]
             run.emit("experience", index=index, task=experience.task, classes=classes, class_names=names)
-            for hint in self.hints():
-                run.emit("message", text=hint)
+            self.tell_hints()
             if not self.position.entered:
                 self.grow(run.experience)
                 self.position = Position(index, entered=True)
@@ -415,6 +415,14 @@ class Engine:
             f"{self.run.steps_in_phase}."
             f"{self.how_to_go_on()} {' '.join(self.hints()) or GENERAL_HINT}"
         )
+
+    def tell_hints(self) -> None:
+        """Emit the plugins' hints, those of each plugin once in a run."""
+        for plugin in self.run.plugins:
+            if plugin.name not in self.hinted and (hints := list(plugin.hints(self.run))):
+                self.hinted.add(plugin.name)
+                for hint in hints:
+                    self.run.emit("message", text=hint)
 
     def hints(self) -> list[str]:
         """What plugins know to keep the run from learning."""

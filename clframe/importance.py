@@ -275,7 +275,8 @@ def weighted_penalty(run: Run, strength: float, penalty: Quadratic) -> Tensor:
             most = bound / 2 / lr / strength
             if most < largest < math.inf:  # a precision that is not finite is reported as the loss term
                 limits[name] = most
-    return strength * penalty(dict(run.model.named_parameters()), limits)
+    value: Tensor = penalty(dict(run.model.named_parameters()), limits)
+    return strength * value
 
 
 class _HalfSquares(torch.autograd.Function):

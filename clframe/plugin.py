@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clframe.options import public_name, validated
@@ -39,6 +39,8 @@ class Plugin(metaclass=_Validated):
       afterwards; a teacher made by `clframe.model.snapshot` is rebuilt from its state.
     - ``predictor_state``: those of them that the plugin's ``predictor`` needs, so that a finished run can be loaded.
     - ``settings``: the scenario settings that it can serve.
+    - ``suited_train``: training settings (``train.*``) that suit it. A run uses them in place of the scenario's where
+      the user set nothing else; where plugins differ, the first named decides.
     - ``conflicts``: names of plugins that it cannot run beside.
     - ``needs_task_gradient``: the engine goes backward through the base loss first, see ``after_backward``.
     - ``isolates``: it decides what of the network each task may use and change, so that nothing learnt changes: no
@@ -64,6 +66,7 @@ class Plugin(metaclass=_Validated):
     state: ClassVar[tuple[str, ...]] = ()
     predictor_state: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
+    suited_train: ClassVar[Mapping[str, Any]] = {}
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs_task_gradient: ClassVar[bool] = False
     isolates: ClassVar[bool] = False
@@ -107,7 +110,10 @@ class Plugin(metaclass=_Validated):
         return None
 
     def hints(self, run: Run) -> Iterable[str]:
-        """Sentences on what may keep this run from learning: told as an experience begins, and if a loss diverges."""
+        """Return sentences on what may keep this run from learning.
+
+        They are told once a run, at the first experience that has any, and again if a loss diverges.
+        """
         return ()
 
     def problems(self, run: Run) -> Iterable[str]:

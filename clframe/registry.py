@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.machinery import ModuleSpec
@@ -190,6 +190,19 @@ def suited(build: Callable[..., Any] | None, name: str) -> tuple[Any, dict[str, 
     if of_variant:
         return of_variant["backbone"], dict(of_variant["train"])
     return getattr(build, "backbone", None), dict(getattr(build, "train", {}))
+
+
+def suited_train(plugins: Iterable[str | Plugin]) -> dict[str, Any]:
+    """Return the training settings that suit `plugins`, by name or built; where they differ, the first named decides.
+
+    Names of plugins that cannot be found, which are reported elsewhere, have none.
+    """
+    settings: dict[str, Any] = {}
+    for plugin in reversed(list(plugins)):
+        with suppress(ClframeError):
+            cls = plugin_class(plugin.partition(":")[0]) if isinstance(plugin, str) else type(plugin)
+            settings |= cls.suited_train
+    return settings
 
 
 def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layer
 from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
 
-LEAST_CLIP = 10_000
+LEAST_CLIP = 10_000.0  # the paper's norm of the gradient
 LARGEST = 6.0  # of an embedding, in magnitude; beyond it the gate's gradient is gone (appendix of the paper)
 
 
@@ -43,6 +44,7 @@ class HAT(Plugin):
     name = "hat"
     state = ("frozen",)
     settings = ("task",)
+    suited_train: ClassVar[dict[str, float]] = {"clip": LEAST_CLIP}
     isolates = True
     citation = (
         "Serra, Suris, Miron, Karatzoglou, Overcoming catastrophic forgetting with hard attention to the task, 2018"
@@ -66,7 +68,7 @@ class HAT(Plugin):
         if 0 < run.settings.clip < LEAST_CLIP:
             yield (
                 f"`hat` makes its embeddings' gradients large, and `train.clip={run.settings.clip:g}` shrinks all "
-                f"others with them: set `train.clip=0`, or {LEAST_CLIP} as the paper has it."
+                f"others with them: set `train.clip=0`, or {LEAST_CLIP:g} as the paper has it."
             )
 
     @hookimpl

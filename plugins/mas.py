@@ -26,7 +26,8 @@ class MAS(Plugin):
     entries that a step would overshoot count as less (`clframe.importance.weighted_penalty`).
 
     Options:
-        lambda: strength of the penalty.
+        lambda: strength of the penalty. The paper has 1, for the small sensitivities of a large pretrained network; on
+            the digits 1 keeps new tasks from being learnt (39 % on permuted-digits, 56 % at 0.01).
         form: `global`: the sensitivity of the network's output (section 4.1); `local`: of each layer's own output,
             Omega_ij = mean of F_i F_j, the activities of the units that a weight connects (section 4.3, Hebbian), F_j
             being the ReLU of the layer's output. It knows weights and biases of linear and convolutional layers only.
@@ -44,7 +45,7 @@ class MAS(Plugin):
     def __init__(
         self,
         *,
-        lambda_: NonNegative = 1.0,
+        lambda_: NonNegative = 0.01,
         form: Literal["global", "local"] = "global",
         samples: Count | None = None,
         images: Path | None = None,

@@ -1,10 +1,11 @@
 import signal
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import clframe
-from clframe import Plugin, WrongUse, hookimpl
+from clframe import Plugin, WrongUse, hookimpl, registry
 from clframe.config import RunSettings, TrainSettings, parse_yaml, resolve, to_yaml
 from clframe.engine import Engine
 from clframe.errors import Interrupted
@@ -444,3 +445,44 @@ def test_the_first_experiences_settings_are_in_force_after_a_resume(tiny, tmp_pa
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         assert "iterations: 7" in (folder / "config.yaml").read_text()
     assert {"experience 1 of 3", "experience 2 of 3"} < stops
+
+
+def test_what_suits_a_plugin_comes_between_the_scenario_and_the_user() -> None:
+    """`hat` clips as its paper does, unless it is told otherwise."""
+    assert resolve().train.clip == 1.0
+    assert resolve(plugins=["hat"]).train.clip == 10_000.0
+    assert resolve(plugins=["hat"], sets=["train.clip=3"]).train.clip == 3.0
+    assert resolve(plugins=["hat"], train={"clip": 0.0}).train.clip == 0.0
+    assert resolve(plugins=["hat"]).train.iterations == resolve().train.iterations  # the rest stays the scenario's
+
+
+def test_the_first_named_plugin_decides_where_they_suit_different_settings() -> None:
+    class One(Plugin):
+        name = "one"
+        suited_train: ClassVar[dict[str, Any]] = {"clip": 2.0, "lr": 0.5}
+
+    class Two(Plugin):
+        name = "two"
+        suited_train: ClassVar[dict[str, Any]] = {"clip": 3.0, "momentum": 0.5}
+
+    assert registry.suited_train([One(), Two()]) == {"clip": 2.0, "lr": 0.5, "momentum": 0.5}
+    assert registry.suited_train([Two(), One()]) == {"clip": 3.0, "lr": 0.5, "momentum": 0.5}
+    assert registry.suited_train(["no-such-plugin", "hat"]) == {"clip": 10_000.0}
+
+
+def test_what_suits_a_plugin_holds_for_objects_too(tiny) -> None:
+    clips: list[float] = []
+
+    class Look(Plugin):
+        name = "look"
+        observer = True
+        suited_train: ClassVar[dict[str, Any]] = {"clip": 7.0}
+
+        @hookimpl
+        def before_run(self, run):
+            clips.append(run.settings.clip)
+
+    clframe.run(tiny(2), "mlp-100", [Look()])
+    clframe.run("split-digits", "mlp-100", [Look()], train={"iterations": 1})
+    clframe.run(tiny(2), "mlp-100", [Look()], train={"clip": 0.5})
+    assert clips == [7.0, 7.0, 0.5]
