@@ -355,7 +355,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
 
 
 def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:
-    """Versions, device, threads, state of the working folder's git repository, and the data's checksum."""
+    """Versions, device, threads, commit of the working folder's git repository, and the data's checksum."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -374,7 +374,7 @@ def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any
         "threads": torch.get_num_threads(),
         "seed": seed,
         "data_sha256": checksum,
-        "git": _git_state(),
+        "git": _commit(),
         "command": sys.argv,
     }
 
@@ -391,14 +391,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_state() -> str | None:
+def _commit() -> str | None:
+    """Return the commit of the current folder's git repository; None where there is none.
+
+    Whether files differ from the commit is not looked up: `git status` runs what the configuration of the repository
+    names (`core.fsmonitor`, filters, hooks), and the folder may come from strangers. `git rev-parse` runs none of it.
+    """
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
-        status = subprocess.run(
-            ["git", "status", "--porcelain=v2", "--branch"], capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    oid, *lines = status.stdout.removeprefix("# branch.oid ").splitlines()
-    if oid == "(initial)":  # there is no commit yet
-        return None
-    return oid + (" with uncommitted changes" if any(not line.startswith("#") for line in lines) else "")
+    return found or None

@@ -25,7 +25,10 @@ READ_AHEAD = 64  # images at least that are read while a step is taken
 AT_ONCE = 32  # images at most that a process is asked for in one go: asking for each costs as much as reading it
 IDLE = 300  # seconds after which processes that read nothing end
 MOST = 60  # processes at most: Windows lets nobody wait for more
-ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # of a reader: else NumPy starts a thread for each core in each of them
+# of a reader: else Python imports modules out of the current folder, which may come from strangers
+SAFE = {"PYTHONSAFEPATH": "1"}
+# and NumPy starts a thread for each core in each of them
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **SAFE}
 
 
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -114,7 +117,7 @@ class Files:
         if not new or current_process().daemon or sys.stdout is None or sys.stderr is None:
             return
         share = min(AT_ONCE, -(-len(new) // self.workers))
-        with _without_ctrl_c():
+        with _safe_path(), _without_ctrl_c():
             pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
             for start in range(0, len(new), share):
                 part = new[start : start + share]
@@ -163,6 +166,21 @@ def _without_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Inside, a Python process that starts, such as a tracker of resources, imports nothing of the current folder."""
+    before = {name: os.environ.get(name) for name in SAFE}
+    os.environ.update(SAFE)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class LazyImages:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,10 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clframe.errors import DataError, WrongUse
+from clframe.reading import Unreadable, open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
 
+# what Pillow may open: it goes by content, and knows 30 more kinds, one of which starts Ghostscript
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # PPM: all of PNM
+LARGEST = 50_000_000  # pixels of an image, as decoded: some kinds take 16 bytes each on the way
+LARGEST_FILE = 2**28  # bytes of an image file
 Crop = Literal["center", "stretch", "pad"]
 Mode = Literal["colour", "grey"]
 Pixels = NDArray[np.uint8]
@@ -73,14 +80,20 @@ class Look:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            with Image.open(file) as image:
+            with _opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
                 # a JPEG that is much too large is decoded smaller, in a fraction of the time
                 image.draft(None, (2 * max(self.resize or 0, *self.shape[1:]),) * 2)
+                if math.prod(image.size) > LARGEST:
+                    raise DataError(f"it has {math.prod(image.size):,} pixels, and {LARGEST:,} can be read")
                 ImageOps.exif_transpose(image, in_place=True)
                 plain = self._resized(_in_mode(image, "L" if self.mode == "grey" else "RGB"))
             pixels = np.asarray(plain)
-        except (UnidentifiedImageError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise DataError(error.strerror or "it is no image of a known kind") from error
+        except UnidentifiedImageError as error:
+            raise DataError("it is no image of a known kind") from error
+        except Unreadable as error:
+            raise DataError(error.reason) from error
+        except DataError:
+            raise
         except Exception as error:  # Pillow's readers raise whatever the damage leads to
             raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -103,6 +116,11 @@ class Look:
             left, top = (width - wide * factor) / 2, (height - high * factor) / 2
             whole = (left, top, left + wide * factor, top + high * factor)
         return image.resize((wide, high), Image.Resampling.BILINEAR, whole, reducing_gap=2)
+
+
+def _opened(file: Path | str | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    """Open the image file, a regular one; what is open already stays so."""
+    return open_regular(file, LARGEST_FILE) if isinstance(file, str | Path) else nullcontext(file)
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:

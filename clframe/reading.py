@@ -22,6 +22,14 @@ KINDS = {
 }
 
 
+class Unreadable(DataError):
+    """A file that cannot be read; `reason` says why, without the path and without a full stop."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{shown(path)} cannot be read: {reason}.")
+        self.reason = reason
+
+
 def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
     """Open the regular file `path`, of `limit` bytes at most, for reading; a pipe or a device is never read from.
 
@@ -33,7 +41,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
         # what a path leads to may change after the check; without O_NONBLOCK a pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
-        raise DataError(f"{shown(path)} cannot be read: {reason(error)}.") from error
+        raise Unreadable(path, reason(error)) from error
     try:
         _check(path, os.fstat(descriptor), limit)
         return os.fdopen(descriptor, "rb")
@@ -47,7 +55,7 @@ def check_regular(path: str | Path, limit: int | None = None) -> None:
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{shown(path)} cannot be read: {reason(error)}.") from error
+        raise Unreadable(path, reason(error)) from error
     _check(path, found, limit)
 
 
@@ -57,9 +65,9 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         try:
             content = file.read(limit + 1)
         except OSError as error:
-            raise DataError(f"{shown(path)} cannot be read: {reason(error)}.") from error
+            raise Unreadable(path, reason(error)) from error
     if len(content) > limit:  # it grew, or the system gives no size
-        raise DataError(_too_large(path, limit))
+        raise Unreadable(path, _too_large(limit))
     return content
 
 
@@ -68,7 +76,7 @@ def read_text(path: str | Path, limit: int) -> str:
     try:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)} cannot be read: it is not UTF-8 text ({error}).") from error
+        raise Unreadable(path, f"it is not UTF-8 text ({error})") from error
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
@@ -84,9 +92,9 @@ def parse_json(text: str | bytes, path: str | Path) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise DataError(f"{shown(path)} cannot be read: it is nested too deeply.") from error
+        raise Unreadable(path, "it is nested too deeply") from error
     except ValueError as error:  # of JSON, of UTF-8, and of `int`, which takes 4,300 digits at most
-        raise DataError(f"{shown(path)} cannot be read: it is no JSON ({cut(str(error))}).") from error
+        raise Unreadable(path, f"it is no JSON ({cut(str(error))})") from error
 
 
 @contextmanager
@@ -128,11 +136,11 @@ def reason(error: BaseException) -> str:
 
 def _check(path: str | Path, found: os.stat_result, limit: int | None) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{shown(path)} cannot be read: it is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}.")
+        raise Unreadable(path, f"it is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}")
     if limit is not None and found.st_size > limit:
-        raise DataError(_too_large(path, limit))
+        raise Unreadable(path, _too_large(limit))
 
 
-def _too_large(path: str | Path, limit: int) -> str:
+def _too_large(limit: int) -> str:
     size = f"{limit / 2**20:.3g} MB" if limit >= 2**20 else f"{limit} bytes"
-    return f"{shown(path)} cannot be read: it is larger than {size}."
+    return f"it is larger than {size}"

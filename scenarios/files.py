@@ -21,7 +21,8 @@ from clframe.arrays import Arrays
 from clframe.data import Part, Transform
 from clframe.errors import DataError
 from clframe.images import Files, Held, Images, LazyImages, bytes_of, cores
-from clframe.look import Look, Mode
+from clframe.look import LARGEST_FILE, Look, Mode
+from clframe.reading import Unreadable, read_bytes
 from clframe.scenarios.streams import random_of
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
@@ -140,8 +141,10 @@ def read_all(
         """The file's SHA-256, or why it cannot be read."""
         try:
             file = entries[i].file
-            content = (Path(file) if isinstance(file, str) else file).read_bytes()
+            content = read_bytes(file, LARGEST_FILE) if isinstance(file, str) else file.read_bytes()
             image = look.read(BytesIO(content))
+        except Unreadable as error:
+            return b"", error.reason
         except (OSError, DataError) as error:
             return b"", getattr(error, "strerror", None) or str(error)
         if keep:

@@ -13,8 +13,9 @@ from typing import Any
 from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
 from clframe.errors import ClframeError, DataError, WrongUse
-from clframe.look import Crop, Look, Mode
+from clframe.look import LARGEST_FILE, Crop, Look, Mode
 from clframe.options import Count, CountOrZero
+from clframe.reading import read_bytes
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
@@ -125,7 +126,7 @@ class Row:
             content: bytes = image["bytes"]
             return content
         if Path(image.get("path") or "").is_absolute():
-            return Path(image["path"]).read_bytes()
+            return read_bytes(image["path"], LARGEST_FILE)
         raise DataError("it holds no image")
 
 
