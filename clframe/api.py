@@ -45,10 +45,11 @@ from clframe.folder import (
 from clframe.model import IncrementalNet
 from clframe.options import explain
 from clframe.plugin import Plugin
-from clframe.reading import cut, held_by, read_text
+from clframe.reading import expanded, held_by, read_text
 from clframe.record import described_in, results_of, scenario_of, split_of
 from clframe.results import Results
 from clframe.streams import stream_problems
+from clframe.texts import cut
 from clframe.trained import Trained
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
@@ -114,7 +115,7 @@ def run_config(
         )
     base = _base_of(config)
     with _environment(config) as device:
-        folder = RunFolder(Path(config.run.output).expanduser(), new=True) if config.run.output else None
+        folder = RunFolder(expanded(config.run.output), new=True) if config.run.output else None
         try:
             described = base.known if base else None
             engine = _build(
@@ -140,7 +141,7 @@ def _begin_from(engine: Engine, base: Base | None) -> None:
     if base:
         base.check(config, engine.run.plugins)
     elif start := config.model.get(START):
-        _start_from(engine.run.model.backbone, Path(start).expanduser(), config.model["name"])
+        _start_from(engine.run.model.backbone, expanded(start), config.model["name"])
 
 
 def _first(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
@@ -171,7 +172,7 @@ def resume(
         RunFailed: as `run`.
         Interrupted: as `run`.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     opened = RunFolder(path, new=False)
     try:
         if opened.finished:
@@ -267,7 +268,7 @@ def extend(
     run = dict(run or {})
     run.setdefault("tensorboard", run.get("output") is not None)
     config = extension_config(
-        Path(folder).expanduser(),
+        expanded(folder),
         {"name": own.name, OBJECT: True} if own else {"name": scenario} if isinstance(scenario, str) else scenario,
         objects=(*given, "model") if model is not None else tuple(given),
         plugins=options,
@@ -346,7 +347,7 @@ def load(
     Raises:
         DataError: if the run is not finished or its model is damaged.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     description, packed, tensors = read_model(path)
     if told := sums.missing(path):
         if listeners:
@@ -490,7 +491,7 @@ def _base_of(config: Config) -> Base | None:
     """The run that this one extends, if any."""
     if config.run.extends is None:
         return None
-    path = Path(config.run.extends).expanduser()
+    path = expanded(config.run.extends)
     check_finished(path)
     return finished(path, _read_config(path))
 

@@ -21,6 +21,8 @@ from clframe.options import (
     unknown,
     validated,
 )
+from clframe.reading import Unreadable, expanded, read_bytes, shown
+from clframe.texts import cut, told
 
 OF_ALL = ("keep_optimizer", "logits", "val", "threads", "first")  # settings that no single experience has of its own
 LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
@@ -62,7 +64,9 @@ class TrainSettings(BaseModel):
     val: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the training images held out: the confidence of predictions is fitted to them"
     )
-    threads: Count | None = Field(None, description="CPU threads; null: as torch chooses")
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="CPU threads; null: as torch chooses"
+    )
     first: dict[str, Any] | None = Field(
         None, description="what differs in the first experience, such as {epochs: 10, lr: 0.01}"
     )
@@ -156,12 +160,12 @@ def data_root(given: str | None) -> Path:
 
     import platformdirs
 
-    return Path(given or os.environ.get(DATA_ROOT) or platformdirs.user_cache_dir("clframe")).expanduser()
+    return expanded(given or os.environ.get(DATA_ROOT) or platformdirs.user_cache_dir("clframe"))
 
 
 DEFAULT_SCENARIO = "split-digits"
 DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
-LARGEST_FILE = 1_000_000  # bytes of a configuration
+LARGEST_FILE = 200_000  # bytes of a configuration: PyYAML takes a second of CPU for them
 START = "start"  # of any model: the finished run whose backbone it begins as
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
 OBJECT = "python object"  # the option under which a configuration names what only Python can give
@@ -313,7 +317,7 @@ def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[s
         return {}
     start = options.get(START)
     if START in options and not isinstance(start, str):
-        problems.append(f"`model.{START}` is {start!r}; it must be the folder of a finished run.")
+        problems.append(f"`model.{START}` is {told(start)}; it must be the folder of a finished run.")
     options = {option: value for option, value in options.items() if option != START}
     return {"name": name, **_checked(build, options, "model", name, problems), **({START: start} if start else {})}
 
@@ -394,20 +398,18 @@ def _merge(layers: list[dict[str, Any]], default: str) -> tuple[str, dict[str, A
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        with path.open("rb") as stream:
-            content = stream.read(LARGEST_FILE + 1)
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise WrongUse(f"The configuration {path} cannot be read: {error.strerror}.") from error
+        text = read_bytes(path, LARGEST_FILE).decode("utf-8-sig")
+    except Unreadable as error:
+        raise WrongUse(f"The configuration {shown(path)} cannot be read: {error.reason}.") from error
     except UnicodeDecodeError as error:
         raise WrongUse(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
-    if len(content) > LARGEST_FILE:
-        raise WrongUse(f"The configuration {path} is larger than {LARGEST_FILE:,} bytes.")
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise WrongUse(f"{path} must hold a mapping with some of: {', '.join(SECTIONS)}.")
     problems += [
-        f"{path}: there is no section `{name}`." + did_you_mean(name, SECTIONS) for name in data if name not in SECTIONS
+        f"{path}: there is no section `{cut(name)}`." + did_you_mean(name, SECTIONS)
+        for name in data
+        if name not in SECTIONS
     ]
     return data
 
@@ -419,12 +421,12 @@ def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str,
         target, equals, value = text.partition("=")
         section, dot, option = (part.strip() for part in target.partition("."))
         if not (equals and dot and section and option):
-            problems.append(f"`--set {text}` is not of the form `section.option=value`, such as `train.lr=0.1`.")
+            problems.append(f"`--set {cut(text)}` is not of the form `section.option=value`, such as `train.lr=0.1`.")
             continue
         if public_name(option) in changes.get(section, {}):
             problems.append(f"`--set {section}.{public_name(option)}` is given twice.")
         try:
-            changes.setdefault(section, {})[public_name(option)] = parse_yaml(value, f"`--set {text}`")
+            changes.setdefault(section, {})[public_name(option)] = parse_yaml(value, f"`--set {cut(text)}`")
         except WrongUse as error:
             problems += error.problems
     return changes
@@ -448,9 +450,12 @@ def _strangers(changes: Given, chosen: Given) -> list[str]:
 def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
     """Options by plugin, in the order of naming, of a mapping or of a list of names and mappings."""
     options: dict[str, dict[str, Any]] = {}
-    for item in [given] if isinstance(given, Mapping) else given or []:
-        if isinstance(given, str) or not isinstance(item, str | Mapping):
-            problems.append(f"`plugins` is {given!r}; it must be a mapping of names to options, or a list of names.")
+    several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    for item in () if given is None else given if several else [given]:
+        if not isinstance(item, Mapping) and not (several and isinstance(item, str)):
+            problems.append(
+                f"`plugins` is {told(given)}; it must be a mapping of names to options, or a list of names."
+            )
             break
         for name, values in {item: {}}.items() if isinstance(item, str) else item.items():
             if name in options:
@@ -465,14 +470,14 @@ def _named(given: Any, section: str, problems: list[str]) -> dict[str, Any]:
         return {"name": given}
     spec = _mapping(given, section, problems)
     if not isinstance(spec.get("name", ""), str):
-        problems.append(f"`{section}.name` is {spec.pop('name')!r}; it must be a text.")
+        problems.append(f"`{section}.name` is {told(spec.pop('name'))}; it must be a text.")
     return spec
 
 
 def _mapping(given: Any, where: str, problems: list[str]) -> dict[str, Any]:
     if given is None or isinstance(given, Mapping):
         return dict(given or {})
-    problems.append(f"`{where}` is {given!r}; it must be a mapping of options to values.")
+    problems.append(f"`{where}` is {told(given)}; it must be a mapping of options to values.")
     return {}
 
 
@@ -491,6 +496,9 @@ RESOLVERS = (  # those of YAML 1.2: words such as `no` are texts, 1e-3 is a numb
 )
 
 
+LONGEST_NUMBER = 300  # characters of a whole number
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, strict."""
 
@@ -505,6 +513,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read here", event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """Refuse numbers that no setting can take: Python reads 4,300 digits, and a float has 309."""
+        if len(node.value) > LONGEST_NUMBER:
+            problem = f"a whole number of {len(node.value):,} digits is too large"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return int(super().construct_yaml_int(node))
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse keys that are repeated, or are no text."""
         places: dict[str, int] = {}
@@ -512,10 +527,13 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key.start_mark)
             if key.value in places:
-                problem = f"the key `{key.value}` stands in line {places[key.value]} already"
+                problem = f"the key `{cut(key.value)}` stands in line {places[key.value]} already"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             places[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
 
 
 class _Dumper(yaml.SafeDumper):

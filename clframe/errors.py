@@ -7,6 +7,8 @@ import errno
 import re
 from collections.abc import Iterable
 
+from clframe.texts import SENTENCE, bounded, cut
+
 # what torch, oneDNN, Python's threads and C++ say when memory, or room for a thread, ends: all are RuntimeErrors
 OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|out of memory|not enough memory|failed to allocate|"
@@ -20,9 +22,15 @@ OF_A_FILE = re.compile(
 
 
 class ClframeError(Exception):
-    """Base of all errors that clframe explains in one sentence. `code` is the command line's exit code."""
+    """Base of all errors that clframe explains in one sentence. `code` is the command line's exit code.
+
+    A sentence that holds what a user or a file gave is no longer than `clframe.texts.SENTENCE`.
+    """
 
     code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(bounded(message))
 
 
 class RunFailed(ClframeError):
@@ -37,8 +45,8 @@ class WrongUse(ClframeError):
     code = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(cut(problem, SENTENCE) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 class DataError(ClframeError):

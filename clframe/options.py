@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from clframe.errors import WrongUse, did_you_mean
+from clframe.texts import cut, told
 
 # Types for the signatures of plugins, scenarios and backbones.
 Positive = Annotated[float, Field(gt=0)]
@@ -36,6 +37,7 @@ class Option:
     doc: str
 
 
+STRANGERS = 20  # names at most that are not known and get a sentence of their own each
 REQUIRED: Any = inspect.Parameter.empty
 
 
@@ -102,11 +104,14 @@ def validated(
 def unknown(given: Iterable[str], known: Iterable[str], where: str, owner: str) -> list[str]:
     """One sentence for each name in `given` that is not among the `known` options of `owner`."""
     known = list(known)
-    return [
-        f"`{where}.{name}` is not an option of {owner}." + (did_you_mean(name, known) or " It has no options.")
-        for name in given
-        if name not in known
+    strangers = [name for name in given if name not in known]
+    sentences = [
+        f"`{where}.{cut(name)}` is not an option of {owner}." + (did_you_mean(name, known) or " It has no options.")
+        for name in strangers[:STRANGERS]
     ]
+    if more := strangers[STRANGERS:]:
+        sentences.append(f"Nor are {len(more):,} more names in `{where}` options of {owner}.")
+    return sentences
 
 
 def explain(error: ValidationError, where: str) -> list[str]:
@@ -119,9 +124,11 @@ def explain(error: ValidationError, where: str) -> list[str]:
         if problem["type"] == "value_error" and not parts:
             reasons[reason] = []  # about a group of settings as a whole: it names them itself
             continue
-        told = reasons.setdefault(f"`{'.'.join(filter(None, [where, *parts]))}` is {problem['input']!r}", [])
-        told.append(reason.removeprefix("it should be ") if told else reason)
-    return [": ".join([place, *filter(None, [" or ".join(told)])]) + "." for place, told in reasons.items()]
+        said = reasons.setdefault(
+            f"`{'.'.join(filter(None, [where, *map(cut, parts)]))}` is {told(problem['input'])}", []
+        )
+        said.append(reason.removeprefix("it should be ") if said else reason)
+    return [": ".join([place, *filter(None, [" or ".join(said)])]) + "." for place, said in reasons.items()]
 
 
 def _parameters(factory: Callable[..., object], skip: tuple[str, ...]) -> list[inspect.Parameter]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
+from clframe.texts import cut, printable
 
 JSON_LIMIT = 32 * 2**20  # bytes; parsed, the worst JSON of this size takes 0.7 GB
 KINDS = {
@@ -28,6 +29,16 @@ class Unreadable(DataError):
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{shown(path)} cannot be read: {reason}.")
         self.reason = reason
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` with ``~`` replaced by the user's home folder. Raises `DataError` if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"{shown(path)} begins with `~` and names no user of this machine: write the folder out."
+        ) from error
 
 
 def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
@@ -119,13 +130,7 @@ def held_by(file: str | Path) -> Iterator[None]:
 
 def shown(path: object) -> str:
     """Return the text of a path for a sentence: cut to 200 characters, and without what a terminal cannot show."""
-    return cut(str(path).encode("utf-8", "backslashreplace").decode())
-
-
-def cut(text: str, length: int = 200) -> str:
-    """Return `text`, of which the middle is left out if it is longer than `length` characters."""
-    half = (length - 5) // 2
-    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+    return cut(printable(str(path)))
 
 
 def reason(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from clframe.engine import Engine
 from clframe.errors import WrongUse
 from clframe.look import Look
 from clframe.model import class_mask, masked
-from clframe.reading import held_by
+from clframe.reading import expanded, held_by
 from clframe.results import FORMAT, Results, read_results
 
 Index = Annotated[int, Field(ge=0)]
@@ -158,7 +158,7 @@ def _calibration(
 
 def _joint(folder: str | None, reading: str) -> list[float | None] | None:
     """Accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
-    return read_results(Path(folder).expanduser()).accuracy.get(reading, [None])[-1] if folder else None
+    return read_results(expanded(folder)).accuracy.get(reading, [None])[-1] if folder else None
 
 
 def _in_words(reading: str, logits: str) -> str:

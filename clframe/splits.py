@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clframe.errors import DataError, WrongUse
+from clframe.reading import Unreadable, expanded, parse_json, read_bytes, shown
+from clframe.texts import cut, told
 
 if TYPE_CHECKING:
     from clframe.data import ImageData, Scenario
@@ -50,7 +52,7 @@ def save_split(
 
     config = resolve(scenario=scenario, sets=sets, run=run)
     built = registry.build_scenario(config.scenario, config.run)
-    write_split(Path(path).expanduser(), config.scenario, built, config.run.seed)
+    write_split(expanded(path), config.scenario, built, config.run.seed)
     return built
 
 
@@ -108,29 +110,32 @@ def read_split(path: Path) -> dict[str, Any]:
         WrongUse: if there is no such file, or it holds something else.
     """
     try:
-        with path.expanduser().open("rb") as stream:
-            content = stream.read(LARGEST + 1)
-        data = json.loads(content)
-    except OSError as error:
-        raise WrongUse(f"The scenario {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise WrongUse(f"The scenario {path} is not JSON ({error}).") from error
+        data = parse_json(read_bytes(expanded(path), LARGEST), path)
+    except Unreadable as error:
+        raise WrongUse(f"The scenario {shown(path)} cannot be read: {error.reason}.") from error
     spec = data.get("scenario") if isinstance(data, dict) else None
-    if not (isinstance(data, dict) and data.get("kind") == KIND and isinstance(spec, dict) and "name" in spec):
+    if not (
+        isinstance(data, dict)
+        and data.get("kind") == KIND
+        and isinstance(spec, dict)
+        and isinstance(spec.get("name"), str)
+    ):
         raise WrongUse(
             f"{path} holds no scenario: write one with `clframe scenarios show NAME --save FILE.json`, and run a "
             "configuration with `--config`."
         )
     if data.get("format") != FORMAT:
-        raise WrongUse(f"The scenario {path} has format {data.get('format')}, and this clframe reads format {FORMAT}.")
+        raise WrongUse(
+            f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {FORMAT}."
+        )
     return {**spec, PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
 
 
 def settled(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:
     """A sentence for each option in `given` that the split of `file`, in `path`, has settled otherwise."""
     return [
-        f"`scenario.{name}` is {json.dumps(given[name])}, and {path} settles it as {json.dumps(file[name])}: leave it "
-        "out, or name a scenario in place of the file."
+        f"`scenario.{name}` is {cut(json.dumps(given[name]))}, and {path} settles it as {cut(json.dumps(file[name]))}: "
+        "leave it out, or name a scenario in place of the file."
         for name in SETTLED
         if name in given and name in file and given[name] != file[name]
     ]
@@ -142,7 +147,9 @@ def pinned_problems(pinned: object) -> list[str]:
         SUMS, str
     ):
         return []
-    return [f"`scenario.{PINNED}` is {pinned!r}; it must hold the checksums `data` and `split` of a scenario's file."]
+    return [
+        f"`scenario.{PINNED}` is {told(pinned)}; it must hold the checksums `data` and `split` of a scenario's file."
+    ]
 
 
 def check(scenario: Scenario, pinned: Mapping[str, str]) -> None:

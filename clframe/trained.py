@@ -18,6 +18,7 @@ from clframe.errors import DataError, WrongUse
 from clframe.evaluate import Reading, Readings
 from clframe.look import Look
 from clframe.model import evaluating, masked
+from clframe.reading import expanded
 
 if TYPE_CHECKING:
     from clframe.export import Exported, Format
@@ -239,7 +240,7 @@ class Trained(nn.Module):
         """
         from clframe.export import export  # it is needed by few
 
-        return export(self, Path(path).expanduser(), format, task)
+        return export(self, expanded(path), format, task)
 
     def _stacked(self, images: Files | Images) -> Tensor | None:
         """Arrays as one [B, ...]; None of files. Raises `WrongUse` if they are not as the model takes them."""

@@ -40,7 +40,7 @@ def about_plugin(name: str, json: bool) -> None:
         listed = [show.option_data(option) for option in options]
         show.document({"name": cls.name, "description": description, **known, "options": listed})
         return
-    show.line(f"{cls.name}: {description}")
+    show.lines(f"{cls.name}: {description}")
     show.line()
     show.options(options)
     for key, value in facts.items():
@@ -106,7 +106,7 @@ def about_scenario(
             }
         )
         return
-    show.line(f"{offer.name}: {description}")
+    show.lines(f"{offer.name}: {description}")
     show.line()
     show.options(options)
     show.line(f"Package: {offer.package} {offer.version}")

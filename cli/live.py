@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clframe.cli.show import READINGS, percent
+from clframe.texts import printable
 
 REDRAW = 0.25  # seconds
 NAMED = 6  # names at most that a line has
@@ -104,11 +105,11 @@ class Live:
         self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
 
     def _message(self, record: dict[str, Any]) -> None:
-        self.console.print(record["text"], markup=False, soft_wrap=True)
+        self.console.print(printable(record["text"]), markup=False, soft_wrap=True)
 
     def _plain(self, text: str) -> None:
         if not (self.screen or self.quiet):
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     # ----------------------------------------------------------------------------------------- drawing
 
@@ -123,12 +124,12 @@ class Live:
         if step:
             now += [f"epoch {step['epoch'] + 1}", f"step {step['step']:,} of {step['steps']:,}"]
             now += [f"{step['images_per_second']:,.0f} images/s", f"{_duration(self._left())} left"]
-        parts: list[Any] = [Text(f"{self.scenario}: " + "  ".join(now), style="bold")]
+        parts: list[Any] = [Text(f"{printable(self.scenario)}: " + "  ".join(now), style="bold")]
         if step:
             losses = [f"{name} {loss:.4g}" for name, loss in step["losses"].items()]
             parts.append(Text(f"loss: {', '.join(losses)}; learning rate {step['lr']:.3g}"))
         if tick:
-            parts.append(Text(f"{tick['name']}: {tick['i']:,} of {tick['n']:,}"))
+            parts.append(Text(f"{printable(tick['name'])}: {tick['i']:,} of {tick['n']:,}"))
         parts += [self._accuracy(reading) for reading in self.rows]
         return Group(*parts)
 

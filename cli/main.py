@@ -17,7 +17,9 @@ import typer
 
 from clframe import __version__, registry
 from clframe.cli import show, streams
-from clframe.errors import ClframeError, of_the_system, out_of_memory
+from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
+from clframe.reading import expanded, reason
+from clframe.texts import SENTENCE, cut
 
 if TYPE_CHECKING:
     from clframe.config import Config
@@ -255,7 +257,7 @@ def extend(
         from clframe.api import extension_config, run_config
 
         settings = extension_config(
-            Path(folder).expanduser(),
+            expanded(folder),
             {"name": scenario, **_given(limit=limit)},
             plugins={name: {} for name in plugin or ()},
             sets=set_ or (),
@@ -444,7 +446,7 @@ def _ended(given: list[str], debug: bool, output: streams.Watched, signals: Sequ
             return _stopped(signals)
         code, sentences = _explained(error)
         for sentence in sentences:
-            show.note(f"clframe: {sentence}")
+            show.note(f"clframe: {cut(sentence, SENTENCE)}")
         with suppress(OSError):  # a full disk, as told
             sys.stdout.flush()
         return code
@@ -458,6 +460,10 @@ def _done(given: list[str]) -> int:
     if given[:2] in (["plugins", "list"], ["scenarios", "list"]) and set(given[2:]) <= {"--json"}:
         _list("plugin" if given[0] == "plugins" else "scenario", "--json" in given)  # typer takes twice the time
         return 0
+    try:
+        os.getcwd()
+    except OSError as error:  # libraries die of it in their own ways
+        raise DataError(f"The current folder cannot be used ({reason(error)}): change to one that is there.") from error
     return app(args=given, prog_name="clframe", standalone_mode=False) or 0
 
 
@@ -474,7 +480,7 @@ def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
     """The exit code of an error and what to tell of it."""
     usage: Any = typer.BadParameter.__base__  # typer's error of wrong use has no public name
     if isinstance(error, ClframeError):
-        return error.code, str(error).splitlines()
+        return error.code, str(error).split("\n")
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx else "clframe"
         told = error.format_message().rstrip(".")

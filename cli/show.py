@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clframe.texts import UNPRINTABLE, printable
+
 if TYPE_CHECKING:
     from clframe.options import Option
     from clframe.results import Results
@@ -19,22 +21,32 @@ Rows = Sequence[Sequence[str]]
 
 
 def line(text: str = "") -> None:
-    """One line to stdout."""
-    print(text)
+    """Print one line to stdout; what a terminal would act on in `text`, such as a class's name, becomes an escape."""
+    print(printable(text))
+
+
+def lines(text: str) -> None:
+    """Print a text of several lines to stdout."""
+    for one in text.split("\n"):
+        line(one)
 
 
 def note(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr)
+    """Print one line to stderr, as `line` does."""
+    print(printable(text), file=sys.stderr)
 
 
 def document(data: Mapping[str, Any] | Sequence[Any]) -> None:
     """`data` as the one JSON document of a command."""
-    line(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(data, indent=2, ensure_ascii=not utf8, default=str)
+    for one in text.split("\n"):  # JSON leaves some of them
+        print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", one))
 
 
 def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
     """A table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`)."""
+    headers, rows = [printable(header) for header in headers], [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
@@ -54,7 +66,7 @@ def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
             line("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
     else:
         for row in rows:
-            line("\t".join(row))
+            print("\t".join(row))
 
 
 def options(found: Sequence[Option]) -> None:

@@ -13,6 +13,7 @@ from clframe.data import Part, Scenario, Setting
 from clframe.errors import DataError
 from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
+from clframe.reading import expanded
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
@@ -59,7 +60,7 @@ def split_folder(
     A class is called as its folder, and has the images in and below it; classes are numbered by their sorted names.
     """
     look = Look(size, crop, resize, mode)
-    root = path.expanduser()
+    root = expanded(path)
     entries, empty = _listed(root)
     if empty and not skip_empty:
         raise DataError(

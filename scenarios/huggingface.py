@@ -15,7 +15,7 @@ from clframe.data import Part, Scenario, Setting
 from clframe.errors import ClframeError, DataError, WrongUse
 from clframe.look import LARGEST_FILE, Crop, Look, Mode
 from clframe.options import Count, CountOrZero
-from clframe.reading import read_bytes
+from clframe.reading import expanded, read_bytes
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
@@ -155,7 +155,7 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
             f"`huggingface:{variant}` is read by the library `datasets`, which is missing: "
             "`pip install 'clframe[huggingface]'`."
         ) from error
-    path = Path(variant).expanduser()
+    path = expanded(variant)
     local = path.exists() or variant.startswith((".", "/", "~")) or path.suffix.lower() == PARQUET
     if local and revision is not None:
         raise WrongUse(f"`scenario.revision` is of data sets on the Hub, and {path} is here: leave it out.")

@@ -8,7 +8,6 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -24,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clframe.arrays import Arrays
-from clframe.errors import DataError
+from clframe.errors import ClframeError, DataError
+from clframe.reading import open_regular
+from clframe.texts import cut
 
 IDX_FILES = (
     "train-images-idx3-ubyte",
@@ -49,6 +50,7 @@ CIFAR100 = """
     tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
     worm
 """
+LARGEST = 400_000_000  # bytes of a data set, or one of its files, unpacked: twice the largest that is published
 NETWORK_TIMEOUT = 30.0  # seconds without an answer, after which a download is given up
 _may_download = ContextVar("may_download", default=True)
 
@@ -157,15 +159,9 @@ def _explained(path: Path, remedy: str) -> Iterator[None]:
     """Turn what reading a damaged file may raise into a `DataError` that names the file and the remedy."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except ClframeError:
+        raise
+    except Exception as error:  # readers raise whatever the damage leads to
         raise DataError(f"{path} cannot be read ({_reason(error)}); {remedy}.") from error
 
 
@@ -174,7 +170,7 @@ def _reason(error: Exception) -> str:
         return error.strerror
     if isinstance(error, URLError):
         return str(error.reason)
-    return str(error).partition("\n")[0].rstrip(".: ") or type(error).__name__
+    return cut(str(error).partition("\n")[0].rstrip(".: ")) or type(error).__name__
 
 
 def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -182,13 +178,21 @@ def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
     with _explained(path, remedy):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is cut off, or no .npz file at all")
+        with zipfile.ZipFile(path) as packed:
+            _check_size(sum(member.file_size for member in packed.infolist()))
         with np.load(path, allow_pickle=False) as file:
             if missing := [key for key in PARTS if key not in file]:
                 raise DataError(
-                    f"{path} lacks the arrays {', '.join(missing)} (it has {', '.join(file) or 'none'}); "
+                    f"{path} lacks the arrays {', '.join(missing)} (it has {cut(', '.join(file)) or 'none'}); "
                     f"save {', '.join(PARTS)} in it."
                 )
             return {key: file[key] for key in PARTS}
+
+
+def _check_size(unpacked: int) -> None:
+    """Refuse arrays that take too much memory before they are read: a file of some MB may hold hundreds of GB."""
+    if unpacked > LARGEST:
+        raise ValueError(f"it holds more than {LARGEST // 10**6} MB, unpacked")
 
 
 def _from_idx(folder: Path) -> dict[str, NDArray[Any]]:
@@ -203,8 +207,9 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
     """
     path = _file(folder, name) or folder / name
     with _explained(path, "it is damaged: remove it or put a whole copy in its place"):
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = bytearray(file.read())
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            content = bytearray(file.read(LARGEST + 1))
+        _check_size(len(content))
         if content[:3] != b"\x00\x00\x08":
             raise ValueError("it is not an idx file of bytes")
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 from clframe.arrays import Arrays, suits
 from clframe.data import ImageData, Part, Scenario, Setting
-from clframe.errors import DataError, WrongUse, did_you_mean
+from clframe.errors import ClframeError, DataError, WrongUse, did_you_mean
 from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
+from clframe.reading import expanded, open_regular, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
@@ -29,6 +31,9 @@ from clframe.scenarios.files import (
 from clframe.scenarios.folder import TestShare
 from clframe.scenarios.streams import Order, documented, random_of, split
 
+LARGEST = 2**28  # bytes of a table
+LONGEST_HEADER = 2**16  # characters in which the delimiter is looked for
+BATCH = 256  # rows of a Parquet file that are unpacked at a time
 COLUMNS = ("path", "label", "task", "domain", "split")
 REQUIRED = COLUMNS[:2]
 
@@ -65,7 +70,7 @@ def split_table(
     Relative paths are relative to the table. With a column of tasks, each task is an experience and brings its own
     classes; in the setting `domain` each domain is one, and all share their classes. Without, classes are split.
     """
-    table = path.expanduser()
+    table = expanded(path)
     look = Look(size, crop, resize, mode)
     names = {
         "path": path_column,
@@ -176,16 +181,18 @@ def read_table(path: Path) -> list[dict[str, str]]:
         )
     try:
         rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        raise DataError(f"The table {path} cannot be read ({' '.join(str(error).split())}); repair it.") from error
+    except ClframeError:
+        raise
+    except Exception as error:  # pyarrow raises whatever the damage leads to
+        raise DataError(f"The table {shown(path)} cannot be read ({reason(error)}); repair it.") from error
     if not rows:
         raise DataError(f"The table {path} has no rows below its header; list an image in each.")
     return rows
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
+    with TextIOWrapper(open_regular(path, LARGEST), encoding="utf-8-sig", newline="") as file:
+        header = file.readline(LONGEST_HEADER)
         file.seek(0)
         delimiter = max(",;\t", key=header.count)
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -205,8 +212,16 @@ def _parquet(path: Path) -> list[dict[str, str]]:
             f"{path} is a Parquet file, for which pyarrow is missing: `pip install 'clframe[parquet]'`, or save it "
             "as CSV."
         ) from error
-    rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
-    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    rows: list[dict[str, str]] = []
+    size = 0
+    with open_regular(path, LARGEST) as file:
+        for batch in parquet.ParquetFile(file).iter_batches(BATCH):  # which may be far larger unpacked
+            size += batch.nbytes
+            if size > LARGEST:
+                raise ValueError(f"it holds more than {LARGEST // 2**20} MB, unpacked")
+            found: list[Mapping[str, Any]] = batch.to_pylist()
+            rows += [{name: "" if value is None else str(value) for name, value in row.items()} for row in found]
+    return rows
 
 
 class _Rows:
@@ -253,7 +268,7 @@ class _Rows:
             raise DataError(f"Row {i} of {self.path} has no {' and no '.join(f'`{c}`' for c in empty)}; fill it in.")
         name = row[self.column("path")]
         group = row[self.column(kind)] if self.has(kind) else ""
-        entry = Entry(str(self.path.parent / Path(name).expanduser()), name, row[self.column("label")], None, group)
+        entry = Entry(str(self.path.parent / expanded(name)), name, row[self.column("label")], None, group)
         if not self.has("split"):
             return entry
         part = row[self.column("split")]

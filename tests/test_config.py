@@ -220,7 +220,10 @@ def test_all_mistakes_are_told_at_once(file):
         ("scenario: {name: 5}", "`scenario.name` is 5; it must be a text."),
         ("plugins: ewc", "`plugins` is 'ewc'; it must be a mapping of names to options, or a list of names."),
         (b"\xff\xfe\xff", " is not UTF-8 text (byte 0)."),
-        ("#" * 1_000_001, " is larger than 1,000,000 bytes."),
+        ("#" * 200_001, " cannot be read: it is larger than 200000 bytes."),
+        ("plugins: 3", "`plugins` is 3; it must be a mapping of names to options, or a list of names."),
+        ("plugins: false", "`plugins` is False; it must be a mapping of names to options, or a list of names."),
+        ("train: {lr: " + "1" * 5000 + "}", ", line 1, column 13: a whole number of 5,000 digits is too large."),
     ],
 )
 def test_a_wrong_file_is_one_sentence(file, content, sentence):

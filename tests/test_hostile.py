@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -12,10 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clframe import DataError
+from clframe import DataError, WrongUse
+from clframe.cli import show
+from clframe.cli.live import Live
+from clframe.cli.main import main
+from clframe.config import resolve
 from clframe.folder import _commit
 from clframe.look import FORMATS, Look
+from clframe.scenarios import sources, table
 from clframe.scenarios.folder import split_folder
+from clframe.scenarios.table import split_table
+from clframe.texts import printable
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -133,3 +143,89 @@ def test_pipes_and_devices_among_images_are_named_and_not_read(tmp_path, what):
         split_folder(path=tmp_path, size=4)
     with pytest.raises(DataError, match=f"^it is a {what}$"):
         Look(4).read(odd)
+
+
+def write_npz(path: Path, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for key in ("x_train", "y_train", "x_test", "y_test"):
+            file.writestr(f"{key}.npy", content)
+
+
+def test_what_is_too_large_unpacked_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST", 2_000_000)
+    write_npz(tmp_path / "mnist.npz", bytes(600_000))
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(DataError, match=r"mnist\.npz cannot be read \(it holds more than 2 MB, unpacked\)"):
+        sources.load("mnist", tmp_path)
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in sources.IDX_FILES:
+        (folder / f"{name}.gz").write_bytes(gzip.compress(b"\x00\x00\x08\x01" + bytes(3_000_000)))
+    (tmp_path / "mnist.npz").unlink()
+    with pytest.raises(DataError, match=r"ubyte\.gz cannot be read \(it holds more than 2 MB, unpacked\)"):
+        sources.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"(" * 5_000 + b"\n", b"{'descr': '|u1', 'shape': (" + b"9" * 5_000 + b",)}\n"])
+def test_a_header_that_numpy_cannot_parse_is_damage(tmp_path, header):
+    write_npz(tmp_path / "mnist.npz", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(DataError, match=r"mnist\.npz cannot be read \(.*\); it is damaged"):
+        sources.load("mnist", tmp_path)
+
+
+def test_a_table_names_users_that_are_there(tmp_path):
+    (tmp_path / "table.csv").write_text("path,label\n~nosuchuser/a.png,b\n")
+    with pytest.raises(DataError, match=r"^~nosuchuser/a.png begins with `~` and names no user of this machine"):
+        split_table(path=tmp_path / "table.csv")
+
+
+def test_the_size_of_a_table_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "LARGEST", 100)
+    (tmp_path / "table.csv").write_text("path,label\n" + "a.png,b\n" * 100)
+    with pytest.raises(DataError, match="larger than 100 bytes"):
+        split_table(path=tmp_path / "table.csv")
+
+
+# ---------------------------------------------------------------------------------- sentences and terminals
+
+
+def test_sentences_are_short_whatever_was_given():
+    with pytest.raises(WrongUse) as found:
+        resolve(sets=[f"train.lr={'x' * 200_000}", f"scenario={'y' * 9_000}"])
+    assert len(str(found.value)) < 1_000
+    with pytest.raises(WrongUse) as found:
+        resolve(train={f"option{i}": 1 for i in range(70_000)})
+    assert len(found.value.problems) == 21
+    assert found.value.problems[-1] == "Nor are 69,980 more names in `train` options of `train`."
+    error = DataError("\n".join("z" * 10_000 for _ in range(1_000)))
+    assert len(str(error)) < 250_000
+    assert str(error).endswith("\n... and 900 more.")
+
+
+def test_what_a_terminal_would_act_on_is_escaped(capsys):
+    name = "\x1b]0;owned\x07x\ny\u202ez\udcff\x9b"
+    shown = r"\x1b]0;owned\x07x\ny\u202ez\udcff\x9b"
+    assert printable(name) == shown
+    assert printable("Größe 猫 👩‍🔬") == "Größe 猫 👩‍🔬"  # letters and emoji stay
+    show.line(name)
+    show.note(name)
+    show.table(["image", "class"], [["a", name]])
+    Live()({"kind": "message", "text": name})
+    told = capsys.readouterr()
+    assert told.out == f"{shown}\na\t{shown}\n"
+    assert told.err == f"{shown}\n{shown}\n"
+    show.document({"name": name + "\x7f"})
+    document = capsys.readouterr().out
+    assert json.loads(document) == {"name": name + "\x7f"}
+    assert document.isascii()
+    assert document.count("\n") == 3
+
+
+def test_a_folder_that_is_gone_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["run", "--dry-run"]) == 3
+    assert capsys.readouterr().err == (
+        "clframe: The current folder cannot be used (No such file or directory): change to one that is there.\n"
+    )

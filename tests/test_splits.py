@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from io import BytesIO
 
 import numpy as np
@@ -104,7 +105,10 @@ def test_what_the_file_does_not_settle_can_be(saved):
 def test_a_file_that_holds_no_scenario_is_refused(saved, tmp_path):
     for name, text, told in (
         ("missing.json", None, r"cannot be read: No such file"),
-        ("text.json", "hello", r"is not JSON"),
+        ("text.json", "hello", r"it is no JSON"),
+        ("pipe.json", "", r"cannot be read: it is a pipe"),
+        ("digits.json", '{"kind": ' + "1" * 5_000 + "}", r"it is no JSON"),
+        ("name.json", '{"kind": "clframe scenario", "format": 1, "scenario": {"name": 3}}', r"holds no scenario"),
         ("list.json", "[1]", r"holds no scenario: write one with `clframe scenarios show NAME --save FILE\.json`"),
         ("other.json", '{"kind": "x"}', r"holds no scenario"),
         (
@@ -113,7 +117,9 @@ def test_a_file_that_holds_no_scenario_is_refused(saved, tmp_path):
             r"has format 2, and this clframe reads",
         ),
     ):
-        if text is not None:
+        if name == "pipe.json":
+            os.mkfifo(name)
+        elif text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(WrongUse, match=told) as caught:
             resolve(scenario=name)
