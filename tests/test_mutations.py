@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from clframe.plugins.er import ER
 from clframe.plugins.icarl import ICaRL
 from clframe.plugins.packnet import PackNet
 from clframe.plugins.warm_up import WarmUp
+from clframe.task_inference import PathPredictor
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "threads": 1}
 SHAPE = (1, 8, 8)
@@ -84,7 +85,7 @@ def test_a_memory_keeps_images_as_the_data_set_has_them(build: Any) -> None:
     """Not the crops and mirrored images that were trained on, which would be cropped and mirrored again."""
     scenario, plugin = augmenting(), build()
     raw = {int(i): (x, int(y)) for e in scenario for x, y, i in zip(e.train.x, e.train.y, e.train.index, strict=True)}
-    learn(scenario, plugin)
+    learn(scenario, plugin, epochs=1)
     kept = memories(plugin)
     assert sum(map(len, kept)) >= 24
     for memory in kept:
@@ -174,7 +175,7 @@ class Weights(Plugin):
 
 def test_icarls_loss_counts_rows_by_their_weight_and_its_teacher_is_in_evaluation_mode() -> None:
     weights = Weights()
-    learn(testing.tiny(), ICaRL(size=24), weights)
+    learn(testing.tiny(), ICaRL(size=24), weights, epochs=1)
     assert set(weights.compared) == {0, 1}
 
 
@@ -207,7 +208,7 @@ def test_a_teacher_is_a_frozen_network_in_evaluation_mode(name: str) -> None:
                     assert not any(p.requires_grad for p in value.parameters())
                     seen.append(run.experience.index)
 
-    learn(testing.tiny(type(plugin).settings[0]), plugin, Look())
+    learn(testing.tiny(type(plugin).settings[0]), plugin, Look(), epochs=1)
     assert set(seen) == {1}
 
 
@@ -252,7 +253,7 @@ def test_the_rival_is_taught_in_train_mode(monkeypatch: pytest.MonkeyPatch) -> N
         assert all(v.abs().sum() > 0 for n, v in self.rival.items() if n.endswith("running_mean"))
 
     monkeypatch.setattr(Dreaming, "_teach_rival", teach)
-    learn(testing.tiny(), DeepInversion(per_class=4, iterations=5, compete=1.0, rounds=3))
+    learn(testing.tiny(), DeepInversion(per_class=4, iterations=5, compete=1.0, rounds=3), epochs=1)
     assert len(counts) == 2
     first, second = (next(iter(count)) for count in counts)
     assert second - first == 5
@@ -274,7 +275,7 @@ def test_a_generator_of_dreams_is_trained_in_train_mode(monkeypatch: pytest.Monk
         counts.append(tracked(self.generator))
 
     monkeypatch.setattr(Dreamer, "learn", learned)
-    learn(testing.tiny(), AlwaysBeDreaming(iterations=7, batch_size=8, noise=10, width=8))
+    learn(testing.tiny(), AlwaysBeDreaming(iterations=7, batch_size=8, noise=10, width=8), epochs=1)
     assert counts == [{7}]
 
 
@@ -310,18 +311,18 @@ def test_the_share_of_images_that_makes_a_kernel_relevant_counts() -> None:
             shares.append(sum(float(c.used(run.experience.index + 1).any()) for c in convs) / len(convs))
 
     for relevance in (0.0, 1.0):
-        learn(testing.tiny("task"), ChannelGating(relevance=relevance), Look())
+        learn(testing.tiny("task"), ChannelGating(relevance=relevance), Look(), epochs=1)
     assert shares == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_a_task_classifier_learns_from_all_images() -> None:
-    plugin, rows = ChannelGating(size=200, classifier_iterations=120), list[torch.Tensor]()
+    plugin, rows = ChannelGating(size=200, classifier_iterations=60), list[torch.Tensor]()
     hook = plugin.classifier.register_forward_pre_hook(
         lambda _, args: rows.append(args[0]) if torch.is_grad_enabled() else None
     )
-    learn(testing.tiny(), plugin, lr=0.01)
+    learn(testing.tiny(), plugin, lr=0.01, epochs=1)
     hook.remove()
-    assert len(torch.cat(rows)) == 120 * 8
+    assert len(torch.cat(rows)) == 60 * 8
     assert len(torch.cat(rows).unique(dim=0)) > 60  # of 72 images of two tasks, some of which may look alike
 
 
@@ -377,7 +378,7 @@ def test_evaluation_uses_and_keeps_running_statistics() -> None:
             self.take(run)
 
     look, scenario = Look(), testing.tiny()
-    results = learn(scenario, look)
+    results = learn(scenario, look, epochs=1)
     for before, after in zip(statistics[::2], statistics[1::2], strict=True):
         assert before
         assert not testing.differing(before, after)
@@ -386,6 +387,28 @@ def test_evaluation_uses_and_keeps_running_statistics() -> None:
         with torch.no_grad():
             alone = torch.cat([look.model(x[k : k + 1]).logits for k in range(len(x))]).argmax(1)
         assert results.accuracy["class"][1][on] == (alone == experience.test.y).double().mean().item()
+
+
+class Paths(nn.Module):
+    """A network of two paths, whose logits are 1 on the first and 2 on the second; features are the images."""
+
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(features=x, logits=(task + 1.0)[:, None].expand(-1, 4))
+
+
+class Signs(nn.Module):
+    """A task classifier for which images above 0 are of the second task."""
+
+    tasks = 2
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.stack([-features[:, 0], features[:, 0]], 1)
+
+
+def test_a_path_is_chosen_for_each_image_by_itself() -> None:
+    scores = PathPredictor(Paths(), Signs(), [[0, 1], [2, 3]])(torch.tensor([[1.0], [-1.0], [1.0]]))
+    low = -torch.inf
+    assert scores.tolist() == [[low, low, 2.0, 2.0], [1.0, 1.0, low, low], [low, low, 2.0, 2.0]]
 
 
 # ------------------------------------------------------------------------------- the table of mutations
