@@ -33,7 +33,7 @@ from clframe.plugins.packnet import PackNet
 from clframe.plugins.warm_up import WarmUp
 from clframe.task_inference import PathPredictor
 
-TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "threads": 1}
+TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "schedule": "constant", "threads": 1}
 SHAPE = (1, 8, 8)
 
 
