@@ -69,6 +69,7 @@ class Batch:
         if only is None:
             return torch.dot(values, self.weight.to(values.dtype)) / self.weight.sum()
         weight = self.weight.to(values.dtype) * only
+        values = torch.where(only, values, 0)  # an infinite value times a weight of 0 is not a number
         return torch.dot(values, weight) / weight.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 

@@ -55,7 +55,9 @@ class Phase:
 class Sampler:
     """The order in which a phase meets its images; its state is part of a checkpoint.
 
-    By epochs, every image is met once an epoch and the last batch may be smaller. By iterations, batches are complete
+    By epochs, every image is met once an epoch and the last batch may be smaller; where one image alone would be left
+    for the last batch, that image joins the batch before, as batch normalization cannot learn from one value for each
+    channel. A batch of one comes only where `batch_size` or `n` is 1. By iterations, batches are complete
     and the rest of an epoch is left out, as is usual where steps are counted, unless images are fewer than a batch.
     """
 
@@ -71,9 +73,12 @@ class Sampler:
     ) -> None:
         whole = iterations is not None
         self.batches_per_epoch = max(1, n // batch_size) if whole else math.ceil(n / batch_size)
+        if not whole and batch_size > 1 and n > batch_size and n % batch_size == 1:
+            self.batches_per_epoch -= 1  # the last image joins the batch before
         self.steps = iterations if iterations is not None else (epochs or 0) * self.batches_per_epoch
         self.step = 0
         self._n, self._batch_size = n, batch_size
+        self._used = min(n, self.batches_per_epoch * batch_size) if whole else n  # images of an epoch
         self._generator, self._device = generator, device
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -88,16 +93,19 @@ class Sampler:
             place = self.step % self.batches_per_epoch
             if place == 0:
                 self._order = torch.randperm(self._n, generator=self._generator).to(self._device)
-            start = place * self._batch_size
             self.step += 1
-            yield self._order[start : start + self._batch_size]
+            yield self._order[place * self._batch_size : self._end(place + 1)]
 
     def coming(self, images: int) -> Tensor:
         """Positions of up to so many images after the step under way, within its epoch: the next is not drawn yet."""
         place = self.step % self.batches_per_epoch
         left = min(self.batches_per_epoch - place, self.steps - self.step) if place else 0
         start = place * self._batch_size
-        return self._order[start : start + min(images, left * self._batch_size)]
+        return self._order[start : min(start + images, self._end(place + left))]
+
+    def _end(self, batches: int) -> int:
+        """Return the number of images in the first so many batches of an epoch."""
+        return self._used if batches == self.batches_per_epoch else batches * self._batch_size
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on at the same image."""

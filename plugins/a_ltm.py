@@ -25,7 +25,7 @@ class ALTM(Plugin):
         loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told and else over
             all old classes together; `l2`: half the squared distance of the old logits.
         on: which images are distilled on: `new` (those of the experience), `replay` (those that another plugin brings
-            back: the active form), or `all` of them.
+            back: the active form; rows that are all kept out of the default loss count the same), or `all` of them.
     """
 
     name = "a-ltm"
@@ -65,8 +65,14 @@ class ALTM(Plugin):
             told = run.scenario.setting == "task"
             groups = run.scenario.classes[: run.experience.index] if told else [run.old_classes]
             distances = soft_cross_entropy_per_group(q, outputs.logits, groups, temperature=1.0)
-        only = None if self.on == "all" else (batch.origin == 0) == (self.on == "new")
-        return {self.name: self.lambda_ * batch.mean(distances, only)}
+        if self.on != "replay":
+            return {self.name: self.lambda_ * batch.mean(distances, batch.origin == 0 if self.on == "new" else None)}
+        # rows that all have the weight 0 are kept out of the default loss alone (der, deep-inversion): they count the same
+        only = batch.origin > 0
+        weight = batch.weight * only
+        weight = torch.where(weight.sum() > 0, weight, only.to(weight.dtype))
+        total = weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        return {self.name: self.lambda_ * torch.dot(weight.to(distances.dtype), distances) / total}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:

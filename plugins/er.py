@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from clframe import Batch, Experience, ImageData, Plugin, hookimpl
 from clframe.context import Run
 from clframe.errors import WrongUse
@@ -25,7 +28,7 @@ class ER(Plugin):
             latest ones of each class, brought up to date at each step.
         batch_size: images drawn for a step; null: as many as the batch has.
         weigh: `images`: each counts the same, new or old; `experiences`: in experience t (from 1) the new ones together
-            count 1/t and the old ones 1 - 1/t.
+            count 1/t and the old ones 1 - 1/t; images of experience t that the memory already holds are new ones.
     """
 
     name = "er"
@@ -70,8 +73,19 @@ class ER(Plugin):
         rows = draw(self.kept, self.batch_size or len(batch), rng)
         drawn = run.batch(rows, rng)
         if self.weigh == "experiences":
-            drawn.weight.fill_(index * batch.weight.sum() / len(drawn))
+            new = self.of_experience(run, drawn)
+            n_new, n_old = len(batch) + new.sum(), (~new).sum()
+            drawn.weight[~new] = index * n_new / n_old.clamp(min=1)  # all old ones: t - 1 times all new ones
         return drawn
+
+    def of_experience(self, run: Run, rows: Batch) -> Tensor:
+        """Return which rows belong to the experience under way [B] bool: a reservoir and a ring hold some of its images.
+
+        A class that only this experience has decides by itself; for one that comes back, the row's task decides.
+        """
+        own = torch.tensor(run.experience.classes, device=rows.y.device)
+        old = torch.tensor(run.old_classes, device=rows.y.device)
+        return torch.isin(rows.y, own) & (~torch.isin(rows.y, old) | (rows.task == run.experience.task))
 
     @hookimpl
     def after_step(self, run: Run, batch: Batch) -> None:

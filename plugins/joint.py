@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from clframe import Experience, ImageData, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.errors import WrongUse
+from clframe.training import Sampler
 
 
 class Joint(Plugin):
@@ -66,9 +68,18 @@ class Joint(Plugin):
 
     @hookimpl
     def phases(self, run: Run, experience: Experience) -> list[Phase] | None:
-        """Epochs grow with the data by themselves; iterations are added up."""
+        """Add up the iterations of all experiences so far; epochs grow with the data by themselves.
+
+        Where ``train.first`` has another length, the sum is of each experience's own steps.
+        """
         if self.waits(run, experience):
             return [Phase("train", iterations=0)]
-        if run.settings.iterations is not None:
-            return [Phase("train", iterations=run.settings.iterations * (experience.index + 1))]
-        return None
+        lengths = [Phase("train").length(run.config.train.of(i)) for i in range(experience.index + 1)]
+        if run.settings.iterations is None and all(length == lengths[-1] for length in lengths):
+            return None
+        steps = 0
+        for i, (part, length) in enumerate(zip([*run.earlier, experience], lengths, strict=True)):
+            batch_size = run.config.train.of(i).batch_size
+            generator = torch.Generator()  # only the length is asked for
+            steps += Sampler(len(part.train), batch_size, generator, run.device, **length).steps
+        return [Phase("train", iterations=steps)]

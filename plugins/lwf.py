@@ -13,6 +13,7 @@ from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, h
 from clframe.context import Run
 from clframe.distill import incremental_bce, soft_cross_entropy_per_group
 from clframe.errors import WrongUse
+from clframe.model import masked
 from clframe.options import NonNegative, Positive
 from clframe.training import warm_up, warm_up_problems
 
@@ -49,7 +50,8 @@ class LwF(Plugin):
         temperature: T; with `mc` it has no meaning.
         form: null: `heads` where the task is told, `all` in domains; in class-incremental learning `local`, or `seen`
             beside a plugin that brings old images back, as `local` has no loss for them.
-        balance: in experience t (from 1), weigh the new images' loss by 1/t and the distillation by 1 - 1/t.
+        balance: in experience t (from 1), weigh the new images' loss by 1/t and the distillation by 1 - 1/t; the loss
+            of images that another plugin brings back keeps its weight.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
             training; the paper's is 1.
     """
@@ -122,7 +124,10 @@ class LwF(Plugin):
             old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.old_classes)]
             return batch.mean(incremental_bce(outputs.logits, batch.y, old, hard=run.labelled_columns(batch)))
         if self.balance:
-            return run.loss(batch, outputs) / (run.experience.index + 1)
+            logits = masked(outputs.logits, run.mask(batch.task))
+            losses = functional.cross_entropy(logits, batch.y, reduction="none")
+            share = 1 / (run.experience.index + 1)
+            return batch.mean(torch.where(batch.origin == 0, share * losses, losses))
         return None
 
     @hookimpl

@@ -31,7 +31,8 @@ class Watch(Plugin):
     @hookimpl
     def penalty(self, run, batch, outputs):
         losses = functional.cross_entropy(outputs.logits.detach(), batch.y, reduction="none")
-        old = batch.origin > 0
+        own = torch.tensor(run.experience.classes)  # a reservoir and a ring hold images of the experience, too
+        old = (batch.origin > 0) & ~torch.isin(batch.y, own)
         n = run.experience.index + 1
         if self.er.weigh == "experiences" and old.any():
             self.expected.append(float(losses[~old].mean() / n + losses[old].mean() * (n - 1) / n))

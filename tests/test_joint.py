@@ -11,6 +11,7 @@ from torch import Tensor
 import clframe
 from clframe import Plugin, hookimpl
 from clframe.errors import WrongUse
+from clframe.plugins.joint import Joint
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
 
@@ -85,3 +86,18 @@ def test_joint_refuses_a_method_beside_it(tiny):
         clframe.run(tiny(), plugins=["joint", "ewc"])
     with pytest.raises(WrongUse, match=r"`joint.restart` needs `joint.form=cumulative`"):
         clframe.run(tiny(), plugins=[{"joint": {"restart": True}}])
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({"epochs": None, "iterations": 5, "first": {"iterations": 20}}, 30),  # 20 + 5 + 5
+        ({"epochs": 1, "first": {"epochs": 4}}, 18),  # 24 images are 3 batches: 12 + 3 + 3
+        ({"epochs": None, "iterations": 5, "first": {"epochs": 4}}, 22),
+    ],
+)
+@pytest.mark.parametrize("form", ["once", "cumulative"])
+def test_joint_takes_the_steps_of_the_first_experience_too(tiny, form: str, train: dict[str, Any], steps: int):
+    seeing = Seeing()
+    clframe.run(tiny(), "mlp-100", [Joint(form=form), seeing], train={**TRAIN, **train})
+    assert seeing.steps[-1] == steps
