@@ -67,7 +67,7 @@ class ALTM(Plugin):
             distances = soft_cross_entropy_per_group(q, outputs.logits, groups, temperature=1.0)
         if self.on != "replay":
             return {self.name: self.lambda_ * batch.mean(distances, batch.origin == 0 if self.on == "new" else None)}
-        # rows that all have the weight 0 are kept out of the default loss alone (der, deep-inversion): they count the same
+        # rows that all weigh 0 are kept out of the default loss alone (der, deep-inversion): they count the same
         only = batch.origin > 0
         weight = batch.weight * only
         weight = torch.where(weight.sum() > 0, weight, only.to(weight.dtype))

@@ -79,7 +79,7 @@ class ER(Plugin):
         return drawn
 
     def of_experience(self, run: Run, rows: Batch) -> Tensor:
-        """Return which rows belong to the experience under way [B] bool: a reservoir and a ring hold some of its images.
+        """Return which rows of the memory, [B] bool, belong to the experience under way, as some of a reservoir do.
 
         A class that only this experience has decides by itself; for one that comes back, the row's task decides.
         """
