@@ -14,6 +14,8 @@ import clframe
 from clframe import Batch, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.errors import WrongUse
 from clframe.plugins.a_ltm import ALTM
+from clframe.plugins.deep_inversion import DeepInversion
+from clframe.plugins.der import DER
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip": 0.0}
 # old logits of two heads of two classes, and of a new one: softmaxes of a head are 1/4, 3/4 and 1/2, 1/2
@@ -193,6 +195,22 @@ def test_in_a_run_each_step_has_the_term_of_its_rows(tiny, setting: str, loss: A
     found = [value for _, value in watch.found[6:]]
     assert found == pytest.approx(watch.wanted[6:], rel=1e-5, abs=1e-10)
     assert max(abs(value - found[0]) for value in found[1:6]) > 1e-4  # the flexible network moves
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [DER(size=12), DER(size=12, beta=0.0), DeepInversion(per_class=2, iterations=2, batch_size=4)],
+    ids=["der++", "der", "deep-inversion"],
+)
+def test_rows_that_another_method_keeps_out_of_the_default_loss_are_distilled_on(tiny, beside: Plugin) -> None:
+    """Their weight is 0, so a weighted mean of them alone has nothing to divide by: they count the same instead."""
+    a_ltm = ALTM(lambda_=0.5, loss="l2", on="replay")
+    watch = Watch(a_ltm=a_ltm)
+    learn(tiny(shape=(1, 8, 8)), beside, a_ltm, watch, model="cnn-small", epochs=1)
+    old = [value for index, value in watch.found if index]
+    assert old == pytest.approx([value for value in watch.wanted if value is not None], rel=1e-5, abs=1e-10)
+    assert min(old[1:]) > 1e-6
+    assert all(any(row) for row in watch.origins[-len(old) :])
 
 
 @pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])

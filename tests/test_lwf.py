@@ -131,6 +131,48 @@ def test_every_step_has_the_terms_of_the_form(form: str, setting: str, model: st
     assert {i for i, terms in watch.terms if "lwf" in terms} == (set() if form == "mc" else {1, 2})
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_balance_leaves_the_loss_of_replayed_rows_alone(tiny, weight: float) -> None:
+    """In experience t only the new images' losses are divided by t."""
+
+    class Replays(Plugin):
+        name = "replays"
+        replays = keeps_images = True
+
+        def __init__(self) -> None:
+            self.rows: Any = None
+            self.wanted: list[float] = []
+            self.found: list[float] = []
+
+        @hookimpl
+        def extra_batch(self, run) -> Batch | None:
+            if self.rows is None:
+                return None
+            brought: Batch = run.batch(self.rows)
+            brought.weight.fill_(weight)
+            return brought
+
+        @hookimpl
+        def penalty(self, run, batch: Batch, outputs: Outputs) -> None:
+            losses = -outputs.logits.detach().log_softmax(1)[range(len(batch)), batch.y]
+            new, old = losses[:8], losses[8:]
+            total = new.sum() / (run.experience.index + 1) + weight * old.sum()
+            self.wanted.append((total / (len(new) + weight * len(old))).item())
+
+        @hookimpl
+        def after_step(self, run) -> None:
+            self.found.append(run.losses["base"].item())
+
+        @hookimpl
+        def after_experience(self, run, experience) -> None:
+            self.rows = experience.train.rows(slice(0, 5))
+
+    replays = Replays()
+    learn(tiny(), LwF(form="seen", balance=True), replays)
+    assert len(replays.wanted) == 18
+    assert replays.found == pytest.approx(replays.wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize(("setting", "form"), [("task", "heads"), ("class", "local"), ("domain", "all")])
 def test_the_default_form_is_the_settings(setting: str, form: str, tiny) -> None:
     assert learn(tiny(setting=setting), LwF()).data["forms"] == {"lwf": form}
