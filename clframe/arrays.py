@@ -18,6 +18,12 @@ from clframe.errors import DataError, WrongUse
 from clframe.images import Images, LazyImages
 
 PIECE = 1 << 23  # bytes
+ARRAYS = {  # the fields of `Arrays` that hold values, in words
+    "x_train": "training images",
+    "y_train": "training labels",
+    "x_test": "test images",
+    "y_test": "test labels",
+}
 
 Builder = TypeVar("Builder", bound=Callable[..., Scenario])
 
@@ -48,8 +54,9 @@ class Arrays:
     """A labelled image data set in memory or in files, from which scenarios are cut.
 
     Attributes:
-        x_train: [N, C, H, W] uint8, or any float tensor [N, ...]; or `LazyImages`.
-        y_train: [N] labels 0 .. len(class_names) - 1, of any integer type; held as int64.
+        x_train: [N, C, H, W] uint8, or any float values [N, ...]: a tensor, a NumPy array or a list of either, held as
+            a tensor; or `LazyImages`.
+        y_train: [N] labels 0 .. len(class_names) - 1, of any integer type, likewise; held as int64.
         x_test: likewise, of the test images.
         y_test: likewise.
         class_names: one for each label.
@@ -70,6 +77,8 @@ class Arrays:
     sha256: str = ""
 
     def __post_init__(self) -> None:
+        for name, what in ARRAYS.items():
+            setattr(self, name, _taken(getattr(self, name), f"{what} of `{self.name}`"))
         self.y_train = self._checked("training", self.x_train, self.y_train)
         self.y_test = self._checked("test", self.x_test, self.y_test)
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
@@ -138,6 +147,25 @@ class Arrays:
     def part(self, part: Part) -> tuple[Images, Tensor]:
         """Images and labels of ``train`` or ``test``."""
         return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
+
+
+def _taken(values: Any, what: str) -> Images:
+    """Return `values` as a tensor: of a NumPy array, or of a list of numbers or arrays. Raises `DataError`."""
+    if isinstance(values, Tensor | LazyImages):
+        return values
+    try:
+        if isinstance(values, list | tuple) and values and all(isinstance(value, Tensor) for value in values):
+            return torch.stack(list(values))
+        array = np.asarray(values)
+        if array.dtype.kind not in "buif":
+            raise TypeError(f"they are {array.dtype}")
+        # torch takes neither arrays of the other byte order nor ones that cannot be written or run backwards
+        return torch.from_numpy(np.require(array.astype(array.dtype.newbyteorder("="), copy=False), None, ["C", "W"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The {what} cannot become a tensor ({error}): give a tensor, a NumPy array or a list of numbers, "
+            "all images of one shape, and each label the position of its class in `class_names`."
+        ) from error
 
 
 def read_images(path: Path) -> Tensor:

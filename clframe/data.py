@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -208,11 +209,14 @@ class Transform:
 
     Attributes:
         scale: the raw value that becomes 1 (255 for 8-bit images, 16 for scikit-learn's digits, 1: floats).
-        mean: per channel, subtracted after scaling; empty for none.
-        std: per channel, divided by after that; empty for none.
+        mean: per channel, or one for all, subtracted after scaling; empty for none.
+        std: per channel, or one for all, divided by after that; empty for none. Neither comes without the other.
         pad: augmentation crops the image at random from itself padded with this many zeros on each side.
         flip: augmentation mirrors each image left to right with probability 1/2.
         look: how image files became the raw images; None: they came from none.
+
+    Raises:
+        WrongUse: if `mean` and `std` do not belong together, or a value cannot be divided by.
     """
 
     scale: float = 255.0
@@ -221,6 +225,27 @@ class Transform:
     pad: int = 0
     flip: bool = False
     look: Look | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(torch.as_tensor(getattr(self, name)).double().flatten().tolist()))
+        if len(self.mean) != len(self.std):
+            raise WrongUse(
+                f"`Transform` has {len(self.mean)} values of `mean` and {len(self.std)} of `std`: give one of each for "
+                "each channel, or neither."
+            )
+        if not (math.isfinite(self.scale) and self.scale > 0 and all(map(math.isfinite, self.mean))):
+            raise WrongUse(f"`Transform` has `scale` {self.scale} and `mean` {self.mean}: `scale` must be above 0.")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise WrongUse(f"`Transform` has `std` {self.std}, by which values are divided: each must be above 0.")
+
+    def check(self, name: str, input_shape: Sequence[int]) -> None:
+        """Raise `WrongUse` if the images of the scenario `name`, of this shape, have other channels."""
+        if len(self.mean) > 1 and len(self.mean) != input_shape[0]:
+            raise WrongUse(
+                f"The `Transform` of `{name}` is for {len(self.mean)} channels, and the images, {list(input_shape)}, "
+                f"have {input_shape[0]}: give `mean` and `std` {input_shape[0]} values each, or one."
+            )
 
     @property
     def augments(self) -> bool:
@@ -372,6 +397,7 @@ class Scenario:
         self.class_names = tuple(class_names)
         self.input_shape = tuple(input_shape)
         self.transform = transform or Transform()
+        self.transform.check(name, self.input_shape)
         self.class_order = tuple(class_order)
         self.checksum = checksum
         self._load = load

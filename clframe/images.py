@@ -11,7 +11,7 @@ from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager, suppress
 from multiprocessing import current_process, resource_tracker
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from clframe.errors import DataError, WrongUse
 from clframe.look import Look, Pixels, begin_reading, lost, read_files
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 READ_AHEAD = 64  # images at least that are read while a step is taken
 AT_ONCE = 32  # images at most that a process is asked for in one go: asking for each costs as much as reading it
@@ -77,6 +80,19 @@ def read_image(path: str | Path, look: Look, scale: float = 255) -> Tensor:
         values = torch.from_numpy(np.array(look.read(path)))
     except DataError as error:
         raise DataError(f"The image {path} cannot be read: {error}.") from error
+    return _scaled(values, scale)
+
+
+def picture(image: Image.Image, look: Look, scale: float = 255) -> Tensor:
+    """Return an image that Pillow holds as `read_image` would from its file. Raises `DataError` likewise."""
+    try:
+        values = torch.from_numpy(np.array(look.of(image)))
+    except DataError as error:
+        raise DataError(f"The image {image!r} cannot be read: {error}.") from error
+    return _scaled(values, scale)
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
     return values if scale == 255 else values.to(torch.float32) * (scale / 255)
 
 

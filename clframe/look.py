@@ -98,6 +98,19 @@ class Look:
             raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
+    def of(self, image: Image.Image) -> Pixels:
+        """Return an image that Pillow holds, which stays as it is, as [C, H, W]. Raises `DataError` as `read`."""
+        from PIL import ImageOps
+
+        try:
+            turned = _in_mode(ImageOps.exif_transpose(image), "L" if self.mode == "grey" else "RGB")
+            pixels = np.asarray(self._resized(turned))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
     def _resized(self, image: Image.Image) -> Image.Image:
         from PIL import Image
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,8 @@ from clframe.model import evaluating, masked
 from clframe.reading import expanded
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from clframe.export import Exported, Format
 
 BATCH = 256  # images at a time
@@ -167,7 +169,7 @@ class Trained(nn.Module):
 
     def predict(
         self,
-        images: Files | Images,
+        images: Files | Images | Image.Image | Sequence[Image.Image],
         *,
         top: int = 1,
         task: Tensor | int | None = None,
@@ -176,8 +178,8 @@ class Trained(nn.Module):
         """The likeliest classes of each image.
 
         Args:
-            images: files and folders, which are brought to the model's size and colours
-                (`clframe.images.read_image`), or raw images as the data set has them: an array [B, ...] or a list.
+            images: files and folders, or images that Pillow holds, which are brought to the model's size and colours
+                (`clframe.images.read_image`); or raw images as the data set has them: an array [B, ...] or a list.
             top: how many classes of each, at most.
             task: one number, or one for each image.
             skipped: files that cannot be read are left out, and a sentence on each is added here; None: they are
@@ -242,19 +244,30 @@ class Trained(nn.Module):
 
         return export(self, expanded(path), format, task)
 
-    def _stacked(self, images: Files | Images) -> Tensor | None:
+    def _stacked(self, images: Files | Images | Image.Image | Sequence[Image.Image]) -> Tensor | None:
         """Arrays as one [B, ...]; None of files. Raises `WrongUse` if they are not as the model takes them."""
         if isinstance(images, str | Path):
             return None
         if not isinstance(images, Tensor | np.ndarray):
-            if not all(isinstance(image, Tensor | np.ndarray) for image in images):
+            given: list[Any] = list(images) if isinstance(images, Iterable) else [images]
+            kinds = {_kind(image) for image in given}
+            if kinds == {"file"}:
                 return None
-            if not len(images):
+            if None in kinds or len(kinds) > 1:
+                stranger = next((type(image).__name__ for image in given if _kind(image) is None), None)
+                raise WrongUse(
+                    f"`predict` was given {f'a `{stranger}`' if stranger else ' and '.join(sorted(map(str, kinds)))}: "
+                    "give files and folders, or arrays, or images of Pillow, and all of one kind."
+                )
+            if not given:
                 return torch.empty(0, *self.scenario.input_shape)
-            shapes = sorted({tuple(cast(Tensor, image).shape) for image in images})
+            if kinds == {"picture"}:
+                look, scale = self._look(), self.scenario.transform.scale
+                return torch.stack([files.picture(image, look, scale) for image in given])
+            shapes = sorted({tuple(image.shape) for image in given})
             if len(shapes) > 1:
                 raise WrongUse(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
-            images = torch.stack([torch.as_tensor(image) for image in images])
+            images = torch.stack([torch.as_tensor(image) for image in given])
         raw = torch.as_tensor(images)
         if raw.shape[1:] != self.scenario.input_shape:
             raise WrongUse(
@@ -287,3 +300,12 @@ class Trained(nn.Module):
             ]
             found.append(Prediction(path, tuple(answers)))
         return found
+
+
+def _kind(image: object) -> str | None:
+    """Return what an element of a list is that `Trained.predict` is given: a file, an array or a picture."""
+    if isinstance(image, str | Path):
+        return "file"
+    if isinstance(image, Tensor | np.ndarray):
+        return "array"
+    return "picture" if hasattr(image, "getbands") else None  # Pillow's, which not every process imports
