@@ -256,6 +256,7 @@ TITLES = {
     "gated_inference": "A gated network for one task, without the channels that never open",
     "icarl_cifar": "iCaRL beside experience replay on CIFAR-10",
     "kill_resume": "Killed at random moments, then resumed",
+    "hostile": "Generated hostile inputs",
 }
 
 INTRODUCTION = """\

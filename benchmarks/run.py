@@ -143,8 +143,8 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
         write_page()
 
 
-def full(data_root: Path, only: Sequence[str], kills: int) -> None:
-    """The protocols, row by row, then the kills."""
+def full(data_root: Path, only: Sequence[str], kills: int, inputs: int = 0) -> None:
+    """The protocols, row by row, then the kills and the hostile inputs."""
     index = {entry["name"]: entry for entry in read_index()}
     code, commit = report.code_version()
     rows = report.read_rows(ROWS)
@@ -170,6 +170,14 @@ def full(data_root: Path, only: Sequence[str], kills: int) -> None:
         report.save_part("kill_resume", lines, f"python benchmarks/kill_resume.py {kills}", notes)
         print(report.table(lines))
         write_page()
+    done = report.load_parts(HERE / "results").get("hostile", {})
+    if inputs and not only and done.get("code") != code:
+        import hostile
+
+        lines, notes = hostile.measure(inputs)
+        report.save_part("hostile", lines, f"python benchmarks/hostile.py {inputs}", notes)
+        print(report.table(lines))
+        write_page()
     if not only and report.load_parts(HERE / "results").get("replay", {}).get("code") != code:
         short(data_root, 9, LONG)
 
@@ -191,12 +199,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9, help="of the parts that compare times")
     parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, or protocols of `full`")
     parser.add_argument("--kills", type=int, default=50, help="of `full`; 0: none")
+    parser.add_argument("--inputs", type=int, default=10_000, help="hostile ones, of `full`; 0: none")
     given = parser.parse_args()
     root = data_root(given.data_root)
     if given.what == "short":
         short(root, given.repetitions, given.only)
     elif given.what == "full":
-        full(root, given.only, given.kills)
+        full(root, given.only, given.kills, given.inputs)
     else:
         write_page()
 

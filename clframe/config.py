@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from clframe import registry, splits
 from clframe.errors import WrongUse, did_you_mean
 from clframe.options import (
+    STRANGERS,
     Count,
     NonNegative,
     Positive,
@@ -165,7 +166,8 @@ def data_root(given: str | None) -> Path:
 
 DEFAULT_SCENARIO = "split-digits"
 DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
-LARGEST_FILE = 200_000  # bytes of a configuration: PyYAML takes a second of CPU for them
+LARGEST_FILE = 100_000  # bytes of a configuration: PyYAML takes half a second of CPU for them
+MOST_PLUGINS = 100  # that a configuration names
 START = "start"  # of any model: the finished run whose backbone it begins as
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
 OBJECT = "python object"  # the option under which a configuration names what only Python can give
@@ -406,11 +408,12 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise WrongUse(f"{path} must hold a mapping with some of: {', '.join(SECTIONS)}.")
+    strangers = [name for name in data if name not in SECTIONS]
     problems += [
-        f"{path}: there is no section `{cut(name)}`." + did_you_mean(name, SECTIONS)
-        for name in data
-        if name not in SECTIONS
+        f"{path}: there is no section `{cut(name)}`." + did_you_mean(name, SECTIONS) for name in strangers[:STRANGERS]
     ]
+    if more := strangers[STRANGERS:]:
+        problems.append(f"{path}: nor are {len(more):,} more of its names sections.")
     return data
 
 
@@ -461,6 +464,9 @@ def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]
             if name in options:
                 problems.append(f"The plugin `{name}` is named twice; name it once.")
             options[name] = _mapping(values, f"plugins.{name}", problems)
+    if len(options) > MOST_PLUGINS:
+        problems.append(f"`plugins` names {len(options):,} plugins; it can name {MOST_PLUGINS}.")
+        return {}
     return options
 
 

@@ -220,7 +220,8 @@ def test_all_mistakes_are_told_at_once(file):
         ("scenario: {name: 5}", "`scenario.name` is 5; it must be a text."),
         ("plugins: ewc", "`plugins` is 'ewc'; it must be a mapping of names to options, or a list of names."),
         (b"\xff\xfe\xff", " is not UTF-8 text (byte 0)."),
-        ("#" * 200_001, " cannot be read: it is larger than 200000 bytes."),
+        ("#" * 100_001, " cannot be read: it is larger than 100000 bytes."),
+        (f"plugins: [{', '.join(f'p{i}' for i in range(101))}]", "`plugins` names 101 plugins; it can name 100."),
         ("plugins: 3", "`plugins` is 3; it must be a mapping of names to options, or a list of names."),
         ("plugins: false", "`plugins` is False; it must be a mapping of names to options, or a list of names."),
         ("train: {lr: " + "1" * 5000 + "}", ", line 1, column 13: a whole number of 5,000 digits is too large."),
@@ -230,6 +231,12 @@ def test_a_wrong_file_is_one_sentence(file, content, sentence):
     found = problems(yaml_file=file(content))
     assert len(found) == 1
     assert sentence in found[0]
+
+
+def test_of_very_many_unknown_sections_the_first_are_named(file):
+    found = problems(yaml_file=file("".join(f"k{i}: 1\n" for i in range(1_000))))
+    assert len(found) == 21
+    assert found[-1].endswith(": nor are 980 more of its names sections.")
 
 
 def test_a_missing_file_is_named(tmp_path):
