@@ -648,14 +648,19 @@ def _set_sums_right(dice: Dice, run: Path) -> None:
     with contextlib.suppress(Exception):  # the file of sums may be what was changed
         from clframe import sums
 
+        if not (run / "sums.json").is_file() or (run / "sums.json").is_symlink():
+            return
         known = json.loads((run / "sums.json").read_text())["files"]
         regular = [name for name in known if (run / name).is_file() and not (run / name).is_symlink()]
         right = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in regular}
         (run / "sums.json").write_text(sums.to_text(known | right))
     for manifest in run.glob("checkpoints/*/manifest.json"):
         with contextlib.suppress(Exception):
+            if not manifest.is_file() or manifest.is_symlink():
+                continue
             data = json.loads(manifest.read_text())
-            for name in data:
+            regular = [n for n in data if (manifest.parent / n).is_file() and not (manifest.parent / n).is_symlink()]
+            for name in regular:
                 data[name] = hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest()
             manifest.write_text(json.dumps(data))
 
