@@ -18,6 +18,7 @@ from torch.nn import functional
 from clframe.data import Batch
 from clframe.inversion import Statistics, dreaming_problems, observe_norms, reinitialise, within_memory
 from clframe.model import IncrementalNet
+from clframe.streams import learned
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -261,6 +262,14 @@ def generator_problems(run: Run, plugin: Plugin) -> Iterator[str]:
             yield (
                 f"`{plugin.name}` learns new classes among themselves, and experience {i + 1} of "
                 f"`{run.scenario.name}` brings old ones back: choose a scenario whose experiences share no class."
+            )
+            return
+        if len(classes) == 1 and i >= max(1, learned(run)):
+            name = run.scenario.class_names[classes[0]]
+            yield (
+                f"`{plugin.name}` learns new classes among themselves, and experience {i + 1} of "
+                f"`{run.scenario.name}` has one class, `{name}`, for which that loss is always 0: give each experience "
+                "two classes at least, such as by fewer `scenario.experiences`, or choose another method."
             )
             return
         seen.update(classes)

@@ -72,7 +72,7 @@ class NearestMean(Predictor):
 
     Args:
         model: gives the features.
-        means: [C, D] of length 1, of the first C classes of the head.
+        means: [C, D] of length 1, of the first C classes of the head; NaN for a class without images.
     """
 
     scores = "distances"
@@ -92,6 +92,7 @@ class NearestMean(Predictor):
             distances = (feature[:, None] - self.means).square().sum(2).sqrt()
         else:  # not by products, which lose half of the digits where two points are near each other
             distances = torch.cdist(feature, self.means, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = distances.masked_fill(self.means.isnan().any(1), torch.inf)
         return functional.pad(-distances, (0, self.model.n_classes - len(self.means)), value=-torch.inf)
 
 
@@ -142,7 +143,8 @@ class Row:
     """One evaluation.
 
     Attributes:
-        accuracy: for each reading, from 0 to 1 on each experience; None where the head does not cover it.
+        accuracy: for each reading, from 0 to 1 on each experience; None where the head does not cover it, and where
+            there is one class to choose from, so that every answer is right.
         scores: for each reading [N, C] float32, on the CPU, of each experience; None where there are none.
         labels: [N] int64, on the CPU, of each experience.
         kind: ``logits`` or ``distances``, as the predictor declares its scores.
@@ -204,8 +206,11 @@ def evaluate(
                         ]
                     ).float()
                     kept = scores.cpu() if keep_scores else None
-                choices = class_mask(readings.choices(name, after, on), scores.shape[1], device)
-                correct = masked(scores, choices).argmax(1) == data.y
-                row.accuracy[name].append(correct.sum().item() / len(data))
                 row.scores[name].append(kept)
+                choices = readings.choices(name, after, on)
+                if len(choices) == 1:
+                    row.accuracy[name].append(None)
+                    continue
+                correct = masked(scores, class_mask(choices, scores.shape[1], device)).argmax(1) == data.y
+                row.accuracy[name].append(correct.sum().item() / len(data))
     return row

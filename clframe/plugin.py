@@ -56,6 +56,8 @@ class Plugin(metaclass=_Validated):
       ``after_experience`` is then called once before training, with the last old experience, which has those images.
     - ``known_problems``: sentences on what is known to be broken in what it stands on; `clframe doctor` tells them.
     - ``observer``: it changes nothing that is learnt; results do not depend on it.
+    - ``one_class``: of a plugin with `wanted_logits`, the option (``name.option=value``) with which it can learn an
+      experience of one class, whose loss among its own classes is always 0; empty: there is none.
     - ``citation``: the paper.
 
     An instance may set ``form``: which form of the method it is, where there are several; the results name it.
@@ -79,6 +81,7 @@ class Plugin(metaclass=_Validated):
     resumes: ClassVar[bool] = True
     joins: ClassVar[Literal["", "network", "images"]] = ""
     known_problems: ClassVar[tuple[str, ...]] = ()
+    one_class: ClassVar[str] = ""
     citation: ClassVar[str] = ""
 
     options: dict[str, Any]  # as validated, by parameter name

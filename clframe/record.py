@@ -146,9 +146,10 @@ def _calibration(
     last = len(labels) - 1
     rows = []
     for on, given in enumerate(scores):
-        if given is None:
+        choices = engine.readings.choices(reading, last, on)
+        if given is None or len(choices) == 1:  # an answer that cannot be wrong says nothing of its confidence
             return {}
-        rows.append(_allowed(given, engine.readings.choices(reading, last, on)))
+        rows.append(_allowed(given, choices))
     found = metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
     # a predictor may rule a true class out, whose NLL is infinite: no number that JSON knows
     return {

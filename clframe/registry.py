@@ -319,10 +319,15 @@ def owner_problems(plugins: Iterable[Plugin], hook: str, also: Plugin | None = N
 
     `also` is one of them that answers it in this run, whatever its ``owns`` says without knowing the run.
     """
-    owners = [f"`{p.name}`" for p in plugins if p is also or (_owns(type(p), hook) and p.owns(hook))]
-    if len(owners) < 2:
+    found = [f"`{p.name}`" for p in owners(plugins, hook, also)]
+    if len(found) < 2:
         return []
-    return [f"`{hook}` is answered by {_and(owners)}; a run can have only one of them."]
+    return [f"`{hook}` is answered by {_and(found)}; a run can have only one of them."]
+
+
+def owners(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> list[Plugin]:
+    """Return those of `plugins` that answer `hook`; `also` as `owner_problems` has it."""
+    return [p for p in plugins if p is also or (_owns(type(p), hook) and p.owns(hook))]
 
 
 def callers(made: pluggy.PluginManager) -> Hooks:

@@ -99,12 +99,18 @@ class Results:
         return found
 
     def accuracy_per_class(self, reading: str = "class") -> dict[str, float | None]:
-        """Accuracy after the last experience on each class, by its name; None without test images."""
+        """Return the accuracy after the last experience on each class, by its name.
+
+        It is None without test images, and in the reading ``task`` where the class is the only one of its experience.
+        """
         import torch
 
         from clframe.metrics import accuracy_per_class
 
         found = accuracy_per_class(torch.tensor(self.confusion_matrix(reading)))
+        if reading == "task":
+            choosing = {c for group in self.data["classes"] if len(group) > 1 for c in group}
+            found = [value if c in choosing else None for c, value in enumerate(found)]
         return dict(zip(self.data["class_names"], found, strict=True))
 
     @classmethod

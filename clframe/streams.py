@@ -1,9 +1,11 @@
-"""What a stream asks of plugins: classes that come back, and tasks that share classes."""
+"""What a stream asks of a run: classes that come back, tasks that share classes, experiences of one class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from clframe import registry
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -21,11 +23,16 @@ def first_return(classes: Sequence[Sequence[int]]) -> tuple[int, int, int] | Non
 
 
 def stream_problems(run: Run) -> list[str]:
-    """One sentence for each plugin that cannot serve the classes of this stream.
+    """One sentence for each reason why the classes of this stream cannot be learned as the run would learn them.
 
     Called before training, and before an extension, of the whole stream. A class has one column in the head: two tasks
     that both have it would both train that column, so a plugin that isolates tasks cannot keep the first one's answers.
+    A loss among the classes of one experience is always 0 where that experience has one class.
     """
+    return [*_shared_class_problems(run), *_default_loss_problems(run)]
+
+
+def _shared_class_problems(run: Run) -> list[str]:
     shared = first_return(run.scenario.classes)
     if shared is None or run.scenario.setting == "domain":  # in which plugins that isolate are refused already
         return []
@@ -37,3 +44,41 @@ def stream_problems(run: Run) -> list[str]:
         for plugin in run.plugins
         if plugin.isolates
     ]
+
+
+def _default_loss_problems(run: Run) -> list[str]:
+    """The sentence of `single_class_problems`, unless a plugin's own loss, made for no logits, takes the place."""
+    owners = registry.owners(run.plugins, "base_loss")
+    if any(plugin.wanted_logits(run) is None for plugin in owners):
+        return []
+    return single_class_problems(run)
+
+
+def single_class_problems(run: Run) -> list[str]:
+    """The sentence that refuses experiences to come of one class, where the loss is among an experience's own classes.
+
+    One class among one choice has the probability 1: its cross-entropy is 0, with a gradient of 0, at every step.
+    """
+    scenario = run.scenario
+    to_come = range(learned(run), len(scenario.classes))
+    single = [i for i in to_come if len(scenario.classes[i]) == 1]
+    if run.logits not in ("own", "current") or not single:
+        return []
+    if any(plugin.keeps_experiences for plugin in run.plugins) and len(single) < len(to_come):
+        return []  # their images are learned with those of the others
+    wanting = [plugin for plugin in run.plugins if plugin.wanted_logits(run) == run.logits]
+    serving = [plugin.one_class for plugin in wanting] or ["train.logits=seen"]
+    others = f", or choose `{serving[0]}`" if serving[0] else ""
+    name = scenario.class_names[scenario.classes[single[0]][0]]
+    more = f" (and {len(single) - 1} more)" if len(single) > 1 else ""
+    return [
+        f"Experience {single[0] + 1} of `{scenario.name}`{more} has one class, `{name}`, and with "
+        f"`train.logits={run.logits}` the loss among the classes of one experience is then always 0: give each "
+        f"experience two classes at least, such as by fewer `scenario.experiences`{others}."
+    ]
+
+
+def learned(run: Run) -> int:
+    """Return how many experiences of the whole stream the run that this one extends has learned; 0: it extends none."""
+    known = run.scenario.known
+    return known[-2] if len(known) > 1 else 0

@@ -15,6 +15,7 @@ from clframe.distill import soft_cross_entropy_per_group
 from clframe.generators import GenerativeModel, Net, Recipe, Rehearsal, check_range
 from clframe.model import masked, snapshot
 from clframe.options import Count, Positive
+from clframe.streams import single_class_problems
 
 SHOWN = 64  # images, after each experience
 CHECKED = 500  # images, for the agreement of known labels with the solver's
@@ -94,6 +95,8 @@ class GenerativeReplay(Plugin):
                 f"`{self.name}` brings old classes back, which `train.logits=current` leaves out of the loss: choose "
                 "`seen` or `all`."
             )
+        if self.labels == "soft":
+            yield from single_class_problems(run)
         if self.labels == "hard" and self._scores_heads(run):
             yield from registry.owner_problems(run.plugins, "base_loss", also=self)
 

@@ -59,6 +59,7 @@ class LwF(Plugin):
     name = "lwf"
     state = ("teacher",)
     joins = "network"
+    one_class = "lwf.form=seen"
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 
     def __init__(

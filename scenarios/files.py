@@ -215,16 +215,17 @@ def classes(names: Sequence[str]) -> str:
 def groups_for(count: int, experiences: int | None, first: int | None) -> tuple[int, int | None]:
     """Into how many experiences `count` classes go where nobody said so, and the classes of the first.
 
-    As many as divide them evenly, up to five; a number without such divisor gives five, the first with what is left
-    over.
+    As many as leave two classes for each, up to five; the first has what is left over. 2 or 3 classes are one
+    experience: a class alone has nothing that it must be told apart from. With `first`, the others divide the rest
+    evenly.
     """
     if experiences is not None:
         return experiences, first
     if first is not None:
         rest = max(0, count - first)
-        return 1 + max((n for n in range(1, 5) if rest and rest % n == 0), default=0), first
-    even = max((n for n in range(2, 6) if count % n == 0), default=0)
-    return (even, None) if even else (5, count - 4 * (count // 5))
+        return 1 + max((n for n in range(1, 5) if rest % n == 0 and rest // n >= 2), default=int(rest > 0)), first
+    n = max(1, min(5, count // 2))
+    return (n, None) if count % n == 0 else (n, count - (n - 1) * (count // n))
 
 
 def walk(folder: Path) -> tuple[list[str], Counter[str]]:
