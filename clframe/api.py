@@ -48,6 +48,7 @@ from clframe.plugin import Plugin
 from clframe.reading import expanded, held_by, read_text
 from clframe.record import described_in, results_of, scenario_of, split_of
 from clframe.results import Results
+from clframe.single import single_image_problems
 from clframe.streams import stream_problems
 from clframe.texts import cut
 from clframe.trained import Trained
@@ -569,6 +570,7 @@ def _check(engine: Engine) -> None:
         problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
     problems += _logits_problems(run)
     problems += stream_problems(run)
+    problems += single_image_problems(run, scenario)
     problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
     if problems:
         raise WrongUse(*problems)

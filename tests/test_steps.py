@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from clframe import Batch
+import clframe
+from clframe import Batch, Scenario
+from clframe.errors import WrongUse
 from clframe.training import Sampler
 
 
@@ -54,3 +57,41 @@ def test_rows_that_do_not_count_leave_value_and_gradient_alone() -> None:
     assert mean.item() == pytest.approx(0.693147)
     assert logits.grad is not None
     assert torch.allclose(logits.grad, torch.tensor([[-0.25, 0.25], [-0.25, 0.25], [0.0, 0.0]]))
+
+
+class Normed(nn.Module):
+    """A backbone whose batch norm sees one value of each channel for each image."""
+
+    width = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def fewer(scenario: Scenario, index: int) -> Scenario:
+    """`scenario` with one training image in the experience `index`."""
+    load = scenario._load
+    scenario._load = lambda i, part: load(i, part).rows(slice(0, 1)) if (i, part) == (index, "train") else load(i, part)
+    return scenario
+
+
+def test_a_batch_of_one_that_must_come_is_refused_before_training(tiny) -> None:
+    rule = r"`Normed` has batch normalization, .* and "
+    with pytest.raises(WrongUse, match=rule + "`train.batch_size` is 1: choose 2 or more, or"):
+        clframe.run(tiny(), Normed(), train={"epochs": 1, "batch_size": 1})
+    with pytest.raises(WrongUse, match=rule + "experience 2 of `tiny` has one training image: give it more, or"):
+        clframe.run(fewer(tiny(), 1), Normed(), train={"epochs": 1})
+    # a memory adds rows, from the second experience on
+    clframe.run(fewer(tiny(), 1), Normed(), ["er"], train={"epochs": 1})
+    with pytest.raises(WrongUse, match="experience 1 of `tiny` has one training image"):
+        clframe.run(fewer(tiny(), 0), Normed(), ["er"], train={"epochs": 1})
+
+
+@pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])
+def test_a_network_that_takes_one_image_learns_from_one(tiny, model: str) -> None:
+    results = clframe.run(tiny(shape=(1, 8, 8)), model, train={"epochs": 1, "batch_size": 1})
+    assert None not in results.accuracy["class"][-1]
