@@ -107,8 +107,14 @@ def test_an_extension_has_the_same_rule(tiny, tmp_path, first: int, rest: int) -
 
 def test_a_class_without_a_mean_is_no_answer() -> None:
     """NaN would be the largest score of all."""
-    model = IncrementalNet(nn.Flatten())
-    model.features = lambda x: x  # type: ignore[method-assign]
+
+    class Same(nn.Module):
+        width = 2
+
+        def features(self, x: Tensor) -> Tensor:
+            return x
+
+    model = IncrementalNet(Same())
     model.grow(3)
     means = torch.tensor([[1.0, 0.0], [torch.nan, torch.nan], [0.0, 1.0]])
     scores = NearestMean(model, means)(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
@@ -136,5 +142,7 @@ def test_a_class_without_training_images_leaves_the_others_right(tiny, plugin: A
     scenario = without_images_of(tiny(), label)
     results = learn(scenario, *([plugin] if plugin else []), epochs=10)
     last = results.accuracy["class"][-1]
-    assert last[2 if label < 4 else 1] > 0 or last[0] > 0
     assert None not in last
+    assert last[2] > 0  # classes 4 and 5, of which one has images at least
+    if plugin == "icarl":
+        assert last[0] > 0
