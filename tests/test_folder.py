@@ -160,7 +160,7 @@ def test_all_broken_files_are_listed(photographs, tmp_path):
 
 def test_a_fifth_of_each_class_is_drawn_for_testing_from_the_seed(small):
     def drawn(**more):
-        scenario = split_folder(path=small, size=8, memory=0, **more)
+        scenario = split_folder(path=small, size=8, memory=0, experiences=4, **more)
         return [(names_of(small, e.train), names_of(small, e.test)) for e in scenario]
 
     first = drawn(seed=3)
@@ -212,7 +212,7 @@ def test_small_faults_of_files_are_not_told(small, recwarn):
 
 def test_a_limit_takes_the_first_images_of_each_class_and_part(small):
     halved(small)
-    scenario = split_folder(path=small, size=8, memory=0, limit=2)
+    scenario = split_folder(path=small, size=8, memory=0, limit=2, experiences=4)
     assert names_of(small, scenario[1].train) == {"b/0.png", "b/1.png"}
     assert names_of(small, scenario[1].test) == {"b/6.png", "b/7.png"}
 
