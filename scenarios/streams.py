@@ -57,8 +57,8 @@ OPTIONS = {
 
 
 OF_NONE = {  # of options that may be left to the data
-    "experiences": "number of experiences; null: the most, up to 5, that divide the classes evenly, else 5, the first "
-    "larger.",
+    "experiences": "number of experiences; null: the most, up to 5, that leave two classes for each, the first "
+    "larger where they do not divide evenly.",
     "label_column": "the column with the names of their classes; null: the only one of type ClassLabel, else the only "
     "one of texts or whole numbers.",
 }
