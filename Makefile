@@ -3,7 +3,7 @@ PYTHON ?= python3
 DATA ?= $(or $(CLFRAME_DATA),$(HOME)/.cache/clframe)
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench bench-full clean
+.PHONY: demo test test-lowest lint docs bench bench-full clean
 
 demo: .venv/installed
 	@rm -rf runs/demo
@@ -14,6 +14,9 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+test-lowest: build/lowest/installed
+	build/lowest/bin/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -39,6 +42,12 @@ bench-full: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+# The lowest versions that pyproject.toml allows of what it names, in an environment of their own.
+build/lowest/installed: pyproject.toml .venv/installed
+	$(PYTHON) -m venv build/lowest
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct --editable '.[dev]'
 	@touch $@
 
 .venv/docs: .venv/installed

@@ -254,6 +254,7 @@ TITLES = {
     "hook_cost": "Cost of the hooks",
     "streaming": "Images read from files while others are trained on",
     "gated_inference": "A gated network for one task, without the channels that never open",
+    "defaults": "Every method with its name alone, beside fine-tuning",
     "icarl_cifar": "iCaRL beside experience replay on CIFAR-10",
     "kill_resume": "Killed at random moments, then resumed",
     "hostile": "Generated hostile inputs",
