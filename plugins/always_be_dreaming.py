@@ -33,7 +33,9 @@ class AlwaysBeDreaming(Plugin):
     - distill: ||W_old f(x) - W_old f_old(x)||^2 / n_old, the mean over all images, with features f and the teacher's
       head W_old.
 
-    The authors train G for 10,000 iterations (CIFAR-100, ResNet-32).
+    The authors train G for 10,000 iterations (CIFAR-100, ResNet-32). They keep G and its Adam from one experience to
+    the next; here both are new before each experience. Two inner batch norms of their G have an epsilon of 0.8, where
+    those here have torch's 1e-5.
 
     Options:
         iterations: steps of the generator before each experience; the authors' number is 10000.

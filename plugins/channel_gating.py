@@ -33,6 +33,9 @@ class ChannelGating(Plugin):
     Where no task is told, a task classifier (section 3.3) chooses the path and the head: it sees the features of all
     paths and is trained after each experience on the new images and on remembered ones, of all tasks alike.
 
+    On a ResNet each convolution has gates of its own, 1x1 convolutions of shortcuts included, by the average pixel of
+    its own input.
+
     Curves: `channel-gating/open/LAYER`: the mean share of open gates, `channel-gating/free/LAYER`: of kernels that are
     left to train; `channel-gating/task-classifier`: the classifier's latest loss, and that of a generator, `distance`
     and `penalty`.

@@ -20,7 +20,10 @@ class DER(Plugin):
     """Holds the logits that images of a reservoir had when they entered it; DER++ holds their labels, too.
 
     L = loss + alpha mean ||z - h(x')||^2 / C + beta mean CE(y'', h(x'')), with images x' and x'' drawn apart (eq. 6).
-    The squared distance is averaged over the C logits that there were when z was kept, as in the authors' code.
+    The squared distance is averaged over the C logits that there were when z was kept, as in the authors' code. New and
+    drawn images share one forward pass, where the authors' code has one for each draw, so that batch norms normalize
+    all together. The reservoir samples presentations, not images: an image that is met in two epochs counts twice and
+    may be kept twice, with other logits.
 
     Options:
         size: images in the memory.

@@ -18,7 +18,9 @@ from clframe.options import Count
 class ER(Plugin):
     """Joins images of a memory to each batch.
 
-    L = sum(w l) / sum(w), the cross-entropy l over the rows of both.
+    L = sum(w l) / sum(w), the cross-entropy l over the rows of both. New and drawn images share one forward pass, so
+    that batch norms normalize both together. A reservoir samples presentations, not images: an image that is met in two
+    epochs counts twice and may be kept twice.
 
     Options:
         size: images in the memory, of all classes together.

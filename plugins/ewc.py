@@ -32,6 +32,11 @@ class EWC(Plugin):
     The papers mean the expectation over the model's own labels. Under SGD, entries of lambda F that a step would
     overshoot count as less (`clframe.importance.weighted_penalty`); Adam takes all of them as they are.
 
+    `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
+    published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.
+    On `permuted-digits` (300 steps an experience, default settings) 96 % of the steps after the first experience are
+    clipped.
+
     Options:
         lambda: strength of the penalty.
         form: `offline` keeps a penalty for each experience, `online` one for all, centred at the latest weights.

@@ -28,6 +28,10 @@ class ICaRL(Plugin):
     normalised features (algorithms 4 and 5). An image gets the class whose mean is nearest to its normalised feature
     (algorithm 1).
 
+    New images and exemplars share one forward pass, so that batch norms normalize both together. `train.clip` is 1 by
+    default, which the paper does not have, so that its learning rate of 2 does not carry over: `train.clip=0` turns
+    clipping off.
+
     Options:
         size: K, images in the memory, of all classes together; rounding up may add one for each class.
         per_class: images of each class, in place of `size`.

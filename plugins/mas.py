@@ -25,6 +25,9 @@ class MAS(Plugin):
     weights after the latest experience. There is no factor 1/2, and importance is added up, not averaged. Under SGD,
     entries that a step would overshoot count as less (`clframe.importance.weighted_penalty`).
 
+    `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
+    published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.
+
     Options:
         lambda: strength of the penalty. The paper has 1, for the small sensitivities of a large pretrained network; on
             the digits 1 keeps new tasks from being learnt (39 % on permuted-digits, 56 % at 0.01).

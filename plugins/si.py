@@ -20,6 +20,10 @@ class SI(Plugin):
     theta* the weights after the latest experience. There is no factor 1/2. Under SGD, entries that a step would
     overshoot count as less (`clframe.importance.weighted_penalty`).
 
+    `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
+    published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.
+    Beside a method that replays images, the experience's own loss includes the replayed rows, and so does importance.
+
     Options:
         c: strength of the penalty.
         xi: damping, which bounds the importance of weights that hardly moved.
