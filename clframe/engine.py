@@ -22,6 +22,7 @@ from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import ModelPredictor, Readings, Row, answered, evaluate
 from clframe.folder import RunFolder
 from clframe.images import READ_AHEAD
+from clframe.model import seed_torch
 from clframe.training import (
     Phase,
     Sampler,
@@ -175,7 +176,7 @@ class Engine:
             for classes in coming:
                 new = max(classes) + 1 - run.model.n_classes
                 if new > 0:
-                    torch.manual_seed(run.config.run.seed * 1_000_003 + run.model.n_classes + 1)
+                    seed_torch(run.config.run.seed * 1_000_003 + run.model.n_classes + 1, run.device)
                     run.model.grow(new).to(run.device)
         self.hook.grow(run=run, experience=experience)
         run.model.grown = experience.index + 1

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -83,6 +84,7 @@ class IncrementalNet(nn.Module):
         self.head = nn.ModuleList()
         self.grown = 0
         self.selected: int | None = None
+        self.given_hooks = frozenset(hooks_of(backbone))  # which compute, or note, what their author wants
         for size in blocks:
             self.grow(size)
 
@@ -109,7 +111,10 @@ class IncrementalNet(nn.Module):
         return block
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, D] of the images `x`."""
+        """Return the features [B, D] of the images `x`, in the precision of the backbone's parameters."""
+        like = next(self.backbone.parameters(), x)
+        if like.dtype != x.dtype and like.is_floating_point() and x.is_floating_point():
+            x = x.to(like.dtype)
         return self.backbone.features(x)
 
     def select(self, task: int) -> None:
@@ -200,16 +205,47 @@ def thaw(model: nn.Module, names: Collection[str]) -> None:
             parameter.requires_grad_(True)
 
 
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")  # how attributes with them end
+
+
+def hooks_of(model: nn.Module) -> dict[int, Any]:
+    """Return the hooks of all modules of `model`, by the number that torch gives each."""
+    kinds = [hooks for module in model.modules() for name, hooks in vars(module).items() if name.endswith(HOOKS)]
+    return {key: hook for hooks in kinds for key, hook in (hooks or {}).items()}
+
+
+def memo_for(model: nn.Module) -> dict[int, Any]:
+    """Return a memo for `copy.deepcopy` of `model`, of what it holds and cannot, or must not, be copied as it is.
+
+    A tensor with a graph cannot: the weights that torch's older weight normalization and pruning compute before each
+    forward pass. What a hook belongs to must not, unless it is a module of the network: it would be copied whole.
+    """
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    inside = {id(module) for module in model.modules()}
+    for hook in hooks_of(model).values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(hook, partial):
+            memo[id(hook)] = hook
+        elif owner is not None and id(owner) not in inside:
+            memo[id(owner)] = owner
+    return memo
+
+
 def snapshot(model: IncrementalNet) -> IncrementalNet:
-    """A frozen copy in eval mode without hooks."""
+    """Return a frozen copy in eval mode, without hooks but for those that the backbone had when it was given."""
+    memo = memo_for(model)
+    own = getattr(model, "given_hooks", frozenset())
     # a hook may be a method of a plugin, which would be copied with all that it holds: have none to copy
-    memo: dict[int, Any] = {
-        id(hooks): OrderedDict()
+    places = [
+        (hooks, memo.setdefault(id(hooks), OrderedDict()))
         for module in model.modules()
         for name, hooks in vars(module).items()
-        if name.endswith(("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"))
-    }
+        if name.endswith(HOOKS) and hooks is not None
+    ]
     copied = copy.deepcopy(model, memo)
+    for hooks, empty in places:
+        empty.update((key, copy.deepcopy(hook, memo)) for key, hook in hooks.items() if key in own)
     return copied.eval().requires_grad_(False)
 
 
@@ -256,8 +292,13 @@ def initialised_by(generator: torch.Generator, device: torch.device | None = Non
     cuda = [device] if device is not None and device.type == "cuda" else []
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for place in cuda:
-            with torch.cuda.device(place):
-                torch.cuda.manual_seed(seed)
+        seed_torch(seed, device)
         yield
+
+
+def seed_torch(seed: int, device: torch.device | None) -> None:
+    """Seed torch's global generators of the CPU and of `device`: `torch.manual_seed` would seed all devices'."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn import functional
 from torch.nn.modules import batchnorm
 
@@ -36,8 +36,8 @@ class GradientSums:
     The gradient of a sample is that of a batch of this sample alone; nothing is averaged before it is squared. Linear,
     Conv2d and BatchNorm layers that a forward pass calls once are solved in closed form from their input and the
     gradient of their output, and one forward pass serves all cotangents. Every other parameter (of other layers, of a
-    layer called twice, shared, parametrized, used without its layer being called) goes through `torch.func.vmap`, or
-    sample by sample where that fails.
+    layer called twice, shared, parametrized, of another name, used without its layer being called) goes through
+    `torch.func.vmap`, or sample by sample where that fails or gives something else for the first sample.
 
     The model is left as it was: no hooks, no ``.grad``, the same modes, running statistics and ``requires_grad``.
 
@@ -68,7 +68,7 @@ class GradientSums:
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._layers: list[nn.Module] = []
         self._row_is_sample: set[nn.Module] | None = None
-        self._vmap_works = True
+        self._vmap_works: bool | None = None  # not known yet
         for name, module in model.named_modules():
             if isinstance(module, batchnorm._BatchNorm) and module.running_mean is None:
                 raise WrongUse(
@@ -121,7 +121,7 @@ class GradientSums:
                         "A local importance cannot be computed: a layer of the backbone is given something else than a "
                         "row for each image; choose a backbone that treats images so, or another form."
                     )
-                for kind, parameter in call.module.named_parameters(recurse=False):
+                for kind, parameter in call.parameters():
                     if id(parameter) in self._names:
                         call.sums[kind] = self._sums[self._names[id(parameter)]]
                 form = _CLOSED_FORMS[type(call.module)](call, self._f, self._elements(x.device))
@@ -166,7 +166,7 @@ class GradientSums:
 
     def _divide(self, calls: Sequence[_Call], logits: Tensor) -> tuple[list[_Call], dict[str, nn.Parameter]]:
         """Calls that account for all of a parameter's gradient, and the parameters that none accounts for."""
-        nodes, uses = _graph(logits)
+        nodes, uses, _ = graph_of(logits)
         times = Counter(call.module for call in calls)
         solved, rest = [], {n: p for n, p in self._parameters.items() if uses[id(p)]}
         for call in calls:
@@ -178,7 +178,7 @@ class GradientSums:
                 and call.module in (self._row_is_sample or ())
                 and call.input._version == call.version
             )
-            for kind, parameter in call.module.named_parameters(recurse=False) if whole else ():
+            for kind, parameter in call.parameters() if whole else ():
                 if uses[id(parameter)] == 1 and self._names.get(id(parameter)) in rest:
                     name = self._names[id(parameter)]
                     call.sums[kind] = self._sums[name]
@@ -201,25 +201,43 @@ class GradientSums:
 
     def _add_rest(self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor) -> None:
         """The same for `parameters` of any layer; `vectors` [B, K, C] holds the cotangents of each sample."""
+        if self._vmap_works is None:
+            first = None if task is None else task[:1]
+            self._vmap_works = self._vmap_agrees(parameters, x[:1], first, vectors[:1])
         if self._vmap_works:
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
-                    found = self._by_vmap(parameters, x, task, vectors)
+                found = self._by_vmap(parameters, x, task, vectors)
             except (RuntimeError, ValueError):
-                # not every module can go: one that reads values, or calls an operator without a batching rule
                 self._vmap_works = False
         if not self._vmap_works:
             found = self._one_by_one(parameters, x, task, vectors)
         for name, value in found.items():
             self._sums[name] += value
 
+    def _vmap_agrees(
+        self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
+    ) -> bool:
+        """Return whether vmap works on one sample, and gives what its gradients do, but for rounding.
+
+        Not every module can go: one that reads values, or calls an operator without a batching rule. One that holds
+        its parameters in another place as well (a list of them, a function) would compute with those.
+        """
+        try:
+            found = self._by_vmap(parameters, x, task, vectors)
+        except (RuntimeError, ValueError):
+            return False
+        wanted = self._one_by_one(parameters, x, task, vectors)
+        return all(
+            (found[name] - value).abs().max() <= 0.01 * value.abs().max() + 1e-12 for name, value in wanted.items()
+        )
+
     def _by_vmap(
         self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
     ) -> dict[str, Tensor]:
         def of_sample(x: Tensor, task: Tensor | None, vectors: Tensor) -> dict[str, Tensor]:
             def logits(values: dict[str, Tensor]) -> Tensor:
-                output = functional_call(self._model, values, (x[None], None if task is None else task[None]))
+                with _replaced(self._model, {id(parameters[name]): value for name, value in values.items()}):
+                    output = self._model(x[None], None if task is None else task[None])
                 return output.logits[0]  # type: ignore[no-any-return]
 
             pull = vjp(logits, {name: p.detach() for name, p in parameters.items()})[1]
@@ -232,7 +250,10 @@ class GradientSums:
         tasks = [None] * len(x) if task is None else task.split(rows)
         for part, part_task, part_vectors in zip(x.split(rows), tasks, vectors.split(rows), strict=False):
             in_dims = (0, None if task is None else 0, 0)
-            for name, value in vmap(of_sample, in_dims)(part, part_task, part_vectors).items():
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
+                sums = vmap(of_sample, in_dims)(part, part_task, part_vectors)
+            for name, value in sums.items():
                 found[name] += value.sum(0)
         return found
 
@@ -255,6 +276,24 @@ class GradientSums:
         return self._max_elements or (1 << 20 if device.type == "cpu" else 1 << 26)
 
 
+@contextmanager
+def _replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, `model` computes with `values` in the place of its parameters, given by their ids.
+
+    `torch.func.functional_call` leaves its tensors in a module that stands at two places. Tensors that modules compute
+    inside and keep, as older weight normalization does, are put back, too.
+    """
+    places = [(m._parameters, key, p) for m in model.modules() for key, p in m._parameters.items() if id(p) in values]
+    kept = [(vars(m), key, v) for m in model.modules() for key, v in vars(m).items() if isinstance(v, Tensor)]
+    try:
+        for parameters, key, parameter in places:
+            parameters[key] = values[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for place, key, value in [*places, *kept]:
+            place[key] = value
+
+
 @dataclass
 class _Call:
     """One call of a layer: its input (and the input's version then), its output or where that stands in the graph."""
@@ -269,21 +308,28 @@ class _Call:
     def __post_init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # of the parameters for which this call accounts: weight, bias
 
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return those that a closed form knows; others that stand in the layer are computed with elsewhere."""
+        return [(kind, p) for kind, p in self.module.named_parameters(recurse=False) if kind in ("weight", "bias")]
 
-def _graph(logits: Tensor) -> tuple[set[Node], Counter[int]]:
-    """All nodes of the graph behind `logits`, and how often each leaf (by its id) is used in it."""
-    root = get_gradient_edge(logits).node
+
+def graph_of(output: Tensor) -> tuple[set[Node], Counter[int], dict[int, Tensor]]:
+    """Return all nodes of the graph behind `output`, how often each leaf is used in it, and the leaves, by their id."""
+    root = get_gradient_edge(output).node
     nodes, open_nodes, uses = {root}, [root], Counter[int]()
+    leaves: dict[int, Tensor] = {}
     while open_nodes:
         for node, _ in open_nodes.pop().next_functions:
             if node is None:
                 continue
             if node.name().endswith("::AccumulateGrad"):
-                uses[id(node.variable)] += 1  # type: ignore[attr-defined]
+                leaf: Tensor = node.variable  # type: ignore[attr-defined]
+                leaves[id(leaf)] = leaf
+                uses[id(leaf)] += 1
             elif node not in nodes:
                 nodes.add(node)
                 open_nodes.append(node)
-    return nodes, uses
+    return nodes, uses, leaves
 
 
 class _ClosedForm:

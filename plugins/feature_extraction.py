@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
-from clframe.model import freeze, thaw
+from clframe.model import freeze, seed_torch, thaw
 from clframe.options import Count, NonNegative
 from clframe.training import no_new_heads, rest_old_blocks, warm_up, warm_up_problems
 
@@ -74,7 +74,7 @@ class TwoLayers(nn.Module):
         assert isinstance(block, nn.Linear)
         self.out_features = block.out_features
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            seed_torch(int(torch.randint(2**31, (1,), generator=generator)), None)
             self.hidden = nn.Linear(block.in_features, units).to(block.weight)
             self.out = nn.Linear(units, block.out_features).to(block.weight)
 
