@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +68,7 @@ def run(
     train: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
+    progress: bool | None = None,
 ) -> Results:
     """Learn a scenario and give the results.
 
@@ -78,6 +81,7 @@ def run(
         train: training settings (`clframe.config.TrainSettings`).
         run: settings of the run (`clframe.config.RunSettings`). Without ``output`` nothing is written to the disk.
         listeners: called with each record of the run's progress.
+        progress: show the course of the run on stderr, as the command line does; None: on a terminal and in a notebook.
 
     Raises:
         WrongUse: with one sentence for each mistake, before any training.
@@ -94,7 +98,8 @@ def run(
     run = dict(run or {})
     run.setdefault("tensorboard", run.get("output") is not None)
     config, objects = _config_of(scenario, model, plugins, train, run)
-    return run_config(config, listeners=listeners, **objects)
+    with _shown(progress, listeners) as everyone:
+        return run_config(config, listeners=everyone, **objects)
 
 
 def run_config(
@@ -162,6 +167,7 @@ def resume(
     plugins: Sequence[Plugin] = (),
     allow_env_change: bool = False,
     listeners: Sequence[Listener] = (),
+    progress: bool | None = None,
 ) -> Results:
     """Go on with the run in `folder` after a crash, a kill or a signal, to the same results, bit for bit.
 
@@ -173,7 +179,19 @@ def resume(
         RunFailed: as `run`.
         Interrupted: as `run`.
     """
-    path = expanded(folder)
+    with _shown(progress, listeners) as everyone:
+        return _resumed(expanded(folder), scenario, model, plugins, allow_env_change, everyone)
+
+
+def _resumed(
+    path: Path,
+    scenario: Scenario | None,
+    model: nn.Module | None,
+    plugins: Sequence[Plugin],
+    allow_env_change: bool,
+    listeners: Sequence[Listener],
+) -> Results:
+    """Do what `resume` does, telling `listeners`."""
     opened = RunFolder(path, new=False)
     try:
         if opened.finished:
@@ -238,6 +256,7 @@ def extend(
     train: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
+    progress: bool | None = None,
 ) -> Results:
     """Let the finished run in `folder` learn on: `scenario` comes after what it learnt, with all state continued.
 
@@ -254,6 +273,7 @@ def extend(
         train: training settings that change; others are the run's.
         run: settings of the run that change, likewise.
         listeners: called with each record of the run's progress.
+        progress: as `run`.
 
     Raises:
         DataError: if the run is not finished, or its last checkpoint is gone.
@@ -278,7 +298,8 @@ def extend(
     )
     for name, plugin in given.items():
         config.plugins[name] = {**plugin.public_options(), OBJECT: True}
-    return run_config(config, scenario=own, model=model, plugins=list(given.values()), listeners=listeners)
+    with _shown(progress, listeners) as everyone:
+        return run_config(config, scenario=own, model=model, plugins=list(given.values()), listeners=everyone)
 
 
 def extension_config(
@@ -409,6 +430,30 @@ def _config_of(
     named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
     config.plugins = {name: named[name] for name in map(_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
+
+
+@contextmanager
+def _shown(progress: bool | None, listeners: Sequence[Listener]) -> Iterator[Sequence[Listener]]:
+    """Yield `listeners`, and one that shows the course of the run if `progress`; None: if a person sees stderr.
+
+    By default, runs in other threads than the main one show nothing: two would write over each other.
+    """
+    if progress is None:
+        main = threading.current_thread() is threading.main_thread()
+        progress = main and (bool(sys.stderr and sys.stderr.isatty()) or _in_notebook())
+    if not progress:
+        yield listeners
+        return
+    from clframe.cli.live import Live
+
+    with Live() as live:
+        yield [*listeners, live]
+
+
+def _in_notebook() -> bool:
+    """Return whether this is the kernel of a notebook, whose stderr people see."""
+    kernel = sys.modules.get("ipykernel.zmqshell")
+    return kernel is not None and bool(kernel.ZMQInteractiveShell.initialized())
 
 
 def _each_plugin(

@@ -187,9 +187,14 @@ def example(trained: Trained, module: Deployed, n: int) -> tuple[Tensor, ...]:
 Written = tuple[Callable[..., Tensor] | None, str | None]
 
 
-def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
+def about(trained: Trained) -> dict[str, str]:
+    """What a user of the file needs besides, as texts of JSON by name: the same in every format.
+
+    ``look`` is how image files become raw images (`clframe.look.Look`); null where no files were learned from.
+    """
     scenario = trained.scenario
-    about = {
+    look = scenario.transform.look
+    return {
         "class_names": json.dumps(scenario.class_names),
         "classes": json.dumps(scenario.classes),
         "input_shape": json.dumps(scenario.input_shape),
@@ -198,8 +203,12 @@ def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) ->
         ),
         "scores": trained.scores,
         "temperature": json.dumps(trained.temperature),
+        "look": json.dumps(asdict(look) if look else None),
     }
-    checkpoint.write_tensors(path, dict(module.state_dict()), about)
+
+
+def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
+    checkpoint.write_tensors(path, dict(module.state_dict()), about(trained))
     empty = copy.deepcopy(module)
     for value in empty.state_dict().values():
         value.zero_()
@@ -210,7 +219,8 @@ def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) ->
 def _torch_export(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
     program = _traced(module, inputs[0])
     content = BytesIO()  # torch's own writing ends the process where the system refuses it
-    torch.export.save(program, content, extra_files={"class_names.json": json.dumps(trained.class_names)})
+    extra = {"class_names.json": json.dumps(trained.class_names), "about.json": json.dumps(about(trained))}
+    torch.export.save(program, content, extra_files=extra)
     with create(path) as file:
         file.write(content.getbuffer())
     return torch.export.load(path).module(), "torch"
@@ -226,6 +236,7 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
     try:
         program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=["scores"], verbose=False)
         assert program is not None
+        program.model.metadata_props.update(about(trained))
         program.save(path, external_data=False)
     except (RuntimeError, ValueError, TypeError) as error:
         if of_the_system(error):

@@ -25,7 +25,7 @@ class _Measure(BaseModel):
     value: float | int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The figures of a finished run, as `results.json` has them.
 
@@ -38,6 +38,39 @@ class Results:
     data: Mapping[str, Any]
     timings: Mapping[str, Any]
     folder: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<Results of {self._title()}>"
+
+    def __str__(self) -> str:
+        """The accuracy matrices and the measures as a table, in percent."""
+
+        def percent(share: float | None) -> str:
+            return "-" if share is None else f"{100 * share:.1f}"
+
+        def table(rows: list[list[str]]) -> list[str]:
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+        lines = [self._title()]
+        for reading, matrix in self.accuracy.items():
+            columns = [f"on {j}" for j in range(1, max(map(len, matrix), default=0) + 1)]
+            rows = [
+                [f"after {i}", *map(percent, row)]
+                for i, row in enumerate(matrix, start=1)
+                if any(share is not None for share in row)
+            ]
+            lines += ["", f"Accuracy in percent, {reading}-incremental:", *table([["", *columns], *rows])]
+        of = self.measures
+        names = dict.fromkeys(name for values in of.values() for name, v in values.items() if v is not None)
+        measured = [[name.replace("_", " "), *(percent(values.get(name)) for values in of.values())] for name in names]
+        lines += ["", *table([["Measure, in percent", *(f"{reading}-incremental" for reading in of)], *measured])]
+        return "\n".join([*lines, *self.notes()])
+
+    def _title(self) -> str:
+        methods = "+".join(self.data["plugins"]) or "no method"
+        where = f", {self.folder}" if self.folder else ""
+        return f"{self.data['scenario']} with {methods}, seed {self.data.get('seed')}{where}"
 
     @property
     def accuracy(self) -> dict[str, Matrix]:

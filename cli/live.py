@@ -18,7 +18,7 @@ from clframe.texts import printable
 
 REDRAW = 0.25  # seconds
 NAMED = 6  # names at most that a line has
-AT_ONCE = ("experience", "phase", "eval", "end")  # kinds of records that are shown without waiting
+AT_ONCE = ("experience", "phase", "within", "eval", "end")  # kinds of records that are shown without waiting
 
 
 class Live:
@@ -42,6 +42,7 @@ class Live:
         self.step: dict[str, Any] = {}
         self.tick: dict[str, Any] | None = None
         self.rows: dict[str, dict[int, list[float | None]]] = {}
+        self.within: dict[str, tuple[int, list[float | None]]] = {}  # the latest epoch's, of the experience under way
         self.began = self.phase_began = time.monotonic()
         self.took: float | None = None  # seconds of the latest finished experience
         self.drawn = 0.0
@@ -79,7 +80,7 @@ class Live:
     def _experience(self, record: dict[str, Any]) -> None:
         self.index, self.classes = record["index"], _listed(record["classes"], record["class_names"])
         self.began = time.monotonic()
-        self.step, self.tick = {}, None
+        self.step, self.tick, self.within = {}, None, {}
         self._plain(f"{self._place()}: {self.classes}")
 
     def _phase(self, record: dict[str, Any]) -> None:
@@ -93,11 +94,12 @@ class Live:
         self.tick = record
 
     def _within(self, record: dict[str, Any]) -> None:
+        self.within[record["reading"]] = record["epoch"] + 1, record["row"]
         self._plain(f"{self._place()}, epoch {record['epoch'] + 1}: {_in_words(record['reading'], record['row'])}")
 
     def _eval(self, record: dict[str, Any]) -> None:
         self.took = time.monotonic() - self.began
-        self.tick = None
+        self.tick, self.within = None, {}
         for reading, row in record["rows"].items():
             self.rows.setdefault(reading, {})[record["experience"]] = row
         learnt = record["experience"] + 1
@@ -130,24 +132,37 @@ class Live:
             parts.append(Text(f"loss: {', '.join(losses)}; learning rate {step['lr']:.3g}"))
         if tick:
             parts.append(Text(f"{printable(tick['name'])}: {tick['i']:,} of {tick['n']:,}"))
-        parts += [self._accuracy(reading) for reading in self.rows]
+        parts += [self._accuracy(reading) for reading in dict.fromkeys([*self.rows, *self.within])]
         return Group(*parts)
 
     def _accuracy(self, reading: str) -> Table:
-        """The rows so far; with many experiences the latest ones, and of their columns the latest."""
+        """The rows so far; with many experiences the latest ones, and of their columns the latest.
+
+        Where rows or columns are left out, "..." stands in their place.
+        """
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         drawn.add_column(f"{READINGS.get(reading, reading)}, %")
-        rows = self.rows[reading]
+        rows = {f"after {i + 1}": (i + 1, row) for i, row in self.rows.get(reading, {}).items()}
+        if reading in self.within:
+            epoch, row = self.within[reading]
+            rows[f"{self.index + 1}, epoch {epoch}"] = self.index + 1, row
+        widest = max(len(row) for _, row in rows.values())
         room = max(1, (self.console.width - 28) // 7)
-        first = max(0, max(map(len, rows.values())) - room)
-        columns = range(first, max(map(len, rows.values())))
+        if widest > room:
+            room = max(1, (self.console.width - 33) // 7)
+            drawn.add_column("...")
+        first = max(0, widest - room)
+        columns = range(first, widest)
         for j in columns:
             drawn.add_column(f"on {j + 1}", justify="right")
         drawn.add_column("mean", justify="right")
-        tallest = max(1, (self.console.height - 4) // len(self.rows) - 4)
-        for i, row in list(rows.items())[-tallest:]:
+        tallest = max(1, (self.console.height - 4) // len({*self.rows, *self.within}) - 4)
+        if len(rows) > tallest:
+            tallest = max(1, tallest - 1)
+            drawn.add_row("...")
+        for name, (seen, row) in list(rows.items())[-tallest:]:
             shown = [percent(row[j]) if j < len(row) else "" for j in columns]
-            drawn.add_row(f"after {i + 1}", *shown, percent(_mean(row[: i + 1])))
+            drawn.add_row(name, *([""] if first else []), *shown, percent(_mean(row[:seen])))
         return drawn
 
     def _left(self) -> float:

@@ -206,7 +206,7 @@ def resume(
     def go_on(listeners: Sequence[Listener]) -> Results:
         from clframe.api import resume
 
-        return resume(folder, allow_env_change=allow_env_change, listeners=listeners)
+        return resume(folder, allow_env_change=allow_env_change, listeners=listeners, progress=False)
 
     _shown(go_on, quiet, json)
 
@@ -484,6 +484,8 @@ def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx else "clframe"
         told = error.format_message().rstrip(".")
+        if told.startswith("Got unexpected extra argument") and "plugin" in (error.ctx.params if error.ctx else {}):
+            told += "; for several methods repeat `--plugin`"
         return 2, [f"{told}{'' if told.endswith('?') else '.'} See `{command} --help`."]
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, ["Interrupted."]

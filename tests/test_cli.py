@@ -542,3 +542,46 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(capsys, monkeypa
     assert Path("out/results.json").read_bytes() == Path("whole/results.json").read_bytes()
     assert main(["resume", "out"]) == 3
     assert "is finished" in capsys.readouterr().err
+
+
+def test_several_plugins_in_one_option_are_told_to_repeat_it(capsys):
+    assert main(["run", "--plugin", "ewc", "er"]) == 2
+    assert "for several methods repeat `--plugin`." in capsys.readouterr().err
+    assert main(["run", "--plugin", "ewc,er"]) == 2
+    assert "--plugin ewc --plugin er." in capsys.readouterr().err
+
+
+def test_the_table_shows_epochs_and_marks_what_it_leaves_out(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with Live() as live:
+        live({"kind": "start", "scenario": "s", "n_experiences": 5, "accuracy": {"class": [[0.5] * 5]}})
+        live({"kind": "experience", "index": 1, "task": 1, "classes": [2, 3], "class_names": ["2", "3"]})
+        live({"kind": "within", "experience": 1, "epoch": 2, "reading": "class", "row": [0.25, 0.75, None, None, None]})
+        narrow = live._accuracy("class")
+        assert [column.header for column in narrow.columns][1:] == ["...", "on 3", "on 4", "on 5", "mean"]
+        assert list(narrow.columns[0].cells)[-1] == "2, epoch 3"
+        assert list(narrow.columns[-1].cells)[-1] == "50.0"
+        monkeypatch.setenv("COLUMNS", "120")
+        live.console._width = 120
+        wide = live._accuracy("class")
+        assert [column.header for column in wide.columns][1:] == ["on 1", "on 2", "on 3", "on 4", "on 5", "mean"]
+        live({"kind": "eval", "experience": 1, "total_step": 9, "rows": {"class": [0.25, 0.75, None, None, None]}})
+        assert list(live._accuracy("class").columns[0].cells) == ["after 1", "after 2"]
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(None, False), (False, False), (True, True)])
+def test_a_run_from_python_shows_its_course_if_asked_or_seen(progress, shown, capsys, tiny):
+    results = clframe.run(tiny(), "mlp-100", train={"epochs": 1}, progress=progress)
+    assert ("experience 2 of 3" in capsys.readouterr().err) is shown
+    printed = str(results)
+    assert printed.startswith("tiny with no method, seed 0")
+    assert "Accuracy in percent, class-incremental:" in printed
+    assert f"after 3  {100 * results.accuracy['class'][2][0]:.1f}".split() == printed.splitlines()[6].split()[:3]
+    assert len(printed) < 2000
+    assert repr(results) == "<Results of tiny with no method, seed 0>"
+
+
+def test_a_run_from_python_shows_its_course_on_a_terminal_by_itself(monkeypatch, capsys, tiny):
+    monkeypatch.setattr("clframe.api._in_notebook", lambda: True)
+    clframe.run(tiny(), "mlp-100", train={"epochs": 1})
+    assert "experience 2 of 3" in capsys.readouterr().err

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import nn
 
@@ -17,6 +21,7 @@ from clframe import Plugin, Transform, export, hookimpl
 from clframe.cli.main import main
 from clframe.errors import RunFailed, WrongUse
 from clframe.evaluate import Predictor
+from clframe.look import Look
 
 TRAIN = {"epochs": 1, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 FORMATS = [
@@ -228,3 +233,35 @@ def test_the_command_writes_a_file_and_explains_wrong_input(
         assert main(["export", *arguments]) == code
         assert sentence in capsys.readouterr().err
     assert not Path("c").exists()
+
+
+def test_every_format_says_what_its_user_needs_by_the_same_names(tiny, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    clframe.run(tiny(shape=(1, 8, 8)), "mlp-100", train={"epochs": 1, "val": 0.25}, run={"output": str(tmp_path / "r")})
+    model = clframe.load(tmp_path / "r")
+    for name in ("safetensors", "torch-export", "onnx"):
+        model.export(tmp_path / name, name)
+    with safe_open(tmp_path / "safetensors", "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["class_names"]) == list(model.class_names)
+    assert json.loads(about["temperature"]) == model.temperature
+    assert json.loads(about["look"]) is None
+    extra = {"about.json": ""}
+    torch.export.load(tmp_path / "torch-export", extra_files=extra)
+    assert json.loads(extra["about.json"]) == about
+    written = onnx.load(tmp_path / "onnx").metadata_props
+    assert {entry.key: entry.value for entry in written if entry.key in about} == about
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+@pytest.mark.parametrize("options", [{}, {"mode": "grey"}, {"width": 20}, {"resize": 24}])
+def test_the_page_s_recipe_reads_images_as_predict_does(kind, options, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "trained-model.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^def raw\(.*?(?=\n\n\n)", page, re.M | re.S)
+    names = {"Image": Image, "ImageOps": ImageOps, "np": np}
+    exec(recipe, names)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"image.{kind}")
+    look = Look(size=16, **options)
+    assert np.array_equal(names["raw"](tmp_path / f"image.{kind}", asdict(look)), look.read(tmp_path / f"image.{kind}"))
