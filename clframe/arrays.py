@@ -62,6 +62,7 @@ class Arrays:
         class_names: one for each label.
         transform: from these raw values to the model's input.
         sha256: of the data, where that is known; else `checksum` computes one.
+        notes: sentences on the data, such as what was left out.
 
     Raises:
         DataError: if images and labels do not fit each other or the class names.
@@ -75,6 +76,7 @@ class Arrays:
     class_names: tuple[str, ...]
     transform: Transform = field(default_factory=Transform)
     sha256: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, what in ARRAYS.items():
@@ -253,6 +255,7 @@ def split_classes(
         class_order=order,
         checksum=arrays.checksum(),
         move=arrays.move,
+        notes=arrays.notes,
     )
 
 
@@ -296,4 +299,5 @@ def change_domains(
         class_order=range(total),
         checksum=arrays.checksum(),
         move=arrays.move,
+        notes=arrays.notes,
     )

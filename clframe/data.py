@@ -371,6 +371,7 @@ class Scenario:
         class_order: the data set's class numbers in the order of learning, where that has a meaning.
         checksum: SHA-256 of the data, so that two runs can be compared.
         move: moves the underlying arrays to a device, once.
+        notes: sentences on the data, such as what was left out, which a run tells and keeps in its results.
 
     Attributes:
         known: how many experiences were known at a time: all, or, of a run that was extended, those of it and of each
@@ -390,6 +391,7 @@ class Scenario:
         class_order: Sequence[int] = (),
         checksum: str = "",
         move: Callable[[torch.device], None] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.setting: Setting = setting
@@ -402,6 +404,7 @@ class Scenario:
         self.checksum = checksum
         self._load = load
         self._move = move
+        self.notes = tuple(notes)
         self.known: tuple[int, ...] = (len(self.classes),)
         self.val_share = 0.0
         self._val_seed = 0

@@ -250,6 +250,7 @@ def extended(old: Scenario, coming: Scenario) -> Scenario:
         transform=old.transform,
         checksum=coming.checksum,
         move=coming.to,
+        notes=coming.notes,
     )
     joined.known = (*old.known, len(joined))
     return joined

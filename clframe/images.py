@@ -19,6 +19,7 @@ from loky import get_reusable_executor
 from torch import Tensor
 
 from clframe.errors import DataError, WrongUse
+from clframe.listing import SHOWN, LeftOut, walk
 from clframe.look import Look, Pixels, begin_reading, lost, read_files
 
 if TYPE_CHECKING:
@@ -34,22 +35,23 @@ SAFE = {"PYTHONSAFEPATH": "1"}
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **SAFE}
 
 
-def image_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files named, and those in the folders named and below that are called as images are, in order of name.
+def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> list[Path]:
+    """Return the files named, and the images in the folders named and below (`clframe.listing.walk`), in order of name.
+
+    What folders hold beside is added to `left`.
 
     Raises:
         DataError: if a file or folder is missing, or a folder holds no image.
     """
-    from PIL import Image
-
-    Image.init()
+    left = LeftOut() if left is None else left
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())
+            inside, others = walk(path, left)
             if not inside:
-                raise DataError(f"There is no image in the folder {path}, nor below it.")
-            found += inside
+                instead = f", but files of the kinds {', '.join(sorted(others)[:SHOWN])}" if others else ""
+                raise DataError(f"There is no image in the folder {path}, nor below it{instead}.")
+            found += sorted(map(Path, inside))
         elif path.exists():
             found.append(path)
         else:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,8 @@ Pixels = NDArray[np.uint8]
 class Look:
     """How an image of any size and kind becomes one of a fixed shape.
 
-    It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts.
+    It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts. Grey
+    values of 16 bits are divided by 257, 32-bit whole numbers above 255 by 2^23; floating-point numbers go from 0 to 1.
 
     Attributes:
         size: height in pixels, and width where that is not given.
@@ -140,15 +141,46 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     """`image` in 8-bit grey ("L") or colour ("RGB"), whatever it was in."""
     from PIL import Image
 
-    if image.mode == "F":
-        raise DataError("its pixels are floating-point numbers")
-    if image.mode.startswith("I"):  # of 16 bits, which Pillow would cut off at 255, or of 8 bits in 32
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values // (257 if values.max(initial=0) > 255 else 1)).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_in_8_bits(np.asarray(image), image.mode, image.format))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def _in_8_bits(values: NDArray[Any], mode: str, kind: str | None) -> Pixels:
+    """Return grey `values` in 8 bits, by one rule for each of Pillow's modes, whatever this image's own maximum is.
+
+    16 bits: 0 to 65,535 become 0 to 255. 32-bit whole numbers: 0 to 2^31 - 1 become 0 to 255; where none is above 255,
+    they are 8 bits in 32, as Pillow converts them; and what lies between, black in one range and too bright in the
+    other, is refused. Floating-point numbers: 0 to 1 become 0 to 255. `kind` is the format of the file: some give 16
+    bits in 32.
+
+    Raises:
+        DataError: if the rule would keep nothing of the image, or its numbers are not in the range of the rule.
+    """
+    if mode == "F":
+        if not np.isfinite(values).all():
+            raise DataError("its pixels are floating-point numbers, some of them not finite")
+        low, high = float(values.min(initial=0)), float(values.max(initial=0))
+        if low < 0 or high > 1:
+            raise DataError(
+                f"its pixels are floating-point numbers from {low:g} to {high:g}, and 0 to 1 can be read: save it in "
+                "8 or 16 bits"
+            )
+        return (values * 255).round().astype(np.uint8)
+    if mode != "I" or kind in ("PNG", "PPM"):
+        return (values.clip(0, 65535) // 257).astype(np.uint8)
+    high = int(values.max(initial=0))
+    if high < 2**8:
+        return values.clip(0).astype(np.uint8)
+    if high < 2**23:
+        raise DataError(
+            f"its pixels are 32-bit whole numbers up to {high:,} of 2,147,483,647, which would be black in 8 bits: "
+            "save it in 8 or 16 bits"
+        )
+    return (values.clip(0) >> 23).astype(np.uint8)
 
 
 def begin_reading() -> None:

@@ -16,6 +16,7 @@ from clframe import images as files
 from clframe.data import Scenario
 from clframe.errors import DataError, WrongUse
 from clframe.evaluate import Reading, Readings
+from clframe.listing import LeftOut
 from clframe.look import Look
 from clframe.model import evaluating, masked
 from clframe.reading import expanded
@@ -174,6 +175,7 @@ class Trained(nn.Module):
         top: int = 1,
         task: Tensor | int | None = None,
         skipped: list[str] | None = None,
+        left_out: list[str] | None = None,
     ) -> list[Prediction]:
         """The likeliest classes of each image.
 
@@ -184,6 +186,7 @@ class Trained(nn.Module):
             task: one number, or one for each image.
             skipped: files that cannot be read are left out, and a sentence on each is added here; None: they are
                 refused.
+            left_out: a sentence is added here on what folders hold and is no image by its name, or is hidden.
 
         Raises:
             DataError: if a file is missing or no image, or a folder has none.
@@ -197,7 +200,10 @@ class Trained(nn.Module):
         if raw is None:
             self._look()
             named = [images] if isinstance(images, str | Path) else images
-            paths = files.image_files(cast(Sequence[str | Path], named))
+            left = LeftOut()
+            paths = files.image_files(cast(Sequence[str | Path], named), left)
+            if left_out is not None:
+                left_out += left.told("the folders")
         else:
             paths = [None] * len(raw)
         if isinstance(task, Tensor) and task.dim() and len(task) != len(paths):

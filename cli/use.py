@@ -21,7 +21,8 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
     trained = load(folder, listeners=[lambda record: show.note(record["text"])])
     index = index_of(task, len(trained.scenario), trained.needs_task)
     skipped: list[str] | None = [] if skip else None
-    found = trained.predict(images, top=top, task=index, skipped=skipped)
+    left_out: list[str] = []
+    found = trained.predict(images, top=top, task=index, skipped=skipped, left_out=left_out)
     temperature = trained.temperature.get(trained.reading(index))
     about = trained.about_confidence(index)
     if json:
@@ -36,6 +37,7 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
                     {"image": str(one.path), "classes": [vars(answer) for answer in one.answers]} for one in found
                 ],
                 "skipped": skipped or [],
+                "left_out": left_out,
             }
         )
         return
@@ -45,7 +47,7 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
         [str(one.path), *(cell for a in one.answers for cell in (a.name, show.share(a.confidence)))] for one in found
     ]
     show.table(headers, [row + [""] * (len(headers) - len(row)) for row in rows])
-    for sentence in skipped or []:
+    for sentence in [*(skipped or []), *left_out]:
         show.note(sentence)
     show.note(about)
 

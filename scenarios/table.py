@@ -165,6 +165,7 @@ def by_groups(name: str, arrays: Arrays, entries: Sequence[Entry], groups: Seque
         class_order=order,
         checksum=arrays.checksum(),
         move=arrays.move,
+        notes=arrays.notes,
     )
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 from clframe import ImageData
 from clframe.errors import DataError, WrongUse
-from clframe.images import Files, LazyImages, joined
+from clframe.images import Files, LazyImages, image_files, joined
+from clframe.listing import LeftOut
 from clframe.look import Look, read_files
 from clframe.training import Sampler
 
@@ -100,15 +101,56 @@ def test_images_of_all_modes_become_colour_or_grey(tmp_path):
         assert abs(int(grey[0, 0, 0]) - np.dot(colour, (0.299, 0.587, 0.114))) < 1, name
 
 
+def test_grey_values_of_many_bits_become_8_bits_by_one_rule_for_each_kind(tmp_path):
+    """Each image has its own range: the rule may not depend on the image's maximum."""
+    cases = {
+        "dark.png": (np.uint16, [0, 200, 255, 256], [0, 0, 0, 0]),
+        "bright.png": (np.uint16, [0, 257, 5140, 65535], [0, 1, 20, 255]),
+        "dark.tif": (np.uint16, [0, 200, 255, 600], [0, 0, 0, 2]),
+        "whole.tif": (np.int32, [-5, 0, 2**30, 2**31 - 1], [0, 0, 128, 255]),
+        "eight.tif": (np.int32, [-1, 0, 200, 255], [0, 0, 200, 255]),
+        "real.tif": (np.float32, [0, 0.5, 0.2, 1], [0, 128, 51, 255]),
+        "dim.tif": (np.float32, [0, 0.01, 0.02, 0.03], [0, 3, 5, 8]),
+    }
+    for name, (kind, values, expected) in cases.items():
+        Image.fromarray(np.array(values, dtype=kind).reshape(2, 2)).save(tmp_path / name)
+        assert Look(2, mode="grey").read(tmp_path / name).flatten().tolist() == expected, name
+
+
+def test_a_folder_to_predict_is_read_by_the_rule_of_training(tmp_path):
+    """Hidden copies and files that have no image's name are left out, and counted."""
+    root = tmp_path / "new"
+    for name in ("b.png", "sub/a.JPG", ".ipynb_checkpoints/b-checkpoint.png", "._b.png", "sub/notes.pdf", "clip.mpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    (root / "again").symlink_to(root / "sub")
+    left = LeftOut()
+    assert image_files([root], left) == [root / "b.png", root / "sub" / "a.JPG"]
+    assert left.told("new") == [
+        "Left out of new: 2 files of other kinds (.mpg, .pdf), 2 hidden files or folders (.ipynb_checkpoints, ._b.png),"
+        " 1 links to folders (again)."
+    ]
+    assert image_files([root / "clip.mpg"]) == [root / "clip.mpg"]  # named: it is asked for
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.pdf").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image in the folder .*, nor below it, but files of the kinds \.pdf\."):
+        image_files([other])
+
+
 def test_why_a_file_is_no_image_is_said_in_a_few_words(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     halves(64, 64).save(tmp_path / "cut.bmp")
     (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:500])
-    Image.new("F", (4, 4)).save(tmp_path / "real.tif")
+    Image.new("F", (4, 4), 1.5).save(tmp_path / "real.tif")
+    Image.new("F", (4, 4), float("nan")).save(tmp_path / "nan.tif")
+    Image.new("I", (4, 4), 65535).save(tmp_path / "small.tif")
     for name, reason in (
         ("text.png", "no image of a known kind"),
         ("cut.bmp", "truncated"),
-        ("real.tif", "floating-point"),
+        ("real.tif", "from 0 to 1.5, and 0 to 1 can be read: save it in 8 or 16 bits"),
+        ("nan.tif", "not finite"),
+        ("small.tif", "up to 65,535 of 2,147,483,647, which would be black"),
         ("missing.png", "No such file"),
     ):
         with pytest.raises(DataError, match=reason):

@@ -1,0 +1,81 @@
+"""Which files of a folder are images, by one rule for training and prediction; what is left out is counted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+SUFFIXES = (  # of the formats that `clframe.look` reads
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+SILENT = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave behind
+SHOWN = 5  # kinds of files at most that a sentence lists
+
+HIDDEN = "hidden files or folders"
+LINKS = "links to folders"
+LOCKED = "folders that cannot be read"
+OTHERS = "files of other kinds"
+
+
+class LeftOut:
+    """What a folder holds and is not read, counted by reason.
+
+    Attributes:
+        counts: by reason.
+        examples: for each reason the first names.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one more for `reason`."""
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if example not in examples and len(examples) < SHOWN:
+            examples.append(example)
+
+    def told(self, what: str) -> list[str]:
+        """Return the sentence on what is left out of `what`, the folder; none if there is nothing."""
+        reasons = [f"{n} {reason} ({', '.join(self.examples[reason])})" for reason, n in sorted(self.counts.items())]
+        return [f"Left out of {what}: {', '.join(reasons)}."] if reasons else []
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or no part of any data set."""
+    return name.startswith(".") or name in SILENT
+
+
+def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:
+    """Return the paths of the image files in and below `folder`, sorted, and the endings of all others but hidden ones.
+
+    An image has one of the `SUFFIXES`, and neither the image nor a folder on the way is hidden. Links to files are
+    followed, links to folders are not: a link may lead back. What is left out is added to `left`.
+    """
+    images, others = list[str](), Counter[str]()
+
+    def locked(error: OSError) -> None:
+        left.add(LOCKED, os.path.relpath(error.filename, folder))
+
+    for at, folders, files in os.walk(folder, onerror=locked):
+        for name in folders:
+            if is_hidden(name):
+                if name not in SILENT:
+                    left.add(HIDDEN, name)
+            elif os.path.islink(os.path.join(at, name)):
+                left.add(LINKS, name)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if is_hidden(name):
+                if suffix in SUFFIXES:
+                    left.add(HIDDEN, name)
+            elif suffix in SUFFIXES:
+                images.append(os.path.join(at, name))
+            else:
+                others[suffix or name] += 1
+                left.add(OTHERS, suffix or name)
+    return sorted(images), others
