@@ -387,7 +387,7 @@ def test_of_the_hub_what_was_kept_last_is_read_without_a_network(tmp_path, monke
     # to look is to ask nothing of the Hub
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     assert main(["scenarios", "show", "huggingface:me/tiny"]) == 0
-    assert "Experiences: 4\n  1: cat\n" in capsys.readouterr().out
+    assert "Experiences: 2\n  1: cat, ant\n" in capsys.readouterr().out
     assert main(["scenarios", "show", "huggingface:me/other", "--set", "scenario.size=8"]) == 3
     assert capsys.readouterr().err == (
         f"clframe: The data set `me/other` is not in {tmp_path / 'hf' / 'datasets'}; a run downloads it.\n"
