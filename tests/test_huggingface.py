@@ -433,7 +433,7 @@ def test_a_run_that_reads_images_late_is_bit_equal(both, tmp_path):
 
 def test_without_standard_error_images_are_read_all_the_same(both, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    assert len(huggingface(str(both), memory=0, **SMALL)[0].train.x) == 6
+    assert len(huggingface(str(both), memory=0, **SMALL)[0].train.x) == 12
 
 
 def test_listing_and_importing_do_not_import_the_library():
