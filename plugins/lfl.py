@@ -13,15 +13,16 @@ from clframe.context import Run
 from clframe.distill import half_squared_distance
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
-from clframe.training import warm_up, warm_up_problems
+from clframe.training import rest_old_blocks, warm_up, warm_up_problems
 
 
 class LFL(Plugin):
     """Pulls the features of new images to those that the network of the last experience gives them.
 
     L = loss + lambda/2 ||f_old(x) - f(x)||^2, summed over the features and averaged over the batch (Jung et al., eq. 1
-    with lambda_c = 1). The head's blocks without new classes are frozen; features of old images, and with them old
-    answers, then stay as near as new images can tell. After each experience the copy is replaced.
+    with lambda_c = 1). The head's blocks that the experience has no class of are frozen, in the form `paper` all those
+    without new classes; features of old images, and with them old answers, then stay as near as new images can tell.
+    After each experience the copy is replaced.
 
     Options:
         lambda: strength of the pull (the paper's lambda_e).
@@ -69,7 +70,10 @@ class LFL(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run) -> None:
-        """Freeze the blocks of the head that bring no new class."""
+        """Freeze the head's blocks that rest: by the form `paper` those without new classes, else by the one rule."""
+        if self.form != "paper":
+            self.frozen = rest_old_blocks(run, self.frozen)
+            return
         old = set(run.model.blocks_of(run.old_classes)) - set(run.new_blocks)
         self.frozen += freeze(run.model, [f"head.{k}.*" for k in old])
 

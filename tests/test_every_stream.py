@@ -172,6 +172,14 @@ def test_a_block_trains_if_the_experience_has_a_class_of_it(
     assert head.moved == moved
 
 
+def test_lfl_trains_the_head_of_a_task_whose_classes_come_back() -> None:
+    head = Head()
+    lfl = registry.build_plugin("lfl", {})
+    train = {"iterations": 3, "batch_size": 8}
+    run(stream("task", [[0, 1], [2, 3], [0, 1]]), "mlp-100", [lfl, head], train=train, run=QUIET)
+    assert head.moved == [[0], [1], [0]]
+
+
 QUIET = {"tensorboard": False, "device": "cpu"}
 
 
