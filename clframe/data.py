@@ -228,7 +228,8 @@ class Transform:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(torch.as_tensor(getattr(self, name)).double().flatten().tolist()))
+            given = torch.as_tensor(getattr(self, name), dtype=torch.float64)  # numbers of Python keep all their digits
+            object.__setattr__(self, name, tuple(given.flatten().tolist()))
         if len(self.mean) != len(self.std):
             raise WrongUse(
                 f"`Transform` has {len(self.mean)} values of `mean` and {len(self.std)} of `std`: give one of each for "

@@ -204,18 +204,30 @@ def test_a_class_of_an_old_name_is_the_old_class_and_others_get_new_columns(tiny
     assert (second / "tensorboard").is_dir()
 
 
-@pytest.mark.parametrize("name", ["", "channel-gating", "hat", "packnet", "piggyback"])
-def test_a_later_task_may_bring_old_classes_again(name: str, tiny: Any, tmp_path: Path):
-    """Of a task that is not learnt yet there is no accuracy, where the network computes something else for each."""
+def test_a_later_task_may_bring_old_classes_again(tiny: Any, tmp_path: Path):
     whole = tiny(shape=(1, 8, 8), setting="task")
-    plugins = [{name: METHODS[name]}] if name else []
     first = {"output": str(tmp_path / "first"), "tensorboard": False}
-    clframe.run(part(whole, 0, 2), "cnn-small", plugins, train=TRAIN, run=first)
+    clframe.run(part(whole, 0, 2), "cnn-small", train=TRAIN, run=first)
     results = clframe.extend(tmp_path / "first", part(whole, 0, 2), run={"output": str(tmp_path / "second")})
     assert results.data["classes"] == [[0, 1], [2, 3], [0, 1], [2, 3]]
-    assert [a is None for a in results.accuracy["task"][2]] == [True, True, False, bool(name)]
+    assert [a is None for a in results.accuracy["task"][2]] == [True, True, False, False]
     assert None not in results.accuracy["task"][3][2:]
     assert clframe.load(tmp_path / "second").allowed.tolist()[2] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["channel-gating", "hat", "packnet", "piggyback"])
+def test_a_method_that_isolates_tasks_is_extended_by_new_classes_alone(name: str, tiny: Any, tmp_path: Path):
+    """Of a task that is not learnt yet there is no accuracy, as the network computes something else for each."""
+    whole = tiny(shape=(1, 8, 8), setting="task")
+    first = {"output": str(tmp_path / "first"), "tensorboard": False}
+    clframe.run(part(whole, 0, 1), "cnn-small", [{name: METHODS[name]}], train=TRAIN, run=first)
+    results = clframe.extend(tmp_path / "first", part(whole, 1, 3), run={"output": str(tmp_path / "second")})
+    assert [a is None for a in results.accuracy["task"][1]] == [True, False, True]
+    assert None not in results.accuracy["task"][2][1:]
+    with pytest.raises(WrongUse, match=r"`class 0`") as caught:
+        clframe.extend(tmp_path / "first", part(whole, 0, 1), run={"output": str(tmp_path / "third")})
+    assert f"`{name}`" in str(caught.value)
+    assert not (tmp_path / "third").exists()
 
 
 def test_settings_are_those_of_the_run_unless_given_anew(tiny: Any, tmp_path: Path):
