@@ -189,6 +189,9 @@ class _Adapted:
             )
         self.model = Around(strategy.model, torch.tensor(scenario.class_order))
         train = {"batch_size": strategy.train_mb_size, "logits": "all", "clip": 0.0}
+        if isinstance(strategy.optimizer, torch.optim.SGD):  # its rate limits quadratic penalties
+            group = strategy.optimizer.param_groups[0]
+            train |= {"optimizer": "sgd"} | {name: group[name] for name in ("lr", "momentum", "nesterov")}
         config = Config(
             scenario={"name": scenario.name},
             model={"name": type(strategy.model).__name__},
