@@ -235,7 +235,7 @@ def memo_for(model: nn.Module) -> dict[int, Any]:
 def snapshot(model: IncrementalNet) -> IncrementalNet:
     """Return a frozen copy in eval mode, without hooks but for those that the backbone had when it was given."""
     memo = memo_for(model)
-    own = getattr(model, "given_hooks", frozenset())
+    own: frozenset[int] = getattr(model, "given_hooks", frozenset())
     # a hook may be a method of a plugin, which would be copied with all that it holds: have none to copy
     places = [
         (hooks, memo.setdefault(id(hooks), OrderedDict()))
