@@ -89,7 +89,7 @@ class Base:
         if strangers := [plugin.name for plugin in joining if not plugin.joins]:
             problems.append(
                 f"The run in {self.path} learned with {_listed(self.methods)}, and {_listed(strangers)} cannot join "
-                "it, as it needs what it would have kept from the start: leave it out, or run all experiences anew."
+                "it, as it needs what it would have kept from the start: leave it out, or run all experiences again."
             )
         needy = [plugin.name for plugin in joining if plugin.joins == "images"]
         if needy and config.run.old_images is None:

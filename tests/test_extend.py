@@ -458,7 +458,7 @@ def written(folder: Path, data: ImageData, names: Sequence[str]) -> None:
 def test_a_method_that_needs_old_images_joins_with_a_folder_of_them(
     name: str, options: dict[str, Any], tiny: Any, tmp_path: Path
 ):
-    """With the very images that were learned, its springs are those of a run with it from the start."""
+    """With the images that were learned, its penalty is that of a run with it from the start."""
     whole = tiny(shape=(1, 8, 8))
     run = {"tensorboard": False}
     plugins = [{name: options}]
