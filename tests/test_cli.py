@@ -443,10 +443,15 @@ def test_looking_around_takes_little_and_imports_no_torch(arguments):
         "print(used.ru_utime + used.ru_stime, sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     call = [sys.executable, "-c", code, *arguments]
-    told = [subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stderr for _ in range(3)]
-    seconds, modules = zip(*(line.split(" ", 1) for line in told), strict=True)
-    assert set(modules) == {"[]\n"}
-    assert min(map(float, seconds)) < 0.4
+    least = float("inf")
+    for _ in range(8):  # what else the machine does only adds to it
+        told = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stderr
+        seconds, modules = told.split(" ", 1)
+        assert modules == "[]\n"
+        least = min(least, float(seconds))
+        if least < 0.4:
+            return
+    assert least < 0.4
 
 
 # the live display
