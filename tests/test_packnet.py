@@ -263,7 +263,9 @@ def test_more_tasks_than_a_byte_tells_apart_are_refused(n: int):
     def load(index: int, part: str) -> ImageData:
         raise Asked
 
-    scenario = Scenario("many", "task", [[k] for k in range(n)], [str(k) for k in range(n)], (1, 4, 4), load)
+    scenario = Scenario(
+        "many", "task", [[2 * k, 2 * k + 1] for k in range(n)], [str(k) for k in range(2 * n)], (1, 4, 4), load
+    )
     refused = n > 255
     with pytest.raises(WrongUse if refused else Exception) as caught:
         clframe.run(scenario, Tiny(), [PackNet()], train={"epochs": 1})
