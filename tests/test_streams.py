@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ from clframe.engine import Engine
 
 CALL = [sys.executable, "-c", "import sys; from clframe.cli.main import main; sys.exit(main())"]
 SHORT = ["run", "--iterations", "2", "--limit", "4", "--no-tensorboard"]
+
+
+@pytest.fixture(autouse=True)
+def hang_ups_count() -> Iterator[None]:
+    """Receive SIGHUP as a terminal's child does; `nohup pytest` hands down that it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 class Broken(io.StringIO):
