@@ -62,7 +62,9 @@ def measure(seeds: int, methods: list[str]) -> tuple[list[dict[str, Any]], list[
                     continue
                 place = scenario, setting, network
                 if place not in plain:
-                    plain[place] = figures(FINE_TUNING, *place)[0]  # type: ignore[index]  # never refused
+                    alone = figures(FINE_TUNING, *place)
+                    assert alone is not None  # fine-tuning serves every setting
+                    plain[place] = alone[0]
                 values, messages = outcome
                 gaps = [a - b for a, b in zip(values, plain[place], strict=True)]
                 lines.append(
