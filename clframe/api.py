@@ -129,6 +129,8 @@ def run_config(
             )
             _begin_from(engine, base)
             _check(engine)
+            for note in engine.stream.notes:
+                engine.run.emit("message", text=note)
             ended = base.last_checkpoint() if base else None
             if folder:
                 config.run.device = str(device)

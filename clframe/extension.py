@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,11 +226,14 @@ def extended(old: Scenario, coming: Scenario) -> Scenario:
     if problems:
         raise WrongUse(*problems)
     names = list(old.class_names[: _seen(old.classes)])
+    known = [unicodedata.normalize("NFC", name) for name in names]  # systems write one name in several forms
     table = torch.zeros(len(coming.class_names), dtype=torch.int64)
     for label, name in enumerate(coming.class_names[: _seen(coming.classes)]):
-        if name not in names:
+        plain = unicodedata.normalize("NFC", name)
+        if plain not in known:
             names.append(name)
-        table[label] = names.index(name)
+            known.append(plain)
+        table[label] = known.index(plain)
     n, shape = len(old), old.input_shape
 
     def load(index: int, part: Part) -> ImageData:

@@ -60,6 +60,7 @@ def results_of(engine: Engine) -> Results:
         "classes": [list(classes) for classes in stream.classes],
         "class_names": list(stream.class_names),
         "test_images": counts,
+        "notes": list(stream.notes),
         "calibration": {
             reading: {
                 name: asdict(m) for name, m in _calibration(engine, reading, row.scores[reading], row.labels).items()

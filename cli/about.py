@@ -76,6 +76,7 @@ def about_scenario(
     description = _description(build)
     model, train = registry.suited(build, name)
     experiences: list[list[str]] = []
+    notes: list[str] = []
     missing = setting = ""
     try:
         with sources.no_downloads():
@@ -86,6 +87,7 @@ def about_scenario(
         if sheet:
             _draw(sheet, built)
         setting = built.setting
+        notes = list(built.notes)
         experiences = [[built.class_names[label] for label in classes] for classes in built.classes]
     except ClframeError as error:
         if sets or save or sheet or scenario != name:  # somebody asked for more than to see the options
@@ -102,6 +104,7 @@ def about_scenario(
                 "train": train,
                 "setting": setting or None,
                 "experiences": experiences or None,
+                "notes": notes,
                 "missing": missing or None,
             }
         )
@@ -120,6 +123,8 @@ def about_scenario(
         show.line(f"Experiences: {len(experiences)}")
         for i, names in enumerate(experiences, start=1):
             show.line(f"  {i}: {', '.join(names)}")
+        for note in notes:
+            show.line(note)
     for what, path in (("Split", save), ("Sheet", sheet)):
         if path:
             show.line(f"{what}: {path}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from clframe.scenarios.streams import random_of
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+Duplicates = Literal["refuse", "drop", "keep"]
+
 # of photographs: mean and standard deviation of ImageNet's channels, and of their grey
 NORMS: dict[Mode, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "colour": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -68,6 +68,19 @@ def by_name(text: str) -> tuple[int, float, str]:
     except ValueError:
         number = math.inf
     return (0, number, text) if math.isfinite(number) else (1, 0.0, text)  # a class may be called `nan`
+
+
+def class_name(text: str, what: str) -> str:
+    """Return the name `text` of a class of `what` in one Unicode form (NFC): systems write one name in several.
+
+    Raises:
+        DataError: if the name is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"A class of {what} is called {text!a}, which is not UTF-8; rename it.") from error
+    return unicodedata.normalize("NFC", text)
 
 
 def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str) -> list[Entry]:
@@ -115,22 +128,26 @@ def read_all(
     *,
     what: str,
     skip_broken: bool,
+    duplicates: Duplicates,
     memory: int,
     workers: int | None,
     normalize: bool,
     augment: bool,
     rank: Callable[[str], Any] = by_name,
+    notes: Sequence[str] = (),
 ) -> tuple[Arrays, list[Entry]]:
     """The images of `entries`, in memory if that takes at most `memory` bytes, else to be read as they are needed.
 
-    Every file is read once to its last pixel, for the checksum and to know which are broken. Classes are numbered by
-    their names, sorted by `rank`.
+    Every file is read once to its last pixel, for the checksum and to know which are broken, and which are the same.
+    Classes are numbered by their names, sorted by `rank`. The arrays hold the sentences `notes`, and those on what is
+    left out here.
 
     Returns:
         The arrays, and the entries of their rows: those of the training images, then those of the test images.
 
     Raises:
-        DataError: that lists all files that cannot be read, unless `skip_broken`.
+        DataError: that lists all files that cannot be read, unless `skip_broken`; if training and test images share a
+            file, and `duplicates` is ``refuse``.
     """
     entries = sorted(entries, key=lambda e: e.part == "test")
     keep = bytes_of(len(entries), look) <= memory
@@ -162,14 +179,28 @@ def read_all(
             f"{len(broken)} of the {len(entries)} images of {what} cannot be read; repair or remove them, or leave "
             "them out with `--set scenario.skip_broken=true`:\n" + "\n".join(f"  {line}" for line in broken)
         )
+    notes = list(notes)
+    if broken:
+        first = next((e, reason) for e, (_, reason) in zip(entries, found, strict=True) if reason)
+        notes.append(
+            f"{len(broken)} of the {len(entries)} images of {name} cannot be read and are left out "
+            f"(`scenario.skip_broken`), such as {first[0].name} ({first[1]})."
+        )
     good = [i for i, (_, reason) in enumerate(found) if not reason]
+    digests = [found[i][0] for i in good]
+    kept = without_twins(
+        [entries[i] for i in good], digests, what if duplicates == "refuse" else name, duplicates, notes
+    )
+    good = [good[k] for k in kept]
     total = hashlib.sha256()
     for i in sorted(good, key=lambda i: entries[i].name):
         e = entries[i]
-        total.update("\0".join([e.name, e.label, e.part or "", e.group, found[i][0].hex(), ""]).encode())
-    entries = [entries[i] for i in good]
-    if broken:
+        line = "\0".join([e.name, e.label, e.part or "", e.group, found[i][0].hex(), ""])
+        total.update(line.encode(errors="surrogateescape"))  # of a file whose name is not UTF-8
+    if len(good) < len(entries):
+        entries = [entries[i] for i in good]
         pixels = pixels[good] if keep else pixels
+    notes += alike(sorted({e.label for e in entries}))
     images: Images = torch.from_numpy(pixels) if keep else LazyImages([Files([e.file for e in entries], look, workers)])
     names = tuple(sorted({e.label for e in entries}, key=rank))
     number = {label: i for i, label in enumerate(names)}
@@ -178,7 +209,82 @@ def read_all(
     mean, std = NORMS[look.mode] if normalize else ((), ())
     transform = Transform(mean=mean, std=std, pad=look.size // 8 if augment else 0, flip=augment, look=look)
     sha256 = total.hexdigest()
-    return Arrays(name, images[:cut], y[:cut], images[cut:], y[cut:], names, transform, sha256), entries
+    return Arrays(name, images[:cut], y[:cut], images[cut:], y[cut:], names, transform, sha256, tuple(notes)), entries
+
+
+def without_twins(
+    entries: Sequence[Entry], digests: Sequence[bytes], what: str, duplicates: Duplicates, notes: list[str]
+) -> list[int]:
+    """Return the positions of the `entries` that stay: with ``drop`` no training image that is a test image, too.
+
+    Two images are the same if their files hold the same bytes. Those that training and test share are refused, dropped
+    or kept; those that one part of one group has several times all stay. A sentence on either is added to `notes`.
+
+    Args:
+        entries: with their parts.
+        digests: of their files.
+        what: the data set, in sentences.
+        duplicates: what to do about images that are learnt and tested.
+        notes: to which sentences are added.
+
+    Raises:
+        DataError: with ``refuse``, if there are such images.
+    """
+    where: dict[bytes, list[int]] = {}
+    for i, digest in enumerate(digests):
+        where.setdefault(digest, []).append(i)
+    several = [twins for twins in where.values() if len(twins) > 1]
+    shared = [twins for twins in several if len({entries[i].part for i in twins}) > 1]
+    gone: set[int] = set()
+    if shared:
+        tested = [i for twins in shared for i in twins if entries[i].part == "test"]
+        learnt = [i for twins in shared for i in twins if entries[i].part == "train"]
+        pair = " and ".join(
+            dict.fromkeys(
+                entries[next(i for i in shared[0] if entries[i].part == part)].name for part in ("train", "test")
+            )
+        )
+        n_tests = sum(e.part == "test" for e in entries)
+        told = f"{len(tested)} of the {n_tests} test images of {what} are training images, too, such as {pair}"
+        if duplicates == "refuse":
+            raise DataError(
+                f"{told}: leave them out of training with `--set scenario.duplicates=drop`, or keep them with "
+                "`--set scenario.duplicates=keep`."
+            )
+        if duplicates == "drop":
+            gone = set(learnt)
+            told += f": {len(learnt)} training images are left out"
+        notes.append(f"{told} (`scenario.duplicates={duplicates}`).")
+    repeated = [
+        members
+        for twins in several
+        for members in grouped([entries[i] for i in twins], lambda e: (e.part or "", e.group)).values()
+        if len(members) > 1
+    ]
+    if repeated:
+        torn = [members for members in repeated if len({e.label for e in members}) > 1]
+        first = (torn or repeated)[0]
+        named = f"such as {' and '.join(dict.fromkeys(e.name for e in first[:2]))}"
+        several_labels = f", {len(torn)} of them under several classes" if torn else ""
+        notes.append(
+            f"{len(repeated)} images of {what} are there several times within training or within test{several_labels}, "
+            f"{named}."
+        )
+    return [i for i in range(len(entries)) if i not in gone]
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """Return a sentence on classes whose names differ in upper and lower case alone; none if there are none."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.casefold(), []).append(name)
+    twins = [name for same in found.values() if len(same) > 1 for name in same]
+    return [f"{classes(twins)} differ in upper and lower case alone, and are classes of their own."] if twins else []
+
+
+def reduced(what: str, duplicates: Duplicates) -> str:
+    """Return how a sentence calls the data set `what` after `read_all`, which may have left out images."""
+    return f"{what}, without its broken images{' and those that are tested with' * (duplicates == 'drop')},"
 
 
 def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None:
@@ -226,17 +332,3 @@ def groups_for(count: int, experiences: int | None, first: int | None) -> tuple[
         return 1 + max((n for n in range(1, 5) if rest % n == 0 and rest // n >= 2), default=int(rest > 0)), first
     n = max(1, min(5, count // 2))
     return (n, None) if count % n == 0 else (n, count - (n - 1) * (count // n))
-
-
-def walk(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The paths of the image files in and below `folder`, sorted, and the endings of all others but hidden ones."""
-    images, others = list[str](), Counter[str]()
-    for at, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            suffix = Path(name).suffix.lower()
-            if suffix in SUFFIXES and not name.startswith("."):
-                images.append(os.path.join(at, name))
-            elif not name.startswith(".") and name != "Thumbs.db":
-                others[suffix or name] += 1
-    return sorted(images), others

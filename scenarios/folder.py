@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,25 +12,32 @@ from pydantic import Field
 from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
 from clframe.errors import DataError
+from clframe.listing import HIDDEN, SILENT, SUFFIXES, LeftOut, is_hidden, walk
 from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
-from clframe.reading import expanded
+from clframe.reading import expanded, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
+    Duplicates,
     Entry,
     by_name,
     check_classes,
+    class_name,
     classes,
     divided,
     groups_for,
     limited,
     read_all,
-    walk,
+    reduced,
 )
 from clframe.scenarios.streams import Order, documented, split
 
 TestShare = Annotated[float, Field(gt=0, lt=1)]
-PARTS: tuple[Part, Part] = ("train", "test")
+# names of folders that hold a part of the images, and no class
+PART = re.compile(
+    "(?:(?P<train>train|training)|(?P<test>test|testing)|(?P<val>val|valid|validation))(?:[ _-]?(?:set|data|images))?",
+    re.IGNORECASE,
+)
 
 
 @suits(**DEFAULTS)
@@ -49,6 +57,7 @@ def split_folder(
     resize: Count | None = None,
     mode: Mode = "colour",
     skip_broken: bool = False,
+    duplicates: Duplicates = "refuse",
     skip_empty: bool = False,
     normalize: bool = True,
     augment: bool = True,
@@ -57,16 +66,20 @@ def split_folder(
 ) -> Scenario:
     """One's own images, a few classes at a time: a folder of class folders, or one each in `train` and `test`.
 
-    A class is called as its folder, and has the images in and below it; classes are numbered by their sorted names.
+    A class is called as its folder, and has the images in and below it; classes are numbered by their sorted names. The
+    folders `train` and `test` may be called `training` and `testing`, in any case; without `test`, the images in
+    `val`, `valid` or `validation` are tested with.
     """
     look = Look(size, crop, resize, mode)
     root = expanded(path)
-    entries, empty = _listed(root)
+    entries, empty, notes = _listed(root)
     if empty and not skip_empty:
         raise DataError(
             f"{classes([name for name, _ in empty])} in {root} has no images{_instead(empty)}; add some, remove the "
             "folder, or leave it out with `--set scenario.skip_empty=true`."
         )
+    if empty:
+        notes.append(f"{classes([name for name, _ in empty])} has no images and is left out (`scenario.skip_empty`).")
     what = str(root)
     labels = {e.label for e in entries}
     if len(labels) < 2:
@@ -74,54 +87,135 @@ def split_folder(
         raise DataError(f"{what} has {only}; it must hold a folder for each class, and two classes at least.")
     if entries[0].part is None:
         entries = divided(entries, test, seed, what)
-    check_classes(entries, what, "add some to learn from, or remove its folder in `test`")
+    check_classes(entries, what, "add some to learn from, or remove its folder among the test images")
     arrays, kept = read_all(
         root.resolve().name,
         limited(entries, limit),
         look,
         what=what,
         skip_broken=skip_broken,
+        duplicates=duplicates,
         memory=memory,
         workers=workers,
         normalize=normalize,
         augment=augment,
+        notes=notes,
     )
-    check_classes(kept, f"{what}, without its broken images,", "repair them")
+    check_classes(kept, reduced(what, duplicates), "repair them")
     experiences, first = groups_for(len(arrays.class_names), experiences, first)
     return split("split-folder", arrays, setting, experiences, first, order, seed, None)
 
 
-def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
-    """All images below `root`, and the class folders without any, each with the endings of what they hold instead."""
-    if not root.is_dir():
-        there = "is no folder" if root.exists() else "does not exist"
-        raise DataError(
-            f"The folder {root.absolute()} {there}; name that of your class folders with `--set scenario.path=FOLDER`."
-        )
-    halves = [part for part in PARTS if (root / part).is_dir()]
-    if len(halves) == 1 and len(_folders(root)) == 1:
-        missing = PARTS[1 - PARTS.index(halves[0])]
-        raise DataError(
-            f"{root} has a folder `{halves[0]}` and none `{missing}`; add that, or name {root / halves[0]} as the path "
-            "to have test images drawn."
-        )
-    parts: list[tuple[Path, Part | None]] = [(root, None)]
-    if len(halves) == 2:
-        parts = [(root / part, part) for part in PARTS]
+def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
+    """List the images below `root`, the class folders without any, and sentences on what is left out.
+
+    Each class folder without images comes with the endings of what it holds instead.
+    """
+    try:
+        if not root.is_dir():
+            there = "is no folder" if root.exists() else "does not exist"
+            raise DataError(
+                f"The folder {shown(root.absolute())} {there}; name that of your class folders with "
+                "`--set scenario.path=FOLDER`."
+            )
+        return _found(root)
+    except OSError as error:
+        raise DataError(f"The folder {shown(root.absolute())} cannot be read: {reason(error)}.") from error
+
+
+def _found(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
+    left = LeftOut()
+    parts, notes = _parts(root, left)
     entries: list[Entry] = []
     empty = []
     for base, part in parts:
-        for folder in _folders(base):
-            images, others = walk(folder)
+        names: dict[str, str] = {}
+        for folder in _folders(base, left):
+            label = class_name(folder.name, str(base))
+            if label in names:
+                raise DataError(
+                    f"Two folders in {base} are called `{label}`, in two Unicode spellings ({names[label]!a} and "
+                    f"{folder.name!a}); put their images into one."
+                )
+            names[label] = folder.name
+            inside = {role for role, _ in map(_role, _folders(folder)) if role}
+            if part is None and {"train", "test"} <= inside:
+                raise DataError(
+                    f"The class folder {folder} holds folders of training and of test images; turn them round: "
+                    f"`train/{label}` and `test/{label}`."
+                )
+            images, others = walk(folder, left)
             if not images:
-                label = folder.name if part is None else f"{part}/{folder.name}"
-                empty.append((label, ", ".join(sorted(others))))
-            entries += [Entry(file, os.path.relpath(file, root), folder.name, part) for file in images]
-    return entries, empty
+                empty.append((label if part is None else f"{base.name}/{label}", ", ".join(sorted(others))))
+            entries += [Entry(file, os.path.relpath(file, root), label, part) for file in images]
+    return entries, empty, [*notes, *left.told(root.resolve().name)]
 
 
-def _folders(base: Path) -> list[Path]:
-    found = [path for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
+def _role(folder: Path) -> tuple[Part | None, bool]:
+    """Return the part that a folder of this name holds, None for a class; and whether that is validation."""
+    match = PART.fullmatch(folder.name)
+    if not match:
+        return None, False
+    return ("train" if match["train"] else "test"), bool(match["val"])
+
+
+def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], list[str]]:
+    """Return the folders that hold class folders, with their parts, and sentences on what is left out.
+
+    Raises:
+        DataError: if it is not clear which folder holds which part.
+    """
+    train, test, val, others = list[Path](), list[Path](), list[Path](), list[Path]()
+    for folder in _folders(root):
+        part, validates = _role(folder)
+        (others if part is None else train if part == "train" else val if validates else test).append(folder)
+    if not train or not test + val:
+        halves = train + test + val
+        if halves and not others:
+            missing = "test" if train else "train"
+            raise DataError(
+                f"{root} has a folder `{halves[0].name}` and none `{missing}`; add that, or name {halves[0]} as the "
+                "path to have test images drawn."
+            )
+        return [(root, None)], []
+    for same in (train, test, val):
+        if len(same) > 1:
+            listed = " and ".join(f"`{folder.name}`" for folder in same)
+            raise DataError(f"{root} has the folders {listed}, which say the same; put their images into one of them.")
+    notes = []
+    tested = test or val
+    if test and val:
+        if not _folders(test[0]):  # as in competitions, whose test images have no labels
+            tested, spare = val, test[0]
+        else:
+            spare = val[0]
+        notes.append(
+            f"The folder `{spare.name}` is left out of {root.resolve().name}: `{train[0].name}` is learnt and "
+            f"`{tested[0].name}` is tested with."
+        )
+    _folders(root, left)
+    for folder in others:
+        if walk(folder, LeftOut())[0]:
+            raise DataError(
+                f"{root} has the folder `{folder.name}` with images beside `{train[0].name}` and `{tested[0].name}`; "
+                "move its images into these, or the folder elsewhere."
+            )
+        left.add("folders without images", folder.name)
+    return [(train[0], "train"), (tested[0], "test")], notes
+
+
+def _folders(base: Path, left: LeftOut | None = None) -> list[Path]:
+    """Return the folders in `base` that are not hidden, sorted; what else there is is added to `left`."""
+    found = []
+    for path in base.iterdir():
+        hidden = is_hidden(path.name)
+        if path.is_dir():
+            if not hidden:
+                found.append(path)
+            elif left and path.name not in SILENT:
+                left.add(HIDDEN, path.name)
+        elif left and path.suffix.lower() in SUFFIXES:
+            left.add(HIDDEN if hidden else "images beside the class folders", path.name)
     return sorted(found, key=lambda path: by_name(path.name))
 
 

@@ -19,13 +19,16 @@ from clframe.reading import expanded, read_bytes
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
+    Duplicates,
     Entry,
     by_name,
     check_classes,
+    class_name,
     divided,
     groups_for,
     limited,
     read_all,
+    reduced,
 )
 from clframe.scenarios.folder import TestShare
 from clframe.scenarios.streams import Order, documented, split
@@ -59,6 +62,7 @@ def huggingface(
     resize: Count | None = None,
     mode: Mode = "colour",
     skip_broken: bool = False,
+    duplicates: Duplicates = "refuse",
     normalize: bool = True,
     augment: bool = True,
     memory: CountOrZero = 2_000_000_000,
@@ -91,13 +95,14 @@ def huggingface(
         look,
         what=what,
         skip_broken=skip_broken,
+        duplicates=duplicates,
         memory=memory,
         workers=workers,
         normalize=normalize,
         augment=augment,
         rank=_rank(features[label]),
     )
-    check_classes(kept, f"{what}, without its broken images,", "repair them")
+    check_classes(kept, reduced(what, duplicates), "repair them")
     experiences, first = groups_for(len(arrays.class_names), experiences, first)
     return split(name, arrays, setting, experiences, first, order, seed, None)
 
@@ -342,6 +347,7 @@ def _entries(dataset: Any, split: str, part: Part | None, image: str, label: str
             f"{len(lacking)} of the {len(labels)} rows of the split `{split}` of {what} have no label in `{label}`, "
             f"the first is row {lacking[0]}; choose another split, or give them labels."
         )
+    labels = [class_name(text, what) for text in labels]
     column = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False)).data.column(image)
     return [Entry(Row(column, i, split), f"{split}/{i}", text, part) for i, text in enumerate(labels)]
 
@@ -349,7 +355,7 @@ def _entries(dataset: Any, split: str, part: Part | None, image: str, label: str
 def _rank(feature: Any) -> Callable[[str], Any]:
     """By what classes are sorted: by their numbers in a ClassLabel, else by name."""
     names = getattr(feature, "names", None)
-    return {name: i for i, name in enumerate(names)}.__getitem__ if names else by_name
+    return {class_name(name, "the column"): i for i, name in enumerate(names)}.__getitem__ if names else by_name
 
 
 def _check_names(files: Sequence[str], label: str, names: Sequence[str] | None) -> None:

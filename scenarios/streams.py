@@ -49,6 +49,7 @@ OPTIONS = {
     "resize": "the shorter side in pixels before `center` cuts; null: `size`.",
     "mode": "`colour` (3 channels) or `grey` (1); images of other modes are converted.",
     "skip_broken": "leave out images that cannot be read, instead of listing them and stopping.",
+    "duplicates": "files that are training and test images: `refuse`, `drop` them from training, or `keep` them.",
     "skip_empty": "leave out classes without images, instead of naming them and stopping.",
     "memory": "most bytes of images to keep in memory; of more images, each is read from its file when it is needed.",
     "workers": "processes that read images when they are needed, or threads that read all at first; null: as cores.",

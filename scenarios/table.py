@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
@@ -19,14 +20,17 @@ from clframe.options import Count, CountOrZero
 from clframe.reading import expanded, open_regular, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
+    Duplicates,
     Entry,
     by_name,
     check_classes,
+    class_name,
     divided,
     grouped,
     groups_for,
     limited,
     read_all,
+    reduced,
 )
 from clframe.scenarios.folder import TestShare
 from clframe.scenarios.streams import Order, documented, random_of, split
@@ -60,6 +64,7 @@ def split_table(
     resize: Count | None = None,
     mode: Mode = "colour",
     skip_broken: bool = False,
+    duplicates: Duplicates = "refuse",
     normalize: bool = True,
     augment: bool = True,
     memory: CountOrZero = 2_000_000_000,
@@ -101,16 +106,17 @@ def split_table(
         look,
         what=what,
         skip_broken=skip_broken,
+        duplicates=duplicates,
         memory=memory,
         workers=workers,
         normalize=normalize,
         augment=augment,
     )
-    check_classes(entries, f"{what}, without its broken images,", "repair them")
+    check_classes(entries, reduced(what, duplicates), "repair them")
     if not by_group:
         experiences, first = groups_for(len(arrays.class_names), experiences, first)
         return split("split-table", arrays, setting, experiences, first, order, seed, None)
-    _check_groups(entries, f"{what}, without its broken images,", kind, rows.column(kind))
+    _check_groups(entries, reduced(what, duplicates), kind, rows.column(kind))
     groups = sorted({e.group for e in entries}, key=by_name)
     return by_groups("split-table", arrays, entries, _ordered(groups, order, seed, kind), setting)
 
@@ -268,8 +274,9 @@ class _Rows:
         if empty := [self.column(m) for m in needed if not row[self.column(m)]]:
             raise DataError(f"Row {i} of {self.path} has no {' and no '.join(f'`{c}`' for c in empty)}; fill it in.")
         name = row[self.column("path")]
-        group = row[self.column(kind)] if self.has(kind) else ""
-        entry = Entry(str(self.path.parent / expanded(name)), name, row[self.column("label")], None, group)
+        group = unicodedata.normalize("NFC", row[self.column(kind)]) if self.has(kind) else ""
+        label = class_name(row[self.column("label")], str(self.path))
+        entry = Entry(str(self.path.parent / expanded(name)), name, label, None, group)
         if not self.has("split"):
             return entry
         part = row[self.column("split")]

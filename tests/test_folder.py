@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -223,7 +225,7 @@ def test_the_checksum_is_that_of_the_files_wherever_they_are(small, tmp_path):
     small = tmp_path / "elsewhere"
     assert split_folder(path=small, size=16, mode="grey").checksum == before
     (small / "a" / "0.png").write_bytes((small / "a" / "1.png").read_bytes())
-    assert split_folder(path=small, size=8).checksum != before
+    assert split_folder(path=small, size=8, duplicates="keep").checksum != before
 
 
 @pytest.mark.parametrize(
@@ -428,3 +430,165 @@ def test_a_file_that_vanishes_while_a_run_goes_on_stops_it(small, tmp_path, caps
 
     with pytest.raises(DataError, match=r"The image .*d/0\.png could be read before, and cannot any more"):
         clframe.run(options(small, memory=0, experiences=2), "cnn-small", [Thief()], train=TRAIN)
+
+
+# ---------------------------------------------------------------------------------- layouts, and what is left out
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        *(("train", "val"), ("train", "valid"), ("train", "validation"), ("Train", "Test"), ("TRAIN", "TEST")),
+        *(("training", "testing"), ("Training", "Validation"), ("training_set", "test_set"), ("train-data", "val")),
+    ],
+)
+def test_folders_of_parts_are_parts_by_any_of_their_names(small, train, test):
+    halved(small)
+    expected = split_folder(path=small, size=8, memory=0, experiences=4)
+    (small / "train").rename(small / "x1").rename(small / train)
+    (small / "test").rename(small / "x2").rename(small / test)
+    found = split_folder(path=small, size=8, memory=0, experiences=4)
+    assert found.class_names == expected.class_names == ("a", "b", "c", "d")
+    assert names_of(small, found[2].train) == {f"c/{i}.png" for i in range(6)}
+    assert names_of(small, found[2].test) == {f"c/{i}.png" for i in range(6, 10)}
+
+
+def test_of_test_and_validation_the_images_with_classes_are_tested_with(small):
+    halved(small)
+    shutil.copytree(small / "test", small / "val")
+    found = split_folder(path=small, size=8)
+    assert found.notes == ("The folder `val` is left out of small: `train` is learnt and `test` is tested with.",)
+    for folder in list((small / "test").iterdir()):  # test images without labels, as in competitions
+        for file in folder.iterdir():
+            file.rename(small / "test" / f"{folder.name}{file.name}")
+        folder.rmdir()
+    found = split_folder(path=small, size=8)
+    assert found.class_names == ("a", "b", "c", "d")
+    assert found.notes == ("The folder `test` is left out of small: `train` is learnt and `val` is tested with.",)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (["train/a", "train/b", "training/a", "test/a"], "has the folders `train` and `training`, which say the same"),
+        (["train/a", "val/a", "valid/a"], "has the folders `val` and `valid`, which say the same"),
+        (["train/a", "test/a", "more"], "has the folder `more` with images beside `train` and `test`; move"),
+        (["val/a", "val/b"], "has a folder `val` and none `train`; add that, or name .*val as the path"),
+        (["Train/a", "Train/b"], "has a folder `Train` and none `test`; add that, or name .*Train as the path"),
+        (["a/train", "a/test", "b/train", "b/test"], "holds folders of training and of test images; turn them round"),
+    ],
+)
+def test_a_layout_that_may_mean_several_things_is_refused(small, tmp_path, made, told):
+    for k, place in enumerate(made):
+        shutil.copytree(small / "abcd"[k % 4], tmp_path / "made" / place)
+    with pytest.raises(DataError, match=told):
+        split_folder(path=tmp_path / "made", size=8)
+
+
+def test_classes_called_as_parts_stay_classes(small):
+    """Trains beside buses: a part needs its counterpart."""
+    (small / "a").rename(small / "train")
+    assert split_folder(path=small, size=8).class_names == ("b", "c", "d", "train")
+
+
+def test_what_a_folder_holds_beside_is_counted_and_kept_in_the_results(small, tmp_path, capsys):
+    (small / "a" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(small / "a" / "0.png", small / "a" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (small / "b" / "._1.png").write_bytes(b"\0\5\x16\7")
+    (small / "b" / "notes.pdf").write_bytes(b"%PDF-1.4")
+    (small / "c" / "link").symlink_to(small / "a")
+    shutil.copy(small / "a" / "0.png", small / "cover.png")
+    (small / ".DS_Store").write_bytes(b"")
+    told = (
+        "Left out of small: 1 files of other kinds (.pdf), 2 hidden files or folders (.ipynb_checkpoints, ._1.png), "
+        "1 images beside the class folders (cover.png), 1 links to folders (link)."
+    )
+    assert split_folder(path=small, size=8).notes == (told,)
+    assert main(["scenarios", "show", "split-folder", "--set", f"scenario.path={small}"]) == 0
+    assert told in capsys.readouterr().out.splitlines()
+    heard = []
+    results = clframe.run(options(small), "mlp", train={"epochs": 1}, listeners=[heard.append])
+    assert results.data["notes"] == [told]
+    assert [r["text"] for r in heard if r["kind"] == "message"] == [told]
+
+
+def test_a_folder_that_cannot_be_opened_is_told(small, monkeypatch):
+    (small / "a" / "locked").mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert split_folder(path=small, size=8).notes == ("Left out of small: 1 folders that cannot be read (locked).",)
+
+
+def test_images_and_classes_that_are_skipped_are_told(small):
+    (small / "b" / "3.png").write_bytes(b"no image")
+    (small / "e").mkdir()
+    assert split_folder(path=small, size=8, skip_broken=True, skip_empty=True).notes == (
+        "The class `e` has no images and is left out (`scenario.skip_empty`).",
+        "1 of the 40 images of small cannot be read and are left out (`scenario.skip_broken`), such as b/3.png (it is "
+        "no image of a known kind).",
+    )
+
+
+def test_class_names_are_compared_in_one_unicode_form(small):
+    halved(small)
+    (small / "train" / "a").rename(small / "train" / "caf\u00e9")
+    (small / "test" / "a").rename(small / "test" / "cafe\u0301")  # as macOS writes it
+    assert split_folder(path=small, size=8).class_names == ("b", "c", "caf\u00e9", "d")
+    (small / "train" / "b").rename(small / "train" / "cafe\u0301")
+    with pytest.raises(DataError, match=r"Two folders in .* are called `caf\u00e9`, in two Unicode spellings"):
+        split_folder(path=small, size=8)
+
+
+def test_odd_names_are_told(small):
+    (small / "b").rename(small / "A")
+    found = split_folder(path=small, size=8)
+    assert found.notes == ("The classes `A`, `a` differ in upper and lower case alone, and are classes of their own.",)
+    os.rename(os.fsencode(small / "c" / "1.png"), os.fsencode(small / "c") + b"/\xff.png")
+    assert split_folder(path=small, size=8).checksum != found.checksum  # read all the same
+    os.rename(os.fsencode(small / "c"), os.fsencode(small) + b"/\xff")
+    with pytest.raises(DataError, match=r"is called '.udcff', which is not UTF-8; rename it"):
+        split_folder(path=small, size=8)
+    with pytest.raises(DataError, match="File name too long"):
+        split_folder(path=small / ("x" * 300), size=8)
+
+
+# ---------------------------------------------------------------------------------- the same image on both sides
+
+
+def test_the_same_image_in_training_and_test_is_refused_dropped_or_kept(small):
+    halved(small)
+    for name in ("a/0.png", "b/1.png"):
+        shutil.copy(small / "train" / name, small / "test" / f"{name[0]}/copy.png")
+    shutil.copy(small / "train" / "a" / "0.png", small / "train" / "a" / "twin.png")
+    told = "2 of the 18 test images of (/.*/)?small are training images, too, such as train/a/0.png and test/a/copy.png"
+    with pytest.raises(
+        DataError, match=f"{told}: leave them out of training with `--set scenario.duplicates=drop`, or"
+    ):
+        split_folder(path=small, size=8)
+    kept = split_folder(path=small, size=8, memory=0, experiences=4, duplicates="keep")
+    assert re.match(told, kept.notes[0])
+    assert kept.notes[0].endswith("(`scenario.duplicates=keep`).")
+    assert "1 images of" in kept.notes[1]
+    assert "several times within training or within test, such as train/a/0.png and train/a/twin" in kept.notes[1]
+    assert names_of(small, kept[0].train) == {f"a/{i}.png" for i in (*range(6), "twin")}
+    for memory in (0, 10**9):
+        dropped = split_folder(path=small, size=8, memory=memory, experiences=4, duplicates="drop")
+        assert dropped.notes[0].endswith(": 3 training images are left out (`scenario.duplicates=drop`).")
+        assert [len(e.train) for e in dropped] == [5, 5, 6, 6]
+        assert [len(e.test) for e in dropped] == [5, 5, 4, 4]
+        assert torch.equal(dropped[0].train.x, kept[0].train.x[1:6])
+    assert names_of(small, split_folder(path=small, size=8, memory=0, experiences=4, duplicates="drop")[0].train) == {
+        f"a/{i}.png" for i in range(1, 6)
+    }
+
+
+def test_one_file_under_two_classes_is_told(small):
+    shutil.copy(small / "a" / "0.png", small / "b" / "copy.png")
+    told = split_folder(path=small, size=8, duplicates="keep", test=0.1).notes[-1]
+    assert "1 of them under several classes, such as a/0.png and b/copy.png" in told

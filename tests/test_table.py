@@ -231,3 +231,37 @@ def test_files_that_are_missing_are_listed_by_their_paths(images):
     ]
     scenario = split_table(path=path, skip_broken=True, **SMALL)
     assert sum(len(e.train) + len(e.test) for e in scenario) == 22
+
+
+def test_a_file_that_is_learnt_and_tested_is_found_by_its_bytes(images):
+    """Named for both parts, spelt in two ways, or copied: it is one image."""
+    for spelt in ("images/0.png", "./images/0.png", "images/../images/0.png", "copy.png"):
+        (images / "copy.png").write_bytes((images / "images" / "0.png").read_bytes())
+        files = [f"images/{i}.png" for i in range(23)] + [spelt]
+        rows = columns(path=files, label=[*"abcd" * 5, *"abca"])
+        with pytest.raises(
+            DataError, match=r"^1 of the 8 test images of .*t.csv are training images, too, such as imag"
+        ):
+            split_table(path=table(images, rows), **SMALL)
+        dropped = split_table(path=table(images, rows), duplicates="drop", experiences=2, **SMALL)
+        assert numbers(dropped[0].train) == [i for i in range(1, 16) if i % 4 < 2]
+        kept = split_table(path=table(images, rows), duplicates="keep", experiences=2, **SMALL)
+        assert numbers(kept[0].train) == [i for i in range(16) if i % 4 < 2]
+        assert numbers(kept[0].test) == numbers(dropped[0].test) == [16, 17, 20, 21, 0]
+
+
+def test_a_class_that_is_left_without_training_images_is_named(images):
+    rows = columns(
+        path=[f"images/{i}.png" for i in range(16)] + [f"images/{i}.png" for i in (0, 4, 8, 12, 17, 18, 19, 20)]
+    )
+    rows["label"] = ["abcd"[i % 4] for i in range(16)] + [*"aaaabcda"]
+    with pytest.raises(
+        DataError, match=r"`a` in the test images of .* without its broken images and those that are tested"
+    ):
+        split_table(path=table(images, rows), duplicates="drop", **SMALL)
+
+
+def test_labels_are_compared_in_one_unicode_form(images):
+    labels = ["abcd"[i % 4] for i in range(24)]
+    labels = [("caf\u00e9" if i < 16 else "cafe\u0301") if label == "a" else label for i, label in enumerate(labels)]
+    assert split_table(path=table(images, columns(label=labels)), **SMALL).class_names == ("b", "c", "caf\u00e9", "d")
