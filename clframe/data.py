@@ -170,6 +170,11 @@ class ImageData:
         rest = {n: getattr(self, n) for n in ("index", "task", "weight")}
         return ImageData(self.images, self.y, **rest, origin=origin, targets=self.targets)
 
+    def of_task(self, task: int) -> ImageData:
+        """The same rows, all of that task."""
+        rest = {n: getattr(self, n) for n in ("index", "weight", "origin")}
+        return ImageData(self.images, self.y, **rest, task=task, targets=self.targets)
+
     def to(self, device: torch.device | str) -> ImageData:
         """This data on `device`; itself if it is there already."""
         if self.device == torch.device(device):
@@ -367,7 +372,7 @@ class Scenario:
         classes: for each experience its labels.
         class_names: for each label its name.
         input_shape: of one image, such as (3, 32, 32).
-        load: gives the "train" or "test" images of experience i.
+        load: gives the "train" or "test" images of experience i; whatever they say, i is the task of all of them.
         transform: from raw images to the model's input.
         class_order: the data set's class numbers in the order of learning, where that has a meaning.
         checksum: SHA-256 of the data, so that two runs can be compared.
@@ -433,7 +438,8 @@ class Scenario:
             raise IndexError(f"Scenario `{self.name}` has {len(self)} experiences, none with number {index}.")
 
         def load(part: str) -> ImageData:
-            return self._load(index, "test") if part == "test" else self._train_or_val(index, part)
+            data = self._load(index, "test") if part == "test" else self._train_or_val(index, part)
+            return data.of_task(index)
 
         return Experience(index, index, self.classes[index], load)
 
