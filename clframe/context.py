@@ -122,6 +122,17 @@ class Run:
         return max(c for group in self.scenario.classes[: self.experience.index + 1] for c in group) + 1
 
     @property
+    def old_heads(self) -> list[tuple[int, ...]]:
+        """Labels of each earlier experience, those that are the same set once, in the order in which they came first.
+
+        Where the task is told, they are the heads that were learned: a task that comes back has the head that it had.
+        """
+        heads: dict[frozenset[int], tuple[int, ...]] = {}
+        for group in self.scenario.classes[: self.experience.index]:
+            heads.setdefault(frozenset(group), group)
+        return list(heads.values())
+
+    @property
     def old_blocks(self) -> list[int]:
         """Blocks of the head, by number, that have earlier classes and none of the experience under way.
 

@@ -22,7 +22,7 @@ from clframe.data import ImageData, Transform
 from clframe.distill import kl_divergence
 from clframe.errors import RunFailed
 from clframe.images import Images
-from clframe.model import IncrementalNet, initialised_by, masked, snapshot
+from clframe.model import IncrementalNet, class_mask, initialised_by, masked, snapshot
 from clframe.training import make_optimizer
 
 if TYPE_CHECKING:
@@ -298,11 +298,13 @@ class Dreaming(nn.Module):
         jitter = min(shape[1:]) // 16 if recipe.jitter is None else recipe.jitter
         flip = transform.flip if recipe.flip is None else recipe.flip
         rival = self._rival(teacher) if k else None
-        tasks = run.task_of(torch.arange(teacher.n_classes, device=run.device))
+        n = teacher.n_classes
+        tasks = run.task_of(torch.arange(n, device=run.device))
+        heads = torch.stack([class_mask(group, n, run.device) for group in run.scenario.classes])
         for i in run.ticks(f"{name}: dreams {k + 1}", len(parts) * recipe.iterations, resumable=True):
             y = parts[i // recipe.iterations].to(run.device)
-            # where tasks are told, each class is among those of its task
-            mask = tasks == tasks[y][:, None] if run.scenario.setting == "task" else None
+            # where tasks are told, each class is among those of its task, which may be classes of other tasks, too
+            mask = heads[tasks[y]] if run.scenario.setting == "task" else None
             if i % recipe.iterations == 0:
                 noise = torch.randn(len(y), *shape, generator=generator).to(run.device)
                 self.begin(noise, recipe.lr)

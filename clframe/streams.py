@@ -29,7 +29,7 @@ def stream_problems(run: Run) -> list[str]:
     that both have it would both train that column, so a plugin that isolates tasks cannot keep the first one's answers.
     A loss among the classes of one experience is always 0 where that experience has one class.
     """
-    return [*_shared_class_problems(run), *_default_loss_problems(run)]
+    return [*_shared_class_problems(run), *_replay_problems(run), *_default_loss_problems(run)]
 
 
 def _shared_class_problems(run: Run) -> list[str]:
@@ -43,6 +43,21 @@ def _shared_class_problems(run: Run) -> list[str]:
         "give each experience classes of its own, or choose another method."
         for plugin in run.plugins
         if plugin.isolates
+    ]
+
+
+def _replay_problems(run: Run) -> list[str]:
+    """The sentence that refuses replayed classes whose logits take no part in the loss, which would be infinite."""
+    classes = run.scenario.classes
+    coming = range(max(1, learned(run)), len(classes))
+    left_out = any(set().union(*classes[:i]).difference(classes[i]) for i in coming)
+    if run.logits != "current" or not left_out:
+        return []
+    return [
+        f"`{plugin.name}` brings old classes back, which `train.logits=current` leaves out of the loss: choose `seen` "
+        "or `all`."
+        for plugin in run.plugins
+        if (plugin.replays or plugin.keeps_experiences) and plugin.wanted_logits(run) in (None, "current")
     ]
 
 

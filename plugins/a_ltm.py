@@ -22,8 +22,9 @@ class ALTM(Plugin):
 
     Options:
         lambda: weight of the distillation.
-        loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told and else over
-            all old classes together; `l2`: half the squared distance of the old logits.
+        loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told (and the loss
+            is over a task's own classes), else over all old classes together; `l2`: half the squared distance of the
+            old logits.
         on: which images are distilled on: `new` (those of the experience), `replay` (those that another plugin brings
             back: the active form; rows that are all kept out of the default loss count the same), or `all` of them.
     """
@@ -62,8 +63,8 @@ class ALTM(Plugin):
             old = run.old_classes
             distances = half_squared_distance(q[:, old], outputs.logits[:, old])
         else:
-            told = run.scenario.setting == "task"
-            groups = run.scenario.classes[: run.experience.index] if told else [run.old_classes]
+            apart = run.scenario.setting == "task" and run.logits in ("own", "current")
+            groups = run.old_heads if apart else [run.old_classes]
             distances = soft_cross_entropy_per_group(q, outputs.logits, groups, temperature=1.0)
         if self.on != "replay":
             return {self.name: self.lambda_ * batch.mean(distances, batch.origin == 0 if self.on == "new" else None)}

@@ -127,9 +127,9 @@ class DeepInversion(Plugin):
             q = self.teacher(batch.x, batch.task).logits
         z, t = outputs.logits, self.temperature
         if run.scenario.setting == "task":
-            groups = [list(group) for group in run.scenario.classes[: run.experience.index]]
+            groups = [list(group) for group in run.old_heads]
             heads = torch.stack([kl_divergence(q[:, g], z[:, g], t) for g in groups], 1)
-            known, dreamt = heads.sum(1), heads.gather(1, batch.task.clamp(max=len(groups) - 1)[:, None])[:, 0]
+            known, dreamt = heads.sum(1), heads.gather(1, self._heads_of(run, batch.task)[:, None])[:, 0]
         else:
             padded = functional.pad(q, (0, z.shape[1] - q.shape[1]), value=-torch.inf)
             known, dreamt = kl_divergence(q, z[:, : q.shape[1]], t), kl_divergence(padded, z, t)
@@ -143,3 +143,10 @@ class DeepInversion(Plugin):
     def after_experience(self, run: Run, experience: Experience) -> None:
         """The network as it is now is the next teacher."""
         self.teacher = snapshot(run.model)
+
+    @staticmethod
+    def _heads_of(run: Run, task: Tensor) -> Tensor:
+        """Return for rows of these earlier tasks, [B], which of `Run.old_heads` is theirs; for other rows any."""
+        heads = [set(head) for head in run.old_heads]
+        places = [heads.index(set(group)) for group in run.scenario.classes[: run.experience.index]]
+        return torch.tensor(places, device=task.device)[task.clamp(max=len(places) - 1)]

@@ -88,13 +88,8 @@ class GenerativeReplay(Plugin):
         return hook != "base_loss" or self.labels == "soft"
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Images must suit the generator, and replayed classes take part in the loss."""
+        """Images must suit the generator."""
         yield from self.recipe.problems(run.scenario.input_shape, self.name)
-        if run.logits == "current" and run.scenario.setting != "domain":
-            yield (
-                f"`{self.name}` brings old classes back, which `train.logits=current` leaves out of the loss: choose "
-                "`seen` or `all`."
-            )
         if self.labels == "soft":
             yield from single_class_problems(run)
         if self.labels == "hard" and self._scores_heads(run):
@@ -144,7 +139,7 @@ class GenerativeReplay(Plugin):
         if self.name not in batch.targets:
             return None
         q, z = batch.targets[self.name], outputs.logits
-        groups = run.scenario.classes[: run.experience.index] if run.logits == "own" else [range(z.shape[1])]
+        groups = run.old_heads if run.logits == "own" else [range(z.shape[1])]
         replayed = soft_cross_entropy_per_group(q, z, groups, self.temperature) / len(groups)
         others = functional.cross_entropy(masked(z, run.mask(batch.task)), batch.y, reduction="none")
         return batch.mean(torch.where(run.of(self, batch), replayed, others))

@@ -141,7 +141,7 @@ class LwF(Plugin):
         if padded:  # with a score of -inf a class has no share
             q = functional.pad(q, (0, outputs.logits.shape[1] - q.shape[1]), value=-torch.inf)
         if self.form == "heads":
-            groups: Sequence[Sequence[int]] = run.scenario.classes[: run.experience.index]
+            groups: Sequence[Sequence[int]] = run.old_heads
         else:
             groups = [range(q.shape[1]) if padded or self.form == "all" else run.old_classes]
         share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0

@@ -60,7 +60,10 @@ class Bench:
         scenario = SimpleNamespace(setting=setting, classes=((0, 1), (2, 3), (4, 5)))
         origin = torch.tensor([0, 0, 0, 1, 1])
         self.run: Any = SimpleNamespace(
-            scenario=scenario, experience=SimpleNamespace(index=2), of=lambda plugin, batch: batch.origin == 1
+            scenario=scenario,
+            experience=SimpleNamespace(index=2),
+            old_heads=[(0, 1), (2, 3)],
+            of=lambda plugin, batch: batch.origin == 1,
         )
         x = torch.randn(5, 1, 8, 8, dtype=torch.float64)
         y, task = torch.tensor([4, 5, 4, 3, 0]), torch.tensor([2, 2, 2, 1, 0])

@@ -159,7 +159,7 @@ def test_a_reservoir_has_no_classes() -> None:
 
 
 def test_logits_that_leave_old_classes_out_are_refused(tiny) -> None:
-    with pytest.raises(WrongUse, match=r"Label . in what `er` adds to a batch of experience 2 of 3 is masked by"):
+    with pytest.raises(WrongUse, match=r"`er` brings old classes back, which `train.logits=current` leaves out of the"):
         learn(tiny(), ER(size=6), logits="current")
 
 

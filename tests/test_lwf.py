@@ -476,7 +476,11 @@ def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float])
     scenario = SimpleNamespace(setting="class", classes=((0, 1), (2, 3)))
     experience = SimpleNamespace(index=1)
     run = SimpleNamespace(
-        scenario=scenario, experience=experience, old_classes=[0, 1], labelled_columns=lambda batch: None
+        scenario=scenario,
+        experience=experience,
+        old_classes=[0, 1],
+        old_heads=[(0, 1)],
+        labelled_columns=lambda batch: None,
     )
     return run, batch, Outputs(z, z, [2, 4])
 
