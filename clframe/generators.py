@@ -279,7 +279,11 @@ class Rehearsal(nn.Module):
         model: the generative model.
         previous: its copy from before the latest set, frozen.
         losses: of the latest iteration.
+        met: labels of the images that it rehearsed: a class without images is never drawn; None: that is not known, as
+            of a checkpoint of an earlier clframe, and any class is.
     """
+
+    met: list[int] | None
 
     def __init__(self, build: Callable[[], GenerativeModel], scale: float, lr: float | None = None) -> None:
         super().__init__()
@@ -288,11 +292,12 @@ class Rehearsal(nn.Module):
         self.build, self.scale, self.lr = build, scale, lr
         self.optimizer = self.model.optimizer(lr)
         self.losses: dict[str, Tensor] = {}
+        self.met = []
         self.left = torch.empty(0, dtype=torch.int64)  # positions of images that are yet to be met
 
     def recall(self, n: int, among: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """`n` raw images, and the classes that they were drawn of, any of the first `among`; None: it knows none."""
-        y = self.model.draw_classes(n, among, generator)
+        y = self._draw_classes(n, among, generator)
         return self.model.sample(n, generator, y) * self.scale, y
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
@@ -334,7 +339,7 @@ class Rehearsal(nn.Module):
             new = rows.x.float() / self.scale, rows.y if self.model.classes else None, share
             if share == 1:
                 return mixture(new)
-            y = self.model.draw_classes(n, old, generator)
+            y = self._draw_classes(n, old, generator)
             return mixture(new, (self.previous.sample(n, generator, y), y, 1 - share))
 
         self.losses = self.model.step(self.optimizer, draw, generator)
@@ -351,6 +356,8 @@ class Rehearsal(nn.Module):
             self.begin(fresh, run.settings.keep_optimizer)
         for _ in ticks:
             self.learn(data, share, run.settings.batch_size, len(run.old_classes), run.rng(owner))
+        if self.met is not None:
+            self.met = sorted({*self.met, *data.y.tolist()})
         return self.end(owner)
 
     def end(self, owner: str) -> dict[str, float]:
@@ -364,14 +371,20 @@ class Rehearsal(nn.Module):
             )
         return losses
 
+    def _draw_classes(self, n: int, among: int, generator: torch.Generator) -> Tensor | None:
+        """`n` labels, any of the first `among` classes of which there were images; None: the model knows no classes."""
+        met = [label for label in self.met or range(among) if label < among]
+        y = self.model.draw_classes(n, len(met), generator)
+        return None if y is None else torch.tensor(met, device=y.device)[y]
+
     def get_extra_state(self) -> dict[str, Any]:
         """What a state dict holds beside both models."""
-        return {"optimizer": self.optimizer.state_dict(), "losses": self.losses, "left": self.left}
+        return {"optimizer": self.optimizer.state_dict(), "losses": self.losses, "left": self.left, "met": self.met}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what `get_extra_state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.left = dict(state["losses"]), state["left"]
+        self.losses, self.left, self.met = dict(state["losses"]), state["left"], state.get("met")
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,8 @@ class ICaRL(Plugin):
         if self.read_out == "ncm":
             rows = ImageData.concat([e.train.to(run.device) for e in (*run.earlier, run.experience)])
         else:
-            known = set() if self.exemplars is None else set(self.exemplars.y.tolist())
             parts = [] if self.exemplars is None else [self.exemplars]
-            if not known >= set(run.experience.classes):
+            if self.exemplars is None or run.sampler is not None:  # before those of the experience are chosen
                 parts.append(run.experience.train.to(run.device))
             rows = ImageData.concat(parts)
         flips = run.scenario.transform.flip if self.flip is None else self.flip
