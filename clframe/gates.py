@@ -114,7 +114,7 @@ class ConditionalConv(Gated):
         """A task comes, with new gates."""
         with initialised_by(generator):
             gate = Gate(self.layer.in_channels, self.units, bias)
-        self.gates.append(gate.to(self.layer.weight.device))
+        self.gates.append(gate.to(self.layer.weight))
         if len(self.gates) > len(self.fired):  # a run that is extended has more tasks than it began with
             self.fired = torch.cat([self.fired, torch.ones_like(self.fired[:1])])
 

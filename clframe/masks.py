@@ -360,7 +360,7 @@ class AttentionGate(Gated):
         super().__init__(layer, norm)
         self.s = self.s_max = s_max
         self.embeddings = nn.ParameterList()
-        self.register_buffer("used", torch.zeros(self.units, device=next(layer.parameters()).device))
+        self.register_buffer("used", torch.zeros(self.units).to(next(layer.parameters())))
 
     def add(self, generator: torch.Generator) -> None:
         """A task comes; its embedding is standard normal."""

@@ -40,11 +40,11 @@ class TaskClassifier(nn.Module):
         """How many tasks it tells apart; at first there is one, of which all images are."""
         return self.net[-1].out_features if len(self.net) else 1  # type: ignore[return-value]
 
-    def begin(self, tasks: int, width: int, generator: torch.Generator, device: torch.device) -> None:
-        """Begin anew, for so many tasks and features of `width` on each path."""
+    def begin(self, tasks: int, width: int, generator: torch.Generator, like: Tensor) -> None:
+        """Begin anew, for so many tasks and features of `width` on each path, with weights of the type of `like`."""
         with initialised_by(generator):
             self._build(tasks * width, tasks)
-        self.net.to(device)
+        self.net.to(like)
 
     def _build(self, width: int, tasks: int) -> None:
         self.net = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, tasks))
@@ -55,7 +55,7 @@ class TaskClassifier(nn.Module):
         self.net = nn.Sequential()
         if (first := state.get(f"{prefix}net.0.weight")) is not None:
             self._build(first.shape[1], len(state[f"{prefix}net.2.bias"]))
-            self.net.to(first.device if device.type == "cpu" else device)
+            self.net.to(first.device if device.type == "cpu" else device, first.dtype)
         super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class TaskClassifier(nn.Module):
         rng = run.rng(owner)
         if len(images) == 1:
             return
-        self.begin(len(images), run.model.backbone.width, rng, run.device)
+        self.begin(len(images), run.model.backbone.width, rng, next(run.model.parameters()))
         known = [self._features_of(run, rows) for rows in images]
         starts = torch.tensor([0, *(len(part) for part in known)]).cumsum(0)
         counts, features = starts.diff(), torch.cat(known)
