@@ -18,6 +18,7 @@ from clframe.data import Batch, Scenario
 from clframe.errors import WrongUse
 from clframe.model import IncrementalNet, Outputs
 from clframe.plugin import Plugin
+from clframe.streams import stream_problems
 
 ADAPTED = ("before_run", "before_experience", "phases", "penalty", "after_backward", "after_step", "after_experience")
 
@@ -200,7 +201,7 @@ class _Adapted:
             run=RunSettings.model_validate({}),
         )
         self.run = Run(config, scenario, self.model, [plugin], strategy.device)
-        problems = list(plugin.problems(self.run))
+        problems = [*stream_problems(self.run), *plugin.problems(self.run)]
         if scenario.setting not in plugin.settings:
             problems.append(f"`{plugin.name}` cannot serve the setting `{scenario.setting}`.")
         if (wanted := plugin.wanted_logits(self.run)) not in (None, "all"):

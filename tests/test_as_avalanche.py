@@ -223,6 +223,25 @@ def refusal(plugin, scenario, model=None, tasks=(0, 0, 0)):
     return str(caught.value)
 
 
+class Isolating(Plugin):
+    name = "isolating"
+    isolates = True
+
+    @hookimpl
+    def after_step(self, run):
+        raise AssertionError("the run was to be refused")
+
+
+def classes_again(scenario):
+    """`scenario`, whose last experience is its first again."""
+    load, classes = scenario._load, [*scenario.classes[:-1], scenario.classes[0]]
+
+    def other(index, part):
+        return load(index % (len(classes) - 1), part)
+
+    return clframe.Scenario("again", "class", classes, scenario.class_names, scenario.input_shape, other)
+
+
 def test_what_has_no_place_there_is_refused_in_a_sentence(tiny):
     from avalanche.models import DynamicModule
 
@@ -230,6 +249,7 @@ def test_what_has_no_place_there_is_refused_in_a_sentence(tiny):
     assert "no place for its hook `base_loss`" in refusal(LwF(form="mc"), tiny())
     assert "is made for `train.logits=current`" in refusal(LwF(form="local"), tiny())
     assert "in phases of its own" in refusal(LwF(form="all", warm_up=1.0), tiny())
+    assert "share the class `0`" in refusal(Isolating(), classes_again(tiny()))
     assert "several tasks" in refusal(EWC(), tiny(), tasks=(0, 1, 2))
     assert "must end in a linear layer of at least 6 scores" in refusal(EWC(), tiny(), nn.Linear(16, 3))
     growing = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), type("Growing", (nn.Identity, DynamicModule), {})())
