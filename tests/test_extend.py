@@ -215,6 +215,83 @@ def test_a_later_task_may_bring_old_classes_again(tiny: Any, tmp_path: Path):
     assert clframe.load(tmp_path / "second").allowed.tolist()[2] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("icarl", {"size": 24}), ("icarl", {"size": 24, "outputs": "seen"}), ("lwf", {"form": "mc"})],
+)
+def test_labels_of_classes_that_are_known_by_name_are_learned(
+    name: str, options: dict[str, Any], tiny: Any, tmp_path: Path
+):
+    """Sigmoid losses give old classes the old network's answers as targets, but images of the extension their labels.
+
+    Turned labels must give the block of these classes other weights, and the classes the answers of the turned labels.
+    """
+    whole, answers = tiny(shape=(1, 8, 8)), {}
+    first = {"output": str(tmp_path / "first"), "tensorboard": False}
+    clframe.run(part(whole, 0, 2), "mlp-100", [{name: options}], train=TRAIN, run=first)
+    for turned in (False, True):
+        coming = part(whole, 0, 1)
+        load = coming._load
+
+        def turn(i: int, of: Any, load: Any = load, turned: bool = turned) -> ImageData:
+            data = load(i, of)
+            return ImageData(data.x, 1 - data.y if turned and of == "train" else data.y, index=data.index, task=i)
+
+        coming._load = turn
+        run = {"output": str(tmp_path / f"turned {turned}"), "tensorboard": False, "eval_batch_size": 8}
+        results = clframe.extend(tmp_path / "first", coming, train={"epochs": 15}, run=run)
+        assert results.data["classes"] == [[0, 1], [2, 3], [0, 1]]
+        model = weights(tmp_path / f"turned {turned}")
+        (key,) = [key for key in model if key.endswith("head.0.weight")]
+        scores = clframe.load(tmp_path / f"turned {turned}").predictor.model
+        with torch.no_grad():
+            logits = scores(whole.transform.normalize(whole[0].test.x)).logits[:, :2]
+        answers[turned] = (model[key], (logits.argmax(1) == whole[0].test.y).float().mean().item())
+    assert not torch.equal(answers[False][0], answers[True][0])
+    assert answers[False][1] > 0.9
+    assert answers[True][1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "train", "coming", "sentence"),
+    [
+        ("always-be-dreaming", METHODS["always-be-dreaming"], {}, (0, 1), "brings old ones back"),
+        ("channel-gating", METHODS["channel-gating"], {}, (0, 1), "share the class `class 0`"),
+        ("er", {"size": 24}, {"logits": "current"}, (1, 2), "`er` brings old classes back, which `train.logits="),
+    ],
+)
+def test_an_extension_is_refused_by_the_rules_of_a_run(
+    name: str, options: Any, train: Any, coming: tuple[int, int], sentence: str, tiny: Any, tmp_path: Path
+):
+    whole = tiny(shape=(1, 8, 8))
+    first = {"output": str(tmp_path / "first"), "tensorboard": False}
+    clframe.run(part(whole, 0, 1), "cnn-small", [{name: options}], train=TRAIN | train, run=first)
+    with pytest.raises(WrongUse, match=sentence):
+        clframe.extend(tmp_path / "first", part(whole, *coming), run={"output": str(tmp_path / "second")})
+    assert not (tmp_path / "second").exists()
+
+
+def test_the_command_refuses_known_classes_for_a_method_that_isolates_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    for folder, names in (("old", "ab"), ("new", "bc")):
+        for k, name in enumerate(names):
+            for shade in range(4):
+                place = Path(folder, name)
+                place.mkdir(parents=True, exist_ok=True)
+                image = np.full((8, 8), 100 * k + 20 * shade + (folder == "new"), dtype=np.uint8)
+                Image.fromarray(image).save(place / f"{shade}.png")
+    scenario = ["--scenario", "split-folder", "--set", "scenario.size=8"]
+    quiet = ["--quiet", "--no-tensorboard", "--epochs", "1"]
+    learn = [*scenario, "--set", "scenario.path=old", "--setting", "task", "--plugin", "hat", "--model", "mlp-100"]
+    assert main(["run", *learn, *quiet, "--output", "first"]) == 0
+    capsys.readouterr()
+    assert main(["extend", "first", *scenario, "--set", "scenario.path=new", *quiet, "--output", "second"]) == 2
+    assert "experiences 1 and 2 of `split-folder+split-folder` share the class `b`" in capsys.readouterr().err
+    assert not Path("second").exists()
+
+
 @pytest.mark.parametrize("name", ["channel-gating", "hat", "packnet", "piggyback"])
 def test_a_method_that_isolates_tasks_is_extended_by_new_classes_alone(name: str, tiny: Any, tmp_path: Path):
     """Of a task that is not learnt yet there is no accuracy, as the network computes something else for each."""

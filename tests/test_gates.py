@@ -330,6 +330,32 @@ def test_what_fired_is_settled_and_the_rest_begins_anew() -> None:
     assert len(curves) == 6
 
 
+def test_kernels_that_begin_anew_begin_without_the_moments_of_a_kept_optimizer() -> None:
+    """Of a kernel that stays, and of what is no kernel, they stay to the bit."""
+    model, rows = gated(bias=0.0), images()
+    often, convs = by_hand(model, rows), convs_of(model.backbone)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+    assert all(state["exp_avg"].all() and state["exp_avg_sq"].all() for state in kept.values())
+    run = context(model)
+    run.optimizer = optimizer
+    settle(run, rows, generator(3))
+    kernels = {p: name for name, conv in convs.items() for p in conv.layer.parameters()}
+    for parameter, before in kept.items():
+        stays = torch.ones(len(parameter), dtype=torch.bool)
+        if parameter in kernels:
+            stays = torch.tensor([o > 0 for o in often[kernels[parameter]]])
+            assert 0 < stays.sum() < len(stays)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            now = optimizer.state[parameter][moment]
+            assert torch.equal(now[stays], before[moment][stays])
+            assert not now[~stays].any()
+        assert optimizer.state[parameter]["step"] == before["step"] == 1
+
+
 def test_a_users_own_norms_and_gates_and_head_are_told_apart_by_what_they_are() -> None:
     """`norms.0` of the backbone is no norm of task 0, and `backbone.head` not the head."""
     net = Own(nn.ReLU(), nn.ReLU(), nn.ReLU())
