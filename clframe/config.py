@@ -63,7 +63,9 @@ class TrainSettings(BaseModel):
         "experience's, of the row's task; null: `own` in the task setting, else `seen`",
     )
     val: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the training images held out: the confidence of predictions is fitted to them"
+        0.0,
+        description="share of the training images held out: their accuracy is measured, and the confidence of "
+        "predictions is fitted to them",
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="CPU threads; null: as torch chooses"

@@ -33,6 +33,7 @@ class Run:
         phase: the stretch of training under way.
         optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built anew.
         accuracy: for each reading the rows of `R[i][j]` so far, from 0 to 1, None where empty.
+        validation: likewise, on the training images that ``train.val`` holds out; empty without it.
         losses: detached scalars of the latest step, by the name of the term.
         task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.
         total_steps: steps of the whole run so far.
@@ -66,6 +67,7 @@ class Run:
         self.phase = Phase("train")
         self.optimizer: torch.optim.Optimizer | None = None
         self.accuracy: dict[str, list[list[float | None]]] = {}
+        self.validation: dict[str, list[list[float | None]]] = {}
         self.losses: dict[str, Tensor] = {}
         self.task_gradients: dict[str, Tensor] = {}
         self.total_steps = 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from clframe import checkpoint, registry, state
 from clframe.context import Run
 from clframe.data import Batch, Experience, ImageData, Scenario, join
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
-from clframe.evaluate import ModelPredictor, Readings, Row, answered, evaluate
+from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, answered, evaluate
 from clframe.folder import RunFolder
 from clframe.images import READ_AHEAD
 from clframe.model import seed_torch
@@ -143,9 +143,14 @@ class Engine:
     def enter_each(self) -> Iterator[Experience]:
         """The experiences that are left, each when the head has grown for it."""
         run = self.run
-        so_far = {reading: list(rows) for reading, rows in run.accuracy.items()}
-        n = len(self.stream)
-        run.emit("start", scenario=self.stream.name, n_experiences=n, total_step=run.total_steps, accuracy=so_far)
+        run.emit(
+            "start",
+            scenario=self.stream.name,
+            n_experiences=len(self.stream),
+            total_step=run.total_steps,
+            accuracy={reading: list(rows) for reading, rows in run.accuracy.items()},
+            validation={reading: list(rows) for reading, rows in run.validation.items()},
+        )
         if self.oracle:
             run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
         for index in range(self.position.experience, len(self.stream)):
@@ -443,19 +448,27 @@ class Engine:
     # -------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> None:
-        """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers."""
+        """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers.
+
+        With ``train.val``, the matrices of the images held out get a row each, too.
+        """
         run, index = self.run, self.run.experience.index
         self.count_seconds()
         if ["evaluate", ""] not in self.position.done:
-            self.row = self.evaluated(keep_scores=True)
+            rows = {part: self.evaluated(keep_scores=part == "test", part=part) for part in self.parts()}
             if not self.position.steps:  # nothing was trained, so there is nothing to say of it
-                self.row = self.row.emptied()
-            for reading, accuracy in self.row.accuracy.items():
-                run.accuracy.setdefault(reading, []).append(accuracy)
+                rows = {part: row.emptied() for part, row in rows.items()}
+            self.row = rows["test"]
+            for part, row in rows.items():
+                matrices = run.accuracy if part == "test" else run.validation
+                for reading, accuracy in row.accuracy.items():
+                    matrices.setdefault(reading, []).append(accuracy)
             if self.folder and run.config.run.predictions:
                 self.folder.keep_scores(index, self.row)
             self.position.done.append(["evaluate", ""])
-            run.emit("eval", experience=index, total_step=run.total_steps, rows=dict(self.row.accuracy))
+            for part, row in rows.items():
+                accuracies = dict(row.accuracy)
+                run.emit("eval", experience=index, total_step=run.total_steps, part=part, rows=accuracies)
         self.clock = time.monotonic()
 
     def count_seconds(self) -> None:
@@ -465,7 +478,11 @@ class Engine:
             self.timings[-1]["seconds"] += now - self.clock
             self.clock = now
 
-    def evaluated(self, keep_scores: bool, part: Literal["test", "val"] = "test") -> Row:
+    def parts(self) -> list[EvalPart]:
+        """Return which images of each experience are evaluated: with ``train.val`` also those held out."""
+        return ["test", "val"] if self.stream.val_share else ["test"]
+
+    def evaluated(self, keep_scores: bool, part: EvalPart = "test") -> Row:
         """One evaluation of everything that the head covers, through the predictor, on test or validation images."""
         run = self.run
         return evaluate(
@@ -489,16 +506,18 @@ class Engine:
         """A row after an epoch, which is only recorded."""
         run = self.run
         began = time.monotonic()
-        for reading, accuracy in self.evaluated(keep_scores=False).accuracy.items():
-            run.emit(
-                "within",
-                experience=run.experience.index,
-                phase=run.phase.name,
-                epoch=run.epoch,
-                total_step=run.total_steps,
-                reading=reading,
-                row=accuracy,
-            )
+        for part in self.parts():
+            for reading, accuracy in self.evaluated(keep_scores=False, part=part).accuracy.items():
+                run.emit(
+                    "within",
+                    experience=run.experience.index,
+                    phase=run.phase.name,
+                    epoch=run.epoch,
+                    total_step=run.total_steps,
+                    part=part,
+                    reading=reading,
+                    row=accuracy,
+                )
         self.clock += time.monotonic() - began
 
     def evaluate_untrained(self) -> None:

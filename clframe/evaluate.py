@@ -14,6 +14,7 @@ from clframe.data import Scenario, Setting
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
 
 Reading = Literal["class", "task", "domain"]
+EvalPart = Literal["test", "val"]  # which images are evaluated: test images, or training images that are held out
 
 
 class Predictor(nn.Module):
@@ -170,7 +171,7 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     keep_scores: bool,
-    part: Literal["test", "val"] = "test",
+    part: EvalPart = "test",
 ) -> Row:
     """Evaluate on the test images of all experiences of `scenario` that the head covers after experience `after`.
 

@@ -113,7 +113,7 @@ class Hooks:
 
     @hookspec
     def after_eval(self, run: Run, experience: Experience) -> None:
-        """A row was added to `run.accuracy`: curves, logs."""
+        """A row was added to `run.accuracy`, and to `run.validation` with ``train.val``: curves, logs."""
 
     @hookspec
     def after_run(self, run: Run) -> None:

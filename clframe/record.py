@@ -47,6 +47,7 @@ def results_of(engine: Engine) -> Results:
         **({"extends": stream.known[-2]} if len(stream.known) > 1 else {}),  # experiences learned in runs before
         "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
         "accuracy": run.accuracy,
+        **({"validation": run.validation} if stream.val_share else {}),
         "measures": {
             reading: {
                 name: asdict(measure)

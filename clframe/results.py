@@ -53,14 +53,16 @@ class Results:
             return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
         lines = [self._title()]
-        for reading, matrix in self.accuracy.items():
+        of_held_out = {f"{reading}-incremental, images held out": m for reading, m in self.validation.items()}
+        of_test = {f"{reading}-incremental": m for reading, m in self.accuracy.items()}
+        for title, matrix in (of_test | of_held_out).items():
             columns = [f"on {j}" for j in range(1, max(map(len, matrix), default=0) + 1)]
             rows = [
                 [f"after {i}", *map(percent, row)]
                 for i, row in enumerate(matrix, start=1)
                 if any(share is not None for share in row)
             ]
-            lines += ["", f"Accuracy in percent, {reading}-incremental:", *table([["", *columns], *rows])]
+            lines += ["", f"Accuracy in percent, {title}:", *table([["", *columns], *rows])]
         of = self.measures
         names = dict.fromkeys(name for values in of.values() for name, v in values.items() if v is not None)
         measured = [[name.replace("_", " "), *(percent(values.get(name)) for values in of.values())] for name in names]
@@ -76,6 +78,11 @@ class Results:
     def accuracy(self) -> dict[str, Matrix]:
         """For each reading `R[i][j]`, accuracy (0 to 1) on experience j after learning i; None where empty."""
         return dict(self.data["accuracy"])
+
+    @property
+    def validation(self) -> dict[str, Matrix]:
+        """Return the matrices of `accuracy` on the training images that ``train.val`` held out; {} without it."""
+        return dict(self.data.get("validation", {}))
 
     @property
     def measures(self) -> dict[str, dict[str, float | None]]:
@@ -181,6 +188,7 @@ class _Shape(BaseModel):
     scenario: str
     plugins: list[str]
     accuracy: dict[str, list[list[float | int | None]]]
+    validation: dict[str, list[list[float | int | None]]] = {}
     measures: dict[str, dict[str, _Measure]]
     classes: list[list[int]]
     class_names: list[str]

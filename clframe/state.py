@@ -40,6 +40,7 @@ class _Kinds(BaseModel):
     rng: dict[str, Tensor]
     torch_rng: Tensor
     accuracy: dict[str, list[Row]]
+    validation: dict[str, list[Row]] = {}  # not there without `train.val`, and before it was kept
     baseline: dict[str, Row]
     timings: list[dict[str, float | int]]
 
@@ -96,6 +97,7 @@ def take(engine: Engine) -> dict[str, Any]:
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
         "accuracy": run.accuracy,
+        **({"validation": run.validation} if engine.stream.val_share else {}),
         "baseline": engine.baseline,
         "timings": engine.timings,
         "plugins": {plugin.name: of_plugin(plugin, plugin.state) for plugin in run.plugins},
@@ -133,7 +135,7 @@ def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, kee
     _put_back(engine, packed, tensors, keep_optimizer)
     n = len(engine.stream)
     engine.baseline = {}
-    for rows in engine.run.accuracy.values():
+    for rows in (*engine.run.accuracy.values(), *engine.run.validation.values()):
         rows[:] = [[*row, *[None] * (n - len(row))] for row in rows]
 
 
@@ -146,7 +148,9 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
     if not 0 <= position.experience <= len(engine.stream):
         raise ValueError(f"the run is in experience {position.experience + 1} of {len(engine.stream)}")
     structures = regrow(engine, position.experience + position.entered, packed)
-    values = {name: unpack(entries[name], tensors, device=run.device) for name in _Kinds.model_fields}
+    values = {
+        name: unpack(entries[name], tensors, device=run.device) for name in _Kinds.model_fields if name in entries
+    }
     _Kinds.model_validate(values)
     run.tick_done.update(values["ticks"])
     run.total_steps = values["total_steps"]
@@ -163,6 +167,10 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
         "phases": {name: [Phase(**given) for given in phases] for name, phases in values["phases"].items()},
     }
     run.accuracy, engine.baseline, engine.timings = values["accuracy"], values["baseline"], values["timings"]
+    if engine.stream.val_share:
+        measured = values.get("validation", {})
+        not_measured = {reading: [[None] * len(row) for row in rows] for reading, rows in run.accuracy.items()}
+        run.validation = {reading: measured.get(reading, rows) for reading, rows in not_measured.items()}
     saved = dict(entries["plugins"]["dict"])
     for plugin in run.plugins:
         if plugin.name in saved:  # an observer may have joined

@@ -13,7 +13,7 @@ from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
-from clframe.cli.show import READINGS, percent
+from clframe.cli.show import HELD_OUT, READINGS, percent
 from clframe.texts import printable
 
 REDRAW = 0.25  # seconds
@@ -42,6 +42,7 @@ class Live:
         self.step: dict[str, Any] = {}
         self.tick: dict[str, Any] | None = None
         self.rows: dict[str, dict[int, list[float | None]]] = {}
+        self.held_out: dict[str, list[float | None]] = {}  # for each reading its latest row
         self.within: dict[str, tuple[int, list[float | None]]] = {}  # the latest epoch's, of the experience under way
         self.began = self.phase_began = time.monotonic()
         self.took: float | None = None  # seconds of the latest finished experience
@@ -76,6 +77,7 @@ class Live:
     def _start(self, record: dict[str, Any]) -> None:
         self.scenario, self.n = record["scenario"], record["n_experiences"]
         self.rows = {reading: dict(enumerate(rows)) for reading, rows in record["accuracy"].items()}
+        self.held_out = {reading: rows[-1] for reading, rows in record.get("validation", {}).items() if rows}
 
     def _experience(self, record: dict[str, Any]) -> None:
         self.index, self.classes = record["index"], _listed(record["classes"], record["class_names"])
@@ -94,16 +96,26 @@ class Live:
         self.tick = record
 
     def _within(self, record: dict[str, Any]) -> None:
-        self.within[record["reading"]] = record["epoch"] + 1, record["row"]
-        self._plain(f"{self._place()}, epoch {record['epoch'] + 1}: {_in_words(record['reading'], record['row'])}")
+        reading, row = record["reading"], record["row"]
+        place = f"{self._place()}, epoch {record['epoch'] + 1}"
+        if record.get("part") == "val":
+            self.held_out[reading] = row
+            self._plain(f"{place}, {HELD_OUT}: {_in_words(reading, row)}")
+        else:
+            self.within[reading] = record["epoch"] + 1, row
+            self._plain(f"{place}: {_in_words(reading, row)}")
 
     def _eval(self, record: dict[str, Any]) -> None:
+        learnt = record["experience"] + 1
+        rows = "; ".join(_in_words(reading, row[:learnt]) for reading, row in record["rows"].items())
+        if record.get("part") == "val":
+            self.held_out = dict(record["rows"])
+            self._plain(f"{self._place()}, {HELD_OUT}: {rows}")
+            return
         self.took = time.monotonic() - self.began
         self.tick, self.within = None, {}
         for reading, row in record["rows"].items():
             self.rows.setdefault(reading, {})[record["experience"]] = row
-        learnt = record["experience"] + 1
-        rows = "; ".join(_in_words(reading, row[:learnt]) for reading, row in record["rows"].items())
         self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
 
     def _message(self, record: dict[str, Any]) -> None:
@@ -133,6 +145,8 @@ class Live:
         if tick:
             parts.append(Text(f"{printable(tick['name'])}: {tick['i']:,} of {tick['n']:,}"))
         parts += [self._accuracy(reading) for reading in dict.fromkeys([*self.rows, *self.within])]
+        learnt = self.index + 1
+        parts += [Text(f"{HELD_OUT.capitalize()}: {_in_words(r, row[:learnt])}") for r, row in self.held_out.items()]
         return Group(*parts)
 
     def _accuracy(self, reading: str) -> Table:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clframe.results import Results
 
 READINGS = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
+HELD_OUT = "images held out"  # of the training images, by `train.val`
 Rows = Sequence[Sequence[str]]
 
 
@@ -119,8 +120,10 @@ def results(finished: Results, as_json: bool) -> None:
     if as_json:
         document({"folder": folder, "tensorboard": command, **finished.data, "timings": finished.timings})
         return
-    for reading, matrix in finished.accuracy.items():
-        line(f"Accuracy in percent, {READINGS.get(reading, reading)}:")
+    of_held_out = {f"{READINGS.get(r, r)}, {HELD_OUT}": matrix for r, matrix in finished.validation.items()}
+    of_test = {READINGS.get(r, r): matrix for r, matrix in finished.accuracy.items()}
+    for title, matrix in (of_test | of_held_out).items():
+        line(f"Accuracy in percent, {title}:")
         columns = range(1, max(map(len, matrix), default=0) + 1)
         table(
             ["", *(f"on {j}" for j in columns)],

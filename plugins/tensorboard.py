@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from clframe.config import Config
     from clframe.context import Record, Run
 
+VALIDATION = "validation_"  # how groups of accuracies on images held out begin
 TITLES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
 MOST_ANNOTATED = 25  # experiences; figures in the cells of a larger matrix could not be read
 # red, green, blue at 0, 25, 50, 75 and 100 %, in even steps of lightness (0.97 to 0.33 in OKLab)
@@ -33,8 +35,10 @@ class TensorBoard(Plugin):
     ``accuracy_<reading>/experience_<j>`` (all in one chart under Custom Scalars), ``average_accuracy/<reading>``,
     ``forgetting/<reading>``, the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops, and the images
     that a method shows (`Run.show`), under its name.
+    With ``train.val``, the accuracies on the images held out are likewise ``validation_<reading>/experience_<j>``.
     Everything else stands at the step of the run: ``loss/<term>``, ``learning_rate``, ``log/<name>``, and
-    ``within_<reading>/experience_<j>``, the accuracies between the epochs of an experience.
+    ``within_<reading>/experience_<j>``, the accuracies between the epochs of an experience (``validation_within_...``
+    on images held out).
 
     After a resume, what was written beyond the checkpoint's step is purged; an accuracy may be written twice, with the
     same value at the same place. Nothing is written if the run keeps no folder.
@@ -80,12 +84,17 @@ class TensorBoard(Plugin):
             self.scalars("loss", record["losses"], record["total_step"])
             self.writer.add_scalar("learning_rate", record["lr"], record["total_step"])
         elif kind == "within":
-            self.scalars(f"within_{record['reading']}", by_experience(record["row"]), record["total_step"])
+            held_out = VALIDATION if record.get("part") == "val" else ""
+            group = f"{held_out}within_{record['reading']}"
+            self.scalars(group, by_experience(record["row"]), record["total_step"])
         elif kind == "log":
             self.scalars("log", record["values"], record["total_step"])
         elif kind == "images":
             shown = encoded(record["name"], record["picture"].numpy())
             self.writer.file_writer.add_summary(shown, record["experience"] + 1)
+        elif kind == "eval" and record.get("part") == "val":
+            for reading, row in record["rows"].items():
+                self.scalars(f"{VALIDATION}{reading}", by_experience(row), len(run.validation[reading]))
         elif kind == "eval":
             for reading, row in record["rows"].items():
                 matrix = run.accuracy[reading]
@@ -113,7 +122,7 @@ class TensorBoard(Plugin):
             self.writer = SummaryWriter(folder, purge_step=run.total_steps + 1)
             return
         self.writer = SummaryWriter(folder)
-        self.writer.add_custom_scalars(layout(run.scenario.setting, run.config.run.eval_every == "epoch"))
+        self.writer.add_custom_scalars(layout(run.scenario.setting, run.config))
         self.writer.add_text("config", f"```yaml\n{to_yaml(run.config)}```", 0)
         experiment, session, _ = self.hyperparameters(run)
         # not `add_hparams`, which writes into a folder of its own and so adds a second run to every chart
@@ -134,17 +143,20 @@ def readings(setting: str) -> list[str]:
     return ["class", "task"] if setting == "class" else [setting]
 
 
-def layout(setting: str, within: bool) -> dict[str, dict[str, list[Any]]]:
+def layout(setting: str, config: Config) -> dict[str, dict[str, list[Any]]]:
     """The page Custom Scalars: charts by category, each with the pattern of its curves."""
     after, between = {}, {}
     for reading in readings(setting):
-        title = TITLES[reading]
-        after[f"accuracy on each experience, {title}"] = curves(f"accuracy_{reading}/")
-        between[f"accuracy on each experience, {title}"] = curves(f"within_{reading}/")
+        title = f"accuracy on each experience, {TITLES[reading]}"
+        after[title] = curves(f"accuracy_{reading}/")
+        between[title] = curves(f"within_{reading}/")
+        if config.train.val:
+            after[f"{title}, images held out"] = curves(f"{VALIDATION}{reading}/")
+            between[f"{title}, images held out"] = curves(f"{VALIDATION}within_{reading}/")
     after["average accuracy"] = curves("average_accuracy/")
     after["forgetting"] = curves("forgetting/")
     pages = {"After each experience (x: experiences learnt)": after}
-    if within:
+    if config.run.eval_every == "epoch":
         pages["Within experiences (x: steps)"] = between
     return {**pages, "Training (x: steps)": {"loss terms": curves("loss/")}}
 
