@@ -674,7 +674,7 @@ def _go(engine: Engine, begin: Callable[[], None]) -> Results:
     except Exception as error:
         if out_of_memory(error):
             raise RunFailed(
-                f"Out of memory on {run.device} in {run.where}: a smaller `train.batch_size` or "
+                f"Out of memory on {run.device} in {run.where}: a run with a smaller `train.batch_size` or "
                 f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
             ) from error
         refused = of_the_system(error)

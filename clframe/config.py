@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from clframe import registry, splits
 from clframe.errors import WrongUse, did_you_mean
@@ -19,6 +19,7 @@ from clframe.options import (
     Positive,
     explain,
     public_name,
+    suited,
     unknown,
     validated,
 )
@@ -30,10 +31,20 @@ LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the o
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, validate_assignment=True)
 
 
-class TrainSettings(BaseModel):
-    """How each experience is trained (``train.*``)."""
+class Settings(BaseModel):
+    """Settings whose values may come in other types that hold the same (`clframe.options.suited`)."""
 
     model_config = SETTINGS
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _suited(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        return suited(field.annotation, value)
+
+
+class TrainSettings(Settings):
+    """How each experience is trained (``train.*``)."""
 
     epochs: Count | None = Field(None, description="passes over the data of each experience")
     iterations: Count | None = Field(None, description="steps per experience, of complete batches, instead of epochs")
@@ -115,10 +126,8 @@ class TrainSettings(BaseModel):
 FolderName = Annotated[str, Field(min_length=1)]  # a path; a variable of the shell that is not set gives an empty one
 
 
-class RunSettings(BaseModel):
+class RunSettings(Settings):
     """How the run itself goes (``run.*``)."""
-
-    model_config = SETTINGS
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
@@ -176,7 +185,7 @@ OBJECT = "python object"  # the option under which a configuration names what on
 OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they suit one optimizer, not another
 Given = Mapping[str, Any]
 Named = str | Given | None  # a name, or a mapping with ``name`` and options, or options alone
-Settings = TypeVar("Settings", TrainSettings, RunSettings)
+Kind = TypeVar("Kind", TrainSettings, RunSettings)
 
 
 def resolve(
@@ -218,8 +227,8 @@ def resolve(
 
     resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
     backbone, training = registry.suited(build, resolved_scenario.get("name", ""))
-    suited = _named(backbone, "model", problems)
-    resolved_model = _resolve_model(layers("model", model), suited, problems)
+    suiting = _named(backbone, "model", problems)
+    resolved_model = _resolve_model(layers("model", model), suiting, problems)
     resolved_plugins = {
         name: _resolve_plugin(
             name, {**by_file.get(name, {}), **changes.get(name, {}), **by_call.get(name, {})}, problems
@@ -306,11 +315,11 @@ def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [file, *layers]
 
 
-def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[str]) -> dict[str, Any]:
+def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[str]) -> dict[str, Any]:
     """The model with all its options: the one that suits the scenario, if no other is named."""
     name, options = _merge(layers, "")
     if not name:
-        name, options = _merge([dict(suited), options], DEFAULT_MODEL)
+        name, options = _merge([dict(suiting), options], DEFAULT_MODEL)
     if OBJECT in options:
         problems.append(_only_in_python("model", name))
         return {}
@@ -319,7 +328,7 @@ def _resolve_model(layers: list[dict[str, Any]], suited: Given, problems: list[s
     except WrongUse as error:
         problems += error.problems
         return {}
-    start = options.get(START)
+    start = suited(str | None, options.get(START))
     if START in options and not isinstance(start, str):
         problems.append(f"`model.{START}` is {told(start)}; it must be the folder of a finished run.")
     options = {option: value for option, value in options.items() if option != START}
@@ -330,6 +339,11 @@ def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str,
     """All options of the plugin; it is built on the way, as its constructor may refuse a combination."""
     if OBJECT in options:
         problems.append(_only_in_python("plugin", name))
+        return {}
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and set(parts) <= set(registry.names("plugin")):
+        repeated = " ".join(f"--plugin {part}" for part in parts)
+        problems.append(f"There is no plugin `{name}`. For several methods repeat `--plugin`: {repeated}.")
         return {}
     try:
         resolved = registry.build_plugin(name, options).public_options()
@@ -357,7 +371,7 @@ def _checked(build: Any, options: Given, section: str, name: str, problems: list
     return {public_name(option): value for option, value in values.items()}
 
 
-def _settings(kind: type[Settings], given: Given, where: str, problems: list[str]) -> Settings | None:
+def _settings(kind: type[Kind], given: Given, where: str, problems: list[str]) -> Kind | None:
     strangers = unknown(given, kind.model_fields, where, f"`{where}`")
     problems += strangers
     try:
@@ -474,9 +488,12 @@ def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]
 
 def _named(given: Any, section: str, problems: list[str]) -> dict[str, Any]:
     """`given` as a mapping with or without a ``name``."""
+    given = suited(str, given)
     if isinstance(given, str):
         return {"name": given}
     spec = _mapping(given, section, problems)
+    if "name" in spec:
+        spec["name"] = suited(str, spec["name"])
     if not isinstance(spec.get("name", ""), str):
         problems.append(f"`{section}.name` is {told(spec.pop('name'))}; it must be a text.")
     return spec

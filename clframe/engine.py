@@ -42,7 +42,7 @@ ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not o
     "after_eval",
     "after_run",
 )
-GENERAL_HINT = "A smaller `train.lr`, or a weaker method, may keep it finite."
+GENERAL_HINT = "A run with a smaller `train.lr`, or a weaker method, may stay finite."
 PULSE = 0.25  # seconds between two records of progress
 UNCHECKED = 256  # steps at most whose losses are kept before they are looked at
 

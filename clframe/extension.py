@@ -96,7 +96,7 @@ class Base:
         if needy and config.run.old_images is None:
             problems.append(
                 f"{_listed(needy)} can join the run in {self.path} with images of the classes that it learned: name a "
-                "folder that has a folder of them for each class, with `--images FOLDER` (`run.old_images`)."
+                "folder that has a folder of them for each class, with `run.old_images` (`clframe extend --images`)."
             )
         if config.run.old_images is not None and not needy:
             problems.append(

@@ -69,9 +69,8 @@ class RunFolder:
         except filelock.Timeout:
             raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
         except (OSError, ValueError) as error:  # ValueError: no file can be called so
-            raise DataError(
-                f"The run folder {shown(path)} cannot be written: {reason(error)}; name another with `--output`."
-            ) from error
+            remedy = "name another with `--output`" if new else "make it writable"
+            raise DataError(f"The run folder {shown(path)} cannot be written: {reason(error)}; {remedy}.") from error
 
     def _check(self, new: bool) -> None:
         path = self.path

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
@@ -37,6 +37,7 @@ class Option:
     doc: str
 
 
+EXACT = 2**53  # above, not every whole number is a float
 STRANGERS = 20  # names at most that are not known and get a sentence of their own each
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -89,7 +90,8 @@ def validated(
         if name in named:
             try:
                 adapter = TypeAdapter(_lenient(hints.get(parameter.name, Any)), config=STRICT)
-                values[parameter.name] = adapter.validate_python(named[name])
+                suiting = suited(hints.get(parameter.name, Any), named[name])
+                values[parameter.name] = adapter.validate_python(suiting)
             except ValidationError as error:
                 problems += explain(error, f"{where}.{name}")
         elif parameter.default is REQUIRED:
@@ -148,6 +150,64 @@ def _hints(factory: Callable[..., object]) -> dict[str, Any]:
             f"The options of `{factory.__name__}` cannot be read: {error}; "
             "the types of options must be imported when the module runs, not only for type checking."
         ) from error
+
+
+def suited(hint: Any, value: Any) -> Any:
+    """Return `value` in the type that `hint` asks for, where another type holds the same value.
+
+    A number of NumPy becomes one of Python; an array, or a tuple, becomes a list where a list is asked for; a whole
+    float, such as ``2e1``, an integer where only integers are asked for; a path a text where no path is asked for.
+    Every other value stays as it is, for the validation to accept or refuse.
+    """
+    members = _members(hint)
+    classes = tuple(member for member in members if inspect.isclass(member))
+    if _of_numpy(value) or (hasattr(value, "tolist") and Any not in members and not isinstance(value, classes)):
+        value = value.tolist()
+    if isinstance(value, float) and float not in members and Any not in members:
+        return _whole(value) if int in members or _whole(value) in _choices(members) else value
+    if isinstance(value, PurePath) and str in members and not isinstance(value, classes):
+        return str(value)
+    if isinstance(value, dict) and (of := _first(members, dict)):
+        held = (get_args(of) or (Any, Any))[1]
+        return {name: suited(held, item) for name, item in value.items()}
+    if isinstance(value, list | tuple) and (of := _first(members, list, tuple)):
+        hints = [hint for hint in get_args(of) if hint is not ...] or [Any]
+        items = [suited(hints[min(i, len(hints) - 1)], item) for i, item in enumerate(value)]
+        return items if isinstance(value, list) or _holds(of, list) else tuple(items)
+    return value
+
+
+def _members(hint: Any) -> list[Any]:
+    """Return the types that `hint` allows, without what `Annotated` adds to them."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _members(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in arguments for member in _members(part)]
+    return [hint]
+
+
+def _choices(members: Iterable[Any]) -> list[Any]:
+    return [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+
+
+def _first(members: Iterable[Any], *kinds: type) -> Any:
+    """Return the first of `members` that allows a value of one of `kinds`; None: there is none."""
+    return next((member for member in members if member is Any or _holds(member, *kinds)), None)
+
+
+def _holds(hint: Any, *kinds: type) -> bool:
+    return hint in kinds or get_origin(hint) in kinds
+
+
+def _of_numpy(value: object) -> bool:
+    """Return whether `value` is a number of NumPy, which need not be imported for it."""
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+
+
+def _whole(value: float) -> int | float:
+    """Return a whole number as an integer, if a float can tell it from the next one."""
+    return int(value) if value.is_integer() and abs(value) < EXACT else value
 
 
 def _lenient(hint: Any) -> Any:

@@ -360,9 +360,6 @@ def _not_found(kind: Kind, name: str, known: list[str]) -> str:
     sentence = f"There is no {kind} `{name}`."
     if kind == "plugin" and (file := _plugin_file(name)):
         return f"{sentence} {file} exists but is not registered: reinstall with `pip install -e .`"
-    parts = [part.strip() for part in name.split(",")]
-    if kind == "plugin" and len(parts) > 1 and set(parts) <= set(known):
-        return f"{sentence} For several methods repeat `--plugin`: {' '.join(f'--plugin {part}' for part in parts)}."
     return sentence + did_you_mean(name, known)
 
 

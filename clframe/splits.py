@@ -121,8 +121,8 @@ def read_split(path: Path) -> dict[str, Any]:
         and isinstance(spec.get("name"), str)
     ):
         raise WrongUse(
-            f"{path} holds no scenario: write one with `clframe scenarios show NAME --save FILE.json`, and run a "
-            "configuration with `--config`."
+            f"{path} holds no scenario: write one with `clframe scenarios show NAME --save FILE.json`; a "
+            "configuration is run by `clframe run --config FILE.yaml`."
         )
     if data.get("format") != FORMAT:
         raise WrongUse(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clframe import __version__, registry
-from clframe.cli import show, streams
+from clframe.cli import advice, show, streams
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.reading import expanded, reason
 from clframe.texts import SENTENCE, cut
@@ -444,9 +444,9 @@ def _ended(given: list[str], debug: bool, output: streams.Watched, signals: Sequ
             traceback.print_exception(error)
         if signals and isinstance(error, KeyboardInterrupt | typer.Abort):
             return _stopped(signals)
-        code, sentences = _explained(error)
+        code, sentences = _explained(error, advice.options(app, given))
         for sentence in sentences:
-            show.note(f"clframe: {cut(sentence, SENTENCE)}")
+            show.note(f"clframe: {advice.fitting(app, cut(sentence, SENTENCE), given)}")
         with suppress(OSError):  # a full disk, as told
             sys.stdout.flush()
         return code
@@ -476,8 +476,8 @@ def _stopped(signals: Sequence[int]) -> int:
     return 128 + signals[0]
 
 
-def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
-    """The exit code of an error and what to tell of it."""
+def _explained(error: BaseException, options: frozenset[str]) -> tuple[int, Sequence[str]]:
+    """The exit code of an error and what to tell of it, in a command that has these options."""
     usage: Any = typer.BadParameter.__base__  # typer's error of wrong use has no public name
     if isinstance(error, ClframeError):
         return error.code, str(error).split("\n")
@@ -490,9 +490,13 @@ def _explained(error: BaseException) -> tuple[int, Sequence[str]]:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, ["Interrupted."]
     if out_of_memory(error):
-        return 1, ["Out of memory: a smaller `--batch-size`, `--limit` or model may fit."]
+        if "--batch-size" in options:
+            return 1, ["Out of memory: a smaller `--batch-size`, `--limit` or model may fit."]
+        limit = " a smaller `--limit` may fit, or" if "--limit" in options else ""
+        return 1, [f"Out of memory:{limit} end other programs that hold some of it."]
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 1, [f"The disk is full{_at(error)}: free some space, or write elsewhere with `--output`."]
+        elsewhere = ", or write elsewhere with `--output`" if "--output" in options else ""
+        return 1, [f"The disk is full{_at(error)}: free some space{elsewhere}."]
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return 1, [f"{error.strerror}{_at(error)}: change the permissions, or name another place."]
     if refused := of_the_system(error):

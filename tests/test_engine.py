@@ -448,7 +448,9 @@ def test_memory_that_runs_out_is_told_in_one_sentence(tiny):
         def penalty(self, run, batch, outputs):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a smaller `train.batch_size`"):
+    with pytest.raises(
+        RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a run with a smaller `train.batch_size`"
+    ):
         learn(tiny(), Hungry())
 
 

@@ -680,7 +680,7 @@ def test_hints_take_the_place_of_general_advice_where_a_loss_diverges(tiny, at: 
     plugin.at = at
     with pytest.raises(RunFailed) as caught:
         learn(tiny(), plugin)
-    advice = "A smaller `train.lr`, or a weaker method, may keep it finite."
+    advice = "A run with a smaller `train.lr`, or a weaker method, may stay finite."
     hint = "`hinting.x` is too large for experience 3 of 3."
     assert str(caught.value).endswith(hint if at else advice)
     assert (hint in str(caught.value), advice in str(caught.value)) == (at == 2, at == 0)

@@ -156,7 +156,9 @@ def test_out_of_memory_has_many_words_and_is_no_bug(tiny, monkeypatch, capsys, s
     assert main(["plugins", "list"]) == 1
     assert capsys.readouterr().err.startswith("clframe: Out of memory: ")
     monkeypatch.setattr("clframe.engine.step", fails)
-    with pytest.raises(RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a smaller `train.batch_size`"):
+    with pytest.raises(
+        RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a run with a smaller `train.batch_size`"
+    ):
         learn(tiny(), "mlp-100", train={"iterations": 1})
 
 

@@ -1,0 +1,47 @@
+"""Advice in errors that suits the command at hand: no option is named that the command does not have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+
+EVERYWHERE = frozenset(("--help", "-h", "--debug", "--version"))
+OPTION = re.compile(r"(?<![\w/.-])--[a-z]+(?:-[a-z]+)*")
+COMMAND = re.compile(r"`clframe [^`]*`")  # whose options are its own
+
+
+def commands(app: typer.Typer) -> dict[tuple[str, ...], frozenset[str]]:
+    """Return for each command, by its words, such as ``("plugins", "list")``, the options that it has."""
+
+    def of(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], frozenset[str]]]:
+        inner = getattr(command, "commands", None)
+        for name, one in (inner or {}).items():
+            yield from of(one, (*words, name))
+        if inner is None:
+            yield words, EVERYWHERE.union(*([*p.opts, *p.secondary_opts] for p in command.params))
+
+    return dict(of(typer.main.get_command(app), ()))
+
+
+def options(app: typer.Typer, given: Sequence[str]) -> frozenset[str]:
+    """Return the options of the command that the arguments `given` begin with."""
+    return next((known for words, known in commands(app).items() if tuple(given[: len(words)]) == words), EVERYWHERE)
+
+
+def fitting(app: typer.Typer, sentence: str, given: Sequence[str]) -> str:
+    """Return `sentence`; followed by the command whose options it names, where the one in `given` lacks them.
+
+    Plugins, scenarios and run folders serve several commands, and do not know in which of them they are.
+    """
+    known = options(app, given)
+    lacking = [o for o in dict.fromkeys(OPTION.findall(COMMAND.sub("", sentence))) if o not in known]
+    owners = [(words, [o for o in lacking if o in of]) for words, of in commands(app).items()]
+    words, named = max(owners, key=lambda owner: len(owner[1]))  # of equals the first, which is `run`
+    if not named:
+        return sentence
+    listed = " and ".join(f"`{option}`" for option in named)
+    are = "is an option" if len(named) == 1 else "are options"
+    return f"{sentence} ({listed} {are} of `clframe {' '.join(words)}`.)"
