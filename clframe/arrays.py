@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clframe.data import ImageData, Part, Scenario, Setting, Transform
+from clframe.data import ImageData, Part, Scenario, Setting, Transform, check_transform
 from clframe.errors import DataError, WrongUse
 from clframe.images import Images, LazyImages
+from clframe.options import validated
+from clframe.reading import expanded
+from clframe.texts import told
 
 PIECE = 1 << 23  # bytes
 ARRAYS = {  # the fields of `Arrays` that hold values, in words
@@ -66,6 +70,7 @@ class Arrays:
 
     Raises:
         DataError: if images and labels do not fit each other or the class names.
+        WrongUse: if the transform is none of clframe's.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Arrays:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_transform(self.transform, self.name)
         for name, what in ARRAYS.items():
             setattr(self, name, _taken(getattr(self, name), f"{what} of `{self.name}`"))
         self.y_train = self._checked("training", self.x_train, self.y_train)
@@ -173,7 +179,7 @@ def _taken(values: Any, what: str) -> Images:
 def read_images(path: Path) -> Tensor:
     """Raw images [N, ...] of the .npy file at `path`. Raises `DataError` if there are none, or it holds a pickle."""
     try:
-        images = torch.from_numpy(np.load(path, allow_pickle=False))
+        images = torch.from_numpy(np.load(expanded(path), allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"The images in {path} cannot be read ({error}): it must be an .npy array [N, ...].") from error
     if not images.numel():
@@ -203,6 +209,9 @@ def split_classes(
     Raises:
         WrongUse: if the classes cannot be divided so, or `order` is no permutation.
     """
+    asked = {"experiences": experiences, "setting": setting, "first": first, "order": order}
+    taken = validated(split_classes, asked, "scenario", skip=("name", "arrays"))
+    experiences, first, order = taken["experiences"], taken["first"], taken["order"]
     total = len(arrays.class_names)
     order = list(order) if order is not None else list(range(total))
     if sorted(order) != list(range(total)):
@@ -259,6 +268,21 @@ def split_classes(
     )
 
 
+def _check_change(name: str, change: object) -> None:
+    """Raise `WrongUse` unless `change` can be called as ``change(i, x)``; transforms of torchvision take `x` alone."""
+    if not callable(change):
+        raise WrongUse(f"`change` of `{name}` is {told(change)}: give a function `change(i, x)`.")
+    try:
+        inspect.signature(change.forward if isinstance(change, nn.Module) else change).bind(0, None)
+    except TypeError:
+        raise WrongUse(
+            f"`change` of `{name}`, a `{type(change).__name__}`, cannot be called as `change(i, x)`, with the number "
+            "of the experience and its raw images: give a function of both, such as `lambda i, x: change(x)`."
+        ) from None
+    except ValueError:  # of what C brings, no signature is known
+        return
+
+
 def change_domains(
     name: str,
     arrays: Arrays,
@@ -275,18 +299,28 @@ def change_domains(
         change: ``change(i, x)`` gives the raw images `x` as experience i shows them.
         experiences: how many.
         setting: in ``domain`` all experiences share their labels; else each brings labels of its own.
+
+    Raises:
+        WrongUse: if `change` is no function of two arguments, or does not give images of the same number and shape.
     """
+    asked = {"experiences": experiences, "setting": setting}
+    experiences = validated(change_domains, asked, "scenario", skip=("name", "arrays", "change"))["experiences"]
+    _check_change(name, change)
     total = len(arrays.class_names)
     apart = setting != "domain"
 
     def load(i: int, part: Part) -> ImageData:
         x, y = arrays.part(part)
-        return ImageData(
-            change(i, x.read() if isinstance(x, LazyImages) else x),
-            y + total * i * apart,
-            index=torch.arange(len(y)),
-            task=i,
-        )
+        raw = x.read() if isinstance(x, LazyImages) else x
+        changed = change(i, raw)
+        if isinstance(changed, np.ndarray):
+            changed = _taken(changed, f"images that `change` of `{name}` gives")
+        if not isinstance(changed, Tensor) or changed.shape != raw.shape:
+            got = f"{list(changed.shape)}" if isinstance(changed, Tensor) else f"a `{type(changed).__name__}`"
+            raise WrongUse(
+                f"`change` of `{name}` gives {got} for images {list(raw.shape)}: it must give as many of that shape."
+            )
+        return ImageData(changed, y + total * i * apart, index=torch.arange(len(y)), task=i)
 
     return Scenario(
         name,

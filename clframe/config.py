@@ -211,7 +211,7 @@ def resolve(
         WrongUse: with one sentence for each mistake.
     """
     problems: list[str] = []
-    file = _read_file(Path(yaml_file), problems) if yaml_file is not None else dict(base or {})
+    file = _read_file(expanded(yaml_file), problems) if yaml_file is not None else dict(base or {})
     changes = _parse_sets(sets, problems)
     by_file = _plugin_options(file.get("plugins"), problems)
     by_call = _plugin_options(plugins, problems)

@@ -304,6 +304,15 @@ class Transform:
         )
 
 
+def check_transform(transform: object, name: str) -> None:
+    """Raise `WrongUse` if `transform`, that of the scenario `name`, is neither a `Transform` nor None."""
+    if not isinstance(transform, Transform | None):
+        raise WrongUse(
+            f"The transform of `{name}` is a `{type(transform).__name__}`, and only a `clframe.Transform` (scale, "
+            "mean, std, pad, flip) can be kept with a run: give that, and call other functions on the images before."
+        )
+
+
 @lru_cache(maxsize=64)
 def affine(transform: Transform, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor and shift [C, 1, ...], with `dims` ones, from raw values to ((value / scale) - mean) / std."""
@@ -404,6 +413,7 @@ class Scenario:
         self.classes = tuple(tuple(group) for group in classes)
         self.class_names = tuple(class_names)
         self.input_shape = tuple(input_shape)
+        check_transform(transform, name)
         self.transform = transform or Transform()
         self.transform.check(name, self.input_shape)
         self.class_order = tuple(class_order)

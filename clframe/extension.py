@@ -19,7 +19,7 @@ from clframe.errors import DataError, WrongUse, did_you_mean
 from clframe.folder import read_model
 from clframe.options import options_of
 from clframe.plugin import Plugin
-from clframe.reading import held_by
+from clframe.reading import expanded, held_by
 from clframe.record import described_in, scenario_of
 from clframe.results import read_results
 from clframe.state import position_of
@@ -171,7 +171,7 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
     run = engine.run
     experience = run.experience
     if run.config.run.old_images is not None:
-        experience = old_images(Path(run.config.run.old_images).expanduser(), run.scenario, experience)
+        experience = old_images(expanded(run.config.run.old_images), run.scenario, experience)
     for plugin in plugins:
         for name, call in engine.callers["after_experience"]:
             if name == plugin.name:

@@ -21,6 +21,7 @@ from torch import Tensor
 from clframe.errors import DataError, WrongUse
 from clframe.listing import SHOWN, LeftOut, walk
 from clframe.look import Look, Pixels, begin_reading, lost, read_files
+from clframe.reading import expanded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +46,7 @@ def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> lis
     """
     left = LeftOut() if left is None else left
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(expanded, paths):
         if path.is_dir():
             inside, others = walk(path, left)
             if not inside:

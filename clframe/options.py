@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -170,10 +170,10 @@ def suited(hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and (of := _first(members, dict)):
         held = (get_args(of) or (Any, Any))[1]
         return {name: suited(held, item) for name, item in value.items()}
-    if isinstance(value, list | tuple) and (of := _first(members, list, tuple)):
+    if isinstance(value, list | tuple) and (of := _first(members, list, tuple, Sequence)):
         hints = [hint for hint in get_args(of) if hint is not ...] or [Any]
         items = [suited(hints[min(i, len(hints) - 1)], item) for i, item in enumerate(value)]
-        return items if isinstance(value, list) or _holds(of, list) else tuple(items)
+        return tuple(items) if isinstance(value, tuple) and (of is Any or _holds(of, tuple)) else items
     return value
 
 

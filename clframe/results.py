@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from clframe import sums
 from clframe.errors import DataError
-from clframe.reading import held_by, read_json
+from clframe.reading import expanded, held_by, read_json
 
 FORMAT = 1  # of results.json and model.json; CHANGELOG.md has the rule for changes
 FILE = "results.json"
@@ -156,7 +156,7 @@ class Results:
     @classmethod
     def read(cls, folder: str | Path) -> Results:
         """The results of the finished run in `folder`. Raises `DataError` if there are none."""
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         results = read_results(folder)
         if told := sums.missing(folder):
             warnings.warn(told, stacklevel=2)

@@ -12,6 +12,7 @@ from clframe import registry
 from clframe.cli import show
 from clframe.errors import ClframeError, WrongUse
 from clframe.options import options_of
+from clframe.reading import expanded
 
 if TYPE_CHECKING:
     from clframe.data import Scenario
@@ -83,9 +84,9 @@ def about_scenario(
             config = resolve(scenario=scenario, sets=sets, run={"data_root": data_root} if data_root else None)
             built = registry.build_scenario(config.scenario, config.run)
         if save:
-            splits.write_split(save, config.scenario, built, config.run.seed)
+            splits.write_split(expanded(save), config.scenario, built, config.run.seed)
         if sheet:
-            _draw(sheet, built)
+            _draw(expanded(sheet), built)
         setting = built.setting
         notes = list(built.notes)
         experiences = [[built.class_names[label] for label in classes] for classes in built.classes]

@@ -11,6 +11,7 @@ from clframe import __version__, registry
 from clframe.cli import show
 from clframe.errors import WrongUse
 from clframe.hooks import HOOK_API, HOOKS
+from clframe.reading import expanded
 
 GROUP_OF = {"plugin": "plugins", "scenario": "scenarios", "model": "plugins"}  # of the command line
 KIND_OF = {"plugin": "plugin", "scenario": "scenario", "model": "backbone"}
@@ -261,7 +262,7 @@ def write(kind: registry.Kind, name: str, output: Path | None) -> None:
 
     Raises `WrongUse` if the name or the folder cannot be used; nothing is written then.
     """
-    folder = output or Path(name)
+    folder = expanded(output or name)
     if problems := problems_of(kind, name):
         raise WrongUse(*problems)
     if folder.exists():
