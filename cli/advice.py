@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import typer
@@ -13,6 +14,7 @@ OPTION = re.compile(r"(?<![\w/.-])--[a-z]+(?:-[a-z]+)*")
 COMMAND = re.compile(r"`clframe [^`]*`")  # whose options are its own
 
 
+@lru_cache(maxsize=1)
 def commands(app: typer.Typer) -> dict[tuple[str, ...], frozenset[str]]:
     """Return for each command, by its words, such as ``("plugins", "list")``, the options that it has."""
 
@@ -21,7 +23,8 @@ def commands(app: typer.Typer) -> dict[tuple[str, ...], frozenset[str]]:
         for name, one in (inner or {}).items():
             yield from of(one, (*words, name))
         if inner is None:
-            yield words, EVERYWHERE.union(*([*p.opts, *p.secondary_opts] for p in command.params))
+            named = (option for p in command.params for option in (*p.opts, *p.secondary_opts))
+            yield words, EVERYWHERE.union(option for option in named if option.startswith("-"))
 
     return dict(of(typer.main.get_command(app), ()))
 

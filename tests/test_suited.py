@@ -27,15 +27,15 @@ BESIDE: dict[str, dict[str, Any]] = {
     "scenario.split-table": {"path": "x"},
 }
 # of each type a value that every limit allows, the same in other types, and what is refused
-NUMBERS = [np.int64(2), np.uint8(2), np.int32(2), np.float32(2), np.float64(2), 2.0, 2e0, np.array(2), torch.tensor(2)]
-WRONG_NUMBERS = [2.5, np.float32(2.5), True, np.bool_(True), "abc", "2", np.nan, [2, "x"]]
-SHARES = [np.float64(0.5), np.float32(0.5), np.float16(0.5), np.array(0.5)]
+NUMBERS = [np.int64(2), np.float32(2), 2e0, torch.tensor(2)]
+WRONG_NUMBERS = [2.5, np.float32(2.5), True, np.bool_(True), "abc", "2", np.nan]
+SHARES = [np.float64(0.5), np.float32(0.5), np.array(0.5)]
 FORMS: dict[Any, tuple[Any, list[Any], list[Any]]] = {
     int: (2, NUMBERS, WRONG_NUMBERS),
     float: (0.5, SHARES, [True, np.bool_(True), "abc", "0.5", np.nan, np.inf]),
     bool: (True, [np.bool_(True), np.array(True)], [1, 1.0, np.int64(1), "abc", "true"]),
     str: ("a/b", [PurePosixPath("a/b"), np.str_("a/b")], [3, 2.5, True, np.int64(3)]),
-    Path: (Path("a/b"), ["a/b", PurePosixPath("a/b")], [3, 2.5, True]),
+    Path: (Path("a/b"), ["a/b"], [3, 2.5, True]),
 }
 LISTS = {int: [2, 3], float: [0.5, 0.25]}
 
@@ -64,10 +64,9 @@ def cases() -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
             named = of_variants.get(name, name)
             build = registry.plugin_class(name) if kind == "plugin" else registry.builder(kind, named)
             hints = get_type_hints(build.__init__ if inspect.isclass(build) else build, include_extras=True)
-            for option in inspect.signature(build).parameters:
-                if option not in (*registry.SUPPLIED, "self"):
-                    beside = BESIDE.get(f"{kind}.{name}", {})
-                    yield f"{kind}.{name}.{option}", hints[option], of_option(build, option, beside)
+            for option in sorted(hints.keys() - {*registry.SUPPLIED, "return", "options"}):
+                beside = BESIDE.get(f"{kind}.{name}", {})
+                yield f"{kind}.{name}.{option}", hints[option], of_option(build, option, beside)
 
 
 def of_settings(kind: type[TrainSettings] | type[RunSettings], name: str, beside: dict[str, Any]) -> Any:
@@ -109,10 +108,9 @@ def test_the_same_in_another_type_is_taken_and_what_is_not_the_same_is_refused(n
             assert same(put(expected), expected)
             for other in others:
                 assert same(put(other), expected), other
-            for wrong in refused:
-                if list not in map(get_origin, kinds) or not isinstance(wrong, list):
-                    with pytest.raises(WrongUse):
-                        put(wrong)
+            for wrong in (value for value in refused if type(value) not in kinds):
+                with pytest.raises(WrongUse):
+                    put(wrong)
         elif get_origin(kind) is list:
             [of] = members(get_args(kind)[0])
             expected, typed = LISTS[of], np.int64 if of is int else np.float32
@@ -171,14 +169,15 @@ def test_a_run_takes_them_and_its_record_holds_numbers_that_yaml_has(tmp_path: P
     results = clframe.run(
         {"name": "split-digits", "limit": np.int64(2), "order": np.arange(10)},
         {"name": "mlp", "hidden": (np.int64(8), 4.0)},
-        [EWC(lambda_=np.float32(2), samples=2e0)],
+        {"ewc": {"lambda": np.float32(2), "samples": 2e0}},
         train={"iterations": np.int64(1), "first": {"iterations": 2e0}, "betas": (0.5, 0.9), "threads": 1},
         run={"output": tmp_path / "run", "seed": np.uint8(3), "data_root": tmp_path, "tensorboard": np.bool_(False)},
     )
     assert results.folder == tmp_path / "run"
-    again = resolve(yaml_file=tmp_path / "run" / "config.yaml").model_dump() | {"plugins": None}
+    again = resolve(yaml_file=tmp_path / "run" / "config.yaml").model_dump()
     assert again["scenario"]["order"] == list(range(10))
     assert again["model"] == {"name": "mlp", "hidden": [8, 4]}
+    assert again["plugins"]["ewc"] == EWC(lambda_=np.float32(2), samples=np.int8(2)).public_options()
     assert again["train"]["betas"] == [0.5, 0.9]
     assert json.loads(json.dumps(again)) == again
 

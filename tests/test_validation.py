@@ -51,9 +51,8 @@ def right(network: Any, rows: list[int], choices: tuple[int, ...]) -> float:
 def test_each_row_is_the_accuracy_on_the_images_held_out(tiny: Any, tmp_path: Path):
     """The witness evaluates the rows that split.json names by itself, with the network of each evaluation."""
     keeping, records = Keeping(), []
-    results = clframe.run(
-        tiny(), "mlp-100", [keeping], train=TRAIN, run={"output": str(tmp_path / "r")}, listeners=[records.append]
-    )
+    run = {"output": str(tmp_path / "r"), "tensorboard": False}
+    results = clframe.run(tiny(), "mlp-100", [keeping], train=TRAIN, run=run, listeners=[records.append])
     held = [e["val"] for e in json.loads((tmp_path / "r" / "split.json").read_text())["experiences"]]
     assert [len(rows) for rows in held] == [6, 6, 6]
     expected: dict[str, list[list[float | None]]] = {"class": [], "task": []}
@@ -117,7 +116,7 @@ def test_the_other_settings_have_their_own_reading(tiny: Any, setting: str):
 def test_a_run_that_was_stopped_goes_on_to_the_same_matrices(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "whole")})
+    whole = clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "whole"), "tensorboard": False})
     stopped(tiny, tmp_path / "stopped", monkeypatch)
     resumed = clframe.resume(tmp_path / "stopped", scenario=tiny())
     assert resumed.validation == whole.validation
@@ -136,7 +135,7 @@ def stopped(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Engine, "evaluate", and_stop)
     with pytest.raises(Interrupted):
-        clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(folder)})
+        clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(folder), "tensorboard": False})
     monkeypatch.setattr(Engine, "evaluate", evaluate)
 
 
@@ -159,8 +158,8 @@ def test_a_checkpoint_of_an_earlier_version_has_no_figures_of_the_experiences_be
 
 
 def test_an_extension_keeps_the_rows_and_measures_the_new_experience(tiny: Any, tmp_path: Path):
-    first = clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first")})
-    more = clframe.extend(tmp_path / "first", tiny(), run={"output": str(tmp_path / "more")})
+    first = clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first"), "tensorboard": False})
+    more = clframe.extend(tmp_path / "first", tiny(), run={"output": str(tmp_path / "more"), "tensorboard": False})
     for reading, rows in first.validation.items():
         found = more.validation[reading]
         assert [row[:3] for row in found[:3]] == rows
@@ -172,7 +171,9 @@ def test_an_extension_keeps_the_rows_and_measures_the_new_experience(tiny: Any, 
 
 
 def test_an_extension_of_a_run_without_a_share_has_empty_rows_of_it(tiny: Any, tmp_path: Path):
-    clframe.run(tiny(), "mlp-100", train={**TRAIN, "val": 0}, run={"output": str(tmp_path / "first")})
+    clframe.run(
+        tiny(), "mlp-100", train={**TRAIN, "val": 0}, run={"output": str(tmp_path / "first"), "tensorboard": False}
+    )
     more = clframe.extend(tmp_path / "first", tiny(), train={"val": 0.25})
     for rows in more.validation.values():
         assert rows[:3] == [[None] * 6] * 3
