@@ -159,6 +159,8 @@ def _first(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> 
             state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
         join(engine, base.joining(engine.run.plugins))
     engine.save()
+    if engine.folder:  # a run that recorded something before its first checkpoint is whole could not be resumed
+        engine.folder.settle()
 
 
 def resume(

@@ -178,7 +178,7 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
             + (
                 f"{kept} is kept: make room and resume."
                 if kept
-                else "there is none yet: make room, remove the run folder and start again."
+                else "there is none yet: make room and resume, which begins the run again."
             )
         ) from error
     for old in _checkpoints(folder)[:-KEPT]:
