@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from hostile import one_command_tree
 from system_calls import ERRORS, FULL, KILL, KILL_WITHIN, LIBRARY, NEED_SPACE, PART, SHORT, Call, Calls, Fault
 
 Measured = tuple[list[dict[str, Any]], list[str]]
@@ -188,7 +189,7 @@ def prepared() -> Iterator[Path]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with place() as folder, mock.patch("clframe.folder._commit", lambda: None):
+    with place() as folder, mock.patch("clframe.folder._commit", return_value=None), one_command_tree():
         yield folder
     torch.set_num_threads(before)
 
@@ -218,6 +219,58 @@ def whole(one: Case, folder: Path, expected: dict[str, bytes | None], inline: bo
     found = bits(folder)
     changed = [name for name, content in expected.items() if found[name] != content]
     return f"{', '.join(changed)} differ" if changed else ""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that was left alone.
+
+    Attributes:
+        files: of it, as `bits` gives them.
+        calls: the system calls that it made.
+        pauses: how often it could have been stopped by a signal.
+        seconds: that it took.
+    """
+
+    files: dict[str, bytes | None]
+    calls: Sequence[Call]
+    pauses: int
+    seconds: float
+
+
+def reference(one: Case, folder: Path) -> Reference:
+    """Return the run of a case in the new folder `folder`, left alone."""
+    from clframe.engine import Engine
+
+    original, pauses = Engine.pause, 0
+
+    def pause(engine: Engine) -> None:
+        nonlocal pauses
+        pauses += 1
+        original(engine)
+
+    began = time.monotonic()
+    with Calls(folder.parent) as calls, mock.patch.object(Engine, "pause", pause):
+        code, said = command([*one.arguments, "--output", str(folder)])
+    assert code == 0, (one, code, said)
+    return Reference(bits(folder), calls.made, pauses, time.monotonic() - began)
+
+
+def stopped(one: Case, folder: Path, at: int) -> None:
+    """Begin the run of a case in `folder`, and stop it by SIGINT at its pause of number `at`."""
+    from clframe.engine import Engine
+
+    original, count = Engine.pause, 0
+
+    def pause(engine: Engine) -> None:
+        nonlocal count
+        count += 1
+        engine.signal = signal.SIGINT if count == at else 0
+        original(engine)
+
+    with mock.patch.object(Engine, "pause", pause):
+        code, said = command([*one.arguments, "--output", str(folder)])
+    assert code == 130, (code, said)
 
 
 @dataclass
@@ -272,27 +325,6 @@ def disturbed(one: Case, begun: Path | None, folder: Path, fault: Fault, expecte
     return wrong or whole(one, folder, expected)
 
 
-def stopped(one: Case, folder: Path, share: float) -> None:
-    """Begin the run of a case in `folder`, and stop it by SIGINT when this `share` of its pauses is over."""
-    from clframe.engine import Engine
-
-    original, count = Engine.pause, 0
-
-    def pause(engine: Engine) -> None:
-        nonlocal count
-        count += 1
-        engine.signal = signal.SIGINT if share and count == limit else 0
-        original(engine)
-
-    with mock.patch.object(Engine, "pause", pause):
-        limit = -1
-        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-            command([*one.arguments, "--output", f"{name}/run"])
-        limit, count = max(1, int(share * count)), 0
-        code, said = command([*one.arguments, "--output", str(folder)])
-    assert code == 130, (code, said)
-
-
 def faults(
     given: Sequence[Case], count: int, seed: int = 0, say: Say = lambda text: None, resumes: float = 0.3
 ) -> dict[str, Tally]:
@@ -301,28 +333,26 @@ def faults(
     with prepared() as folder:
         for number, one in enumerate(given):
             dice = random.Random(f"{seed} {one.name}")
-            whole_run = folder / "whole"
-            with Calls(folder) as calls:
-                code, said = command([*one.arguments, "--output", str(whole_run)])
-            assert code == 0, (one, code, said)
-            expected = bits(whole_run)
+            known = reference(one, folder / "whole")
             share = count * (number + 1) // len(given) - count * number // len(given)
             of_resume = int(resumes * share + dice.random())
             plan: list[tuple[Path | None, Fault]] = [
-                (None, fault) for fault in spread(calls.made, share - of_resume, dice)
+                (None, fault) for fault in spread(known.calls, share - of_resume, dice)
             ]
             if of_resume:
                 begun = folder / "begun"
-                stopped(one, begun, dice.uniform(0.2, 0.9))
+                stopped(one, begun, dice.randrange(1, known.pauses))
                 copy = Path(shutil.copytree(begun, folder / "copy"))
                 with Calls(folder) as calls:
                     code, said = command(again(one, copy))
-                assert code == 0, (one, code, said)
-                plan += [(begun, fault) for fault in spread(calls.made, of_resume, dice)]
+                if code:
+                    tallies.setdefault(one.kind, Tally()).found(f"a run lost: exit {code}: {said[-500:]}", one.name)
+                else:
+                    plan += [(begun, fault) for fault in spread(calls.made, of_resume, dice)]
             for begun_at, fault in plan:
                 inner = folder / "one"
                 inner.mkdir()
-                wrong = disturbed(one, begun_at, inner / "run", fault, expected)
+                wrong = disturbed(one, begun_at, inner / "run", fault, known.files)
                 kind = one.kind + (", resumed" if begun_at else "")
                 tally = tallies.setdefault(kind, Tally())
                 tally.counts["faults"] += 1
@@ -389,24 +419,6 @@ def interrupted() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A run that was left alone: its files, how many system calls it made, and its seconds."""
-
-    files: dict[str, bytes | None]
-    calls: int
-    seconds: float
-
-
-def reference(one: Case, folder: Path) -> Reference:
-    """Return the run of a case in the new folder `folder`, left alone."""
-    began = time.monotonic()
-    with Calls(folder.parent) as calls:
-        code, said = command([*one.arguments, "--output", str(folder)])
-    assert code == 0, (one, code, said)
-    return Reference(bits(folder), len(calls.made), time.monotonic() - began)
-
-
 def killed(
     one: Case, folder: Path, known: Reference, dice: random.Random, count: int, tally: Tally, at: int | None = None
 ) -> str:
@@ -416,7 +428,7 @@ def killed(
         if (folder / "results.json").exists():
             break
         how = KILL if at else dice.choice((KILL, KILL, KILL_WITHIN, "moment"))
-        fault = Fault(at or dice.randrange(1, known.calls // (turn + 1) + 1), how)
+        fault = Fault(at or dice.randrange(1, len(known.calls) // (turn + 1) + 1), how)
         moment = dice.uniform(0, known.seconds / (turn + 1)) if how == "moment" else None
         log.unlink(missing_ok=True)
         code, said = forked(again(one, folder), log, None if moment else fault, moment)
@@ -433,7 +445,6 @@ def killed(
             tally.counts["stops"] += code == 130
             if code not in (0, 130):
                 return on_the_way(code, said) or f"a run lost: exit {code} as it is stopped: {said[-500:]}"
-    code, said = 0, ""
     return whole(one, folder, known.files)
 
 
@@ -452,7 +463,7 @@ def kills(
             dice = random.Random(f"{seed} kills {one.name}")
             known = reference(one, folder / "whole")
             tally = tallies.setdefault(one.kind, Tally())
-            plan: list[int | None] = [*range(1, known.calls + 1)] if one.name in every else []
+            plan: list[int | None] = [*range(1, len(known.calls) + 1)] if one.name in every else []
             wanted = count * (number + 1) // len(given) - count * number // len(given) + len(plan)
             before, tries = tally.counts["kills"], 0
             while plan or (tally.counts["kills"] - before < wanted and tries < 3 * wanted):
@@ -511,9 +522,9 @@ def readers(folder: Path) -> list[Reader]:
     finished, begun = folder / "finished", folder / "stopped"
     code, said = command([*one.arguments, "--output", str(finished)])
     assert code == 0, said
-    stopped(one, begun, 0.7)
+    stopped(one, begun, 7)
     further = folder / "extension"
-    stopped(extension(finished), further, 0.6)
+    stopped(extension(finished), further, 2)
     image = folder / "image.png"
     Image.fromarray((np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)).save(image)
 

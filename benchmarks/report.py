@@ -257,6 +257,9 @@ TITLES = {
     "defaults": "Every method with its name alone, beside fine-tuning",
     "icarl_cifar": "iCaRL beside experience replay on CIFAR-10",
     "kill_resume": "Killed at random moments, then resumed",
+    "faults": "Faults at system calls, then resumed",
+    "kills": "Killed at system calls and at random moments, then resumed",
+    "flips": "Flipped bits in the files of a run folder",
     "hostile": "Generated hostile inputs",
 }
 

@@ -2,12 +2,12 @@
 
     python benchmarks/run.py short          what `make bench` runs: at most 20 minutes
     python benchmarks/run.py full           what `make bench-full` runs: hours with a cold cache; stop it, it goes on
+    python benchmarks/run.py campaigns      kills, faults of system calls, flipped bits and hostile inputs
     python benchmarks/run.py page           RESULTS.md again, from what was measured before
 
 `short` measures speed; `--only` picks parts, and the part `replay` runs only so. `full` runs the protocols of
 `protocols/index.yaml`, one row per protocol, seed and version of the code in `rows.jsonl`, skips rows that are there,
-and then kills and resumes 50 times and runs `replay`. Both end with the page, which `full` also renews after each
-protocol.
+and then runs the campaigns and `replay`. All end with the page, which `full` also renews after each protocol.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PROTOCOLS = HERE / "protocols"
 ROWS = HERE / "rows.jsonl"
 PAGE = HERE / "RESULTS.md"
 LONG = ("replay",)  # parts of `short` that run only when they are named, or in `full`
+CAMPAIGNS = {"kill_resume": 50, "faults": 1_000, "kills": 1_000, "flips": 200, "hostile": 10_000}  # how many of each
 Measured = tuple[list[dict[str, Any]], list[str]]
 
 
@@ -143,8 +144,25 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
         write_page()
 
 
-def full(data_root: Path, only: Sequence[str], kills: int, inputs: int = 0) -> None:
-    """The protocols, row by row, then the kills and the hostile inputs."""
+def run_campaign(name: str) -> None:
+    """Run one of the campaigns of `CAMPAIGNS`, and renew the page."""
+    import campaigns
+    import hostile
+    import kill_resume
+
+    measure: dict[str, Callable[[int], Measured]] = {"kill_resume": kill_resume.measure, "hostile": hostile.measure}
+    count = CAMPAIGNS[name]
+    lines, notes = measure[name](count) if name in measure else campaigns.measure(name, count)
+    script = f"{name}.py {count}" if name in measure else f"campaigns.py {name} {count}"
+    report.save_part(name, lines, f"python benchmarks/{script}", notes)
+    print(report.table(lines))
+    for note in notes:
+        print(f"- {note}")
+    write_page()
+
+
+def full(data_root: Path, only: Sequence[str], campaigns: Sequence[str] = ()) -> None:
+    """The protocols, row by row, then the campaigns."""
     index = {entry["name"]: entry for entry in read_index()}
     code, commit = report.code_version()
     rows = report.read_rows(ROWS)
@@ -162,22 +180,9 @@ def full(data_root: Path, only: Sequence[str], kills: int, inputs: int = 0) -> N
         print(f"{entry['name']}, seed {row['seed']}: {100 * value:.2f} in {seconds:.0f} s", flush=True)
     write_page()
     print(report.table(report.protocol_table(list(index.values()), report.read_rows(ROWS), code)))
-    done = report.load_parts(HERE / "results").get("kill_resume", {})
-    if kills and not only and done.get("code") != code:
-        import kill_resume
-
-        lines, notes = kill_resume.measure(kills)
-        report.save_part("kill_resume", lines, f"python benchmarks/kill_resume.py {kills}", notes)
-        print(report.table(lines))
-        write_page()
-    done = report.load_parts(HERE / "results").get("hostile", {})
-    if inputs and not only and done.get("code") != code:
-        import hostile
-
-        lines, notes = hostile.measure(inputs)
-        report.save_part("hostile", lines, f"python benchmarks/hostile.py {inputs}", notes)
-        print(report.table(lines))
-        write_page()
+    for name in campaigns if not only else ():
+        if report.load_parts(HERE / "results").get(name, {}).get("code") != code:
+            run_campaign(name)
     if not only and report.load_parts(HERE / "results").get("replay", {}).get("code") != code:
         short(data_root, 9, LONG)
 
@@ -192,20 +197,21 @@ def main() -> None:
     from clframe.config import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["short", "full", "page"])
+    parser.add_argument("what", choices=["short", "full", "campaigns", "page"])
     parser.add_argument(
         "--data-root", help="folder of mnist.npz and others (default: CLFRAME_DATA, else the user's cache)"
     )
     parser.add_argument("--repetitions", type=int, default=9, help="of the parts that compare times")
-    parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, or protocols of `full`")
-    parser.add_argument("--kills", type=int, default=50, help="of `full`; 0: none")
-    parser.add_argument("--inputs", type=int, default=10_000, help="hostile ones, of `full`; 0: none")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, protocols, or campaigns")
     given = parser.parse_args()
     root = data_root(given.data_root)
     if given.what == "short":
         short(root, given.repetitions, given.only)
     elif given.what == "full":
-        full(root, given.only, given.kills, given.inputs)
+        full(root, given.only, list(CAMPAIGNS))
+    elif given.what == "campaigns":
+        for name in [name for name in CAMPAIGNS if name in (given.only or CAMPAIGNS)]:
+            run_campaign(name)
     else:
         write_page()
 

@@ -1,4 +1,4 @@
-"""The system calls of this process on the files below a folder: counted, and one of them made to fail, or to be the last.
+"""The system calls of this process on the files below a folder: counted, and one of them made to fail or be the last.
 
 What Python code calls is replaced while a `Calls` is open: opening, reading, writing, syncing, closing and cutting of
 files, also through the buffers of `open`; making, listing, renaming and removing. Below Python stay the reads of
@@ -237,7 +237,7 @@ class Calls:
         return called
 
     def _map_files(self) -> None:
-        """Let the reads of safetensors count; an error there is made by a limit of descriptors, as for no other kind."""
+        """Let the reads of safetensors count; an error there is made by a limit of descriptors."""
         from clframe import checkpoint
 
         original = checkpoint.load_file

@@ -234,6 +234,14 @@ def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.op
         return None
     parameters = dict(run.model.named_parameters())
     saved = unpack(packed["optimizer"], tensors, device=run.device)
+    # a kept optimizer may still hold what `grow` has renamed or replaced since: its next phase would leave that out
+    for group in saved["param_groups"]:
+        held = [
+            (name, index) for name, index in zip(group["names"], group["params"], strict=True) if name in parameters
+        ]
+        for index in set(group["params"]) - {index for _, index in held}:
+            saved["state"].pop(index, None)
+        group["names"], group["params"] = [name for name, _ in held], [index for _, index in held]
     groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
     optimizer = optimizer_of(groups, run.settings)
     optimizer.load_state_dict(saved)

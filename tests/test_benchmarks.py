@@ -279,12 +279,12 @@ def test_full_skips_what_it_has_and_keeps_each_row_at_once(
     monkeypatch.setattr(run, "read_index", lambda: index)
     monkeypatch.setattr(run, "run_protocol", pretend)
     with pytest.raises(KeyboardInterrupt):
-        run.full(tmp_path, [], 0)
+        run.full(tmp_path, [])
     assert calls == [("a", 0)]
     monkeypatch.setattr(
         run, "run_protocol", lambda entry, seed, root: calls.append((entry["name"], seed)) or (0.5, 1.0)
     )
-    run.full(tmp_path, [], 0)
+    run.full(tmp_path, [])
     assert calls == [("a", 0), ("a", 1)], "a is not run twice, and b needs data that is not there"
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(line["protocol"], line["seed"], line["value"]) for line in lines] == [("a", 0, 0.5), ("a", 1, 0.5)]

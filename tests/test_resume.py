@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -489,3 +490,42 @@ def test_what_kept_a_checkpoint_from_being_written_is_told_once_and_stops_the_ru
         clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "run"), "predictions": False})
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000001"]
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_run_whose_first_checkpoint_fails_is_resumed_from_the_beginning(tmp_path: Path):
+    """Nothing is recorded before the first checkpoint is whole; else neither `run` nor `resume` took the folder."""
+    given = {"scenario": {"name": "split-digits", "limit": 4}, "model": {"name": "mlp", "hidden": [4]}}
+    settings = {"tensorboard": False, "device": "cpu", "log_every": 1}
+    whole = clframe.run(**given, train={"iterations": 2}, run=settings)
+
+    def full(path: Path) -> None:
+        time.sleep(0.2)  # a run that did not wait would take steps meanwhile
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "sync", lambda path: full(path) if "checkpoints" in str(path) else None)
+        with pytest.raises(RunFailed, match="there is none yet: make room and resume, which begins the run again"):
+            clframe.run(**given, train={"iterations": 2}, run={**settings, "output": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert clframe.resume(tmp_path / "run").data == whole.data
+
+
+def test_a_kept_optimizer_of_parameters_that_have_other_names_now_is_put_back(tiny, tmp_path: Path):
+    """`duplicate` moves the backbone as it grows; until the next step the optimizer has its old names."""
+    train = {"iterations": 2, "batch_size": 8, "keep_optimizer": True, "optimizer": "adam"}
+
+    def begin(**run: str) -> clframe.Results:
+        settings = {"tensorboard": False, "device": "cpu", **run}
+        return clframe.run(tiny(setting="task"), "mlp-100", ["duplicate"], train=train, run=settings)
+
+    def pause(engine: Engine) -> None:
+        here = engine.position
+        engine.signal = signal.SIGTERM if here.experience == 1 and here.entered and not here.steps else 0
+        original(engine)
+
+    whole, original = begin(), Engine.pause
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "pause", pause)
+        with pytest.raises(Interrupted):
+            begin(output=str(tmp_path / "run"))
+    assert clframe.resume(tmp_path / "run", scenario=tiny(setting="task")).data == whole.data
