@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from clframe import checkpoint, registry, state, sums
+from clframe.arrays import Arrays
 from clframe.config import (
     DEFAULT_MODEL,
     DEFAULT_SCENARIO,
@@ -52,7 +53,7 @@ from clframe.record import described_in, results_of, scenario_of, split_of
 from clframe.results import Results
 from clframe.single import single_image_problems
 from clframe.streams import stream_problems
-from clframe.texts import cut
+from clframe.texts import cut, told
 from clframe.trained import Trained
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
@@ -95,8 +96,7 @@ def run(
     names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise WrongUse(*(f"The plugin `{name}` is named twice; name it once." for name in twice))
-    run = dict(run or {})
-    run.setdefault("tensorboard", run.get("output") is not None)
+    run = _of_run(run)
     config, objects = _config_of(scenario, model, plugins, train, run)
     with _shown(progress, listeners) as everyone:
         return run_config(config, listeners=everyone, **objects)
@@ -290,8 +290,7 @@ def extend(
     given = {_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}
     plugins = [{plugin: {}} if isinstance(plugin, str) else plugin for plugin in plugins]
     options = {name: values for plugin in plugins if isinstance(plugin, Mapping) for name, values in plugin.items()}
-    run = dict(run or {})
-    run.setdefault("tensorboard", run.get("output") is not None)
+    run = _of_run(run)
     config = extension_config(
         expanded(folder),
         {"name": own.name, OBJECT: True} if own else {"name": scenario} if isinstance(scenario, str) else scenario,
@@ -414,6 +413,11 @@ def _config_of(
 ) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run from Python, and the objects that it can only name."""
     built = [plugin for plugin in plugins if isinstance(plugin, Plugin)]
+    if isinstance(scenario, Arrays):
+        raise WrongUse(
+            f"`{scenario.name}` is `Arrays`, and no scenario yet: cut experiences from it with "
+            "`clframe.split_classes`, or let them change with `clframe.change_domains`."
+        )
     own_scenario = scenario if isinstance(scenario, Scenario) else None
     own_model = model if isinstance(model, nn.Module) else None
     defaults = TrainSettings.model_validate({}).model_dump() if own_scenario else {}  # not what suits split-digits
@@ -421,7 +425,7 @@ def _config_of(
         scenario=None if isinstance(scenario, Scenario) else scenario,
         model=None if isinstance(model, nn.Module) else model or ("mlp" if own_scenario else None),
         plugins=[plugin for plugin in plugins if not isinstance(plugin, Plugin)],
-        train={**defaults, **(train or {})},
+        train={**defaults, **_mapping(train, "train")},
         run=run,
         plugin_train=registry.suited_train(built),
     )
@@ -437,14 +441,16 @@ def _config_of(
 
 
 @contextmanager
-def _shown(progress: bool | None, listeners: Sequence[Listener]) -> Iterator[Sequence[Listener]]:
-    """Yield `listeners`, and one that shows the course of the run if `progress`; None: if a person sees stderr.
+def _shown(progress: bool | None, listeners: Sequence[Listener] | Listener) -> Iterator[Sequence[Listener]]:
+    """Yield the listeners, and one that shows the course of the run if `progress`; None: if a person sees stderr.
 
     By default, runs in other threads than the main one show nothing: two would write over each other.
     """
     if progress is None:
         main = threading.current_thread() is threading.main_thread()
         progress = main and (bool(sys.stderr and sys.stderr.isatty()) or _in_notebook())
+    if callable(listeners):
+        listeners = [listeners]
     if not progress:
         yield listeners
         return
@@ -460,17 +466,36 @@ def _in_notebook() -> bool:
     return kernel is not None and bool(kernel.ZMQInteractiveShell.initialized())
 
 
+def _mapping(given: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """Return the settings `given` as the argument `name`. Raises `WrongUse` if they are no mapping."""
+    if given is not None and not isinstance(given, Mapping):
+        raise WrongUse(f"`{name}` is {told(given)}; it must be a mapping of settings to values.")
+    return dict(given or {})
+
+
+def _of_run(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return settings of the run `given` in Python: curves for TensorBoard only where a folder is named."""
+    run = _mapping(given, "run")
+    return {"tensorboard": run.get("output") is not None, **run}
+
+
 def _each_plugin(
-    plugins: Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin] | Mapping[str, Mapping[str, Any]] | str | Plugin,
+    plugins: Iterable[str | Mapping[str, Mapping[str, Any]] | Plugin]
+    | Mapping[str, Mapping[str, Any]]
+    | str
+    | Plugin
+    | None,
 ) -> Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin]:
     """The plugins one by one: a text is one name, and not its letters; a mapping is as YAML has them."""
     if isinstance(plugins, str | Plugin):
         return [plugins]
     if isinstance(plugins, Mapping):
         return [{name: options} for name, options in plugins.items()]
-    if isinstance(plugins, type):
+    if plugins is None:
+        return []
+    if isinstance(plugins, type) or not isinstance(plugins, Iterable):
         return [cast(Any, plugins)]
-    return plugins
+    return list(plugins)
 
 
 def _name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
@@ -716,6 +741,6 @@ def _writer(folder: RunFolder) -> Listener:
     return write
 
 
-def _tell(listeners: Sequence[Listener], text: str) -> None:
-    for listener in listeners:
+def _tell(listeners: Sequence[Listener] | Listener, text: str) -> None:
+    for listener in [listeners] if callable(listeners) else listeners:
         listener({"kind": "message", "text": text})

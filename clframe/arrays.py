@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clframe.data import ImageData, Part, Scenario, Setting, Transform, check_transform
+from clframe.data import ImageData, Part, Scenario, Setting, Transform, check_transform, names_of
 from clframe.errors import DataError, WrongUse
 from clframe.images import Images, LazyImages
 from clframe.options import validated
@@ -85,6 +85,7 @@ class Arrays:
 
     def __post_init__(self) -> None:
         check_transform(self.transform, self.name)
+        self.class_names = names_of(self.class_names, self.name)
         for name, what in ARRAYS.items():
             setattr(self, name, _taken(getattr(self, name), f"{what} of `{self.name}`"))
         self.y_train = self._checked("training", self.x_train, self.y_train)
@@ -209,6 +210,7 @@ def split_classes(
     Raises:
         WrongUse: if the classes cannot be divided so, or `order` is no permutation.
     """
+    _check_arrays(name, arrays)
     asked = {"experiences": experiences, "setting": setting, "first": first, "order": order}
     taken = validated(split_classes, asked, "scenario", skip=("name", "arrays"))
     experiences, first, order = taken["experiences"], taken["first"], taken["order"]
@@ -268,6 +270,13 @@ def split_classes(
     )
 
 
+def _check_arrays(name: str, arrays: object) -> None:
+    """Raise `WrongUse` unless `arrays`, that a scenario `name` is cut from, are `Arrays`."""
+    if not isinstance(arrays, Arrays):
+        kind = type(arrays).__name__
+        raise WrongUse(f"The images of `{name}` are given as a `{kind}`: put them into `clframe.Arrays`.")
+
+
 def _check_change(name: str, change: object) -> None:
     """Raise `WrongUse` unless `change` can be called as ``change(i, x)``; transforms of torchvision take `x` alone."""
     if not callable(change):
@@ -303,6 +312,7 @@ def change_domains(
     Raises:
         WrongUse: if `change` is no function of two arguments, or does not give images of the same number and shape.
     """
+    _check_arrays(name, arrays)
     asked = {"experiences": experiences, "setting": setting}
     experiences = validated(change_domains, asked, "scenario", skip=("name", "arrays", "change"))["experiences"]
     _check_change(name, change)

@@ -223,7 +223,7 @@ def resolve(
 
     def section(section: str, given: Given | None) -> list[dict[str, Any]]:
         of_file = _mapping(file.get(section), section, problems)
-        return [of_file, changes.get(section, {}), dict(given or {})]
+        return [of_file, changes.get(section, {}), _mapping(given, section, problems)]
 
     resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
     backbone, training = registry.suited(build, resolved_scenario.get("name", ""))
@@ -501,7 +501,9 @@ def _named(given: Any, section: str, problems: list[str]) -> dict[str, Any]:
 
 def _mapping(given: Any, where: str, problems: list[str]) -> dict[str, Any]:
     if given is None or isinstance(given, Mapping):
-        return dict(given or {})
+        strange = [name for name in given or {} if not isinstance(name, str)]
+        problems += [f"`{where}` has the name {told(name)}, and names are texts." for name in strange]
+        return {name: value for name, value in (given or {}).items() if isinstance(name, str)}
     problems.append(f"`{where}` is {told(given)}; it must be a mapping of options to values.")
     return {}
 

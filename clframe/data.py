@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal, TypeVar
@@ -15,6 +15,8 @@ from torch.nn import functional
 from clframe.errors import DataError, WrongUse
 from clframe.images import Images, LazyImages, joined
 from clframe.look import Look
+from clframe.options import CountOrZero, validated
+from clframe.texts import told
 
 Setting = Literal["class", "task", "domain"]
 Part = Literal["train", "test"]
@@ -227,14 +229,22 @@ class Transform:
     scale: float = 255.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    pad: int = 0
+    pad: CountOrZero = 0
     flip: bool = False
     look: Look | None = None
 
     def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("scale", "pad", "flip")}
+        for name, value in validated(Transform, given, "Transform", skip=("mean", "std", "look")).items():
+            object.__setattr__(self, name, value)
         for name in ("mean", "std"):
-            given = torch.as_tensor(getattr(self, name), dtype=torch.float64)  # numbers of Python keep all their digits
-            object.__setattr__(self, name, tuple(given.flatten().tolist()))
+            try:  # in double precision numbers of Python keep all their digits
+                values = torch.as_tensor(getattr(self, name), dtype=torch.float64).flatten().tolist()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise WrongUse(
+                    f"`Transform.{name}` is {told(getattr(self, name))}: give a number for each channel, or one."
+                ) from error
+            object.__setattr__(self, name, tuple(values))
         if len(self.mean) != len(self.std):
             raise WrongUse(
                 f"`Transform` has {len(self.mean)} values of `mean` and {len(self.std)} of `std`: give one of each for "
@@ -311,6 +321,13 @@ def check_transform(transform: object, name: str) -> None:
             f"The transform of `{name}` is a `{type(transform).__name__}`, and only a `clframe.Transform` (scale, "
             "mean, std, pad, flip) can be kept with a run: give that, and call other functions on the images before."
         )
+
+
+def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
+    """Return the names of the classes of the scenario `name` as texts. Raises `WrongUse` if they are no list."""
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+        raise WrongUse(f"The class names of `{name}` are {told(class_names)}: give a list with one for each label.")
+    return tuple(map(str, class_names))
 
 
 @lru_cache(maxsize=64)
@@ -410,9 +427,9 @@ class Scenario:
     ) -> None:
         self.name = name
         self.setting: Setting = setting
-        self.classes = tuple(tuple(group) for group in classes)
-        self.class_names = tuple(class_names)
-        self.input_shape = tuple(input_shape)
+        self.classes = tuple(tuple(int(label) for label in group) for group in classes)
+        self.class_names = names_of(class_names, name)
+        self.input_shape = tuple(int(size) for size in input_shape)
         check_transform(transform, name)
         self.transform = transform or Transform()
         self.transform.check(name, self.input_shape)

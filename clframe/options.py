@@ -170,7 +170,7 @@ def suited(hint: Any, value: Any) -> Any:
     if isinstance(value, dict) and (of := _first(members, dict)):
         held = (get_args(of) or (Any, Any))[1]
         return {name: suited(held, item) for name, item in value.items()}
-    if isinstance(value, list | tuple) and (of := _first(members, list, tuple, Sequence)):
+    if isinstance(value, list | tuple | range) and (of := _first(members, list, tuple, Sequence)):
         hints = [hint for hint in get_args(of) if hint is not ...] or [Any]
         items = [suited(hints[min(i, len(hints) - 1)], item) for i, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) and (of is Any or _holds(of, tuple)) else items

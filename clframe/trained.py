@@ -19,7 +19,9 @@ from clframe.evaluate import Reading, Readings
 from clframe.listing import LeftOut
 from clframe.look import Look
 from clframe.model import evaluating, masked
+from clframe.options import suited
 from clframe.reading import expanded
+from clframe.texts import told
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,7 +133,9 @@ class Trained(nn.Module):
 
         Raises `WrongUse` if the run has no reading without a task and none is given, or has not learnt that task.
         """
+        task = _asked(task)
         self.reading(task)
+        images = torch.as_tensor(images)
         if isinstance(task, int):
             task = torch.full((len(images),), task, device=images.device)
         with evaluating(self), torch.no_grad():
@@ -161,11 +165,11 @@ class Trained(nn.Module):
         if fitted["floor"] is None:
             return f"{of} was fitted to {count} held out."
         names = [self.class_names[c] for c in fitted["classes"]]
-        told = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         return (
-            f"{of} rests on {count} held out of new classes only ({told}), and none of those that were learned before: "
-            f"the temperature was kept at {fitted['floor']:.3g} or more, and the confidence may still be too high for "
-            "old classes."
+            f"{of} rests on {count} held out of new classes only ({listed}), and none of those that were learned "
+            f"before: the temperature was kept at {fitted['floor']:.3g} or more, and the confidence may still be too "
+            "high for old classes."
         )
 
     def predict(
@@ -192,9 +196,11 @@ class Trained(nn.Module):
             DataError: if a file is missing or no image, or a folder has none.
             WrongUse: if a task is missing or is not known, or the images do not suit the model.
         """
+        task = _asked(task)
         self.reading(task)
-        if top < 1:
-            raise WrongUse(f"`top` is {top}; it must be 1 at least.")
+        top = suited(int, top)
+        if type(top) is not int or top < 1:
+            raise WrongUse(f"`top` is {told(top)}; it must be a whole number, 1 at least.")
         paths: Sequence[Path | None]
         raw = self._stacked(images)
         if raw is None:
@@ -216,8 +222,8 @@ class Trained(nn.Module):
             if problems and skipped is None:
                 continue  # all files that cannot be read are told at once
             if read:
-                told = task[list(read)] if isinstance(task, Tensor) and task.dim() else task
-                found += self._answers([paths[i] for i in read], torch.stack(list(read.values())), told, top)
+                of_read = task[list(read)] if isinstance(task, Tensor) and task.dim() else task
+                found += self._answers([paths[i] for i in read], torch.stack(list(read.values())), of_read, top)
         if problems and skipped is None:
             raise DataError("\n".join(problems))
         if skipped is not None:
@@ -248,7 +254,7 @@ class Trained(nn.Module):
         """
         from clframe.export import export  # it is needed by few
 
-        return export(self, expanded(path), format, task)
+        return export(self, expanded(path), format, cast("int | None", _asked(task)))
 
     def _stacked(self, images: Files | Images | Image.Image | Sequence[Image.Image]) -> Tensor | None:
         """Arrays as one [B, ...]; None of files. Raises `WrongUse` if they are not as the model takes them."""
@@ -274,7 +280,10 @@ class Trained(nn.Module):
             if len(shapes) > 1:
                 raise WrongUse(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
             images = torch.stack([torch.as_tensor(image) for image in given])
-        raw = torch.as_tensor(images)
+        try:
+            raw = torch.as_tensor(images)
+        except TypeError as error:
+            raise WrongUse(f"The images cannot become a tensor ({error}): give an array of numbers.") from error
         if raw.shape[1:] != self.scenario.input_shape:
             raise WrongUse(
                 f"The images are {list(raw.shape[1:])}, and this model takes {list(self.scenario.input_shape)}."
@@ -306,6 +315,20 @@ class Trained(nn.Module):
             ]
             found.append(Prediction(path, tuple(answers)))
         return found
+
+
+def _asked(task: Any) -> Tensor | int | None:
+    """Return `task`, one or one for each image, as a number or a tensor of whole numbers. Raises `WrongUse`."""
+    if task is None or isinstance(task, Tensor):
+        whole = task
+    elif type(whole := suited(int, task)) is not int:
+        try:
+            whole = torch.as_tensor(task)
+        except (TypeError, ValueError, RuntimeError):
+            whole = torch.empty(0)
+    if isinstance(whole, Tensor) and (whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool):
+        raise WrongUse(f"`task` is {told(task)}; it must be one whole number, or one for each image.")
+    return cast("Tensor | int | None", whole)
 
 
 def _kind(image: object) -> str | None:
