@@ -114,6 +114,11 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
         lines, notes = bench.measure(data_root, repetitions // 3, bench.REPLAY, ("clframe", "avalanche"))
         return lines, [*notes, bench.herding_time()]
 
+    def start_cost() -> Measured:
+        import start_cost
+
+        return start_cost.measure(repetitions)
+
     def streaming() -> Measured:
         import streaming
 
@@ -125,6 +130,7 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
         "fisher_cost": (fisher_cost, False),
         "growth": (growth, True),
         "method_cost": (method_cost, True),
+        "start_cost": (start_cost, False),
         "streaming": (streaming, False),
         "avalanche": (avalanche, True),
         "replay": (replay, True),

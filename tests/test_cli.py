@@ -432,26 +432,17 @@ def test_completion_of_commands_and_names():
     assert set(completed("clframe run --model mlp", "mlp")) == {"mlp", "mlp-100"}
 
 
-# what is imported, and how long it takes
+# what is imported (benchmarks/start_cost.py has the time)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins", "list"], ["scenarios", "list"], ["--version"]])
-def test_looking_around_takes_little_and_imports_no_torch(arguments):
+def test_looking_around_imports_no_torch(arguments):
     code = (
-        "import resource, sys; from clframe.cli.main import main; main(sys.argv[1:]); "
-        "used = resource.getrusage(resource.RUSAGE_SELF); heavy = {'torch', 'torchvision', 'avalanche', 'pydantic'}; "
-        "print(used.ru_utime + used.ru_stime, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+        "import sys; from clframe.cli.main import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'torchvision', 'avalanche', 'pydantic'} & set(sys.modules)), file=sys.stderr)"
     )
     call = [sys.executable, "-c", code, *arguments]
-    least = float("inf")
-    for _ in range(8):  # what else the machine does only adds to it
-        told = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stderr
-        seconds, modules = told.split(" ", 1)
-        assert modules == "[]\n"
-        least = min(least, float(seconds))
-        if least < 0.4:
-            return
-    assert least < 0.4
+    assert subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stderr == "[]\n"
 
 
 # the live display

@@ -23,11 +23,10 @@ def kill_resume() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("method", "kills"), [("fine-tuning", 2), ("ewc", 3)])
-def test_a_killed_run_resumes_to_the_same_bytes(kill_resume: ModuleType, tmp_path: Path, method: str, kills: int):
-    given = kill_resume.arguments(method)
+def test_a_killed_run_resumes_to_the_same_bytes(kill_resume: ModuleType, tmp_path: Path):
+    given = kill_resume.arguments("ewc", iterations=150)
     expected = kill_resume.reference(given, tmp_path / "whole")
-    done, trials = 0, 0
+    kills, done, trials = 2, 0, 0
     while done < kills:  # a process that finished before its kill came due does not count
         trials += 1
         assert trials < 10
