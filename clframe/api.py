@@ -52,7 +52,7 @@ from clframe.reading import expanded, held_by, read_text
 from clframe.record import described_in, results_of, scenario_of, split_of
 from clframe.results import Results
 from clframe.single import single_image_problems
-from clframe.streams import stream_problems
+from clframe.streams import following, stream_problems
 from clframe.texts import cut, told
 from clframe.trained import Trained
 
@@ -588,7 +588,8 @@ def _build(
     `restored` are all given later: none are downloaded.
     """
     if scenario is None:
-        scenario = registry.build_scenario(_by_name(config.scenario, "scenario"), config.run)
+        with following(learned=base is not None):
+            scenario = registry.build_scenario(_by_name(config.scenario, "scenario"), config.run)
     if base is not None:
         with held_by((folder.path if folder else Path(config.run.extends or "")) / BASE):
             before = scenario_of(base)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from clframe.data import ImageData, Part, Scenario, Setting, Transform, check_transform, names_of
+from clframe.duplicates import Duplicates, digests, settled
 from clframe.errors import DataError, WrongUse
 from clframe.images import Images, LazyImages
 from clframe.options import validated
 from clframe.reading import expanded
 from clframe.texts import told
+from clframe.values import check_images
 
 PIECE = 1 << 23  # bytes
 ARRAYS = {  # the fields of `Arrays` that hold values, in words
@@ -69,7 +72,8 @@ class Arrays:
         notes: sentences on the data, such as what was left out.
 
     Raises:
-        DataError: if images and labels do not fit each other or the class names.
+        DataError: if images and labels do not fit each other or the class names, or the images are not as `transform`
+            and a network take them (`clframe.values`).
         WrongUse: if the transform is none of clframe's.
     """
 
@@ -86,10 +90,16 @@ class Arrays:
     def __post_init__(self) -> None:
         check_transform(self.transform, self.name)
         self.class_names = names_of(self.class_names, self.name)
+        same = self.x_train is self.x_test
         for name, what in ARRAYS.items():
             setattr(self, name, _taken(getattr(self, name), f"{what} of `{self.name}`"))
+        if same:
+            self.x_test = self.x_train
         self.y_train = self._checked("training", self.x_train, self.y_train)
         self.y_test = self._checked("test", self.x_test, self.y_test)
+        for part, x in (("training", self.x_train), ("test", self.x_test))[: 1 if same else 2]:
+            if isinstance(x, Tensor):
+                check_images(x, self.transform.scale, f"{part} images of `{self.name}`")
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             raise DataError(
                 f"The training images of `{self.name}` are {list(self.x_train.shape[1:])}, the test images "
@@ -139,14 +149,63 @@ class Arrays:
             return torch.cat([(y == c).nonzero().flatten()[:per_class] for c in sorted(set(y.tolist()))]).sort().values
 
         train, test = first(self.y_train), first(self.y_test)
+        x_train = self.x_train[train]
+        one = self.x_test is self.x_train and torch.equal(train, test)
         return replace(
             self,
-            x_train=self.x_train[train],
+            x_train=x_train,
             y_train=self.y_train[train],
-            x_test=self.x_test[test],
+            x_test=x_train if one else self.x_test[test],
             y_test=self.y_test[test],
             sha256="",
         )
+
+    def without_duplicates(self, duplicates: Duplicates) -> Arrays:
+        """Return these arrays with a note on images in memory that training and test share; ``drop`` leaves them out.
+
+        Two images are the same if their bytes are. One tensor that is given for training and for test is on purpose: a
+        note says so, whatever `duplicates` is. Images in files are compared where they are listed.
+
+        Raises:
+            DataError: with ``refuse``, if there are such images; with ``drop``, if a class would have no others.
+        """
+        x, tests = self.x_train, self.x_test
+        if isinstance(x, LazyImages) or isinstance(tests, LazyImages):
+            return self
+        if x is tests:
+            return self._noted(f"`{self.name}` is tested with the images that are learned: one tensor is both.")
+        of_tests = digests(tests)
+        position = {digest: i for i, digest in reversed(list(enumerate(of_tests)))}
+        shared = [(i, digest) for i, digest in enumerate(digests(x)) if digest in position]
+        if not shared:
+            return self
+        learned = {digest for _, digest in shared}
+        first, digest = shared[0]
+        note = settled(
+            duplicates,
+            sum(digest in learned for digest in of_tests),
+            len(tests),
+            len(shared),
+            f"`{self.name}`",
+            f"training image {first} and test image {position[digest]}, counted from 0",
+            option="duplicates=",
+        )
+        if duplicates == "keep":
+            return self._noted(note)
+        stays = torch.ones(len(x), dtype=torch.bool)
+        stays[[i for i, _ in shared]] = False
+        y = self.y_train[stays]
+        if gone := sorted(set(self.y_train.tolist()) - set(y.tolist())):
+            raise DataError(
+                f"All training images of the class `{self.class_names[gone[0]]}` of `{self.name}` are test images, "
+                "too, so that `duplicates=drop` leaves none: give it others."
+            )
+        return replace(self, x_train=x[stays], y_train=y, sha256="", notes=(*self.notes, note))
+
+    def _noted(self, note: str) -> Arrays:
+        noted = copy(self)
+        noted.notes = (*self.notes, note)
+        return noted
 
     def move(self, device: torch.device) -> None:
         """Hold all tensors on `device`."""
@@ -196,6 +255,7 @@ def split_classes(
     setting: Setting = "class",
     first: int | None = None,
     order: Sequence[int] | None = None,
+    duplicates: Duplicates | None = "refuse",
 ) -> Scenario:
     """A scenario whose experiences bring disjoint groups of classes.
 
@@ -206,14 +266,24 @@ def split_classes(
         setting: in ``domain`` the label is the class's place within its group.
         first: classes in the first group; by default all groups are of one size.
         order: permutation of the class numbers; by default as the data set numbers them.
+        duplicates: what is done about images that training and test share: ``refuse``, ``drop`` them from training, or
+            ``keep`` them (`Arrays.without_duplicates`); None: they are not looked for, as in published data sets.
 
     Raises:
         WrongUse: if the classes cannot be divided so, or `order` is no permutation.
+        DataError: if training and test share images, and `duplicates` is ``refuse``.
     """
     _check_arrays(name, arrays)
-    asked = {"experiences": experiences, "setting": setting, "first": first, "order": order}
+    asked = {
+        "experiences": experiences,
+        "setting": setting,
+        "first": first,
+        "order": order,
+        "duplicates": duplicates,
+    }
     taken = validated(split_classes, asked, "scenario", skip=("name", "arrays"))
     experiences, first, order = taken["experiences"], taken["first"], taken["order"]
+    arrays = arrays.without_duplicates(duplicates) if duplicates is not None else arrays
     total = len(arrays.class_names)
     order = list(order) if order is not None else list(range(total))
     if sorted(order) != list(range(total)):
@@ -299,6 +369,7 @@ def change_domains(
     *,
     experiences: int,
     setting: Setting = "domain",
+    duplicates: Duplicates | None = "refuse",
 ) -> Scenario:
     """A scenario whose experiences show all classes, each time changed in another way.
 
@@ -308,14 +379,17 @@ def change_domains(
         change: ``change(i, x)`` gives the raw images `x` as experience i shows them.
         experiences: how many.
         setting: in ``domain`` all experiences share their labels; else each brings labels of its own.
+        duplicates: as in `split_classes`, of the images before they are changed.
 
     Raises:
+        DataError: if training and test share images, and `duplicates` is ``refuse``.
         WrongUse: if `change` is no function of two arguments, or does not give images of the same number and shape.
     """
     _check_arrays(name, arrays)
-    asked = {"experiences": experiences, "setting": setting}
+    asked = {"experiences": experiences, "setting": setting, "duplicates": duplicates}
     experiences = validated(change_domains, asked, "scenario", skip=("name", "arrays", "change"))["experiences"]
     _check_change(name, change)
+    arrays = arrays.without_duplicates(duplicates) if duplicates is not None else arrays
     total = len(arrays.class_names)
     apart = setting != "domain"
 

@@ -17,6 +17,7 @@ from clframe.images import Images, LazyImages, joined
 from clframe.look import Look
 from clframe.options import CountOrZero, validated
 from clframe.texts import told
+from clframe.values import check_images
 
 Setting = Literal["class", "task", "domain"]
 Part = Literal["train", "test"]
@@ -441,6 +442,7 @@ class Scenario:
         self.known: tuple[int, ...] = (len(self.classes),)
         self.val_share = 0.0
         self._val_seed = 0
+        self._seen: set[tuple[int, Part]] = set()  # whose images were checked
         seen = 0
         for i, group in enumerate(self.classes):
             new = [label for label in group if label >= seen]
@@ -465,7 +467,7 @@ class Scenario:
             raise IndexError(f"Scenario `{self.name}` has {len(self)} experiences, none with number {index}.")
 
         def load(part: str) -> ImageData:
-            data = self._load(index, "test") if part == "test" else self._train_or_val(index, part)
+            data = self._checked(index, "test") if part == "test" else self._train_or_val(index, part)
             return data.of_task(index)
 
         return Experience(index, index, self.classes[index], load)
@@ -512,8 +514,18 @@ class Scenario:
         if self._move:
             self._move(device)
 
+    def _checked(self, index: int, part: Part) -> ImageData:
+        """Return what `load` gives. Raises `DataError` if its images are not as `transform` and a network take them."""
+        data = self._load(index, part)
+        if (index, part) not in self._seen:
+            if isinstance(data.images, Tensor):
+                words = f"{'training' if part == 'train' else 'test'} images of experience {index + 1} of `{self.name}`"
+                check_images(data.images, self.transform.scale, words)
+            self._seen.add((index, part))
+        return data
+
     def _train_or_val(self, index: int, part: str) -> ImageData:
-        data = self._load(index, "train")
+        data = self._checked(index, "train")
         held = torch.zeros(len(data), dtype=torch.bool)
         if self.val_share:
             generator = torch.Generator().manual_seed(self._val_seed * 10_007 + index)

@@ -17,9 +17,10 @@ from clframe.data import Experience, ImageData, Part, Scenario
 from clframe.engine import Engine
 from clframe.errors import DataError, WrongUse, did_you_mean
 from clframe.folder import read_model
+from clframe.listing import LeftOut, is_hidden
 from clframe.options import options_of
 from clframe.plugin import Plugin
-from clframe.reading import expanded, held_by
+from clframe.reading import expanded, held_by, reason, shown
 from clframe.record import described_in, scenario_of
 from clframe.results import read_results
 from clframe.state import position_of
@@ -126,13 +127,14 @@ class Base:
         return [plugin for plugin in plugins if not plugin.observer and plugin.name not in self.methods]
 
 
-def old_images(folder: Path, scenario: Scenario, experience: Experience) -> Experience:
+def old_images(folder: Path, scenario: Scenario, experience: Experience, left: LeftOut | None = None) -> Experience:
     """`experience`, whose training images are those in `folder`, of any class that `scenario` has had until then.
 
     Args:
         folder: one folder of image files for each class, named like it.
         scenario: as far as it was learned.
         experience: its last.
+        left: what the folder holds beside images is added.
 
     Raises:
         DataError: if there is no such folder, or an image cannot be read.
@@ -140,9 +142,12 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience) -> Expe
     """
     if not folder.is_dir():
         raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
-    learned = {scenario.class_names[c]: c for classes in scenario.classes for c in classes}
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if strangers := [path.name for path in found if path.name not in learned]:
+    learned = {_plain(scenario.class_names[c]): c for classes in scenario.classes for c in classes}
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    except OSError as error:
+        raise DataError(f"`run.old_images` is {shown(folder)}, which cannot be read: {reason(error)}.") from error
+    if strangers := [path.name for path in found if _plain(path.name) not in learned]:
         raise WrongUse(
             f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
             "class that its images are of." + did_you_mean(strangers[0], learned)
@@ -150,9 +155,9 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience) -> Expe
     look = scenario.transform.look or images.look_of(scenario.input_shape)
     read, labels = [], []
     for path in found:
-        files = images.image_files([path])
+        files = images.image_files([path], left)
         read += [images.read_image(file, look, scenario.transform.scale) for file in files]
-        labels += [learned[path.name]] * len(files)
+        labels += [learned[_plain(path.name)]] * len(files)
     if not read:
         raise WrongUse(f"{folder} has no folder of images; it needs one for each class, named like it.")
     y = torch.tensor(labels)
@@ -171,7 +176,10 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
     run = engine.run
     experience = run.experience
     if run.config.run.old_images is not None:
-        experience = old_images(expanded(run.config.run.old_images), run.scenario, experience)
+        folder, left = expanded(run.config.run.old_images), LeftOut()
+        experience = old_images(folder, run.scenario, experience, left)
+        for note in left.told(shown(folder)):
+            run.emit("message", text=note)
     for plugin in plugins:
         for name, call in engine.callers["after_experience"]:
             if name == plugin.name:
@@ -226,14 +234,13 @@ def extended(old: Scenario, coming: Scenario) -> Scenario:
     if problems:
         raise WrongUse(*problems)
     names = list(old.class_names[: _seen(old.classes)])
-    known = [unicodedata.normalize("NFC", name) for name in names]  # systems write one name in several forms
+    known = [_plain(name) for name in names]
     table = torch.zeros(len(coming.class_names), dtype=torch.int64)
     for label, name in enumerate(coming.class_names[: _seen(coming.classes)]):
-        plain = unicodedata.normalize("NFC", name)
-        if plain not in known:
+        if _plain(name) not in known:
             names.append(name)
-            known.append(plain)
-        table[label] = known.index(plain)
+            known.append(_plain(name))
+        table[label] = known.index(_plain(name))
     n, shape = len(old), old.input_shape
 
     def load(index: int, part: Part) -> ImageData:
@@ -258,6 +265,11 @@ def extended(old: Scenario, coming: Scenario) -> Scenario:
     )
     joined.known = (*old.known, len(joined))
     return joined
+
+
+def _plain(name: str) -> str:
+    """Return the name of a class in one Unicode form (NFC), to compare it: systems write one name in several."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _seen(classes: Sequence[Sequence[int]]) -> int:

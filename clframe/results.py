@@ -93,13 +93,15 @@ class Results:
         }
 
     def notes(self) -> list[str]:
-        """Sentences on what the figures leave out."""
+        """Sentences on the data, such as which images were left out, and on what the figures leave out."""
+        of_data = list(self.data.get("notes", []))
         if not self.data.get("extends"):
-            return []
+            return of_data
         return [
+            *of_data,
             "Classes learned before this extension were not measured, as a finished run keeps no images: how much of "
             "them is forgotten is not known. To measure it, let `clframe predict` answer test images of old classes, "
-            "or run all experiences in one run."
+            "or run all experiences in one run.",
         ]
 
     def confusion_matrix(self, reading: str = "class") -> list[list[int]]:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from clframe import registry
 
 if TYPE_CHECKING:
     from clframe.context import Run
+
+
+_FEWER = "give each experience two classes at least, such as by fewer `scenario.experiences`"
+_following = ContextVar("following", default=False)
+
+
+@contextmanager
+def following(learned: bool) -> Iterator[None]:
+    """Inside, a scenario is built that follows what a finished run has `learned`: one class is enough, then."""
+    token = _following.set(learned)
+    try:
+        yield
+    finally:
+        _following.reset(token)
+
+
+def least_classes() -> int:
+    """Return how many classes a scenario must have: two to tell apart, or one that follows others."""
+    return 1 if _following.get() else 2
 
 
 def first_return(classes: Sequence[Sequence[int]]) -> tuple[int, int, int] | None:
@@ -86,10 +107,11 @@ def single_class_problems(run: Run) -> list[str]:
     others = f", or choose `{serving[0]}`" if serving[0] else ""
     name = scenario.class_names[scenario.classes[single[0]][0]]
     more = f" (and {len(single) - 1} more)" if len(single) > 1 else ""
+    alone = len({label for i in to_come for label in scenario.classes[i]}) == 1
+    advice = "add two classes at least" if alone else _FEWER
     return [
         f"Experience {single[0] + 1} of `{scenario.name}`{more} has one class, `{name}`, and with "
-        f"`train.logits={run.logits}` the loss among the classes of one experience is then always 0: give each "
-        f"experience two classes at least, such as by fewer `scenario.experiences`{others}."
+        f"`train.logits={run.logits}` the loss among the classes of one experience is then always 0: {advice}{others}."
     ]
 
 

@@ -22,6 +22,7 @@ from clframe.model import evaluating, masked
 from clframe.options import suited
 from clframe.reading import expanded
 from clframe.texts import told
+from clframe.values import check_values
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,11 +132,16 @@ class Trained(nn.Module):
     def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
         """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
 
-        Raises `WrongUse` if the run has no reading without a task and none is given, or has not learnt that task.
+        Raises `WrongUse` if the run has no reading without a task and none is given, or has not learnt that task; if
+        the images are of another shape, or their values are not raw ones.
         """
         task = _asked(task)
         self.reading(task)
         images = torch.as_tensor(images)
+        self._check(images)
+        return self._scored(images, task)
+
+    def _scored(self, images: Tensor, task: Tensor | int | None) -> Tensor:
         if isinstance(task, int):
             task = torch.full((len(images),), task, device=images.device)
         with evaluating(self), torch.no_grad():
@@ -284,11 +290,24 @@ class Trained(nn.Module):
             raw = torch.as_tensor(images)
         except TypeError as error:
             raise WrongUse(f"The images cannot become a tensor ({error}): give an array of numbers.") from error
-        if raw.shape[1:] != self.scenario.input_shape:
-            raise WrongUse(
-                f"The images are {list(raw.shape[1:])}, and this model takes {list(self.scenario.input_shape)}."
-            )
+        self._check(raw)
         return raw
+
+    def _check(self, images: Tensor) -> None:
+        """Raise `WrongUse` if raw `images` are not as the model takes them."""
+        shape, scale = self.scenario.input_shape, self.scenario.transform.scale
+        if images.shape[1:] != shape:
+            last = images.dim() == 4 and (images.shape[3], *images.shape[1:3]) == tuple(shape)
+            raise WrongUse(
+                f"The images are {list(images.shape[1:])}, and this model takes {list(shape)}"
+                + (": channels come first, as `x.permute(0, 3, 1, 2)` of a tensor gives them." if last else ".")
+            )
+        if images.dtype == torch.uint8:  # one image may be as good as black
+            return
+        try:
+            check_values(images, scale, "images", f"give raw values as those that were learned, from 0 to {scale:g}")
+        except DataError as error:
+            raise WrongUse(str(error)) from error
 
     def _read(self, paths: Sequence[Path | None], part: range, problems: list[str]) -> dict[int, Tensor]:
         """The images of `part` by position; a sentence in `problems` on each that cannot be read."""
@@ -303,7 +322,7 @@ class Trained(nn.Module):
     def _answers(
         self, paths: Sequence[Path | None], images: Tensor, task: Tensor | int | None, top: int
     ) -> list[Prediction]:
-        scores = self(images, task)
+        scores = self._scored(images, task)
         shares = self.confidences(scores, task)
         labels = scores.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
         found = []

@@ -81,7 +81,14 @@ def benchmark(
     name = f"avalanche:{variant}"
     if variant in DOMAINS:
         change = permutations(seed, experiences) if variant == "PermutedMNIST" else turns(seed, experiences, rotations)
-        return change_domains(name, arrays.limited(limit), change, experiences=experiences, setting=setting or "domain")
+        return change_domains(
+            name,
+            arrays.limited(limit),
+            change,
+            experiences=experiences,
+            setting=setting or "domain",
+            duplicates=None,
+        )
     if variant == "SplitCIFAR110":
         first = 10
         order = [*range(10), *_of_cifar100(order, seed)]

@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from clframe.arrays import Arrays
 from clframe.data import Part, Transform
+from clframe.duplicates import Duplicates, settled
 from clframe.errors import DataError
 from clframe.images import Files, Held, Images, LazyImages, bytes_of, cores
 from clframe.look import LARGEST_FILE, Look, Mode
 from clframe.reading import Unreadable, read_bytes
 from clframe.scenarios.streams import random_of
+from clframe.streams import least_classes
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
-
-Duplicates = Literal["refuse", "drop", "keep"]
 
 # of photographs: mean and standard deviation of ImageNet's channels, and of their grey
 NORMS: dict[Mode, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -245,16 +245,10 @@ def without_twins(
             )
         )
         n_tests = sum(e.part == "test" for e in entries)
-        told = f"{len(tested)} of the {n_tests} test images of {what} are training images, too, such as {pair}"
-        if duplicates == "refuse":
-            raise DataError(
-                f"{told}: leave them out of training with `--set scenario.duplicates=drop`, or keep them with "
-                "`--set scenario.duplicates=keep`."
-            )
-        if duplicates == "drop":
-            gone = set(learnt)
-            told += f": {len(learnt)} training images are left out"
-        notes.append(f"{told} (`scenario.duplicates={duplicates}`).")
+        notes.append(
+            settled(duplicates, len(tested), n_tests, len(learnt), what, pair, option="--set scenario.duplicates=")
+        )
+        gone = set(learnt) if duplicates == "drop" else gone
     repeated = [
         members
         for twins in several
@@ -307,7 +301,7 @@ def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None
         )
     if untested := sorted(parts["train"].keys() - parts["test"].keys(), key=by_name):
         raise DataError(f"{classes(untested)} in {what} has no test images; add some, or leave out the class.")
-    if len(parts["train"]) < 2:
+    if len(parts["train"]) < least_classes():
         only = f", `{next(iter(parts['train']))}`" if parts["train"] else ""
         raise DataError(f"{what} has {len(parts['train'])} class{only}; there must be two at least to tell apart.")
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
+from clframe.duplicates import Duplicates
 from clframe.errors import DataError
 from clframe.listing import HIDDEN, SILENT, SUFFIXES, LeftOut, is_hidden, walk
 from clframe.look import Crop, Look, Mode
@@ -18,7 +19,6 @@ from clframe.options import Count, CountOrZero
 from clframe.reading import expanded, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
-    Duplicates,
     Entry,
     by_name,
     check_classes,
@@ -31,6 +31,7 @@ from clframe.scenarios.files import (
     reduced,
 )
 from clframe.scenarios.streams import Order, documented, split
+from clframe.streams import least_classes
 
 TestShare = Annotated[float, Field(gt=0, lt=1)]
 # names of folders that hold a part of the images, and no class
@@ -82,7 +83,7 @@ def split_folder(
         notes.append(f"{classes([name for name, _ in empty])} has no images and is left out (`scenario.skip_empty`).")
     what = str(root)
     labels = {e.label for e in entries}
-    if len(labels) < 2:
+    if len(labels) < least_classes():
         only = f"one class, `{next(iter(labels))}`" if labels else "no class folders with images"
         raise DataError(f"{what} has {only}; it must hold a folder for each class, and two classes at least.")
     if entries[0].part is None:

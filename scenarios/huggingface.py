@@ -12,6 +12,7 @@ from typing import Any
 
 from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
+from clframe.duplicates import Duplicates
 from clframe.errors import ClframeError, DataError, WrongUse
 from clframe.look import LARGEST_FILE, Crop, Look, Mode
 from clframe.options import Count, CountOrZero
@@ -19,7 +20,6 @@ from clframe.reading import expanded, read_bytes
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
-    Duplicates,
     Entry,
     by_name,
     check_classes,

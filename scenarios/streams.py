@@ -89,7 +89,9 @@ def split(
         count = len(arrays.class_names)
         order = random_of(seed).permutation(count).tolist() if order == "random" else list(range(count))
     arrays = arrays.limited(limit)
-    return split_classes(name, arrays, experiences=experiences, setting=setting, first=first, order=order)
+    return split_classes(
+        name, arrays, experiences=experiences, setting=setting, first=first, order=order, duplicates=None
+    )
 
 
 def permuted(
@@ -105,7 +107,9 @@ def permuted(
         order = torch.from_numpy(random_of(seed, i).permutation(pixels.shape[2])).to(x.device)
         return pixels.gather(2, order.expand_as(pixels)).view_as(x)  # ten times as fast as index_select
 
-    return change_domains(name, arrays.limited(limit), permute, experiences=experiences, setting=setting)
+    return change_domains(
+        name, arrays.limited(limit), permute, experiences=experiences, setting=setting, duplicates=None
+    )
 
 
 def rotated(
@@ -116,7 +120,8 @@ def rotated(
     def turn(i: int, x: Tensor) -> Tensor:
         return rotate(x, max_angle * i / experiences)
 
-    return change_domains(name, arrays.limited(limit), turn, experiences=experiences, setting=setting)
+    arrays = arrays.limited(limit)
+    return change_domains(name, arrays, turn, experiences=experiences, setting=setting, duplicates=None)
 
 
 def rotate(x: Tensor, degrees: float, *, chunk: int = 1024) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 
 from clframe.arrays import Arrays, suits
 from clframe.data import ImageData, Part, Scenario, Setting
+from clframe.duplicates import Duplicates
 from clframe.errors import ClframeError, DataError, WrongUse, did_you_mean
 from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
 from clframe.reading import expanded, open_regular, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
-    Duplicates,
     Entry,
     by_name,
     check_classes,

@@ -1,0 +1,51 @@
+"""The same image in training and in test, found by its bytes: refused, left out of training, or kept."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from torch import Tensor
+
+from clframe.errors import DataError
+
+Duplicates = Literal["refuse", "drop", "keep"]
+ROWS = 1024  # that a thread reads at a time
+
+
+def settled(
+    duplicates: Duplicates, tested: int, tests: int, learned: int, what: str, example: str, *, option: str
+) -> str:
+    """Return the sentence on images that are learned and tested, for the notes on the data.
+
+    Args:
+        duplicates: what is done about them.
+        tested: how many test images are training images, too.
+        tests: how many test images there are.
+        learned: how many training images are test images, too.
+        what: the data set.
+        example: two of them.
+        option: how the user gives `duplicates`, up to its value.
+
+    Raises:
+        DataError: with ``refuse``.
+    """
+    told = f"{tested} of the {tests} test images of {what} are training images, too, such as {example}"
+    if duplicates == "refuse":
+        raise DataError(f"{told}: leave them out of training with `{option}drop`, or keep them with `{option}keep`.")
+    if duplicates == "drop":
+        told += f": {learned} training images are left out"
+    return f"{told} (`{option.removeprefix('--set ')}{duplicates}`)."
+
+
+def digests(x: Tensor) -> list[bytes]:
+    """Return the SHA-256 of each row of `x` [N, ...], by several threads."""
+    rows = x.detach().cpu().contiguous().flatten(1) if x.dim() > 1 else x.detach().cpu().contiguous()[:, None]
+
+    def some(start: int) -> list[bytes]:
+        values = rows[start : start + ROWS].numpy()
+        return [hashlib.sha256(row.data).digest() for row in values]
+
+    with ThreadPoolExecutor() as pool:
+        return [digest for part in pool.map(some, range(0, len(rows), ROWS)) for digest in part]

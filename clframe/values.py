@@ -1,0 +1,74 @@
+"""What the values of images in memory tell of a mistake: one rule, wherever arrays come in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clframe.errors import DataError
+
+DIVIDING = 8  # a `Transform.scale` of this or more is of raw values, such as those of 8 bits, and not of floats up to 1
+UNIT = 1.05  # the most that floats from 0 to 1 reach: resizing may overshoot
+NORMALIZED = 64.0  # the most that normalized values reach: pixels that are nearly constant have small deviations
+CHANNELS = (1, 3, 4)
+SIDE = 4  # pixels: above this a size is that of a side of an image
+
+
+def check_shape(shape: Sequence[int], what: str) -> None:
+    """Raise `DataError` if arrays of `shape` [N, ...], the images `what`, have their channels last."""
+    if len(shape) != 4 or shape[3] not in CHANNELS or shape[1] in CHANNELS or min(shape[1:3]) <= SIDE:
+        return
+    raise DataError(
+        f"The {what} are {list(shape[1:])}, which is height, width and channels, and channels come first: give "
+        "`x.permute(0, 3, 1, 2)` of a tensor, `x.transpose(0, 3, 1, 2)` of a NumPy array."
+    )
+
+
+def check_images(x: Tensor, scale: float, what: str) -> None:
+    """Raise `DataError` if images in memory, to learn from or to test with, are not as a network takes them.
+
+    Args:
+        x: [N, ...] of any type.
+        scale: `clframe.Transform.scale` of their data set.
+        what: the images, in a sentence.
+    """
+    check_shape(x.shape, what)
+    check_values(x, scale, what, f"give `clframe.Transform(scale=1)`, or values from 0 to {scale:g}")
+
+
+def check_values(x: Tensor, scale: float, what: str, remedy: str) -> None:
+    """Raise `DataError` if the values of raw images are not those that `scale`, by which they are divided, is for.
+
+    Refused are values that are not finite; and, where `scale` is 8 at least, values that can only be 0 to 1, or
+    normalized.
+
+    Args:
+        x: [N, ...] of any type.
+        scale: `clframe.Transform.scale`.
+        what: the images, in a sentence.
+        remedy: what to do about images of another scale, in a sentence.
+    """
+    if not x.numel():
+        return
+    if x.is_complex():
+        raise DataError(f"The {what} are complex numbers ({x.dtype}): give real ones.")
+    low, high = (float(value) for value in (x.to(torch.uint8) if x.dtype == torch.bool else x).aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
+        bad = ~torch.isfinite(x).flatten(1).all(1) if x.dim() > 1 else ~torch.isfinite(x)
+        count, first = int(bad.sum()), int(bad.nonzero()[0])
+        raise DataError(
+            f"The {what} have values that are not finite (NaN or infinity) in {count} of the {len(x)}, the first in "
+            f"image {first}, counted from 0: mend these values or leave such images out."
+        )
+    if scale < DIVIDING:
+        return
+    divided = f"and are divided by {scale:g} (`Transform.scale`)"
+    if low >= 0 and 0 < high <= UNIT:
+        raise DataError(f"The {what} have values from {low:.3g} to {high:.3g} only, {divided}: {remedy}.")
+    if low < 0 and max(-low, high) <= min(scale / 4, NORMALIZED):
+        raise DataError(
+            f"The {what} have values from {low:.3g} to {high:.3g}, as normalized images have, {divided}: {remedy}."
+        )
