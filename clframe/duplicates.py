@@ -31,7 +31,8 @@ def settled(
     Raises:
         DataError: with ``refuse``.
     """
-    told = f"{tested} of the {tests} test images of {what} are training images, too, such as {example}"
+    verb = "is" if tested == 1 else "are"
+    told = f"{tested} of the {tests} test images of {what} {verb} in training, too, such as {example}"
     if duplicates == "refuse":
         raise DataError(f"{told}: leave them out of training with `{option}drop`, or keep them with `{option}keep`.")
     if duplicates == "drop":

@@ -40,7 +40,7 @@ class LeftOut:
 
     def told(self, what: str) -> list[str]:
         """Return the sentence on what is left out of `what`, the folder; none if there is nothing."""
-        reasons = [f"{n} {reason} ({', '.join(self.examples[reason])})" for reason, n in sorted(self.counts.items())]
+        reasons = [f"{reason} ({n}: {', '.join(self.examples[reason])})" for reason, n in sorted(self.counts.items())]
         return [f"Left out of {what}: {', '.join(reasons)}."] if reasons else []
 
 
@@ -56,26 +56,39 @@ def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:
     followed, links to folders are not: a link may lead back. What is left out is added to `left`.
     """
     images, others = list[str](), Counter[str]()
-
-    def locked(error: OSError) -> None:
-        left.add(LOCKED, os.path.relpath(error.filename, folder))
-
-    for at, folders, files in os.walk(folder, onerror=locked):
-        for name in folders:
-            if is_hidden(name):
-                if name not in SILENT:
-                    left.add(HIDDEN, name)
-            elif os.path.islink(os.path.join(at, name)):
-                left.add(LINKS, name)
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in files:
-            suffix = Path(name).suffix.lower()
-            if is_hidden(name):
+    waiting = [str(folder)]
+    while waiting:  # without recursion, which a deep folder would exhaust, as it does that of `os.walk`
+        at = waiting.pop()
+        try:
+            with os.scandir(at) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError:
+            left.add(LOCKED, os.path.relpath(at, folder))
+            continue
+        for entry in entries:
+            suffix = Path(entry.name).suffix.lower()
+            if _is_folder(entry):
+                if is_hidden(entry.name):
+                    if entry.name not in SILENT:
+                        left.add(HIDDEN, entry.name)
+                elif entry.is_symlink():
+                    left.add(LINKS, entry.name)
+                else:
+                    waiting.append(entry.path)
+            elif is_hidden(entry.name):
                 if suffix in SUFFIXES:
-                    left.add(HIDDEN, name)
+                    left.add(HIDDEN, entry.name)
             elif suffix in SUFFIXES:
-                images.append(os.path.join(at, name))
+                images.append(entry.path)
             else:
-                others[suffix or name] += 1
-                left.add(OTHERS, suffix or name)
+                others[suffix or entry.name] += 1
+                left.add(OTHERS, suffix or entry.name)
     return sorted(images), others
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether `entry` is a folder, or a link to one; a link that leads nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -22,7 +22,7 @@ from clframe.duplicates import Duplicates, settled
 from clframe.errors import DataError
 from clframe.images import Files, Held, Images, LazyImages, bytes_of, cores
 from clframe.look import LARGEST_FILE, Look, Mode
-from clframe.reading import Unreadable, read_bytes
+from clframe.reading import Unreadable, read_bytes, shown
 from clframe.scenarios.streams import random_of
 from clframe.streams import least_classes
 
@@ -183,8 +183,8 @@ def read_all(
     if broken:
         first = next((e, reason) for e, (_, reason) in zip(entries, found, strict=True) if reason)
         notes.append(
-            f"{len(broken)} of the {len(entries)} images of {name} cannot be read and are left out "
-            f"(`scenario.skip_broken`), such as {first[0].name} ({first[1]})."
+            f"{len(broken)} of the {len(entries)} images of {name} cannot be read and {is_or_are(len(broken))} left "
+            f"out (`scenario.skip_broken`), such as {first[0].name} ({first[1]})."
         )
     good = [i for i, (_, reason) in enumerate(found) if not reason]
     digests = [found[i][0] for i in good]
@@ -261,8 +261,8 @@ def without_twins(
         named = f"such as {' and '.join(dict.fromkeys(e.name for e in first[:2]))}"
         several_labels = f", {len(torn)} of them under several classes" if torn else ""
         notes.append(
-            f"{len(repeated)} images of {what} are there several times within training or within test{several_labels}, "
-            f"{named}."
+            f"{len(repeated)} of the images of {what} {is_or_are(len(repeated))} there several times within training "
+            f"or within test{several_labels}, {named}."
         )
     return [i for i in range(len(entries)) if i not in gone]
 
@@ -296,19 +296,27 @@ def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None
     new = sorted(parts["test"].keys() - parts["train"].keys(), key=by_name)
     if new:
         raise DataError(
-            f"{classes(new)} in the test images of {what} {'is' if len(new) == 1 else 'are'} not in its training "
+            f"{classes(new)} in the test images of {what} {is_or_are(len(new))} not in its training "
             f"images; {new_in_test}."
         )
     if untested := sorted(parts["train"].keys() - parts["test"].keys(), key=by_name):
-        raise DataError(f"{classes(untested)} in {what} has no test images; add some, or leave out the class.")
+        raise DataError(
+            f"{classes(untested)} in {what} {'has' if len(untested) == 1 else 'have'} no test images; add some, or "
+            f"leave out the class{'es' * (len(untested) > 1)}."
+        )
     if len(parts["train"]) < least_classes():
         only = f", `{next(iter(parts['train']))}`" if parts["train"] else ""
         raise DataError(f"{what} has {len(parts['train'])} class{only}; there must be two at least to tell apart.")
 
 
+def is_or_are(count: int) -> str:
+    """Return the verb that follows that many things."""
+    return "is" if count == 1 else "are"
+
+
 def classes(names: Sequence[str]) -> str:
     """``The class `a` `` or ``The classes `a`, `b` ``, of which the first are named."""
-    listed = ", ".join(f"`{name}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    listed = ", ".join(f"`{shown(name)}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"The class{'es' if len(names) > 1 else ''} {listed}"
 
 

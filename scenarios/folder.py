@@ -26,6 +26,7 @@ from clframe.scenarios.files import (
     classes,
     divided,
     groups_for,
+    is_or_are,
     limited,
     read_all,
     reduced,
@@ -76,16 +77,23 @@ def split_folder(
     entries, empty, notes = _listed(root)
     if empty and not skip_empty:
         raise DataError(
-            f"{classes([name for name, _ in empty])} in {root} has no images{_instead(empty)}; add some, remove the "
-            "folder, or leave it out with `--set scenario.skip_empty=true`."
+            f"{classes([name for name, _ in empty])} in {root} {_has(empty)} no images{_instead(empty)}; add some, "
+            f"remove the folder{'s' * (len(empty) > 1)}, or leave {'them' if len(empty) > 1 else 'it'} out with "
+            "`--set scenario.skip_empty=true`."
         )
     if empty:
-        notes.append(f"{classes([name for name, _ in empty])} has no images and is left out (`scenario.skip_empty`).")
+        notes.append(
+            f"{classes([name for name, _ in empty])} {_has(empty)} no images and {is_or_are(len(empty))} left out "
+            "(`scenario.skip_empty`)."
+        )
     what = str(root)
     labels = {e.label for e in entries}
     if len(labels) < least_classes():
-        only = f"one class, `{next(iter(labels))}`" if labels else "no class folders with images"
-        raise DataError(f"{what} has {only}; it must hold a folder for each class, and two classes at least.")
+        only = f"one class, `{shown(next(iter(labels)))}`" if labels else "no class folders with images"
+        raise DataError(
+            f"{what} has {only}; it must hold a folder for each class, and two classes at least."
+            f"{_elsewhere(root, entries)}"
+        )
     if entries[0].part is None:
         entries = divided(entries, test, seed, what)
     check_classes(entries, what, "add some to learn from, or remove its folder among the test images")
@@ -105,6 +113,22 @@ def split_folder(
     check_classes(kept, reduced(what, duplicates), "repair them")
     experiences, first = groups_for(len(arrays.class_names), experiences, first)
     return split("split-folder", arrays, setting, experiences, first, order, seed, None)
+
+
+def _has(names: list[tuple[str, str]]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _elsewhere(root: Path, entries: list[Entry]) -> str:
+    """Return where the classes of a folder with one class or none may be: a level deeper, or nowhere."""
+    if not entries:
+        beside = sum(path.suffix.lower() in SUFFIXES and not is_hidden(path.name) for path in root.iterdir())
+        return f" There {is_or_are(beside)} {beside} image{'s'[: beside != 1]} beside." if beside else ""
+    inside = {Path(entry.name).parts[1] for entry in entries if len(Path(entry.name).parts) > 2}
+    if len(inside) < 2 or any(len(Path(entry.name).parts) == 2 for entry in entries):
+        return ""
+    deeper = root / Path(entries[0].name).parts[0]
+    return f" If the folders in {shown(deeper)} are the classes, name that one with `--set scenario.path=FOLDER`."
 
 
 def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:

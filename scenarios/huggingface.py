@@ -14,6 +14,7 @@ from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
 from clframe.duplicates import Duplicates
 from clframe.errors import ClframeError, DataError, WrongUse
+from clframe.listing import LeftOut, walk
 from clframe.look import LARGEST_FILE, Crop, Look, Mode
 from clframe.options import Count, CountOrZero
 from clframe.reading import expanded, read_bytes
@@ -174,7 +175,7 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
             f"There is no file or folder {path.absolute()}; name a Parquet file, a folder of them, or a data set of "
             "the Hub."
         )
-    if path.is_dir() and not any(path.rglob(f"*{PARQUET}")):
+    if path.is_dir() and not walk(path, LeftOut())[1][PARQUET]:
         raise DataError(
             f"The folder {path} holds no Parquet files; for a folder of class folders there is "
             f"`--scenario split-folder --set scenario.path={path}`."

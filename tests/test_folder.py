@@ -500,8 +500,8 @@ def test_what_a_folder_holds_beside_is_counted_and_kept_in_the_results(small, tm
     shutil.copy(small / "a" / "0.png", small / "cover.png")
     (small / ".DS_Store").write_bytes(b"")
     told = (
-        "Left out of small: 1 files of other kinds (.pdf), 2 hidden files or folders (.ipynb_checkpoints, ._1.png), "
-        "1 images beside the class folders (cover.png), 1 links to folders (link)."
+        "Left out of small: files of other kinds (1: .pdf), hidden files or folders (2: .ipynb_checkpoints, ._1.png), "
+        "images beside the class folders (1: cover.png), links to folders (1: link)."
     )
     assert split_folder(path=small, size=8).notes == (told,)
     assert main(["scenarios", "show", "split-folder", "--set", f"scenario.path={small}"]) == 0
@@ -522,7 +522,7 @@ def test_a_folder_that_cannot_be_opened_is_told(small, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert split_folder(path=small, size=8).notes == ("Left out of small: 1 folders that cannot be read (locked).",)
+    assert split_folder(path=small, size=8).notes == ("Left out of small: folders that cannot be read (1: locked).",)
 
 
 def test_images_and_classes_that_are_skipped_are_told(small):
@@ -530,7 +530,7 @@ def test_images_and_classes_that_are_skipped_are_told(small):
     (small / "e").mkdir()
     assert split_folder(path=small, size=8, skip_broken=True, skip_empty=True).notes == (
         "The class `e` has no images and is left out (`scenario.skip_empty`).",
-        "1 of the 40 images of small cannot be read and are left out (`scenario.skip_broken`), such as b/3.png (it is "
+        "1 of the 40 images of small cannot be read and is left out (`scenario.skip_broken`), such as b/3.png (it is "
         "no image of a known kind).",
     )
 
@@ -566,7 +566,7 @@ def test_the_same_image_in_training_and_test_is_refused_dropped_or_kept(small):
     for name in ("a/0.png", "b/1.png"):
         shutil.copy(small / "train" / name, small / "test" / f"{name[0]}/copy.png")
     shutil.copy(small / "train" / "a" / "0.png", small / "train" / "a" / "twin.png")
-    told = "2 of the 18 test images of (/.*/)?small are training images, too, such as train/a/0.png and test/a/copy.png"
+    told = "2 of the 18 test images of (/.*/)?small are in training, too, such as train/a/0.png and test/a/copy.png"
     with pytest.raises(
         DataError, match=f"{told}: leave them out of training with `--set scenario.duplicates=drop`, or"
     ):
@@ -574,7 +574,7 @@ def test_the_same_image_in_training_and_test_is_refused_dropped_or_kept(small):
     kept = split_folder(path=small, size=8, memory=0, experiences=4, duplicates="keep")
     assert re.match(told, kept.notes[0])
     assert kept.notes[0].endswith("(`scenario.duplicates=keep`).")
-    assert "1 images of" in kept.notes[1]
+    assert "1 of the images of" in kept.notes[1]
     assert "several times within training or within test, such as train/a/0.png and train/a/twin" in kept.notes[1]
     assert names_of(small, kept[0].train) == {f"a/{i}.png" for i in (*range(6), "twin")}
     for memory in (0, 10**9):

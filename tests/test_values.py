@@ -151,7 +151,7 @@ def shared(**options: Any) -> Scenario:
 
 
 def test_images_in_memory_that_are_learned_and_tested_are_refused():
-    with pytest.raises(DataError, match=r"3 of the 24 test images of `shapes` are training images, too, such as") as e:
+    with pytest.raises(DataError, match=r"3 of the 24 test images of `shapes` are in training, too, such as") as e:
         shared()
     assert "training image 7 and test image 3, counted from 0" in str(e.value)
     assert "`duplicates=drop`" in str(e.value)
