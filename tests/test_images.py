@@ -127,8 +127,8 @@ def test_a_folder_to_predict_is_read_by_the_rule_of_training(tmp_path):
     left = LeftOut()
     assert image_files([root], left) == [root / "b.png", root / "sub" / "a.JPG"]
     assert left.told("new") == [
-        "Left out of new: files of other kinds (2: .mpg, .pdf), hidden files or folders (2: ._b.png, .ipynb_checkpoints)"
-        ", links to folders (1: again)."
+        "Left out of new: files of other kinds (2: .mpg, .pdf), hidden files or folders (2: ._b.png, "
+        ".ipynb_checkpoints), links to folders (1: again)."
     ]
     assert image_files([root / "clip.mpg"]) == [root / "clip.mpg"]  # named: it is asked for
     other = tmp_path / "other"
