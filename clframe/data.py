@@ -520,7 +520,7 @@ class Scenario:
         if (index, part) not in self._seen:
             if isinstance(data.images, Tensor):
                 words = f"{'training' if part == 'train' else 'test'} images of experience {index + 1} of `{self.name}`"
-                check_images(data.images, self.transform.scale, words)
+                check_images(data.images, self.transform.scale, words, part=True)
             self._seen.add((index, part))
         return data
 

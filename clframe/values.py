@@ -27,15 +27,18 @@ def check_shape(shape: Sequence[int], what: str) -> None:
     )
 
 
-def check_images(x: Tensor, scale: float, what: str) -> None:
+def check_images(x: Tensor, scale: float, what: str, *, part: bool = False) -> None:
     """Raise `DataError` if images in memory, to learn from or to test with, are not as a network takes them.
 
     Args:
         x: [N, ...] of any type.
         scale: `clframe.Transform.scale` of their data set.
         what: the images, in a sentence.
+        part: whether they are a part of a data set: whole numbers of some of the images may happen to be small.
     """
     check_shape(x.shape, what)
+    if part and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        return
     check_values(x, scale, what, f"give `clframe.Transform(scale=1)`, or values from 0 to {scale:g}")
 
 

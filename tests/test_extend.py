@@ -460,6 +460,46 @@ def test_the_command_explains_wrong_input(
     assert sentence in capsys.readouterr().err
 
 
+def photographs(root: Path, names: str) -> Path:
+    """A folder of classes of 6 images of one colour each, with some noise."""
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        noise = torch.randint(0, 60, (6, 12, 12, 3), generator=torch.Generator().manual_seed(ord(name)))
+        noise[..., k % 3] += 150
+        for i, image in enumerate(noise.to(torch.uint8).numpy()):
+            Image.fromarray(image).save(root / name / f"{i}.png")
+    return root
+
+
+def test_a_folder_of_one_class_extends_a_run_where_its_loss_is_not_always_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """With `train.logits=seen` the class is one among all; with `current` its loss is 0, and the option is named."""
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / "old", "abcd")
+    photographs(tmp_path / "new", "e")
+    short = ["--set", "scenario.size=8", "--model", "mlp", "--epochs", "1", "--no-tensorboard", "--quiet"]
+    of_new = ["--scenario", "split-folder", "--set", "scenario.path=new"]
+    assert main(["run", *of_new, *short]) == 3
+    assert "new has one class, `e`" in capsys.readouterr().err
+    for plugin in ("er", "lwf"):
+        learn = ["--scenario", "split-folder", "--set", "scenario.path=old", "--plugin", plugin]
+        assert main(["run", *learn, *short, "--output", plugin]) == 0
+    again = [*of_new, "--epochs", "30", "--lr", "0.01", "--quiet"]
+    assert main(["extend", "er", *again, "--output", "more"]) == 0
+    results = clframe.Results.read("more")
+    assert results.data["classes"] == [[0, 1], [2, 3], [4]]
+    assert results.accuracy["class"][2][2] == 1.0
+    assert results.accuracy["task"][2][2] is None  # one class among itself: no figure
+    assert main(["extend", "lwf", *again, "--output", "no"]) == 2
+    told = capsys.readouterr().err
+    assert "Experience 3 of `split-folder+split-folder` has one class, `e`, and with `train.logits=current`" in told
+    assert "always 0: add two classes at least, or choose `lwf.form=seen`." in told
+    assert not Path("no").exists()
+    assert main(["extend", "lwf", *again, "--set", "lwf.form=seen", "--output", "yes"]) == 0
+    assert clframe.load("yes").class_names == ("a", "b", "c", "d", "e")
+
+
 FROM_FILES = """
 import torch
 from clframe import Arrays, split_classes

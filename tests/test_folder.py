@@ -276,6 +276,8 @@ def test_what_is_no_folder_of_classes_is_refused_in_one_sentence(small, tmp_path
         path.unlink()
     half = tmp_path / "half"
     shutil.copytree(small, half / "train")
+    above = tmp_path / "above"
+    shutil.copytree(small, above / "inner")
     heic = tmp_path / "heic"
     shutil.copytree(small, heic)
     (heic / "phone").mkdir()
@@ -284,7 +286,8 @@ def test_what_is_no_folder_of_classes_is_refused_in_one_sentence(small, tmp_path
         (tmp_path / "nowhere", "does not exist; name that of your class folders"),
         (file, "is no folder"),
         (one, "has one class, `a`; it must hold a folder for each class, and two classes at least."),
-        (flat, "has no class folders with images"),
+        (flat, r"has no class folders with images; .* There are 10 images beside\.$"),
+        (above, r"If the folders in .*inner are the classes, name that one with `--set scenario.path=FOLDER`"),
         (single, "The class `b` in .* has one image only"),
         (half, "has a folder `train` and none `test`"),
         (heic, r"The class `phone` in .* has no images \(but files of the kinds .heic, which are not read\)"),

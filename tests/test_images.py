@@ -117,6 +117,24 @@ def test_grey_values_of_many_bits_become_8_bits_by_one_rule_for_each_kind(tmp_pa
         assert Look(2, mode="grey").read(tmp_path / name).flatten().tolist() == expected, name
 
 
+def test_a_folder_deeper_than_recursion_goes_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    depth = sys.getrecursionlimit() + 100
+    for _ in range(depth):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("x.png").write_bytes(b"")
+    try:
+        [found] = image_files([tmp_path])
+    finally:  # pytest cannot remove so deep a folder
+        os.remove("x.png")
+        for _ in range(depth):
+            os.chdir("..")
+            os.rmdir("d")
+    assert found.parts[-2:] == ("d", "x.png")
+    assert len(found.parts) == len(tmp_path.parts) + depth + 1
+
+
 def test_a_folder_to_predict_is_read_by_the_rule_of_training(tmp_path):
     """Hidden copies and files that have no image's name are left out, and counted."""
     root = tmp_path / "new"
