@@ -189,7 +189,7 @@ def test_domains_follow_the_same_rule():
     with pytest.raises(DataError, match="19 of the 24 test images of `shapes`"):
         change_domains("d", both, same, experiences=2)
     assert len(change_domains("d", both, same, experiences=2, duplicates="drop")[1].train) == 5
-    with pytest.raises(WrongUse, match=r"`duplicates` is 'dorp'. Did you mean `drop`\?"):
+    with pytest.raises(WrongUse, match=r"`scenario.duplicates`"):
         change_domains("d", both, same, experiences=2, duplicates="dorp")  # type: ignore[arg-type]
 
 
