@@ -31,7 +31,7 @@ def custom(x: Tensor, scale: float = 255.0, **options: Any) -> Scenario:
 
     shape = tuple(x.shape[1:])
     return Scenario(
-        "custom", "class", [[0, 1], [2, 3]], "abcd", shape, load, transform=Transform(scale=scale), **options
+        "custom", "class", [[0, 1], [2, 3]], tuple("abcd"), shape, load, transform=Transform(scale=scale), **options
     )
 
 
