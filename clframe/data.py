@@ -326,7 +326,7 @@ def check_transform(transform: object, name: str) -> None:
 
 def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
     """Return the names of the classes of the scenario `name` as texts. Raises `WrongUse` if they are no list."""
-    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+    if not isinstance(class_names, Iterable):
         raise WrongUse(f"The class names of `{name}` are {told(class_names)}: give a list with one for each label.")
     return tuple(map(str, class_names))
 
