@@ -163,17 +163,15 @@ class Arrays:
     def without_duplicates(self, duplicates: Duplicates) -> Arrays:
         """Return these arrays with a note on images in memory that training and test share; ``drop`` leaves them out.
 
-        Two images are the same if their bytes are. One tensor that is given for training and for test is on purpose: a
-        note says so, whatever `duplicates` is. Images in files are compared where they are listed.
+        Two images are the same if their bytes are. One tensor that is given for training and for test is on purpose,
+        and kept without a note. Images in files are compared where they are listed.
 
         Raises:
             DataError: with ``refuse``, if there are such images; with ``drop``, if a class would have no others.
         """
         x, tests = self.x_train, self.x_test
-        if isinstance(x, LazyImages) or isinstance(tests, LazyImages):
+        if x is tests or isinstance(x, LazyImages) or isinstance(tests, LazyImages):
             return self
-        if x is tests:
-            return self._noted(f"`{self.name}` is tested with the images that are learned: one tensor is both.")
         of_tests = digests(tests)
         position = {digest: i for i, digest in reversed(list(enumerate(of_tests)))}
         shared = [(i, digest) for i, digest in enumerate(digests(x)) if digest in position]
