@@ -15,7 +15,15 @@ ROWS = 1024  # that a thread reads at a time
 
 
 def settled(
-    duplicates: Duplicates, tested: int, tests: int, learned: int, what: str, example: str, *, option: str
+    duplicates: Duplicates,
+    tested: int,
+    tests: int,
+    learned: int,
+    what: str,
+    example: str,
+    *,
+    option: str,
+    same_class: bool = True,
 ) -> str:
     """Return the sentence on images that are learned and tested, for the notes on the data.
 
@@ -27,12 +35,15 @@ def settled(
         what: the data set.
         example: two of them.
         option: how the user gives `duplicates`, up to its value.
+        same_class: whether any is tested as the class that it is learned as; if not, it helps no figure.
 
     Raises:
-        DataError: with ``refuse``.
+        DataError: with ``refuse``, if any is of the same class.
     """
     verb = "is" if tested == 1 else "are"
     told = f"{tested} of the {tests} test images of {what} {verb} in training, too, such as {example}"
+    if duplicates == "refuse" and not same_class:
+        return f"{told}, of other classes."
     if duplicates == "refuse":
         raise DataError(f"{told}: leave them out of training with `{option}drop`, or keep them with `{option}keep`.")
     if duplicates == "drop":

@@ -219,6 +219,7 @@ def without_twins(
 
     Two images are the same if their files hold the same bytes. Those that training and test share are refused, dropped
     or kept; those that one part of one group has several times all stay. A sentence on either is added to `notes`.
+    Images that are tested as another class than they are learned as help no figure: they are not refused.
 
     Args:
         entries: with their parts.
@@ -228,7 +229,7 @@ def without_twins(
         notes: to which sentences are added.
 
     Raises:
-        DataError: with ``refuse``, if there are such images.
+        DataError: with ``refuse``, if there are such images of the same class.
     """
     where: dict[bytes, list[int]] = {}
     for i, digest in enumerate(digests):
@@ -245,8 +246,13 @@ def without_twins(
             )
         )
         n_tests = sum(e.part == "test" for e in entries)
+        same = any(_helps([entries[i] for i in twins]) for twins in shared)
         notes.append(
-            settled(duplicates, len(tested), n_tests, len(learnt), what, pair, option="--set scenario.duplicates=")
+            settled(
+                *(duplicates, len(tested), n_tests, len(learnt), what, pair),
+                option="--set scenario.duplicates=",
+                same_class=same,
+            )
         )
         gone = set(learnt) if duplicates == "drop" else gone
     repeated = [
@@ -265,6 +271,12 @@ def without_twins(
             f"or within test{several_labels}, {named}."
         )
     return [i for i in range(len(entries)) if i not in gone]
+
+
+def _helps(twins: Sequence[Entry]) -> bool:
+    """Return whether the same image, `twins`, is learned as the class that it is tested as."""
+    learned, tested = ({e.label for e in twins if e.part == part} for part in ("train", "test"))
+    return bool(learned & tested)
 
 
 def alike(names: Sequence[str]) -> list[str]:

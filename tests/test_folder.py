@@ -591,6 +591,19 @@ def test_the_same_image_in_training_and_test_is_refused_dropped_or_kept(small):
     }
 
 
+def test_an_image_that_is_tested_as_another_class_is_told_and_not_refused(small):
+    """It helps no figure; of the class that it was learned as it would."""
+    halved(small)
+    shutil.copy(small / "train" / "a" / "0.png", small / "test" / "b" / "copy.png")
+    (told,) = split_folder(path=small, size=8).notes
+    assert told.endswith("is in training, too, such as train/a/0.png and test/b/copy.png, of other classes.")
+    assert told.startswith("1 of the 17 test images of ")
+    assert "1 training images are left out" in split_folder(path=small, size=8, duplicates="drop").notes[0]
+    shutil.copy(small / "train" / "a" / "0.png", small / "test" / "a" / "copy.png")
+    with pytest.raises(DataError, match="2 of the 18 test images"):
+        split_folder(path=small, size=8)
+
+
 def test_one_file_under_two_classes_is_told(small):
     shutil.copy(small / "a" / "0.png", small / "b" / "copy.png")
     told = split_folder(path=small, size=8, duplicates="keep", test=0.1).notes[-1]
