@@ -20,6 +20,11 @@ class ALTM(Plugin):
     H is the network of the run. It begins as N, with a new head, and minimises the new images' loss plus lambda times
     the distance of its old outputs to N's; N is frozen. After an experience what was learnt is consolidated: N := H.
 
+    In domains the defaults end below fine-tuning: the new images' labels and N's answers ask for other values of the
+    same outputs, each with the weight 1, and the new domain is learned less well. On `permuted-digits` (seed 0),
+    `clframe run --scenario permuted-digits --plugin a-ltm` ends at 46 %, fine-tuning at 53 %; with
+    `--set a-ltm.loss=l2 --set a-ltm.lambda=0.01` it ends at 61 %.
+
     Options:
         lambda: weight of the distillation.
         loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told (and the loss

@@ -17,8 +17,12 @@ from clframe.training import no_new_heads, rest_old_blocks, warm_up, warm_up_pro
 class FeatureExtraction(Plugin):
     """Freezes the backbone and the heads of old classes; only the head of new classes learns.
 
-    Nothing old changes, the running statistics of batch norms included: where the task is told, nothing is forgotten.
-    The backbone learns from the first experience, unless it came with weights.
+    Nothing old changes, the running statistics of batch norms included: where the task is told, and no class comes
+    back, nothing is forgotten. The backbone learns from the first experience, unless it came with weights.
+
+    In domains it ends below fine-tuning: there is one head, which every domain trains, on features of the first. On
+    `permuted-digits` (seed 0), `clframe run --scenario permuted-digits --plugin feature-extraction` ends at 28 %,
+    fine-tuning at 53 %.
 
     Options:
         pretrained: freeze the backbone from the first experience on, as it came with weights.
