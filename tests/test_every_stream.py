@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ from clframe import (
     Scenario,
     Transform,
     WrongUse,
+    extend,
     hookimpl,
     inversion,
     registry,
@@ -199,8 +201,10 @@ def test_it_learns_from_the_labels_of_the_last_experience_or_is_refused(which: s
         return learn(name, scenario, double=asked.double, **asked.train)
 
     if sentence := refusal(which, name):
-        with pytest.raises(WrongUse, match=sentence):
+        with pytest.raises(WrongUse, match=sentence) as caught:
             learned()
+        if setting == "domain":  # in which classes come back as they should: that is no reason
+            assert "share the class" not in str(caught.value)
         return
     right = learned()
     steps = dict(enumerate(asked.steps or [2] * len(asked.classes)))
@@ -244,6 +248,37 @@ def test_hard_and_soft_columns_of_the_sigmoid_loss_by_hand() -> None:
     assert torch.allclose(incremental_bce(logits, torch.tensor([1, 2]), teacher, hard=hard), wanted)
 
 
+def test_old_columns_whose_labels_are_learned_by_hand() -> None:
+    """Of the experience's own rows, the columns of its own classes; a replayed row, or another label, has none."""
+    found: list[Any] = []
+
+    class Asks(Plugin):
+        name = "asks"
+        observer = True
+
+        @hookimpl
+        def before_experience(self, run: Run) -> None:
+            y, origin = torch.tensor([1, 4, 0, 1]), torch.tensor([0, 0, 0, 2])
+            rows = Batch(torch.zeros(4, 1), y, y, y, torch.ones(4), origin)
+            columns = run.labelled_columns(rows)
+            found.append(None if columns is None else columns.int().tolist())
+
+    run(stream("class", [[0, 1], [2, 3], [1, 4]]), Net(), [Asks()], train={"iterations": 1}, run=QUIET)
+    assert found == [None, None, [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]
+
+
+def test_an_experience_of_one_class_that_was_learned_does_not_count_in_an_extension(tmp_path: Path) -> None:
+    train, first = {"iterations": 2, "batch_size": 8}, {"output": str(tmp_path / "first")}
+    run(stream("class", [[0], [1, 2]]), "mlp-100", train=train | {"logits": "seen"}, run=QUIET | first)
+    coming = stream("class", [[0, 1]])
+    coming.class_names = ("new", "newer")
+    results = extend(tmp_path / "first", coming, train={"logits": "current"}, run={"output": str(tmp_path / "second")})
+    assert results.data["classes"] == [[0], [1, 2], [3, 4]]
+    coming.classes = ((0,),)
+    with pytest.raises(WrongUse, match=r"Experience 3 of `odd\+odd` has one class, `new`"):
+        extend(tmp_path / "first", coming, train={"logits": "current"}, run={"output": str(tmp_path / "third")})
+
+
 class Head(Plugin):
     """Keeps which blocks of the head moved in each experience."""
 
@@ -269,6 +304,7 @@ class Head(Plugin):
     [
         ("class", [[0, 1], [2, 3], [0, 1]], [[0], [1], [0]]),
         ("class", [[0, 1], [1, 2], [0]], [[0], [0, 1], [0]]),
+        ("class", [[0, 1], [2, 3], [4, 5], [0, 1]], [[0], [1], [2], [0]]),
         ("domain", [[0, 1, 2, 3], [0, 1], [2, 3]], [[0], [0], [0]]),
         ("domain", [[0, 1], [0, 1, 2], [2, 0]], [[0], [0, 1], [0, 1]]),
     ],
@@ -292,6 +328,7 @@ def test_lfl_trains_the_head_of_a_task_whose_classes_come_back() -> None:
 
 def test_the_first_class_that_comes_back() -> None:
     assert first_return([[0, 1], [2, 3]]) is None
+    assert first_return([[0, 1], [2, 0]]) == (0, 1, 0)
     assert first_return([[0, 1], [2], [3, 1]]) == (0, 2, 1)
 
 
