@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,14 +46,16 @@ from clframe.folder import (
     environment_changes,
     read_model,
 )
-from clframe.model import IncrementalNet
+from clframe.model import IncrementalNet, seed_torch
+from clframe.networks import prepared, tried, uncompiled
 from clframe.options import explain
 from clframe.plugin import Plugin
 from clframe.reading import expanded, held_by, read_text
-from clframe.record import described_in, results_of, scenario_of, split_of
+from clframe.record import described_in, results_of, scenario_of, split_of, temperatures
 from clframe.results import Results
 from clframe.single import single_image_problems
 from clframe.streams import following, stream_problems
+from clframe.switches import alone, beside_no_run, plain_torch
 from clframe.texts import cut, told
 from clframe.trained import Trained
 
@@ -76,7 +79,8 @@ def run(
     Args:
         scenario: a name, a mapping with ``name`` and options, or a scenario of one's own (`clframe.split_classes`,
             `clframe.change_domains`, `clframe.Scenario`).
-        model: likewise; or a backbone of one's own, a module with ``features(x) -> [B, D]`` and ``width`` = D.
+        model: likewise; or a backbone of one's own, a module with ``features(x) -> [B, D]`` and ``width`` = D. A copy
+            of it is trained, which `Results.trained` answers with; the given one stays as it is.
         plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling; or one name, or one
             mapping of them all.
         train: training settings (`clframe.config.TrainSettings`).
@@ -85,7 +89,8 @@ def run(
         progress: show the course of the run on stderr, as the command line does; None: on a terminal and in a notebook.
 
     Raises:
-        WrongUse: with one sentence for each mistake, before any training.
+        WrongUse: with one sentence for each mistake, before any training; also if another run of this process is under
+            way, as torch's global random generator serves one.
         DataError: if data or the run folder are missing, damaged or in use.
         RunFailed: if a loss is not finite, memory or disk is full, or a plugin raised.
         Interrupted: after SIGINT or SIGTERM; the run is saved.
@@ -93,6 +98,8 @@ def run(
     plugins = _each_plugin(plugins)
     if classes := [plugin.__name__ for plugin in plugins if isinstance(plugin, type)]:
         raise WrongUse(*(f"`{name}` is a class; give a plugin built from it: `{name}()`." for name in classes))
+    if isinstance(model, type):
+        raise WrongUse(f"The model `{model.__name__}` is a class; give a network built from it: `{model.__name__}()`.")
     names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise WrongUse(*(f"The plugin `{name}` is named twice; name it once." for name in twice))
@@ -382,22 +389,23 @@ def load(
     config = _read_config(path)
     scenario = described_in(path, description)
     config.run.tensorboard = False
-    with torch.random.fork_rng(devices=[]):
-        engine = _build(config, torch.device("cpu"), None, scenario, model, plugins, (), restored=True)
+    cpu = torch.device("cpu")
+    with beside_no_run(), plain_torch(cpu), torch.random.fork_rng(devices=[]):
+        engine = _build(config, cpu, None, scenario, model, plugins, (), restored=True)
         engine.hook.before_run(run=engine.run)
-    with held_by(path / "model.json"):
-        structures = state.regrow(engine, len(scenario), packed)
-        entries = dict(packed["dict"])
-        state.load_model(engine.run.model, checkpoint.unpack(entries["model"], tensors, device=engine.run.device))
-        saved = dict(entries["plugins"]["dict"])
-        for plugin in engine.run.plugins:
-            if plugin.name in saved:
-                state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
-        temperature, fitted = description.get("temperature"), description.get("fitted")
-        trained = Trained(engine.predictor(), scenario, engine.readings, temperature, fitted)
-        # what does not fit the network or the plugins shows here, and not in the first answer
-        zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
-        trained(zeros, 0 if trained.needs_task else None)
+        with held_by(path / "model.json"):
+            structures = state.regrow(engine, len(scenario), packed)
+            entries = dict(packed["dict"])
+            state.load_model(engine.run.model, checkpoint.unpack(entries["model"], tensors, device=engine.run.device))
+            saved = dict(entries["plugins"]["dict"])
+            for plugin in engine.run.plugins:
+                if plugin.name in saved:
+                    state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
+            temperature, fitted = description.get("temperature"), description.get("fitted")
+            trained = Trained(engine.predictor(), scenario, engine.readings, temperature, fitted)
+            # what does not fit the network or the plugins shows here, and not in the first answer
+            zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
+            trained(zeros, 0 if trained.needs_task else None)
     return trained
 
 
@@ -433,8 +441,8 @@ def _config_of(
         config.scenario = {"name": own_scenario.name, OBJECT: True}
         suited = registry.suited_train(plugin if isinstance(plugin, Plugin) else _name(plugin) for plugin in plugins)
         config.train = TrainSettings(**suited | dict(train or {}))  # without its length, too
-    if own_model:
-        config.model = {"name": type(own_model).__name__, OBJECT: True}
+    if own_model is not None:  # a compiled one has no truth value
+        config.model = {"name": type(uncompiled(own_model)).__name__, OBJECT: True}
     named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
     config.plugins = {name: named[name] for name in map(_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
@@ -530,19 +538,20 @@ def _read_config(path: Path) -> Config:
 
 @contextmanager
 def _environment(config: Config) -> Iterator[torch.device]:
-    """The device of the run, its threads and its seed in place; afterwards all of it as it was."""
+    """The device of the run, its threads and its seed in place, for it alone; afterwards all of it as it was."""
     device = _device(config.run.device)
-    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    with alone(), plain_torch(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             if config.train.threads is not None:
                 torch.set_num_threads(config.train.threads)
-            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-            torch.manual_seed(config.run.seed)
+            cudnn.deterministic, cudnn.benchmark = True, False
+            seed_torch(config.run.seed, device)
             yield device
         finally:
             torch.set_num_threads(threads)
-            torch.backends.cudnn.deterministic = deterministic
+            cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
 
 
 def _device(name: str) -> torch.device:
@@ -604,7 +613,10 @@ def _build(
     if model is None:
         left_out = (START, WEIGHTS) if restored else (START,)
         spec = {name: value for name, value in _by_name(config.model, "model").items() if name not in left_out}
-        model = registry.build_backbone(spec, scenario.input_shape)
+        model = registry.build_backbone(spec, scenario.input_shape).to(device)
+        tried(model, scenario.input_shape, device)
+    else:
+        model = prepared(model, scenario.input_shape, device, lambda text: _tell(listeners, text))
     scenario.hold_out(config.train.val, config.run.seed)
     scenario.to(device)
     run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
@@ -716,7 +728,17 @@ def _go(engine: Engine, begin: Callable[[], None]) -> Results:
             raise RunFailed(f"A file or the system failed in {run.where}: {refused}.{engine.how_to_go_on()}") from error
         raise
     run.emit("end", folder=str(run.folder) if run.folder else None)
-    return results
+    run.optimizer = engine.kept_optimizer = None  # what the trained model does without
+    engine.collected.clear()
+    return replace(results, answering=lambda: _trained(engine))
+
+
+def _trained(engine: Engine) -> Trained:
+    """The trained model of a run that has ended, on the CPU, as `load` gives it."""
+    with plain_torch(engine.run.device), torch.no_grad():
+        temperature, fitted = temperatures(engine)
+        scenario = engine.stream.described()
+        return Trained(engine.predictor(), scenario, engine.readings, temperature, fitted).to("cpu")
 
 
 def _blame(engine: Engine, error: Exception) -> str | None:

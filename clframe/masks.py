@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from clframe.model import PerTask, evaluating
+from clframe.per_sample import graph_of
 
 M = TypeVar("M", bound=nn.Module)
 G = TypeVar("G", bound="Gated")
@@ -204,6 +206,82 @@ class Held:
         """To be called after the step."""
         for parameter, mask, value in self.entries:
             parameter.copy_(torch.where(mask, value, parameter))
+
+
+# ------------------------------------------------------------------- networks that cannot be divided
+
+
+def weight_problems(
+    plugin: str,
+    net: nn.Module,
+    layers: Mapping[str, nn.Module],
+    model: str,
+    kinds: str = "linear layers and convolutions",
+) -> Iterator[str]:
+    """One sentence for each reason for which `plugin` cannot divide the weights of the `layers` of `net` among tasks.
+
+    Args:
+        plugin: the name of the plugin.
+        net: the backbone.
+        layers: whose weights those are, by name.
+        model: the name of the backbone.
+    """
+    if not layers:
+        yield f"`{plugin}` works on linear layers and convolutions, and `{model}` has none: choose another `--model`."
+    computed = [name for name, layer in layers.items() if layer._parameters.get("weight") is None]
+    if computed:
+        yield (
+            f"`{plugin}` divides the weight of each layer among tasks, and that of {_named(computed)} is computed from "
+            "other parameters (weight normalization, pruning or another parametrization): remove that from the network."
+        )
+    owners: dict[int, list[str]] = {}
+    for name, module in net.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    tied = [name for name, layer in layers.items() if len(owners.get(id(layer._parameters.get("weight")), ())) > 1]
+    if tied:
+        yield (
+            f"`{plugin}` divides the weight of each layer among tasks, and that of {_named(tied)} is the weight of "
+            "another module, too: give each a weight of its own, or choose another method."
+        )
+
+
+def gate_problems(
+    plugin: str, net: nn.Module, layers: Mapping[str, nn.Module], input_shape: Sequence[int]
+) -> list[str]:
+    """A sentence if a weight of the `layers` of `net` is used otherwise than by one call of its layer.
+
+    The gates of a layer tell what its weights do for a task by that one call.
+    """
+    calls: Counter[str] = Counter()
+    hooks = [
+        m.register_forward_hook(lambda m, args, out, name=name: calls.update([name])) for name, m in layers.items()
+    ]
+    frozen = [p for layer in layers.values() for p in layer.parameters() if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        features = _try(net, input_shape, hooks, gradients=True)
+        uses = graph_of(features)[1] if features.requires_grad else Counter[int]()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    more = [
+        name for name, m in layers.items() if calls[name] > 1 or uses[id(m._parameters.get("weight"))] > calls[name]
+    ]
+    if not more:
+        return []
+    return [
+        f"`{plugin}` gates a layer where it is called, once for an image, and the weight of {_named(more)} is used "
+        "elsewhere, too (a layer that is called twice or stands at two places, or whose weight is read without calling "
+        "it): give each use a layer of its own, or choose another method."
+    ]
+
+
+def _named(names: Sequence[str], most: int = 3) -> str:
+    """The first of the `names`, for a sentence."""
+    told = ", ".join(f"`{name}`" for name in names[:most])
+    return f"{told} and {len(names) - most} more" if len(names) > most else told
 
 
 # --------------------------------------------------------------------------- norms and gates of units
@@ -414,6 +492,9 @@ def gate_layers(
     build: Callable[[nn.Module, _BatchNorm | None], G],
 ) -> dict[str, G]:
     """Put what `build` makes of each of the `layers` and the norm after it in the place of both; by the layer."""
+    for module in net.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]  # it would write into what a gate gives
     after = followed_by(net, layers, (_BatchNorm,), input_shape)
     ends = {name: net.get_submodule(after.get(name, name)) for name in layers}
     relus = followed_by(net, ends, (nn.ReLU, nn.ReLU6), input_shape)
@@ -453,7 +534,8 @@ def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[i
 
     def instead(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return _at_units(units[name][None], output, module).expand_as(output)
+            # a copy, as what follows may work in place
+            return _at_units(units[name][None], output, module).expand_as(output).clone()
 
         return hook
 
@@ -488,11 +570,11 @@ def _at_units(values: Tensor, output: Tensor, module: nn.Module) -> Tensor:
     return values.view(len(values), *ones, -1) if _units_last(module) else values.view(*values.shape, *ones)
 
 
-def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any]) -> Tensor:
+def _try(net: nn.Module, input_shape: Sequence[int], hooks: Iterable[Any], gradients: bool = False) -> Tensor:
     """Features of an image of ones; the pass changes nothing but what the hooks note, and they are removed."""
     like = next(net.parameters())
     try:
-        with evaluating(net), torch.no_grad():
+        with evaluating(net), torch.set_grad_enabled(gradients):
             features: Tensor = net.features(torch.ones(1, *input_shape).to(like))  # type: ignore[operator]
             return features
     finally:

@@ -87,7 +87,7 @@ def results_of(engine: Engine) -> Results:
             "model": dict(run.model.state_dict()),
             "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
         }
-        temperature, fitted = _temperatures(engine)
+        temperature, fitted = temperatures(engine)
         description = {
             "format": FORMAT,
             "scenario": _described(stream, run),
@@ -100,7 +100,7 @@ def results_of(engine: Engine) -> Results:
     return results
 
 
-def _temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
+def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     """For each reading the temperature that fits its logits on the validation images, and to what it was fitted.
 
     A run that extends another one holds no images of the classes before out. On new classes alone, which it learned
@@ -115,7 +115,7 @@ def _temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     if row.kind != "logits":
         return {}, {}
     last = len(stream) - 1
-    temperatures: dict[str, float] = {}
+    found: dict[str, float] = {}
     about: dict[str, Any] = {}
     for reading, given in row.scores.items():
         rows = [
@@ -131,9 +131,9 @@ def _temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
             if engine.carried is not None and not {c for group in stream.classes for c in group} <= set(present):
                 floor = carried.get(reading, 1.0)
                 temperature = max(temperature, floor)
-            temperatures[reading] = temperature
+            found[reading] = temperature
             about[reading] = {"images": len(torch.cat(labels)), "classes": present, "floor": floor}
-    return temperatures, about
+    return found, about
 
 
 def _allowed(scores: Tensor, classes: Sequence[int]) -> Tensor:

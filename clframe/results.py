@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from clframe import sums
 from clframe.errors import DataError
 from clframe.reading import expanded, held_by, read_json
+
+if TYPE_CHECKING:
+    from clframe.trained import Trained
 
 FORMAT = 1  # of results.json and model.json; CHANGELOG.md has the rule for changes
 FILE = "results.json"
@@ -33,11 +37,35 @@ class Results:
         data: the whole of `results.json`: only what a repeat of the run reproduces to the bit.
         timings: the whole of `timings.json`: seconds, images per second, peak memory.
         folder: of the run; None if it kept none.
+        answering: makes the trained model of a run of this process; None: it was another's, or the results are a copy.
     """
 
     data: Mapping[str, Any]
     timings: Mapping[str, Any]
     folder: Path | None = None
+    answering: Callable[[], Trained] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The trained model, as `clframe.load` gives it; made when it is first asked for.
+
+        Until then the results hold what the run held: the network, its plugins, the images. Raises `DataError` if
+        neither this process nor a run folder has it.
+        """
+        if self.answering is not None:
+            return self.answering()
+        if self.folder is None:
+            raise DataError(
+                "These results come from another process, and the run kept no folder: ask for `trained` there, or "
+                "give the run `output`."
+            )
+        from clframe.api import load  # which imports this module
+
+        return load(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: the figures, and the place of the folder."""
+        return {"data": self.data, "timings": self.timings, "folder": self.folder, "answering": None}
 
     def __repr__(self) -> str:
         return f"<Results of {self._title()}>"

@@ -13,7 +13,7 @@ from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.gates import ConditionalConv, condition, convolutions_of, deaf, fixed, settle
 from clframe.generators import Net, Recipe
-from clframe.masks import Held, TaskNorm, installed
+from clframe.masks import Held, TaskNorm, gate_problems, installed, weight_problems
 from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative, Share
 from clframe.task_inference import PathPredictor, Recollection, TaskClassifier
@@ -92,10 +92,15 @@ class ChannelGating(Plugin):
 
     def problems(self, run: Run) -> Iterable[str]:
         """There must be convolutions, and images for the task classifier."""
-        if not convolutions_of(run.model.backbone):
-            model = run.config.model["name"]
+        net, convolutions = run.model.backbone, convolutions_of(run.model.backbone)
+        shape, model = run.scenario.input_shape, run.config.model["name"]
+        refused = list(weight_problems(self.name, net, convolutions, model)) if convolutions else []
+        refused = refused or gate_problems(self.name, net, convolutions, shape)
+        if not convolutions:
             yield f"`{self.name}` gates convolutions, and `{model}` has none: choose another `--model`."
-        elif silent := deaf(run.model.backbone, run.scenario.input_shape):
+        elif refused:
+            yield from refused
+        elif silent := deaf(net, shape):
             where = ", ".join(silent)
             yield f"`{self.name}` can never open shut gates of {where}: their activations should be `nn.ReLU` modules."
         if run.scenario.setting == "class":

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import AttentionGate, TaskNorm, gate_layers, installed, layers_of, norms_by_task, reached
+from clframe.masks import (
+    AttentionGate,
+    TaskNorm,
+    gate_layers,
+    gate_problems,
+    installed,
+    layers_of,
+    norms_by_task,
+    reached,
+    weight_problems,
+)
 from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
 
@@ -57,11 +67,17 @@ class HAT(Plugin):
         self.before: list[Tensor] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Units must be those of layers that are called."""
+        """Units must be those of layers that are called, once, with weights of their own."""
         inside = [name for name, m in run.model.backbone.named_modules() if isinstance(m, nn.MultiheadAttention)]
         if inside:
             where = ", ".join(inside)
             yield f"`hat` gates layers, and the attention {where} reads its own by itself: choose another `--model`."
+            return
+        net, layers = run.model.backbone, layers_of(run.model.backbone)
+        if refused := list(weight_problems(self.name, net, layers, run.config.model["name"])):
+            yield from refused
+        else:
+            yield from gate_problems(self.name, net, layers, run.scenario.input_shape)
 
     def hints(self, run: Run) -> Iterable[str]:
         """Equation 5 makes gradients of embeddings large on purpose."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
@@ -93,6 +94,11 @@ class LwM(Plugin):
                 f"The output of `lwm.layer={self.layer}` is no map [B, K, H, W] of several pixels; choose one of the "
                 f"convolutions, {', '.join(convolutions) or 'of which this backbone has none'}."
             )
+        elif why := self._not_twice(run, self.layer or maps[-1]):
+            yield (
+                f"`lwm` differentiates the network's answers twice, and torch cannot do that here ({why}): choose "
+                "another `--model`, or an `lwm.layer` that the answers depend on."
+            )
 
     @hookimpl
     def before_run(self, run: Run) -> None:
@@ -128,8 +134,24 @@ class LwM(Plugin):
         layer = model.backbone.get_submodule(self.layer)  # type: ignore[arg-type]  # chosen before the run
         # a teacher rests in eval mode, so it has no batch norm to normalise by the batch if it is its own model
         like = model if model is self.teacher and self.teacher_norm == "running" else run.model
-        with observe(layer) as maps, normalizing_by_batch(model, like):
+        # attention by the one form that torch can differentiate twice
+        with observe(layer) as maps, normalizing_by_batch(model, like), sdpa_kernel(SDPBackend.MATH):
             return model(batch.x, batch.task).logits, maps[-1]
+
+    @staticmethod
+    def _not_twice(run: Run, layer: str) -> str:
+        """Why torch cannot differentiate twice on the way from this layer's maps to the features; '' if it can."""
+        net = run.model
+        images = torch.zeros(2, *run.scenario.input_shape, device=run.device)
+        try:
+            with observe(net.backbone.get_submodule(layer)) as maps, evaluating(net), sdpa_kernel(SDPBackend.MATH):
+                score = net.features(images).sum(1)
+            looks = grad_cam(score, maps[-1], create_graph=True)
+            if looks.requires_grad:
+                torch.autograd.grad(looks.sum(), list(net.backbone.parameters()), allow_unused=True)
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:200].rstrip(".")
+        return ""
 
     @staticmethod
     def _maps(run: Run) -> list[str]:

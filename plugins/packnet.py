@@ -11,7 +11,7 @@ from torch import nn
 from clframe import Batch, Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import Held, WeightOwner, installed, masked_weights, rest_norms
+from clframe.masks import Held, WeightOwner, installed, layers_of, masked_weights, rest_norms, weight_problems
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
 from clframe.training import restart
@@ -53,7 +53,9 @@ class PackNet(Plugin):
         self.held: Held | None = None
 
     def problems(self, run: Run) -> Iterable[str]:
-        """An owner is one byte."""
+        """An owner is one byte, and owns entries of a weight that one layer has."""
+        net = run.model.backbone
+        yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
         if len(run.scenario) > MOST_TASKS:
             yield f"`packnet` can tell {MOST_TASKS} tasks apart, and the scenario has {len(run.scenario)} experiences."
 

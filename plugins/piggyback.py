@@ -10,7 +10,16 @@ from torch import nn
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import TaskNorm, WeightMask, installed, masked_weights, norms_by_task, rest_norms
+from clframe.masks import (
+    TaskNorm,
+    WeightMask,
+    installed,
+    layers_of,
+    masked_weights,
+    norms_by_task,
+    rest_norms,
+    weight_problems,
+)
 from clframe.model import freeze_others, thaw
 from clframe.options import Positive
 
@@ -55,7 +64,9 @@ class Piggyback(Plugin):
         self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A mask must not be empty before it is trained."""
+        """A mask is of a weight that one layer has, and must not be empty before it is trained."""
+        net = run.model.backbone
+        yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
         if self.threshold >= self.init:
             yield (
                 f"`piggyback.threshold` is {self.threshold:g}, which no mask exceeds, as all begin at "

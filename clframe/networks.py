@@ -1,0 +1,140 @@
+"""A network as a user gives it: copied, so that the given one stays as it was, completed, and tried on two images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from clframe.errors import WrongUse, of_the_system, out_of_memory
+from clframe.model import Backbone, evaluating, memo_for
+from clframe.per_sample import graph_of
+from clframe.reading import cut
+
+M = TypeVar("M", bound=nn.Module)
+COMPILED = "The network is compiled (`torch.compile`): the run trains it uncompiled, with the same results."
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped; any other as it is."""
+    while type(network).__name__ == "OptimizedModule":  # by name, as importing its class takes seconds
+        network = network._orig_mod  # type: ignore[assignment]
+    return network
+
+
+def prepared(network: Any, input_shape: Sequence[int], device: torch.device, tell: Callable[[str], None]) -> nn.Module:
+    """Return a copy of the backbone `network` on `device`, with all parameters there; the given one stays as it is.
+
+    Args:
+        network: as the user gives it: possibly compiled, or lazy (with parameters that an image decides the size of).
+        input_shape: of one image.
+        device: of the run.
+        tell: is given a sentence on what is done otherwise than the user may expect.
+
+    Raises:
+        WrongUse: if it is no backbone, cannot be copied, or `tried` refuses it.
+    """
+    plain = uncompiled(network)
+    if not isinstance(plain, nn.Module) or not isinstance(plain, Backbone):
+        raise WrongUse(
+            f"`{type(plain).__name__}` cannot be a backbone: it needs to be a `torch.nn.Module` with a method "
+            "`features(x)` that returns [B, D] and an attribute `width` that is D."
+        )
+    if plain is not network or any(uncompiled(m) is not m or _compiled_in_place(m) for m in plain.modules()):
+        tell(COMPILED)
+    try:
+        made = _copied(plain).to(device)
+    except Exception as error:
+        if out_of_memory(error) or of_the_system(error):
+            raise
+        raise WrongUse(
+            f"`{type(plain).__name__}` cannot be copied ({_said(error)}), and a run trains a copy of the network that "
+            "it is given: keep modules, tensors and plain values in it, and nothing else."
+        ) from error
+    tried(made, input_shape, device)
+    return made
+
+
+def tried(network: nn.Module, input_shape: Sequence[int], device: torch.device) -> None:
+    """Send two images of zeros through the backbone `network`, which gives lazy layers their parameters.
+
+    It is in eval mode meanwhile, and torch's random numbers stay as they are.
+
+    Raises:
+        WrongUse: if it cannot take the images, gives something else than ``width`` features of each, is of half
+            precision, or computes with what no optimizer would train.
+    """
+    name, problem = type(network).__name__, None
+    for parameter in network.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise WrongUse(f"The parameters of `{name}` are {kind}, too coarse to train: call its method `float()`.")
+    images = torch.zeros(2, *input_shape, device=device)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(network):
+            features = network.features(as_in(network, images))  # type: ignore[operator]
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise WrongUse(
+            f"`{name}` cannot take images of {list(input_shape)} ({_said(error)}): choose another model, or bring the "
+            "images to a shape that it takes."
+        ) from error
+    if not isinstance(features, Tensor):
+        problem = f"gives a `{type(features).__name__}`, and must give a tensor [B, D]"
+    elif features.dim() != 2 or len(features) != 2:
+        problem = f"gives {list(features.shape)} for 2 images, and must give [2, D]"
+    elif features.shape[1] != network.width:
+        problem = f"gives {features.shape[1]} features of an image, and its `width` is {network.width}"
+    elif not features.is_floating_point():
+        problem = f"gives {features.dtype}, and must give floating-point numbers"
+    elif lazy := [
+        key for key, m in network.named_modules() if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
+    ]:
+        problem = f"does not use the lazy layer `{lazy[0]}`, so that its size is never known"
+    elif features.requires_grad:
+        own = {id(parameter) for parameter in network.parameters()}
+        leaves = graph_of(features)[2]
+        if strangers := [leaf for key, leaf in leaves.items() if key not in own]:
+            problem = (
+                f"computes with a tensor {list(strangers[0].shape)} that requires gradients and is none of the "
+                "network's parameters, so that nothing would train it: make it an `nn.Parameter`, and `features` a "
+                "method, not a function that holds another network"
+            )
+    if problem:
+        raise WrongUse(f"`{name}.features` {problem}.")
+
+
+def as_in(network: nn.Module, x: Tensor) -> Tensor:
+    """Return `x` in the precision of the parameters of `network`, which may be float64."""
+    like = next((p for p in network.parameters() if p.is_floating_point()), x)
+    return x.to(like.dtype) if x.is_floating_point() else x
+
+
+def _copied(network: M) -> M:
+    """Return a deep copy, with the hooks of the given one, and uncompiled."""
+    memo = memo_for(network)
+    for module in list(network.modules()):
+        if uncompiled(module) is not module:
+            memo[id(module)] = copy.deepcopy(uncompiled(module), memo)
+    return copy.deepcopy(network, memo)
+
+
+def _is_unfinished(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+
+
+def _compiled_in_place(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _said(error: Exception) -> str:
+    text = ""
+    with suppress(Exception):
+        text = " ".join(str(error).split())
+    return cut(text.rstrip(".") or type(error).__name__)
