@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from networks_table import NETWORKS, SHAPE
+from test_every_stream import SMALL
 from torch import Tensor, nn
 
+from clframe import Plugin, Results, WrongUse, hookimpl, load, registry, run, testing
 from clframe.importance import label_cotangents, norm_cotangents
-from clframe.model import IncrementalNet, snapshot
+from clframe.model import IncrementalNet, evaluating, snapshot
 from clframe.per_sample import GradientSums, zeros_for
+from clframe.trained import Trained
 
 
 def network(name: str) -> IncrementalNet:
@@ -88,3 +95,116 @@ def test_a_teacher_answers_as_the_network_did_after_its_last_step(name: str):
     net(X)
     assert torch.allclose(teacher(X).logits, wanted, atol=1e-6)  # attention has a path of its own without gradients
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+# -------------------------------------------------------------------------------------- every plugin on them
+
+NAMES = [name for name in registry.names("plugin") if not registry.plugin_class(name).variants]
+
+
+class Answers(Plugin):
+    """Keeps, after each experience, what the network answers to every task so far, on fixed images."""
+
+    name = "answers"
+    observer = True
+
+    def __init__(self) -> None:
+        self.answers: list[list[Tensor]] = []
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        with evaluating(run.model), torch.no_grad():
+            asked = [run.model(X, torch.full((len(X),), t)).head(t) for t in range(experience.index + 1)]
+            self.answers.append([answer.clone() for answer in asked])
+
+    def same(self) -> bool:
+        """Whether every answer to a task is what it was when the task had just been learned, to the bit."""
+        return all(torch.equal(a[j], self.answers[j][j]) for i, a in enumerate(self.answers) for j in range(i))
+
+
+def learned(name: str, net: nn.Module, folder: Path | None = None, **settings: Any) -> tuple[Results, Answers]:
+    """What the plugin `name` learns of two tasks, or classes of two experiences, and each task's answers over time."""
+    plugin = registry.build_plugin(name, SMALL.get(name, {}))
+    setting: Any = "task" if "task" in plugin.settings else plugin.settings[0]
+    answers, output = Answers(), str(folder) if folder else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = run(
+            testing.tiny(setting, SHAPE),
+            net,
+            [plugin, answers] if plugin.isolates else [plugin],
+            train={"iterations": 3, "batch_size": 12, **settings},
+            run={"output": output, "tensorboard": False},
+        )
+    return results, answers
+
+
+def given(name: str) -> nn.Module:
+    return network(name).backbone.train()
+
+
+def scores(trained: Trained) -> Tensor:
+    x = torch.randint(0, 256, (6, *SHAPE), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    answer: Tensor = trained(x, 1 if trained.needs_task else None)
+    return answer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_place_activations_change_nothing_and_the_given_network_stays(name: str, tmp_path: Path):
+    """The same scores as those of activations that are not in place; `Results.trained` answers as `load` does."""
+    net, found = given("in-place activations"), []
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    try:
+        results, _ = learned(name, net, tmp_path / "run")
+    except WrongUse as refused:
+        with pytest.raises(WrongUse, match=re.escape(str(refused))):
+            learned(name, given("convolutions"))
+        return
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(module.inplace for module in net.modules() if isinstance(module, nn.ReLU))
+    assert net.training
+    found = scores(results.trained)
+    assert torch.equal(found, scores(learned(name, given("convolutions"))[0].trained))
+    if registry.plugin_class(name).resumes:
+        plugins = [registry.build_plugin(name, SMALL.get(name, {})), Answers()]
+        again = load(tmp_path / "run", model=net, plugins=plugins[: 1 + plugins[0].isolates])
+        assert torch.equal(scores(again), found)
+        assert again.temperature == results.trained.temperature
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["one block at two places", "a layer called twice", "tied weights"])
+def test_shared_parameters_learn_or_are_refused(kind: str, name: str):
+    """They stay parameters and move in each experience; no method that isolates tasks lets old answers change."""
+    plugin = registry.plugin_class(name)
+    try:
+        results, answers = learned(name, given(kind))
+    except WrongUse as refused:
+        assert plugin.isolates or name in ("lwm", "deep-inversion")
+        assert re.search("weight of another module|used elsewhere|choose another|has none", str(refused))
+        return
+    trained = results.trained
+    assert scores(trained).isfinite().all()
+    if plugin.isolates:
+        assert answers.same()
+    start = dict(given(kind).named_parameters())
+    model = next(m for m in trained.modules() if isinstance(m, IncrementalNet))
+    assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
+    if not plugin.isolates:
+        moved = {key for key, value in model.backbone.named_parameters() if not torch.equal(value, start[key])}
+        assert moved == set(start)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_networks_learn_as_float32_ones(name: str):
+    """In their own precision, and with the same scores but for rounding."""
+    try:
+        results, _ = learned(name, given("convolutions").double())
+    except WrongUse as refused:
+        with pytest.raises(WrongUse, match=re.escape(str(refused))):
+            learned(name, given("convolutions"))
+        return
+    found, wanted = scores(results.trained), scores(learned(name, given("convolutions"))[0].trained)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, wanted.double(), atol=1e-4, rtol=1e-4)
