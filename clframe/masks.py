@@ -211,13 +211,7 @@ class Held:
 # ------------------------------------------------------------------- networks that cannot be divided
 
 
-def weight_problems(
-    plugin: str,
-    net: nn.Module,
-    layers: Mapping[str, nn.Module],
-    model: str,
-    kinds: str = "linear layers and convolutions",
-) -> Iterator[str]:
+def weight_problems(plugin: str, net: nn.Module, layers: Mapping[str, nn.Module], model: str) -> Iterator[str]:
     """One sentence for each reason for which `plugin` cannot divide the weights of the `layers` of `net` among tasks.
 
     Args:
@@ -438,7 +432,7 @@ class AttentionGate(Gated):
         super().__init__(layer, norm)
         self.s = self.s_max = s_max
         self.embeddings = nn.ParameterList()
-        self.register_buffer("used", torch.zeros(self.units).to(next(layer.parameters())))
+        self.register_buffer("used", next(layer.parameters()).new_zeros(self.units))
 
     def add(self, generator: torch.Generator) -> None:
         """A task comes; its embedding is standard normal."""

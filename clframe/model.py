@@ -106,7 +106,8 @@ class IncrementalNet(nn.Module):
     def grow(self, size: int) -> nn.Linear:
         """Add a block for `size` new classes, initialised as `nn.Linear` is, on the model's device."""
         like = next(self.backbone.parameters(), torch.empty(0))
-        block = nn.Linear(self.backbone.width, size, device=like.device, dtype=like.dtype)
+        # drawn in the same numbers whatever the precision
+        block = nn.Linear(self.backbone.width, size, device=like.device, dtype=torch.float32).to(like.dtype)
         self.head.append(block)
         return block
 

@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from clframe.errors import WrongUse, of_the_system, out_of_memory
 from clframe.model import Backbone, evaluating, memo_for
 from clframe.per_sample import graph_of
-from clframe.reading import cut
+from clframe.texts import cut
 
 M = TypeVar("M", bound=nn.Module)
 COMPILED = "The network is compiled (`torch.compile`): the run trains it uncompiled, with the same results."
@@ -93,9 +93,7 @@ def tried(network: nn.Module, input_shape: Sequence[int], device: torch.device) 
         problem = f"gives {features.shape[1]} features of an image, and its `width` is {network.width}"
     elif not features.is_floating_point():
         problem = f"gives {features.dtype}, and must give floating-point numbers"
-    elif lazy := [
-        key for key, m in network.named_modules() if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()
-    ]:
+    elif lazy := [key for key, module in network.named_modules() if _is_unfinished(module)]:
         problem = f"does not use the lazy layer `{lazy[0]}`, so that its size is never known"
     elif features.requires_grad:
         own = {id(parameter) for parameter in network.parameters()}
@@ -126,7 +124,7 @@ def _copied(network: M) -> M:
 
 
 def _is_unfinished(module: nn.Module) -> bool:
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())  # type: ignore[misc]
 
 
 def _compiled_in_place(module: nn.Module) -> bool:
