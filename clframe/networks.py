@@ -124,7 +124,7 @@ def _copied(network: M) -> M:
 
 
 def _is_unfinished(module: nn.Module) -> bool:
-    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())  # type: ignore[misc]
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())
 
 
 def _compiled_in_place(module: nn.Module) -> bool:
