@@ -375,7 +375,7 @@ BACK = [[0, 1], [2, 3], [1, 0], [4, 5]]  # the first task comes back
 
 
 class Teacher(Plugin):
-    """Keeps the network of the experience before, in eval mode, and calls `losses` on each later step of the last."""
+    """Keeps the network of the experience before, in eval mode, and compares terms of the last one with `losses`."""
 
     name = "teacher"
     observer = True
@@ -387,7 +387,7 @@ class Teacher(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> None:
-        if run.experience.index == 3:
+        if run.experience.index == len(run.scenario) - 1:
             with torch.no_grad():
                 self.wanted.append(
                     {n: v.item() for n, v in self.losses(self.old(batch.x).logits, outputs.logits, batch).items()}
@@ -395,7 +395,7 @@ class Teacher(Plugin):
 
     @hookimpl
     def after_step(self, run: Run) -> None:
-        if run.experience.index == 3:
+        if run.experience.index == len(run.scenario) - 1:
             self.found.append({name: run.losses[name].item() for name in self.wanted[-1]})
 
     @hookimpl
@@ -448,6 +448,109 @@ def test_a_task_that_comes_back_is_one_head(name: str, losses: Any) -> None:
     plugin = registry.build_plugin(name, SMALL.get(name, {}))
     train = {"iterations": 3, "batch_size": 8, "lr": 0.1}
     run(stream("task", BACK), Net(), [plugin, teacher], train=train, run=QUIET)
+    assert len(teacher.wanted) == 3
+    for wanted, found in zip(teacher.wanted, teacher.found, strict=True):
+        assert all(value > 1e-4 for value in wanted.values())
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def soft(q: Tensor, z: Tensor, temperature: float) -> Tensor:
+    """The cross-entropy of two softmaxes of these logits, [B]."""
+    return -((q / temperature).softmax(1) * (z / temperature).log_softmax(1)).sum(1)
+
+
+def bce(targets: Tensor, z: Tensor) -> Tensor:
+    """The mean over columns of -t log sigmoid(z) - (1 - t) log(1 - sigmoid(z)), [B]."""
+    p = z.sigmoid()
+    return -(targets * p.log() + (1 - targets) * (1 - p).log()).mean(1)
+
+
+OLD, NOW = [0, 1, 2], [3, 0]  # classes of `AGAIN` that were learned, and those of its last experience
+AGAIN = [[0, 1], [1, 2], NOW]
+
+
+def among(z: Tensor, y: Tensor, columns: list[int]) -> Tensor:
+    """The mean cross-entropy among these columns."""
+    return functional.cross_entropy(z[:, columns], torch.tensor([columns.index(label) for label in y.tolist()]))
+
+
+def with_share(q: Tensor, z: Tensor, temperature: float) -> Tensor:
+    """`soft`, in which the class that is new has no share of the old network's softmax."""
+    p = functional.pad((q / temperature).softmax(1), (0, 1))
+    return -(p * (z / temperature).log_softmax(1)).sum(1)
+
+
+def sigmoids(q: Tensor, z: Tensor, batch: Batch) -> Tensor:
+    """Labels in the columns of classes of the experience, for its own rows; for others in that of the new class."""
+    targets = functional.one_hot(batch.y, 4).float()
+    targets[:, 1:3] = q[:, 1:3].sigmoid()
+    old = batch.origin > 0
+    targets[old, 0] = q[old, 0].sigmoid()
+    return bce(targets, z).mean()
+
+
+def entropy(q: Tensor) -> Tensor:
+    return -(q.softmax(1) * q.log_softmax(1)).sum(1)
+
+
+Losses = Callable[[Tensor, Tensor, Batch], dict[str, Tensor]]
+TERMS: list[tuple[str, dict[str, Any], Losses]] = [
+    (
+        "lwf",
+        {"form": "local"},
+        lambda q, z, b: {"base": among(z, b.y, NOW), "lwf": soft(q[:, OLD], z[:, OLD], 2).mean()},
+    ),
+    (
+        "lwf",
+        {"form": "seen"},
+        lambda q, z, b: {"base": among(z, b.y, [0, 1, 2, 3]), "lwf": soft(q[:, OLD], z[:, OLD], 2).mean()},
+    ),
+    (
+        "lwf",
+        {"form": "padded"},
+        lambda q, z, b: {"base": among(z, b.y, [0, 1, 2, 3]), "lwf": with_share(q, z, 2).mean()},
+    ),
+    ("lwf", {"form": "padded-mean"}, lambda q, z, b: {"lwf": with_share(q, z, 2).mean() / 4}),
+    ("lwf", {"form": "all"}, lambda q, z, b: {"lwf": soft(q, z, 2).mean()}),
+    ("lwf", {"form": "mc"}, lambda q, z, b: {"base": sigmoids(q, z, b)}),
+    ("icarl", {"outputs": "seen"}, lambda q, z, b: {"base": sigmoids(q, z, b)}),
+    ("icarl", {"outputs": "seen", "batch_size": 4}, lambda q, z, b: {"base": sigmoids(q, z, b)}),
+    (
+        "lwm",
+        {"teacher_norm": "running"},
+        lambda q, z, b: {"base": among(z, b.y, NOW), "lwm/distill": bce(q[:, OLD].sigmoid(), z[:, OLD]).mean()},
+    ),
+    ("a-ltm", {}, lambda q, z, b: {"a-ltm": soft(q[:, OLD], z[:, OLD], 1).mean()}),
+    ("a-ltm", {"loss": "l2"}, lambda q, z, b: {"a-ltm": (q[:, OLD] - z[:, OLD]).square().sum(1).mean() / 2}),
+    (
+        "deep-inversion",
+        {},
+        lambda q, z, b: {
+            "base": among(z[b.origin == 0], b.y[b.origin == 0], [0, 1, 2, 3]),
+            "deep-inversion/distill": (soft(q[:, OLD], z[:, OLD], 1) - entropy(q))[b.origin == 0].mean(),
+            "deep-inversion/dreams": (with_share(q, z, 1) - entropy(q))[b.origin > 0].mean(),
+        },
+    ),
+    (
+        "generative-replay",
+        {},
+        lambda q, z, b: {
+            "base": among(z[b.origin == 0], b.y[b.origin == 0], [0, 1, 2, 3]) / 3
+            + among(z[b.origin > 0], q[b.origin > 0].argmax(1), [0, 1, 2, 3]) * 2 / 3
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "losses"), TERMS)
+def test_each_column_has_its_target_where_classes_return_among_new_ones(
+    name: str, options: dict[str, Any], losses: Losses
+) -> None:
+    teacher = Teacher()
+    teacher.losses = losses
+    plugin = registry.build_plugin(name, SMALL.get(name, {}) | options)
+    train = {"iterations": 3, "batch_size": 6, "lr": 0.1}
+    run(stream("class", AGAIN), Net(), [plugin, teacher], train=train, run=QUIET)
     assert len(teacher.wanted) == 3
     for wanted, found in zip(teacher.wanted, teacher.found, strict=True):
         assert all(value > 1e-4 for value in wanted.values())
