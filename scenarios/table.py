@@ -32,7 +32,7 @@ from clframe.scenarios.files import (
     read_all,
     reduced,
 )
-from clframe.scenarios.folder import TestShare
+from clframe.scenarios.folder import PART, TestShare
 from clframe.scenarios.streams import Order, documented, random_of, split
 
 LARGEST = 2**28  # bytes of a table
@@ -190,6 +190,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
         rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
     except ClframeError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"The table {shown(path)} cannot be read, as it is not UTF-8 text; save it so.") from error
     except Exception as error:  # pyarrow raises whatever the damage leads to
         raise DataError(f"The table {shown(path)} cannot be read ({reason(error)}); repair it.") from error
     if not rows:
@@ -280,13 +282,14 @@ class _Rows:
         if not self.has("split"):
             return entry
         part = row[self.column("split")]
-        if part not in ("train", "test"):
+        role = PART.fullmatch(part)
+        if not role or role["val"]:
             guess = did_you_mean(part, ("train", "test"))
             raise DataError(
                 f"Row {i} of {self.path} has `{part}` in the column `{self.column('split')}`; it must be `train` or "
                 f"`test` (images to choose settings by are drawn by `train.val`).{guess if 'Did' in guess else ''}"
             )
-        return replace(entry, part="train" if part == "train" else "test")
+        return replace(entry, part="train" if role["train"] else "test")
 
 
 def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -> None:

@@ -167,6 +167,16 @@ def test_what_is_lacking_is_said_with_what_is_there(images):
             split_table(path=path, **options)
 
 
+def test_parts_are_named_as_folders_of_parts_are(images):
+    usual, other = columns(), columns()
+    words = {"train": "Training", "test": "TESTING"}
+    other["split"] = [words[part] for part in usual["split"]]
+    expected = split_table(path=table(images, usual), size=8)
+    found = split_table(path=table(images, other), size=8)
+    assert [(len(e.train), len(e.test)) for e in found] == [(len(e.train), len(e.test)) for e in expected]
+    assert all(torch.equal(a.test.x, b.test.x) for a, b in zip(found, expected, strict=True))
+
+
 def test_rows_that_say_nothing_or_something_else_are_named(images):
     empty, other = columns(), columns()
     empty["label"][6] = ""
@@ -183,7 +193,7 @@ def test_rows_that_say_nothing_or_something_else_are_named(images):
     with pytest.raises(DataError, match=r"line 2 has more values than the header"):
         split_table(path=path)
     path.write_bytes(b"path,label\n\xff\xfe,x\n")
-    with pytest.raises(DataError, match=r"cannot be read"):
+    with pytest.raises(DataError, match=r"cannot be read, as it is not UTF-8 text; save it so"):
         split_table(path=path)
     with pytest.raises(DataError, match=r"does not exist; name a CSV or Parquet file"):
         split_table(path=images / "none.csv")
