@@ -249,7 +249,7 @@ def test_a_file_that_is_learnt_and_tested_is_found_by_its_bytes(images):
         (images / "copy.png").write_bytes((images / "images" / "0.png").read_bytes())
         files = [f"images/{i}.png" for i in range(23)] + [spelt]
         rows = columns(path=files, label=[*"abcd" * 5, *"abca"])
-        with pytest.raises(DataError, match=r"^1 of the 8 test images of .*t.csv are in training, too, such as imag"):
+        with pytest.raises(DataError, match=r"^1 of the 8 test images of .*t.csv is in training, too, such as imag"):
             split_table(path=table(images, rows), **SMALL)
         dropped = split_table(path=table(images, rows), duplicates="drop", experiences=2, **SMALL)
         assert numbers(dropped[0].train) == [i for i in range(1, 16) if i % 4 < 2]
