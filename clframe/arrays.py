@@ -164,7 +164,8 @@ class Arrays:
         """Return these arrays with a note on images in memory that training and test share; ``drop`` leaves them out.
 
         Two images are the same if their bytes are. One tensor that is given for training and for test is on purpose,
-        and kept without a note. Images in files are compared where they are listed.
+        and kept without a note; test images that are a part of that tensor are kept where they would be refused. Images
+        in files are compared where they are listed.
 
         Raises:
             DataError: with ``refuse``, if there are such images; with ``drop``, if a class would have no others.
@@ -172,6 +173,8 @@ class Arrays:
         x, tests = self.x_train, self.x_test
         if x is tests or isinstance(x, LazyImages) or isinstance(tests, LazyImages):
             return self
+        if duplicates == "refuse" and _lies_in(tests, x):
+            duplicates = "keep"
         of_tests = digests(tests)
         position = {digest: i for i, digest in reversed(list(enumerate(of_tests)))}
         shared = [(i, digest) for i, digest in enumerate(digests(x)) if digest in position]
@@ -213,6 +216,14 @@ class Arrays:
     def part(self, part: Part) -> tuple[Images, Tensor]:
         """Images and labels of ``train`` or ``test``."""
         return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
+
+
+def _lies_in(part: Tensor, whole: Tensor) -> bool:
+    """Return whether the memory of `part` is that of `whole`, or some of it, as that of a slice is."""
+    if not (part.is_contiguous() and whole.is_contiguous()) or part.device != whole.device:
+        return False
+    (start, end), (first, last) = ((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (part, whole))
+    return first <= start and end <= last
 
 
 def _taken(values: Any, what: str) -> Images:

@@ -202,6 +202,18 @@ def test_one_tensor_for_both_parts_is_on_purpose(of: Callable[[Tensor], Any]):
         assert len(stream[0].train) == len(stream[0].test) == len(given.y_train) // 2
 
 
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x.numpy()])
+def test_a_part_of_the_training_images_is_tested_with_and_said(of: Callable[[Tensor], Any]):
+    """A slice of what is learned is on purpose; two slices that overlap are a slip."""
+    x = of(RAW)
+    part = Arrays("part", x[:N], Y, x[4:8], Y[4:8], tuple("abcd"))
+    [note] = split_classes("part", part, experiences=2).notes
+    assert note.startswith("4 of the 4 test images of `part` are in training, too, such as training image 4 and test")
+    assert [len(e.train) for e in split_classes("part", part, experiences=2, duplicates="drop")] == [10, 10]
+    with pytest.raises(DataError, match="2 of the 4 test images"):
+        split_classes("part", Arrays("part", x[:N], Y, x[N - 2 : N + 2], Y[:4], tuple("abcd")), experiences=2)
+
+
 def test_floats_are_compared_by_their_bytes_too():
     x = RAW.float()
     tests = x[N:].clone()
