@@ -74,11 +74,13 @@ def _replay_problems(run: Run) -> list[str]:
     left_out = any(set().union(*classes[:i]).difference(classes[i]) for i in coming)
     if run.logits != "current" or not left_out:
         return []
+    methods = [plugin for plugin in run.plugins if not plugin.observer]  # what keeps experiences refuses company itself
     return [
         f"`{plugin.name}` brings old classes back, which `train.logits=current` leaves out of the loss: choose `seen` "
         "or `all`."
         for plugin in run.plugins
-        if (plugin.replays or plugin.keeps_experiences) and plugin.wanted_logits(run) in (None, "current")
+        if (plugin.replays or (plugin.keeps_experiences and methods == [plugin]))
+        and plugin.wanted_logits(run) in (None, "current")
     ]
 
 
