@@ -21,6 +21,8 @@ from clframe import ImageData, Plugin, Scenario, Transform, change_domains, chec
 from clframe.cli.main import main
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, WrongUse
+from clframe.extension import old_images
+from clframe.listing import HIDDEN, LeftOut
 from clframe.plugins.ewc import EWC
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
@@ -609,6 +611,21 @@ def test_a_folder_of_old_images_has_folders_named_like_learned_classes(tiny: Any
         clframe.extend(tmp_path / "first", coming, plugins="mas", run={"old_images": str(tmp_path / "none")})
     with pytest.raises(WrongUse, match="there is none: leave it out"):
         clframe.extend(tmp_path / "first", coming, plugins="lwf", run=run)
+
+
+def test_old_images_are_found_by_the_rule_of_training(tiny: Any, tmp_path: Path):
+    """Names of classes in any Unicode form; hidden files and folders are left out and counted."""
+    whole = tiny()
+    whole.class_names = ("caf\u00e9", *whole.class_names[1:])
+    photographs(tmp_path / "old", "x")
+    (tmp_path / "old" / "x").rename(tmp_path / "old" / "cafe\u0301")
+    photographs(tmp_path / "old" / ".trash", "y")
+    (tmp_path / "old" / "cafe\u0301" / "._0.png").write_bytes(b"")
+    left = LeftOut()
+    found = old_images(tmp_path / "old", whole, whole[0], left).train
+    assert found.y.tolist() == [0] * 6
+    assert found.x.shape == (6, 1, 4, 4)
+    assert left.counts == {HIDDEN: 1}
 
 
 def test_new_classes_alone_do_not_sharpen_the_confidence(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
