@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -326,9 +327,17 @@ def disturbed(one: Case, begun: Path | None, folder: Path, fault: Fault, expecte
 
 
 def faults(
-    given: Sequence[Case], count: int, seed: int = 0, say: Say = lambda text: None, resumes: float = 0.3
+    given: Sequence[Case],
+    count: int,
+    seed: int = 0,
+    say: Say = lambda text: None,
+    resumes: float = 0.3,
+    files: int = 0,
 ) -> dict[str, Tally]:
-    """Let `count` calls fail in runs of the given cases, this share of them in resumes; return what was found."""
+    """Let `count` calls fail in runs of the given cases, this share of them in resumes; return what was found.
+
+    So many calls fail besides as there are in `files` in commands that write a file.
+    """
     tallies: dict[str, Tally] = {}
     with prepared() as folder:
         for number, one in enumerate(given):
@@ -363,7 +372,86 @@ def faults(
                 shutil.rmtree(inner)
             for entry in list(folder.iterdir()):
                 shutil.rmtree(entry)
+            say(f"{one.name}: {share} faults")
+        if files:
+            run = folder / "finished"
+            reference(given[0], run)
+            tallies["commands that write a file"] = faults_of_writers(writers(run), files, folder, seed, say)
     return tallies
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A command that writes a file.
+
+    Attributes:
+        name: of it.
+        arguments: of `clframe`; the file comes last.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def writers(run: Path) -> list[Writer]:
+    """Return the commands that write a file, those of a finished `run` among them."""
+    from clframe import export
+
+    formats = [kind for kind in export.FORMATS if kind != "onnx" or all(map(importlib.util.find_spec, export.ONNX))]
+    show = ("scenarios", "show", "split-digits")
+    return [
+        *(Writer(f"export, {kind}", ("export", str(run), "--format", kind, "--output")) for kind in formats),
+        Writer("sheet of images", (*show, "--set", "scenario.limit=4", "--sheet")),
+        Writer("file of a scenario", (*show, "--save")),
+    ]
+
+
+def faults_of_writers(given: Sequence[Writer], count: int, folder: Path, seed: int, say: Say) -> Tally:
+    """Let `count` calls of commands that write a file fail: it is there and whole, or is not there at all."""
+    from clframe import export
+
+    tally, traced = Tally(), {}
+    original = export._traced
+
+    def once(module: Any, inputs: Any) -> Any:  # what torch.export traces is the same each time, and takes seconds
+        if "program" not in traced:
+            traced["program"] = original(module, inputs)
+        return traced["program"]
+
+    with mock.patch.object(export, "_traced", once):
+        for number, one in enumerate(given):
+            dice = random.Random(f"{seed} {one.name}")
+            inner = folder / "one"
+            contents = []
+            for _ in range(2):
+                inner.mkdir()
+                with Calls(folder) as calls:
+                    code, said = command([*one.arguments, str(inner / "file.json")])
+                assert code == 0, (one, code, said)
+                contents.append((inner / "file.json").read_bytes())
+                shutil.rmtree(inner)
+            same = contents[0] == contents[1]  # torch and onnx write other bytes each time
+            share = count * (number + 1) // len(given) - count * number // len(given)
+            for fault in spread(calls.made, share, dice):
+                inner.mkdir()
+                with Calls(folder, fault) as calls:
+                    code, said = command([*one.arguments, str(inner / "file.json")])
+                tally.counts["faults"] += 1
+                tally.counts[fault.kind] += 1
+                wrong = on_the_way(code, said) or ("" if code in (0, 1, 2, 3) else f"exit {code}: {said[-300:]}")
+                there = sorted(path.name for path in inner.iterdir())
+                if not wrong and there not in ([], ["file.json"]):
+                    wrong = f"a part left: {there}, exit {code}: {said[-300:]}"
+                if not wrong and code == 0 and not there:
+                    wrong = "a file lost: exit 0 and no file"
+                if not wrong and there and same and (inner / "file.json").read_bytes() != contents[0]:
+                    wrong = "the file differ"
+                if wrong:
+                    at = calls.made[fault.at - 1] if len(calls.made) >= fault.at else None
+                    tally.found(wrong, f"{one.name}, {fault}, {at}")
+                    say(tally.notes[-1])
+                shutil.rmtree(inner)
+    return tally
 
 
 # ---------------------------------------------------------------------------------------------- kills
@@ -468,7 +556,7 @@ def kills(
             before, tries = tally.counts["kills"], 0
             while plan or (tally.counts["kills"] - before < wanted and tries < 3 * wanted):
                 at = plan.pop() if plan else None
-                turns = 1 if at else dice.randrange(1, 1 + min(4, max(1, wanted - tally.counts["kills"] + before)))
+                turns = 1 if at else dice.randrange(1, 1 + min(8, max(1, wanted - tally.counts["kills"] + before)))
                 inner = folder / "one"
                 inner.mkdir()
                 wrong = killed(one, inner / "run", known, dice, turns, tally, at)
@@ -479,6 +567,7 @@ def kills(
                     say(tally.notes[-1])
                 shutil.rmtree(inner)
             shutil.rmtree(folder / "whole")
+            say(f"{one.name}: {tally.counts['kills'] - before} kills in {tries} runs")
     return tallies
 
 
@@ -638,11 +727,13 @@ def flips(
                     else:
                         shutil.copyfile(reader.folder / name, copy / name)
                 shutil.rmtree(copy)
+                say(f"{reader.name}: {name}")
         tally = tallies.setdefault("every bit of the JSON files", Tally())
         for run, name in named:
             if name.endswith(".json"):
                 tally.counts["files"] += 1
                 each_bit(run, name, range(seed % every, 8 * (run / name).stat().st_size, every), tally, say)
+                say(f"every bit: {name}")
     return tallies
 
 
@@ -715,7 +806,7 @@ def measure(what: str, count: int, seed: int = 0) -> Measured:
         print(text, file=sys.stderr, flush=True)
 
     if what == "faults":
-        return lines_of(what, faults(cases(), count, seed, say))
+        return lines_of(what, faults(cases(), count, seed, say, files=count // 5))
     if what == "kills":
         return lines_of(what, kills(cases(), count, seed, say, every=("er, class",)))
     return lines_of(what, flips(count, seed, say))

@@ -237,11 +237,13 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
         program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=["scores"], verbose=False)
         assert program is not None
         program.model.metadata_props.update(about(trained))
-        program.save(path, external_data=False)
+        content = program.model_proto.SerializeToString()  # torch's own writing chooses the format by the file's name
     except (RuntimeError, ValueError, TypeError) as error:
         if of_the_system(error):
             raise
         raise WrongUse(_refused("torch.onnx", error.__cause__ or error)) from error
+    with create(path) as file:
+        file.write(content)
     if importlib.util.find_spec("onnxruntime") is None:
         return None, None
     import onnxruntime
