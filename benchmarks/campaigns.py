@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -190,7 +192,9 @@ def prepared() -> Iterator[Path]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with place() as folder, mock.patch("clframe.folder._commit", return_value=None), one_command_tree():
+    version = functools.cache(importlib.metadata.version)  # of packages, which a run looks up
+    known = mock.patch("clframe.folder.importlib.metadata.version", version)
+    with place() as folder, mock.patch("clframe.folder._commit", return_value=None), one_command_tree(), known:
         yield folder
     torch.set_num_threads(before)
 

@@ -65,6 +65,7 @@ class Calls:
         self.fault = fault
         self.made: list[Call] = []
         self._paths: dict[int, str] = {}  # of open descriptors
+        self._folders: dict[str, str] = {}  # of paths, without links
         self._lock = threading.Lock()
         self._stack = ExitStack()
 
@@ -181,7 +182,10 @@ class Calls:
         if descriptor is not None:
             known = self._paths.get(descriptor)
             return None if known is None else os.path.normpath(os.path.join(known, text))
-        full = os.path.join(os.path.realpath(os.path.dirname(text) or "."), os.path.basename(text))
+        folder, name = os.path.split(text)
+        if folder not in self._folders:  # to follow links takes a system call for each part of the path
+            self._folders[folder] = os.path.realpath(folder or ".")
+        full = os.path.join(self._folders[folder], name)
         if full != self.folder and not full.startswith(self.folder + os.sep):
             return None
         return os.path.relpath(full, self.folder)
