@@ -216,7 +216,14 @@ def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
 
 
 def scenario_of(described: Mapping[str, Any]) -> Scenario:
-    """The scenario that `model.json` describes, without images."""
+    """Return the scenario that `model.json` describes, without images. Raises `ValueError` if there is no such one."""
+    try:
+        return _scenario_of(described)
+    except WrongUse as error:  # of what a user gives; a file is named by its reader
+        raise ValueError(str(error)) from error
+
+
+def _scenario_of(described: Mapping[str, Any]) -> Scenario:
     transform = dict(described["transform"])
     transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
     transform["look"] = Look(**transform["look"]) if transform.get("look") else None
