@@ -128,7 +128,9 @@ class ICaRL(Plugin):
     def class_means(self, run: Run) -> Tensor:
         """A mean of length 1 for each class seen [C, D]; within an experience, of all images of its classes."""
         if self.read_out == "ncm":
-            rows = ImageData.concat([e.train.to(run.device) for e in (*run.earlier, run.experience)])
+            # once it is over, the experience is among the earlier ones
+            earlier = [e for e in run.earlier if e.index != run.experience.index]
+            rows = ImageData.concat([e.train.to(run.device) for e in (*earlier, run.experience)])
         else:
             parts = [] if self.exemplars is None else [self.exemplars]
             if self.exemplars is None or run.sampler is not None:  # before those of the experience are chosen

@@ -529,3 +529,26 @@ def test_a_kept_optimizer_of_parameters_that_have_other_names_now_is_put_back(ti
         with pytest.raises(Interrupted):
             begin(output=str(tmp_path / "run"))
     assert clframe.resume(tmp_path / "run", scenario=tiny(setting="task")).data == whole.data
+
+
+def test_means_of_all_images_are_the_same_where_a_run_is_resumed_at_its_end(tiny, tmp_path: Path):
+    """The last experience's images were counted twice there, which moved the means by their last bits."""
+    name = "model.safetensors"
+
+    def begin(folder: Path) -> clframe.Results:
+        settings = {"tensorboard": False, "device": "cpu", "output": str(folder)}
+        plugin = {"icarl": {"size": 24, "read_out": "ncm"}}
+        return clframe.run(tiny(), "mlp-100", [plugin], train={"iterations": 2, "batch_size": 8}, run=settings)
+
+    def pause(engine: Engine) -> None:
+        engine.signal = signal.SIGTERM if engine.position.experience == len(engine.stream) else 0
+        original(engine)
+
+    original = Engine.pause
+    begin(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "pause", pause)
+        with pytest.raises(Interrupted):
+            begin(tmp_path / "run")
+    clframe.resume(tmp_path / "run", scenario=tiny())
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
