@@ -18,7 +18,7 @@ from clframe.errors import DataError, WrongUse
 from clframe.evaluate import Reading, Readings
 from clframe.listing import LeftOut
 from clframe.look import Look
-from clframe.model import evaluating, masked
+from clframe.model import IncrementalNet, evaluating, masked
 from clframe.options import suited
 from clframe.reading import expanded
 from clframe.texts import told
@@ -113,6 +113,11 @@ class Trained(nn.Module):
         for row, classes in zip(allowed, scenario.classes, strict=True):
             row[list(classes)] = True
         self.register_buffer("allowed", allowed, persistent=False)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The trained network below the head, which a method may have rebuilt."""
+        return next(module for module in self.modules() if isinstance(module, IncrementalNet)).backbone
 
     @property
     def needs_task(self) -> bool:

@@ -342,8 +342,8 @@ def test_every_job_is_timed_with_its_method_at_work(
 
     rng = np.random.default_rng(0)
     y = np.arange(80) % 10
-    arrays = {"x_train": rng.integers(0, 255, (80, 8, 8), np.uint8), "y_train": y}
-    np.savez(tmp_path / "mnist.npz", **arrays, x_test=arrays["x_train"][:20], y_test=y[:20])
+    x = rng.integers(0, 255, (100, 8, 8), np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=x[:80], y_train=y, x_test=x[80:], y_test=y[:20])
     seen: dict[str, set[str]] = {}
     run = clframe.run
 

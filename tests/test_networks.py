@@ -175,6 +175,7 @@ def test_in_place_activations_change_nothing_and_the_given_network_stays(name: s
     assert all(module.inplace for module in net.modules() if isinstance(module, nn.ReLU))
     assert net.training
     found = scores(results.trained)
+    assert results.trained.backbone is not net
     assert torch.equal(found, scores(learned(name, given("convolutions"))[0].trained))
     if registry.plugin_class(name).resumes:
         plugins = [registry.build_plugin(name, SMALL.get(name, {})), Answers()]
@@ -198,11 +199,11 @@ def test_shared_parameters_learn_or_are_refused(kind: str, name: str):
     trained = results.trained
     if plugin.isolates:
         assert answers.same()
-    model = next(m for m in trained.modules() if isinstance(m, IncrementalNet))
-    assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
+    parameters = [p for m in trained.modules() for p in m._parameters.values() if p is not None]
+    assert all(isinstance(parameter, nn.Parameter) for parameter in parameters)
     if not plugin.isolates and name not in STILL:
         start = dict(given(kind).named_parameters())
-        assert {n for n, p in model.backbone.named_parameters() if not torch.equal(p, start[n])} == set(start)
+        assert {n for n, p in trained.backbone.named_parameters() if not torch.equal(p, start[n])} == set(start)
 
 
 @pytest.mark.parametrize("name", NAMES)
