@@ -220,6 +220,11 @@ class Samples:
         run = {"output": str(self.finished), "device": "cpu", "tensorboard": False}
         clframe.run({"name": "split-digits", "experiences": 2, "limit": 8}, "mlp", ["er"], train=short, run=run)
         rng = np.random.default_rng(0)
+        self.different: list[bytes] = []  # as the same image in training and test is refused
+        for _ in range(12):
+            held = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(held, "PNG")
+            self.different.append(held.getvalue())
         self.images: dict[str, bytes] = {}
         for mode, kinds in {
             "L": ".png .gif .pgm .tif",
@@ -326,15 +331,16 @@ def scenario_files(dice: Dice, samples: Samples, here: Path) -> list[str]:
 
 def tables(dice: Dice, samples: Samples, here: Path) -> list[str]:
     """Return a command with a table of images."""
-    for i in range(4):
-        (here / f"{i}.png").write_bytes(samples.images["RGB.png"])
+    for i, content in enumerate(samples.different):
+        (here / f"{i}.png").write_bytes(content)
     columns = [
         "path",
         "label",
         *dice.sample(["task", "domain", "split", "x", "", "path", "\x1b[31m"], dice.randrange(3)),
     ]
     rows = [
-        [f"{i % 4}.png", "ab"[i % 2], *(dice.choice(("1", "train", "test")) for _ in columns[2:])] for i in range(12)
+        [f"{i}.png", "ab"[i % 2], *(dice.choice(("1", "train", "test")) for _ in columns[2:])]
+        for i in range(len(samples.different))
     ]
     for _ in range(dice.choice((0, 1, 3))):
         row = dice.choice(rows)
@@ -547,6 +553,8 @@ def extreme_numbers(dice: Dice, samples: Samples, here: Path) -> list[str]:
         one for one in sets if not one.startswith(("model.", "train.iter", "train.epoch", "run.output", "train.first"))
     ]
     sets = [one for one in sets if not any(word in one for word in ("iterations", "steps", "epochs", "hidden", "size"))]
+    # what a method trains beside the network, and for as long as was not asked for
+    sets += [f"{name}.{o}=1" for name in plugins for o in samples.options[name] if o.endswith("iterations")]
     named = [part for plugin in plugins for part in ("--plugin", plugin)]
     short = [
         "--iterations",

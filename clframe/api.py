@@ -55,7 +55,7 @@ from clframe.record import described_in, results_of, scenario_of, split_of, temp
 from clframe.results import Results
 from clframe.single import single_image_problems
 from clframe.streams import following, stream_problems
-from clframe.switches import alone, beside_no_run, plain_torch
+from clframe.switches import alone, beside_no_run, plain_torch, quiet_writers
 from clframe.texts import cut, told
 from clframe.trained import Trained
 
@@ -542,7 +542,12 @@ def _environment(config: Config) -> Iterator[torch.device]:
     device = _device(config.run.device)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
-    with alone(), plain_torch(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        alone(),
+        quiet_writers(),
+        plain_torch(device),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         try:
             if config.train.threads is not None:
                 torch.set_num_threads(config.train.threads)

@@ -11,6 +11,8 @@ import torch
 
 from clframe.errors import WrongUse
 
+WRITERS = "tensorboard.summary.writer.event_file_writer"  # the module of the threads that write event files
+
 
 class _Turn:
     """Who uses torch's global generator: the thread of a run, and whoever loads a model for a moment."""
@@ -70,6 +72,22 @@ def _where() -> str:
     if owner is threading.current_thread():
         return "this is called from within it"
     return f"in the thread `{owner.name}`" if owner else "in another thread"
+
+
+@contextmanager
+def quiet_writers() -> Iterator[None]:
+    """Inside, a thread of TensorBoard's writer that fails prints no traceback: the next write raises its error."""
+    before = threading.excepthook
+
+    def told(failed: threading.ExceptHookArgs) -> None:
+        if type(failed.thread).__module__ != WRITERS:
+            before(failed)
+
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

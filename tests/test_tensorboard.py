@@ -1,10 +1,13 @@
+import errno
 import io
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from clframe import switches
 from clframe.config import Config, RunSettings, TrainSettings
 from clframe.plugins.tensorboard import DARK, EMPTY, RAMP, TITLES, TensorBoard, draw, settings, shades
 
@@ -347,3 +350,26 @@ def test_a_real_run_has_its_results_in_its_curves_and_is_the_same_without_them(t
     assert [step for step, _ in found["loss/base"]] == list(range(1, 17))
     assert [step for step, _ in found["within_class/experience_1"]] == [4, 8, 12, 16]
     assert [step for step, _ in found["within_class/experience_2"]] == [12, 16]
+
+
+def test_a_writer_that_fails_ends_the_run_in_a_sentence_and_prints_nothing(tmp_path, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    import clframe
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+    mine = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(clframe.errors.RunFailed, match="No space left"):
+        clframe.run("split-digits", "mlp", train={"iterations": 2}, run={"output": str(tmp_path / "run")})
+    assert reported == []
+    assert threading.excepthook is mine
+    other = threading.Thread(target=lambda: full(None, b""))
+    with switches.quiet_writers():  # threads of others are reported as before
+        other.start()
+        other.join()
+    assert [failed.thread for failed in reported] == [other]
