@@ -23,6 +23,7 @@ def kill_resume() -> ModuleType:
     return module
 
 
+@pytest.mark.long  # most of it starts processes; test_campaigns.py kills forks at every system call
 def test_a_killed_run_resumes_to_the_same_bytes(kill_resume: ModuleType, tmp_path: Path):
     given = kill_resume.arguments("ewc", iterations=150)
     expected = kill_resume.reference(given, tmp_path / "whole")
