@@ -236,7 +236,7 @@ def test_all_mistakes_of_a_command_are_told_with_exit_code_2(capsys):
     ("arguments", "words"),
     [
         ("rnu", ["No such command 'rnu'", "Did you mean 'run'?"]),
-        ("run --scenari x", ["No such option: --scenari", "--scenario", "See `clframe run --help`"]),
+        ("run --scenari x", ["No such option", "--scenari", "--scenario", "See `clframe run --help`"]),
         ("run --epochs many", ["'--epochs'", "valid integer"]),
         ("run --epochs", ["--epochs"]),
         ("run extra", ["extra"]),
