@@ -68,7 +68,7 @@ HARDER = {
     "er and ewc, held out images": "class er ewc train.val=0.25 run.eval_every=epoch train.epochs=1",
     "kept sgd": "class ewc train.optimizer=sgd train.momentum=0.9 train.keep_optimizer=true train.schedule=cosine",
     "first experience, steps": "task mas train.first={iterations:3,lr:0.01} train.schedule=steps train.milestones=[1]",
-    "springs and teacher": "domain ewc lwf si mas",
+    "ewc, lwf, si, mas": "domain ewc lwf si mas",
     "balanced er": "class er er.memory=balanced er.weigh=experiences",
     "ring er": "class er er.memory=ring a-ltm a-ltm.on=replay",
     "online ewc": "domain ewc ewc.form=online ewc.gamma=0.9 ewc.samples=5",
@@ -194,9 +194,11 @@ def prepared() -> Iterator[Path]:
     torch.set_num_threads(1)
     version = functools.cache(importlib.metadata.version)  # of packages, which a run looks up
     known = mock.patch("clframe.folder.importlib.metadata.version", version)
-    with place() as folder, mock.patch("clframe.folder._commit", return_value=None), one_command_tree(), known:
-        yield folder
-    torch.set_num_threads(before)
+    try:
+        with place() as folder, mock.patch("clframe.folder._commit", return_value=None), one_command_tree(), known:
+            yield folder
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_the_way(code: int, said: str) -> str:

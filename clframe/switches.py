@@ -15,7 +15,7 @@ WRITERS = "tensorboard.summary.writer.event_file_writer"  # the module of the th
 
 
 class _Turn:
-    """Who uses torch's global generator: the thread of a run, and whoever loads a model for a moment."""
+    """The locks of torch's global generator: one for the thread of a run, one for loading a model."""
 
     def __init__(self) -> None:
         self.run = threading.Lock()

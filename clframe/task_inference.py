@@ -41,7 +41,7 @@ class TaskClassifier(nn.Module):
         return self.net[-1].out_features if len(self.net) else 1  # type: ignore[return-value]
 
     def begin(self, tasks: int, width: int, generator: torch.Generator, like: Tensor) -> None:
-        """Begin anew, for so many tasks and features of `width` on each path, with weights of the type of `like`."""
+        """Replace the network by a new one, for `tasks` and `width` features a path, in the precision of `like`."""
         with initialised_by(generator):
             self._build(tasks * width, tasks)
         self.net.to(like)

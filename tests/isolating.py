@@ -84,7 +84,7 @@ class Answers(Plugin):
 
     @hookimpl
     def after_eval(self, run, experience):
-        x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+        x = torch.rand(6, *run.scenario.input_shape, generator=torch.Generator().manual_seed(0))
         with evaluating(run.model), torch.no_grad():
             asked = (run.model(x, torch.full((6,), t)) for t in range(experience.index + 1))
             self.answers.append([outputs.head(t).clone() for t, outputs in enumerate(asked)])

@@ -97,4 +97,4 @@ def test_a_path_may_begin_at_home(use: str, filled: Path, tmp_path: Path, monkey
 
 def test_who_is_not_known_has_no_home():
     with pytest.raises(clframe.DataError, match="names no user of this machine: write the folder out"):
-        reading.expanded("~nobody-of-this-name/x")
+        reading.expanded("~no-such-user/x")

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from isolating import Answers
 from networks_table import NETWORKS, SHAPE
 from torch import Tensor, nn
 
-from clframe import Plugin, Results, WrongUse, hookimpl, load, registry, run, testing
+from clframe import Results, WrongUse, load, registry, run, testing
 from clframe.importance import label_cotangents, norm_cotangents
-from clframe.model import IncrementalNet, evaluating, snapshot
+from clframe.model import IncrementalNet, snapshot
 from clframe.per_sample import GradientSums, zeros_for
 from clframe.trained import Trained
 
@@ -110,26 +111,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 NEED_MORE = ["lwm", "deep-inversion", "always-be-dreaming"]  # maps of several pixels, batch norms
 STILL = ["feature-extraction", "finetune-fc"]  # which train the head, or the end of the network
-
-
-class Answers(Plugin):
-    """Keeps, after each experience, what the network answers to every task so far, on fixed images."""
-
-    name = "answers"
-    observer = True
-
-    def __init__(self) -> None:
-        self.answers: list[list[Tensor]] = []
-
-    @hookimpl
-    def after_eval(self, run, experience):
-        with evaluating(run.model), torch.no_grad():
-            asked = [run.model(X, torch.full((len(X),), t)).head(t) for t in range(experience.index + 1)]
-            self.answers.append([answer.clone() for answer in asked])
-
-    def same(self) -> bool:
-        """Whether every answer to a task is what it was when the task had just been learned, to the bit."""
-        return all(torch.equal(a[j], self.answers[j][j]) for i, a in enumerate(self.answers) for j in range(i))
 
 
 def learned(name: str, net: nn.Module, folder: Path | None = None, **settings: Any) -> tuple[Results, Answers]:
