@@ -13,10 +13,10 @@ demo: .venv/installed
 	@echo "Look at the curves of both: $(BIN)/tensorboard --logdir runs/demo"
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-lowest: build/lowest/installed
-	build/lowest/bin/python -m pytest -n 2
+	build/lowest/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .

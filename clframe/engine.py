@@ -106,7 +106,8 @@ class Engine:
         self.run = run
         self.stream = stream
         self.folder = folder
-        self.hook = registry.callers(registry.manager(run.plugins))
+        manager = registry.manager(run.plugins)
+        self.hook = registry.callers(manager)
         self.readings = Readings(stream.setting, stream.classes)
         self.position = Position()
         self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin
@@ -115,12 +116,7 @@ class Engine:
         self.timings: list[dict[str, float]] = []  # of each experience
         self.row: Row | None = None  # the latest
         self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
-        # a manager for each plugin alone, as who answered and what is done already must be known of these hooks
-        alone = {plugin.name: registry.manager([plugin]) for plugin in run.plugins}
-        self.callers = {
-            hook: [(name, getattr(m.hook, hook)) for name, m in alone.items() if getattr(m.hook, hook).get_hookimpls()]
-            for hook in ONE_BY_ONE
-        }
+        self.callers = {hook: registry.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
         self.replays = self.callers["extra_batch"]
         self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}  # as `Run.of` knows them
         self.unsaved = [plugin.name for plugin in run.plugins if not plugin.resumes]

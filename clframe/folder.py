@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -355,19 +356,13 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
 
 def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:
     """Versions, device, threads, commit of the working folder's git repository, and the data's checksum."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # which of torch's kernels it runs
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        **versions,
+        **{package: _version(package) for package in PACKAGES},
         "torch": torch.__version__,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
@@ -383,6 +378,16 @@ def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
     return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in BINDING if before.get(key) != now.get(key)]
 
 
+@cache
+def _version(package: str) -> str:
+    """Return the version of an installed package; reading it takes milliseconds, and a study asks in each run."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@cache
 def _processor() -> str:
     """The CPU's model, by which speeds are compared."""
     with contextlib.suppress(OSError, StopIteration), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:

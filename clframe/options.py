@@ -7,8 +7,9 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -39,6 +40,7 @@ class Option:
 
 EXACT = 2**53  # above, not every whole number is a float
 STRANGERS = 20  # names at most that are not known and get a sentence of their own each
+KEPT = 1_024  # constructors, or parameters of them, of which is kept what was read of them
 REQUIRED: Any = inspect.Parameter.empty
 
 
@@ -82,16 +84,15 @@ def validated(
     option as ``where.option``.
     """
     parameters = {public_name(p.name): p for p in _parameters(factory, skip)}
-    hints = _hints(factory)
+    _hints(factory)  # which raises where they cannot be read
     named = {public_name(name): value for name, value in given.items()}
     problems = unknown(named, parameters, where, owner or f"`{where}`")
     values: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name in named:
             try:
-                adapter = TypeAdapter(_lenient(hints.get(parameter.name, Any)), config=STRICT)
-                suiting = suited(hints.get(parameter.name, Any), named[name])
-                values[parameter.name] = adapter.validate_python(suiting)
+                hint, adapter = _adapter(_constructor(factory), parameter.name)
+                values[parameter.name] = adapter.validate_python(suited(hint, named[name]))
             except ValidationError as error:
                 problems += explain(error, f"{where}.{name}")
         elif parameter.default is REQUIRED:
@@ -133,23 +134,43 @@ def explain(error: ValidationError, where: str) -> list[str]:
     return [": ".join([place, *filter(None, [" or ".join(said)])]) + "." for place, said in reasons.items()]
 
 
+def _constructor(factory: Callable[..., object]) -> Callable[..., object]:
+    """Return the function whose signature `factory` has, by which what was read of it is kept."""
+    if inspect.isclass(factory):
+        return factory.__init__  # type: ignore[misc]
+    return factory if isinstance(factory, Hashable) else type(factory).__call__
+
+
 def _parameters(factory: Callable[..., object], skip: tuple[str, ...]) -> list[inspect.Parameter]:
-    signature = inspect.signature(factory.__init__ if inspect.isclass(factory) else factory)
-    return [
-        p
-        for p in signature.parameters.values()
-        if p.name not in ("self", *skip) and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    return [p for p in _signature(_constructor(factory)) if p.name not in skip]
+
+
+@lru_cache(KEPT)
+def _signature(constructor: Callable[..., object]) -> list[inspect.Parameter]:
+    parameters = inspect.signature(constructor).parameters.values()
+    return [p for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _hints(factory: Callable[..., object]) -> dict[str, Any]:
     try:
-        return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory, include_extras=True)
+        return _read_hints(_constructor(factory))
     except NameError as error:
         raise WrongUse(
             f"The options of `{factory.__name__}` cannot be read: {error}; "
             "the types of options must be imported when the module runs, not only for type checking."
         ) from error
+
+
+@lru_cache(KEPT)
+def _read_hints(constructor: Callable[..., object]) -> dict[str, Any]:
+    return get_type_hints(constructor, include_extras=True)
+
+
+@lru_cache(KEPT)
+def _adapter(constructor: Callable[..., object], parameter: str) -> tuple[Any, TypeAdapter[Any]]:
+    """Return the type of a parameter, and what validates its values: building that takes most of a validation."""
+    hint = _read_hints(constructor).get(parameter, Any)
+    return hint, TypeAdapter(_lenient(hint), config=STRICT)
 
 
 def suited(hint: Any, value: Any) -> Any:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
@@ -282,7 +282,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
                 problems.append(f"The plugin `{name}` cannot run beside `{other}`; leave out one of them.")
     if problems:
         raise WrongUse(*problems)
-    made = pluggy.PluginManager("clframe")
+    made = _Manager("clframe")
     made.add_hookspecs(Hooks)
     try:
         for name, plugin in reversed(built.items()):  # pluggy calls the last one first
@@ -291,6 +291,15 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
     except pluggy.PluginValidationError as error:
         raise WrongUse(f"A plugin does not fit the hooks: {error}") from error
     return made
+
+
+class _Manager(pluggy.PluginManager):
+    """A manager that looks for hooks only among what a plugin's class adds to `Plugin`: a third of the time."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        from clframe.plugin import Plugin
+
+        return None if hasattr(Plugin, name) else super().parse_hookimpl_opts(plugin, name)
 
 
 def isolation_problems(plugin: Plugin, plugins: Iterable[Plugin]) -> list[str]:
@@ -338,6 +347,19 @@ def callers(made: pluggy.PluginManager) -> Hooks:
         if not relay.get_hookimpls():
             calls[hook] = partial(_unanswered, None if relay.spec.opts["firstresult"] else ())
     return cast(Hooks, SimpleNamespace(**calls))
+
+
+def callers_one_by_one(
+    made: pluggy.PluginManager, plugins: Iterable[Plugin], hook: str
+) -> list[tuple[str, pluggy.HookCaller]]:
+    """Return, for each of `plugins` that answers `hook`, its name and what calls its hook alone."""
+    found = []
+    for plugin in plugins:
+        others = [other for other in plugins if other is not plugin]
+        alone = made.subset_hook_caller(hook, others)
+        if alone.get_hookimpls():
+            found.append((plugin.name, alone))
+    return found
 
 
 def _unanswered(answer: object, **arguments: object) -> object:
@@ -441,6 +463,12 @@ def _owns(cls: type, hook: str) -> bool:
     return any(h == hook and mark is not None and not mark["wrapper"] for _, h, mark in _methods(cls))
 
 
+@cache
+def _arguments_of(hook: str) -> list[str]:
+    """Return the names of what `hook` gives to a plugin."""
+    return list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
+
+
 def _problems_of(cls: type[Plugin]) -> list[str]:
     """One sentence for each thing in a plugin's class that would not do what its author means."""
     if cls.hook_api not in (None, HOOK_API):
@@ -461,7 +489,7 @@ def _problems_of(cls: type[Plugin]) -> list[str]:
             continue
         if mark["hookwrapper"]:
             problems.append(f"{method} is an old-style wrapper: use `@hookimpl(wrapper=True)`.")
-        allowed = list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
+        allowed = _arguments_of(hook)
         bound = not inspect.isfunction(inspect.getattr_static(cls, name))
         for parameter in list(inspect.signature(getattr(cls, name)).parameters.values())[0 if bound else 1 :]:
             if parameter.name not in allowed or parameter.kind in (

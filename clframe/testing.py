@@ -202,8 +202,8 @@ def tiny_arrays(classes: int = 6, per_class: int = 12, shape: Sequence[int] = (1
 
 
 def tiny(setting: Setting = "class", shape: Sequence[int] = SHAPE) -> Scenario:
-    """Two experiences of three classes, 36 training images each."""
-    return split_classes("tiny", tiny_arrays(shape=shape), experiences=2, setting=setting)
+    """Two experiences of three classes, 24 training images each."""
+    return split_classes("tiny", tiny_arrays(shape=shape, per_class=8), experiences=2, setting=setting)
 
 
 def learn(

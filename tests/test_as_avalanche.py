@@ -19,6 +19,8 @@ from clframe.plugins.mas import MAS
 from clframe.plugins.si import SI
 from clframe.training import Sampler
 
+pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s
+
 TRAIN = {"optimizer": "sgd", "lr": 0.1, "batch_size": 7, "epochs": 3, "clip": 0.0, "logits": "all"}
 CLASSES = 6
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +14,8 @@ from clframe.options import options_of
 from clframe.registry import SUPPLIED, build_scenario, builder, suited
 from clframe.scenarios import sources
 from clframe.scenarios.avalanche import BENCHMARKS, ELSEWHERE, benchmark
+
+pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s
 
 HOME = {"SplitMNIST": "cmnist", "PermutedMNIST": "cmnist", "RotatedMNIST": "cmnist", "SplitFMNIST": "cfashion_mnist"}
 SPLITS = ["SplitMNIST", "SplitFMNIST", "SplitCIFAR10", "SplitCIFAR100", "SplitCIFAR110"]
@@ -145,14 +145,6 @@ def test_accuracy_is_that_of_split_mnist_with_the_same_order(root):
     other = clframe.run("split-mnist", train={"epochs": 3, "batch_size": 4}, run=run)
     assert results.accuracy == same.accuracy
     assert results.accuracy != other.accuracy
-
-
-def test_nothing_of_avalanche_is_imported(root):
-    code = (
-        "import sys; from pathlib import Path; from clframe.scenarios.avalanche import benchmark\n"
-        f"benchmark('PermutedMNIST', data_root=Path({str(root)!r}))[1].train; print('avalanche' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_what_suits_it_goes_by_the_data():

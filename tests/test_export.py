@@ -23,6 +23,8 @@ from clframe.errors import RunFailed, WrongUse
 from clframe.evaluate import Predictor
 from clframe.look import Look
 
+pytestmark = pytest.mark.xdist_group("export")  # on one worker: torch's exporters take 8 s to start
+
 TRAIN = {"epochs": 1, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 FORMATS = [
     "safetensors",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +11,8 @@ from PIL import Image
 
 import clframe
 from clframe.errors import DataError, WrongUse
+
+pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s
 
 
 class Data(list):
@@ -200,8 +200,3 @@ def test_an_experience_of_several_tasks_is_refused():
 
     given = SimpleNamespace(train_stream=[Experience()], test_stream=[Experience()])
     assert refusal(WrongUse, given).startswith("There are images of several tasks in experience 0 of `avalanche`")
-
-
-def test_the_core_does_not_import_avalanche():
-    code = "import sys, clframe; clframe.from_avalanche; print('avalanche' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

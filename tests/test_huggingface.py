@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import json
 import shutil
-import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 
 import clframe
-from clframe import registry
 from clframe.cli.main import main
 from clframe.errors import DataError, WrongUse
 from clframe.images import LazyImages
@@ -436,14 +434,3 @@ def test_a_run_that_reads_images_late_is_bit_equal(both, tmp_path):
 def test_without_standard_error_images_are_read_all_the_same(both, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert len(huggingface(str(both), memory=0, **SMALL)[0].train.x) == 12
-
-
-def test_listing_and_importing_do_not_import_the_library():
-    code = (
-        "import sys; from clframe.cli.main import main; import clframe.scenarios.huggingface; "
-        "assert main(['scenarios', 'list']) == 0; print({'datasets', 'pyarrow', 'pandas'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "huggingface" in done.stdout
-    assert done.stdout.splitlines()[-1] == "set()"
-    assert "huggingface" in registry.names("scenario")

@@ -70,14 +70,6 @@ def test_the_folders_are_flat():
         assert below == []
 
 
-def test_the_folders_are_no_modules_of_their_own():
-    """`import plugins.ewc` from the checkout would be a second module with a second `EWC`."""
-    assert not {"plugins", "scenarios", "cli"} & set(sys.modules)
-    code = "import sys, clframe.plugins.joint; print({'plugins', 'scenarios', 'cli'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 def test_every_built_in_has_its_entry_point():
     import tomllib
 

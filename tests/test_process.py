@@ -1,8 +1,7 @@
-"""Real processes: Ctrl-C, a second process on one folder, and what a run imports."""
+"""Real processes: Ctrl-C, and a second process on one folder."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -42,16 +41,3 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_refused(tmp_
     assert "Traceback" not in said
     assert len(list((folder / "checkpoints").iterdir())) == 2
     assert not (folder / "results.json").exists()
-
-
-def test_a_run_on_digits_imports_nothing_heavy_that_it_does_not_need(tmp_path: Path):
-    code = f"""
-import json, sys
-from clframe.cli.main import main
-code = main(["run", "--iterations", "2", "--quiet", "--json", "--output", {str(tmp_path / "run")!r}])
-heavy = {{"torchvision", "avalanche", "sklearn", "matplotlib"}} & set(sys.modules)
-print(json.dumps([code, sorted(heavy)]), file=sys.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
-    assert json.loads(done.stdout)["scenario"] == "split-digits"
