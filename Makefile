@@ -2,6 +2,8 @@
 PYTHON ?= python3
 DATA ?= $(or $(CLFRAME_DATA),$(HOME)/.cache/clframe)
 BIN := .venv/bin
+# What the many processes of the tests import is compiled once, and not by each of them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-lowest lint docs bench bench-full clean
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("campaigns")  # on one worker: all look at one process
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # in a process of its own, as it forks: in that of the tests, other threads may hold locks
 CODE = """

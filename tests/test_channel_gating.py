@@ -394,12 +394,12 @@ def test_a_stop_within_a_tasks_gan_changes_no_bit(scenario, tmp_path: Path, monk
 
 
 def test_it_learns_digits_and_forgets_nothing() -> None:
-    """At the rate and schedule that suit it; over three seeds it comes to 98.5 to 99.6 %."""
+    """At the rate and schedule that suit it; over three seeds it comes to 96.6 to 98.7 %."""
     results = clframe.run(
         {"name": "split-digits", "setting": "task"},
         {"name": "cnn-small", "widths": [16, 16, 32]},
         [ChannelGating()],
-        train={"iterations": 200},
+        train={"iterations": 150},
         run={"tensorboard": False},
     )
     assert results.measures["task"]["forgetting"] == 0.0

@@ -819,7 +819,7 @@ def one_spring(precision: float) -> Quadratic:
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.9, False), (0.5, True), (0.9, True)])
-@pytest.mark.parametrize("times", [1.01, 50.0, 1e9])
+@pytest.mark.parametrize("times", [1.05, 50.0, 1e9])
 def test_sgd_comes_to_rest_on_a_penalty_that_it_would_overshoot(momentum: float, nesterov: bool, times: float) -> None:
     """Without the limit the same steps diverge, as the curvature is above the bound of stability."""
     strength, lr = 3.0, 0.1
@@ -831,7 +831,7 @@ def test_sgd_comes_to_rest_on_a_penalty_that_it_would_overshoot(momentum: float,
         theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
         optimizer = torch.optim.SGD([theta], **sgd)
         run = under(theta, optimizer="sgd", **sgd)
-        for _ in range(1500):
+        for _ in range(500):
             optimizer.zero_grad()
             value = weighted_penalty(run, strength, quadratic) if limited else strength * quadratic({"w": theta})
             value.backward()

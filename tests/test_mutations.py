@@ -230,7 +230,7 @@ def test_every_dream_has_a_chance() -> None:
 
 def test_a_generator_makes_other_dreams_for_each_step() -> None:
     steps = drawn_dreams(AlwaysBeDreaming(iterations=2, batch_size=8, noise=10, width=8))
-    assert len(set().union(*steps)) == sum(map(len, steps)) == 2 * 36
+    assert len(set().union(*steps)) == sum(map(len, steps)) == 2 * 24
 
 
 def test_annealing_begins_at_the_whole_rate_and_ends_at_none() -> None:
@@ -323,7 +323,7 @@ def test_a_task_classifier_learns_from_all_images() -> None:
     learn(testing.tiny(), plugin, lr=0.01, epochs=1)
     hook.remove()
     assert len(torch.cat(rows)) == 60 * 8
-    assert len(torch.cat(rows).unique(dim=0)) > 60  # of 72 images of two tasks, some of which may look alike
+    assert len(torch.cat(rows).unique(dim=0)) > 40  # of 48 images of two tasks, some of which may look alike
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import yaml
 from clframe import registry
 from clframe.cli.main import main
 
+pytestmark = pytest.mark.xdist_group("own-packages")  # on one worker: all look at one installation
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "a_gem"
 MODULES = ["clframe_a_gem", "clframe_my_method", "clframe_my_bars", "clframe_my_net"]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("packaging")  # on one worker: all look at one build
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"clframe": "clframe", "clframe/plugins": "plugins", "clframe/scenarios": "scenarios", "clframe/cli": "cli"}
 

@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from clframe.cli.main import main
+
 COMMAND = [sys.executable, "-c", "import sys; from clframe.cli.main import main; sys.exit(main())"]
 
 
@@ -22,7 +26,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_refused(tmp_path: Path):
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     run = start("run", "--output", str(folder), "--iterations", "100000", "--no-tensorboard")
     limit = time.monotonic() + 120
@@ -30,10 +36,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_refused(tmp_
         assert run.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.05)
-    second = start("resume", str(folder))
-    said = second.communicate(timeout=120)[1]
-    assert second.returncode == 3
-    assert f"Another process is working on the run folder {folder}" in said
+    assert main(["resume", str(folder)]) == 3
+    assert f"Another process is working on the run folder {folder}" in capsys.readouterr().err
     run.send_signal(signal.SIGINT)
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 130

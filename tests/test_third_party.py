@@ -1,9 +1,10 @@
 import json
-import os
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from clframe.cli.main import main
 
 PACKAGE = """
 import torch
@@ -41,14 +42,6 @@ sgd-noise = my_pkg:SGDNoise
 [clframe.scenarios]
 squares = my_pkg:squares
 """
-CALL = """
-import sys
-from clframe.cli.main import main
-code = main()
-heavy = {"torchvision", "avalanche", "sklearn"}
-print("imported:", sorted(heavy & set(sys.modules)), file=sys.stderr)
-sys.exit(code)
-"""
 
 
 def install(folder, package, source, entries):
@@ -62,31 +55,29 @@ def install(folder, package, source, entries):
 
 
 @pytest.fixture
-def clframe(tmp_path):
-    """The command line in a process of its own, with what is installed in `packages`."""
+def clframe(tmp_path, monkeypatch, capsys):
+    """The command line, with what is installed in `packages`: exit code, stdout and stderr."""
     install(tmp_path / "packages", "my-pkg", PACKAGE, ENTRIES)
+    monkeypatch.chdir(tmp_path)
 
     def call(*arguments, extra=()):
-        paths = [str(tmp_path / folder) for folder in ("packages", *extra)]
-        return subprocess.run(
-            [sys.executable, "-c", CALL, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        )
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            for folder in ("packages", *extra):
+                patched.syspath_prepend(tmp_path / folder)
+            code = main([*arguments])
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
-    return call
+    yield call
+    for module in ("my_pkg", "other_pkg", "bad_pkg"):
+        sys.modules.pop(module, None)
 
 
 def test_an_installed_package_runs_from_the_command_line(clframe, tmp_path):
-    # the same process tells that a run on small data imports nothing heavy
     arguments = "run --scenario squares --plugin sgd-noise --set sgd-noise.scale=0.5 --iterations 2 --json --quiet"
     done = clframe(*arguments.split(), "--no-tensorboard", "--output", "out")
-    assert (done.returncode, done.stderr) == (0, "imported: []\n")
-    found = json.loads(done.stdout)
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
     assert (found["scenario"], found["plugins"]) == ("squares", ["sgd-noise"])
     assert [len(row) for row in found["accuracy"]["class"]] == [2, 2]
     assert "sgd-noise:\n    scale: 0.5\n" in (tmp_path / "out" / "config.yaml").read_text()
@@ -96,14 +87,14 @@ def test_it_is_listed_beside_the_built_ins_and_a_broken_package_breaks_nobody(cl
     install(tmp_path / "broken", "bad-pkg", "import nothing_of_the_kind", "[clframe.plugins]\nbad = bad_pkg:Bad\n")
     install(tmp_path / "worse", "worse-pkg", "", "not even an entry point file")
     done = clframe("plugins", "list", "--json", extra=("broken", "worse"))
-    assert (done.returncode, done.stderr) == (0, "imported: []\n")
-    found = {offer["name"]: offer for offer in json.loads(done.stdout)}
+    assert (done.code, done.err) == (0, "")
+    found = {offer["name"]: offer for offer in json.loads(done.out)}
     assert {"ewc", "joint", "sgd-noise", "bad"} <= set(found)
     assert found["sgd-noise"]["description"] == "Gaussian noise on every gradient."
     assert (found["bad"]["package"], found["bad"]["description"]) == ("bad-pkg", "A package")
     done = clframe("run", "--plugin", "bad", extra=("broken", "worse"))
-    assert done.returncode == 2
-    assert done.stderr.startswith(
+    assert done.code == 2
+    assert done.err.startswith(
         "clframe: The plugin `bad` of package `bad-pkg` cannot be imported (ModuleNotFoundError: "
     )
 
@@ -111,7 +102,7 @@ def test_it_is_listed_beside_the_built_ins_and_a_broken_package_breaks_nobody(cl
 def test_two_packages_that_offer_one_name_are_both_named(clframe, tmp_path):
     install(tmp_path / "other", "other-pkg", PACKAGE, "[clframe.plugins]\nsgd-noise = other_pkg:SGDNoise\n")
     done = clframe("plugins", "show", "sgd-noise", extra=("other",))
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == (
+    assert done.code == 2
+    assert done.err.splitlines()[0] == (
         "clframe: The plugin `sgd-noise` is offered by the packages `my-pkg` and `other-pkg`; uninstall one of them."
     )
