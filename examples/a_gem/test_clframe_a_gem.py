@@ -44,14 +44,14 @@ def measures(*plugins):
         {"name": "split-digits", "setting": "task", "order": "random"},
         "mlp-100",
         plugins,
-        train={"iterations": 300, "keep_optimizer": True, "clip": 0.0, "threads": 1},
+        train={"iterations": 120, "keep_optimizer": True, "clip": 0.0, "threads": 1},
         run={"device": "cpu"},
     )
     return results.measures["task"]
 
 
 def test_it_forgets_less_than_fine_tuning():
-    """Of seeds 0 to 4 the averages are 98.0 % with it, and 88.9 % without."""
+    """Of seeds 0 to 4 the averages are 97.6 % with it, and 89.8 % without."""
     with_it, without = measures(AGEM()), measures()
     assert with_it["average_accuracy"] > without["average_accuracy"] + 0.05
     assert with_it["forgetting"] < without["forgetting"] / 3
