@@ -801,7 +801,7 @@ def lines_of(what: str, tallies: dict[str, Tally]) -> Measured:
     for name, tally in {**tallies, "together": together}.items():
         others = sum(tally.counts[kind] for kind in tally.counts if kind not in (*COLUMNS[what], *WRONG))
         shown = {column: tally.counts[column] for column in (*COLUMNS[what], *WRONG)}
-        lines.append({what: name, **shown, "other faults": others})
+        lines.append({"cases": name, **shown, "other faults": others})
     return lines, together.notes[:50]
 
 

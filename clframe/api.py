@@ -37,7 +37,6 @@ from clframe.errors import ClframeError, DataError, RunFailed, WrongUse, of_the_
 from clframe.extension import Base, defaults, extended, finished, join
 from clframe.folder import (
     BASE,
-    CONFIG,
     CONFIG_LIMIT,
     ENVIRONMENT,
     RunFolder,
@@ -207,6 +206,7 @@ def _resumed(
     try:
         if opened.finished:
             raise DataError(f"The run in {path} is finished: its figures are in {path / 'results.json'}.")
+        opened.check_config()
         config = _read_config(path)
         _check_resumes(config, plugins, path)
         if config.run.device.startswith("cuda") and not torch.cuda.is_available():
@@ -228,9 +228,7 @@ def _resumed(
             if loaded:
                 with held_by(opened.checkpoints):
                     position = state.position_of(loaded[0])
-            # a checkpoint has the sum of config.yaml; what may differ in environment.json is allowed to
-            skip = (*([CONFIG] if loaded else []), *([ENVIRONMENT] if allow_env_change else []))
-            opened.check_sums(position, skip, lambda text: _tell(listeners, text))
+            opened.check_sums(position, [ENVIRONMENT] if allow_env_change else [], lambda text: _tell(listeners, text))
             config.run.output = str(path)
             base = None if loaded else _base_of(config)
             engine = _build(

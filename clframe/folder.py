@@ -210,6 +210,18 @@ class RunFolder:
         """SHA-256 of `config.yaml`: a checkpoint remembers it, so that an edit is noticed."""
         return hashlib.sha256(read_bytes(self.path / CONFIG, CONFIG_LIMIT)).hexdigest()
 
+    def check_config(self, written: str | None = None) -> None:
+        """Raise `DataError` unless `config.yaml` has the sum `written`, by default that in sums.json, if there is one.
+
+        It is called before anything is read from it: what a damaged one says would be blamed on the user.
+        """
+        if written is None:
+            written = (sums.read(self.path) or {}).get(CONFIG)
+        if written is not None and written != self.config_sum():
+            raise DataError(
+                f"{self.path / CONFIG} was edited, or damaged, since the run began; put it back, or start a new run."
+            )
+
     def environment(self) -> dict[str, Any]:
         """What `begin` wrote of the environment."""
         return self._read(ENVIRONMENT)

@@ -137,7 +137,7 @@ def explain(error: ValidationError, where: str) -> list[str]:
 def _constructor(factory: Callable[..., object]) -> Callable[..., object]:
     """Return the function whose signature `factory` has, by which what was read of it is kept."""
     if inspect.isclass(factory):
-        return factory.__init__  # type: ignore[misc]
+        return factory.__init__
     return factory if isinstance(factory, Hashable) else type(factory).__call__
 
 

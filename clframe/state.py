@@ -118,11 +118,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     """
     entries = dict(packed["dict"])
     if engine.folder:
-        if entries["config"] != engine.folder.config_sum():
-            raise DataError(
-                f"{engine.folder.path / 'config.yaml'} was edited since the checkpoint; put it back, "
-                "or start a new run."
-            )
+        engine.folder.check_config(entries["config"])
         engine.folder.cut_metrics(entries["metrics"])
     _put_back(engine, packed, tensors, keep_optimizer=True)
 

@@ -301,10 +301,15 @@ def test_a_resume_of_a_finished_foreign_or_edited_run_is_refused(stopped: Path, 
     config.write_text(before.replace("seed: 0", "seed: 1"))
     with pytest.raises(DataError, match=r"config.yaml was edited"):
         clframe.resume(stopped)
+    sums = (stopped / "sums.json").read_text()
+    (stopped / "sums.json").unlink()  # as an earlier clframe left the folder
+    with pytest.raises(DataError, match=r"config.yaml was edited"):
+        clframe.resume(stopped)
     config.write_text(before.replace("seed: 0", "seed: [0"))
     with pytest.raises(DataError, match=r"config.yaml.*line"):
         clframe.resume(stopped)
     config.write_text(before)
+    (stopped / "sums.json").write_text(sums)
     clframe.resume(stopped)
     with pytest.raises(DataError, match="is finished"):
         clframe.resume(stopped)
@@ -399,6 +404,7 @@ def test_a_run_of_a_device_that_is_gone_needs_leave_to_go_on(stopped: Path, monk
     changed = json.loads(environment.read_text()) | {"device": "cuda: NVIDIA"}
     environment.write_text(json.dumps(changed))
     config.write_text(before.replace("device: cpu", "device: cuda"))
+    (stopped / "sums.json").unlink()
     with pytest.raises(DataError, match=r"device was cuda: NVIDIA, is cpu.*--allow-env-change"):
         clframe.resume(stopped)
 

@@ -116,6 +116,16 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(finished: Path, nam
     assert answers(finished) == expected
 
 
+def test_a_flipped_bit_of_the_configuration_is_noticed_before_a_resume_believes_it(stopped: Path):
+    """Else the sentence would blame the user: that there is no option `er.sise`, or another device."""
+    file = stopped / "config.yaml"
+    content = file.read_bytes()
+    for bit in range(1, 8 * len(content), 61):
+        flipped(file, bit)
+        assert refusal(lambda: clframe.resume(stopped))[1].startswith(f"{file} was edited, or damaged, since"), bit
+        file.write_bytes(content)
+
+
 def test_bits_of_the_sums_is_refused_or_means_the_same(finished: Path):
     file = finished / sums.FILE
     content, expected = file.read_bytes(), sums.read(finished)
