@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from clframe import registry, splits
 from clframe.errors import WrongUse, did_you_mean
@@ -148,6 +157,15 @@ class RunSettings(Settings):
     predictions: bool = Field(True, description="keep the scores of every test image")
 
 
+def _named(spec: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(spec.get("name"), str):
+        raise ValueError("it should have a `name`, which is a text")
+    return spec
+
+
+Named = Annotated[dict[str, Any], AfterValidator(_named)]
+
+
 class Config(BaseModel):
     """Everything that defines a run; what `config.yaml` of its folder holds.
 
@@ -156,8 +174,8 @@ class Config(BaseModel):
 
     model_config = SETTINGS
 
-    scenario: dict[str, Any]
-    model: dict[str, Any]
+    scenario: Named
+    model: Named
     plugins: dict[str, dict[str, Any]]
     train: TrainSettings
     run: RunSettings

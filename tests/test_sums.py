@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -123,6 +124,18 @@ def test_a_flipped_bit_of_the_configuration_is_noticed_before_a_resume_believes_
     for bit in range(1, 8 * len(content), 61):
         flipped(file, bit)
         assert refusal(lambda: clframe.resume(stopped))[1].startswith(f"{file} was edited, or damaged, since"), bit
+        file.write_bytes(content)
+
+
+def test_a_configuration_without_a_sum_is_refused_in_a_sentence(stopped: Path):
+    """As an earlier clframe left the folder; the checkpoint has the sum, but is read later."""
+    (stopped / "sums.json").unlink()
+    file = stopped / "config.yaml"
+    content = file.read_bytes()
+    places = [8 * place.start() for place in re.finditer(b"name", content)]
+    for bit in [*places, *range(3, 8 * len(content), 701)]:
+        flipped(file, bit)
+        assert refusal(lambda: clframe.resume(stopped))[1], bit
         file.write_bytes(content)
 
 
