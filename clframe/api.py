@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import threading
 import traceback
@@ -33,7 +32,15 @@ from clframe.config import (
 from clframe.context import Listener, Run
 from clframe.data import Scenario
 from clframe.engine import Engine, learn
-from clframe.errors import ClframeError, DataError, RunFailed, WrongUse, of_the_system, out_of_memory
+from clframe.errors import (
+    OF_THE_DISK,
+    ClframeError,
+    DataError,
+    RunFailed,
+    WrongUse,
+    of_the_system,
+    out_of_memory,
+)
 from clframe.extension import Base, defaults, extended, finished, join
 from clframe.folder import (
     BASE,
@@ -59,8 +66,6 @@ from clframe.texts import cut, told
 from clframe.trained import Trained
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
-# errors of writing that are never a plugin's mistake, wherever they are raised
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def run(

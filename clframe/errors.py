@@ -6,6 +6,7 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from clframe.texts import SENTENCE, bounded, cut
 
@@ -19,6 +20,9 @@ OUT_OF_MEMORY = re.compile(
 OF_A_FILE = re.compile(
     r"unable to (open|mmap|map)|open file failed|I/O error|os error \d+|file write failed|PytorchStreamW"
 )
+
+# what the disk refuses, whatever is written: never the mistake of a plugin, or of a name
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class ClframeError(Exception):
@@ -85,6 +89,13 @@ def of_the_system(error: BaseException) -> str | None:
         said = " ".join(str(error).split())[:300].rstrip(".")
         return said if OF_A_FILE.search(said) else None
     return None
+
+
+def cannot_write(what: str, path: Path, error: OSError) -> ClframeError:
+    """Return the refusal of a file that a user named: of the disk, as where a run fails, or of the name."""
+    if error.errno in OF_THE_DISK:
+        return RunFailed(f"{what} could not be written to {path} ({error.strerror}); make room, or name another file.")
+    return WrongUse(f"{what} cannot be written to {path} ({error.strerror}); name another file.")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, WrongUse, cannot_write
 from clframe.reading import Unreadable, expanded, parse_json, read_bytes, shown
 from clframe.texts import cut, told
 
@@ -45,6 +45,7 @@ def save_split(
 
     Raises:
         WrongUse: if a name or option is wrong, or the file cannot be written.
+        RunFailed: if the disk is full, or fails.
         DataError: if its data is missing or damaged.
     """
     from clframe import registry
@@ -57,7 +58,7 @@ def save_split(
 
 
 def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: int) -> None:
-    """Write `scenario`, which was built from `spec` in a run of that seed. Raises `WrongUse` if that is impossible."""
+    """Write `scenario`, which was built from `spec` in a run of that seed. Raises as `save_split`."""
     from clframe.checkpoint import write_text
     from clframe.results import to_json
 
@@ -66,7 +67,7 @@ def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: i
     try:
         write_text(path, to_json(described(spec, scenario, seed)))
     except OSError as error:
-        raise WrongUse(f"The split cannot be written to {path} ({error.strerror}); name another file.") from error
+        raise cannot_write("The split", path, error) from error
 
 
 def described(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> dict[str, Any]:

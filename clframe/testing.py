@@ -301,17 +301,15 @@ def pauses(stop: int = 0) -> Iterator[list[int]]:
 
 
 def same_after_a_stop(
-    folder: Path, begin: Callable[[str], Results], go_on: Callable[[Path], Results], blame: str, spread: int = 0
+    folder: Path, begin: Callable[[str], Results], go_on: Callable[[Path], Results], blame: str
 ) -> None:
     """Raise `Broken` unless a run that is stopped, at five places, goes on to the files of the run that is not.
 
     All but the first and the last resume are stopped again at once, before a step was taken, and resumed once more.
-    `spread` adds about so many places, evenly from the second pause on.
     """
     with pauses() as count:
         begin(str(folder / "whole"))
-    more = range(2, count[0], max(1, count[0] // spread)) if spread else ()
-    for place in sorted({1, count[0] // 4, count[0] // 2, count[0] - 2, count[0], *more} - {0, -1}):
+    for place in sorted({1, count[0] // 4, count[0] // 2, count[0] - 2, count[0]} - {0, -1}):
         where = f"stopped at pause {place} of {count[0]}"
         stopped = folder / str(place)
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe import registry
 from clframe.cli import show
-from clframe.errors import ClframeError, WrongUse
+from clframe.errors import ClframeError, cannot_write
 from clframe.options import options_of
 from clframe.reading import expanded
 
@@ -143,7 +143,7 @@ def _draw(path: Path, scenario: Scenario) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise WrongUse(f"The sheet cannot be written to {path} ({error.strerror}); name another file.") from error
+        raise cannot_write("The sheet", path, error) from error
 
 
 def _description(documented: object) -> str:

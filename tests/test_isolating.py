@@ -61,7 +61,6 @@ def test_a_stop_anywhere_changes_no_bit(stream: Scenario, tmp_path: Path, name: 
         lambda output: learn(stream, built(), model(), output=output),
         lambda path: clframe.resume(path, scenario=stream, model=model(), plugins=built()),
         f"({name})",
-        spread=2,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +155,22 @@ def test_the_command_line_writes_runs_and_refuses(tmp_path, monkeypatch, capsys)
         assert told in capsys.readouterr().err
     assert main(["scenarios", "show", "split-mnist", "--save", "m.json"]) == 3
     assert not (tmp_path / "m.json").exists()
+
+
+@pytest.mark.parametrize(("flag", "what"), [("--save", "The split"), ("--sheet", "The sheet")])
+@pytest.mark.parametrize(("number", "code", "told"), [(errno.ENOSPC, 1, "could not"), (errno.EACCES, 2, "cannot")])
+def test_a_full_disk_is_no_wrong_use(
+    flag: str, what: str, number: int, code: int, told: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    for module in ("writing", "checkpoint"):
+        monkeypatch.setattr(f"clframe.{module}.create", refuse)
+    path = tmp_path / "s.json"
+    assert main(["scenarios", "show", "split-digits", "--set", "scenario.limit=4", flag, str(path)]) == code
+    assert f"{what} {told} be written to {path} ({os.strerror(number)})" in capsys.readouterr().err
+    assert not path.exists()
 
 
 def test_a_sheet_has_a_row_for_each_experience_with_its_classes_in_turn(tiny):
