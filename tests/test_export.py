@@ -54,6 +54,7 @@ def images(n: int, shape: Any = (1, 8, 8)) -> torch.Tensor:
 def session(path: Path) -> Any:
     onnxruntime = pytest.importorskip("onnxruntime")
     found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [value.name for value in found.get_outputs()] == ["scores"]
     return lambda **given: torch.from_numpy(found.run(None, {k: v.numpy() for k, v in given.items()})[0])
 
 
