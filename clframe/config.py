@@ -157,13 +157,13 @@ class RunSettings(Settings):
     predictions: bool = Field(True, description="keep the scores of every test image")
 
 
-def _named(spec: dict[str, Any]) -> dict[str, Any]:
+def _check_name(spec: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(spec.get("name"), str):
         raise ValueError("it should have a `name`, which is a text")
     return spec
 
 
-Named = Annotated[dict[str, Any], AfterValidator(_named)]
+Component = Annotated[dict[str, Any], AfterValidator(_check_name)]  # a scenario or model, resolved
 
 
 class Config(BaseModel):
@@ -174,8 +174,8 @@ class Config(BaseModel):
 
     model_config = SETTINGS
 
-    scenario: Named
-    model: Named
+    scenario: Component
+    model: Component
     plugins: dict[str, dict[str, Any]]
     train: TrainSettings
     run: RunSettings
