@@ -68,10 +68,26 @@ OfPlugins = Annotated[
     typer.Option(metavar="plugin|backbone", help="What it is [default: plugin].", show_default=False),
 ]
 
+
+def read_whole(text: str) -> int:
+    """Read a whole number as `--set` takes it: `2e1` is 20."""
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        number = float(text)
+        if number.is_integer() and abs(number) < 2**53:  # above, not every whole number is a float
+            return int(number)
+    raise typer.BadParameter(f"{text!r} is not a valid integer.")
+
+
+def _whole(help: str) -> Any:
+    return typer.Option(metavar="N", parser=read_whole, help=help)
+
+
 RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 Task = Annotated[
     int | None,
-    typer.Option(metavar="N", help="The images are of task N, the N-th experience; they count from 1."),
+    _whole("The images are of task N, the N-th experience; they count from 1."),
 ]
 
 
@@ -127,16 +143,12 @@ def run(
             autocompletion=_completed("model"),
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the data of each experience.")] = None,
-    iterations: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps per experience, instead of epochs.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images of a step.")] = None,
+    epochs: Annotated[int | None, _whole("Passes over the data of each experience.")] = None,
+    iterations: Annotated[int | None, _whole("Steps per experience, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, _whole("Images of a step.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of everything random [default: 0].")] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Images per class, of training and of test data.")
-    ] = None,
+    seed: Annotated[int | None, _whole("Of everything random [default: 0].")] = None,
+    limit: Annotated[int | None, _whole("Images per class, of training and of test data.")] = None,
     device: Annotated[
         str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute [default: auto].")
     ] = None,
@@ -238,10 +250,10 @@ def extend(
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="One setting that is not to be the run's; repeatable."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the new data.")] = None,
-    iterations: Annotated[int | None, typer.Option(metavar="N", help="Steps, instead of epochs.")] = None,
+    epochs: Annotated[int | None, _whole("Passes over the new data.")] = None,
+    iterations: Annotated[int | None, _whole("Steps, instead of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Images per class.")] = None,
+    limit: Annotated[int | None, _whole("Images per class.")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
     data_root: DataRoot = None,
     output: Annotated[

@@ -18,7 +18,7 @@ from clframe import registry
 from clframe.backbones import mlp_100
 from clframe.cli import main as cli
 from clframe.cli.live import Live
-from clframe.cli.main import main
+from clframe.cli.main import main, read_whole
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 
@@ -237,7 +237,9 @@ def test_all_mistakes_of_a_command_are_told_with_exit_code_2(capsys):
     [
         ("rnu", ["No such command 'rnu'", "Did you mean 'run'?"]),
         ("run --scenari x", ["No such option", "--scenari", "--scenario", "See `clframe run --help`"]),
-        ("run --epochs many", ["'--epochs'", "valid integer"]),
+        ("run --epochs many", ["'--epochs'", "'many' is not a valid integer"]),
+        ("run --epochs 2.5", ["'--epochs'", "'2.5' is not a valid integer"]),
+        ("run --epochs 1e300", ["'--epochs'", "'1e300' is not a valid integer"]),
         ("run --epochs", ["--epochs"]),
         ("run extra", ["extra"]),
         ("resume", ["RUN"]),
@@ -251,6 +253,11 @@ def test_wrong_flags_and_commands_have_exit_code_2_and_one_sentence(capsys, argu
     assert out == ""
     assert len(err.splitlines()) == 1
     assert all(word in err for word in words)
+
+
+@pytest.mark.parametrize(("text", "number"), [("2e1", 20), ("5.0", 5), ("-1", -1), ("9007199254740993", 2**53 + 1)])
+def test_a_whole_number_after_a_flag_is_taken_as_set_takes_it(text: str, number: int):
+    assert read_whole(text) == number
 
 
 @pytest.mark.parametrize(
