@@ -350,7 +350,7 @@ def callers(made: pluggy.PluginManager) -> Hooks:
 
 
 def callers_one_by_one(
-    made: pluggy.PluginManager, plugins: Iterable[Plugin], hook: str
+    made: pluggy.PluginManager, plugins: Sequence[Plugin], hook: str
 ) -> list[tuple[str, pluggy.HookCaller]]:
     """Return, for each of `plugins` that answers `hook`, its name and what calls its hook alone."""
     found = []
