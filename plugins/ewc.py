@@ -37,6 +37,9 @@ class EWC(Plugin):
     On `permuted-digits` (300 steps an experience, default settings) 96 % of the steps after the first experience are
     clipped.
 
+    Class-incremental it is level with fine-tuning, as nothing holds old classes against new ones: 19.4 % and 19.5 % on
+    `split-digits` over seeds 0 to 4 (`benchmarks/defaults.py`).
+
     Options:
         lambda: strength of the penalty.
         form: `offline` keeps a penalty for each experience, `online` one for all, centred at the latest weights.

@@ -20,9 +20,9 @@ class FeatureExtraction(Plugin):
     Nothing old changes, the running statistics of batch norms included: where the task is told, and no class comes
     back, nothing is forgotten. The backbone learns from the first experience, unless it came with weights.
 
-    In domains it ends below fine-tuning: there is one head, which every domain trains, on features of the first. On
-    `permuted-digits` (seed 0), `clframe run --scenario permuted-digits --plugin feature-extraction` ends at 28 %,
-    fine-tuning at 53 %.
+    It ends below fine-tuning where the first experience says little of the next ones, as its features are all there is.
+    Over seeds 0 to 4 (`benchmarks/defaults.py`): 87.3 % against 96.1 % on `split-digits` with the task told, 14.6 %
+    against 19.5 % class-incremental, and 26.0 % against 48.4 % on `permuted-digits`, whose domains train one head.
 
     Options:
         pretrained: freeze the backbone from the first experience on, as it came with weights.

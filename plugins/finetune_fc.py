@@ -19,6 +19,10 @@ class FinetuneFC(Plugin):
     Frozen layers keep the running statistics of their batch norms, too. The whole network learns from the first
     experience, unless it came with weights.
 
+    Where the task is not told it ends below fine-tuning: nothing holds the answers to old classes, and frozen layers
+    know the first experience alone. Over seeds 0 to 4 (`benchmarks/defaults.py`): 19.1 % against 19.5 % on
+    class-incremental `split-digits`, 40.2 % against 48.4 % on `permuted-digits`; with the task told 98.8 % and 96.1 %.
+
     Options:
         last: how many of the backbone's last fully connected layers are trained; null: all of them, behind
             convolutions, and the last one of a network without any.

@@ -28,6 +28,9 @@ class MAS(Plugin):
     `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
     published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.
 
+    Class-incremental it is level with fine-tuning, as nothing holds old classes against new ones: 19.5 % on
+    `split-digits` over seeds 0 to 4 (`benchmarks/defaults.py`), as without it.
+
     Options:
         lambda: strength of the penalty. The paper has 1, for the small sensitivities of a large pretrained network; on
             the digits 1 keeps new tasks from being learned (permuted-digits, seed 0: 39 %, at 0.01 56 %).
