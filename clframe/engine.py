@@ -91,6 +91,7 @@ class Position:
     done: list[list[str]] = field(default_factory=list)  # [hook, plugin]: what is finished in this experience
     phase: int = 0  # phases that are finished in this experience
     steps: int = 0  # of this experience
+    effective: dict[str, bool] = field(default_factory=dict)  # its loss terms: whether one was ever another than 0
 
 
 class Engine:
@@ -127,6 +128,7 @@ class Engine:
         self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
         self.replay_checked = False
         self.hinted: set[str] = set()  # the plugins whose hints were told
+        self.silent: set[str] = set()  # the loss terms of which it was told that they are 0
         self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # of each step; see `watch_finite`
         self.signal = 0
         self.last_save = self.last_pulse = time.monotonic()
@@ -271,6 +273,7 @@ class Engine:
 
     def leave(self) -> None:
         """The experience is finished: the next one begins with a checkpoint."""
+        self.tell_silent_terms()
         if self.oracle:
             self.run.earlier.append(self.run.experience)
         self.position = Position(self.position.experience + 1)
@@ -404,9 +407,16 @@ class Engine:
         self.unchecked.append((tuple(losses), values))
 
     def check_finite(self) -> None:
-        """Raise `RunFailed` naming what was the first not to be finite, and the step."""
+        """Raise `RunFailed` naming what was the first not to be finite, and the step; note which terms are not 0."""
         steps, self.unchecked = self.unchecked, []
-        if not steps or torch.cat([values for _, values in steps]).isfinite().all():
+        if not steps:
+            return
+        every = torch.cat([values for _, values in steps]).cpu()
+        if every.isfinite().all():
+            effective, nonzero = self.position.effective, iter(every.ne(0).tolist())
+            for terms, _ in steps:
+                effective.update({term: next(nonzero) | effective.get(term, False) for term in terms})
+                next(nonzero)  # of the gradient
             return
         first = next(i for i, (_, values) in enumerate(steps) if not values.isfinite().all())
         terms, values = steps[first]
@@ -425,6 +435,17 @@ class Engine:
                 self.hinted.add(plugin.name)
                 for hint in hints:
                     self.run.emit("message", text=hint)
+
+    def tell_silent_terms(self) -> None:
+        """Emit which loss terms were 0 at every step of the experience, each once in a run."""
+        run = self.run
+        why = ""
+        if len(run.old_classes or run.experience.classes) == 1:
+            why = " Only one class was known, and a softmax over one class is always 1: begin with two classes."
+        for term, effective in self.position.effective.items():
+            if not effective and self.position.steps > 1 and term not in self.silent:
+                self.silent.add(term)
+                run.emit("message", text=f"The loss term `{term}` was 0 at every step of {run.where}.{why}")
 
     def hints(self) -> list[str]:
         """What plugins know to keep the run from learning."""

@@ -53,6 +53,7 @@ class _Position(BaseModel):
     done: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     phase: Annotated[int, Field(ge=0)]
     steps: Annotated[int, Field(ge=0)]
+    effective: dict[str, bool] = {}  # not there before it was kept
 
 
 class _Order(BaseModel):

@@ -104,6 +104,7 @@ class Stream(NamedTuple):
     double: bool = False
     without: int = -1
     steps: Sequence[int] = ()  # of each experience; empty: 2
+    options: Mapping[str, Mapping[str, Any]] = {}  # of single plugins
 
 
 STREAMS: dict[str, Stream] = {
@@ -118,6 +119,7 @@ STREAMS: dict[str, Stream] = {
         None, SPLIT, {"epochs": 1, "iterations": None, "batch_size": 7, "first": {"epochs": 3}}, steps=(3, 1)
     ),
     "a float64 network": Stream(None, SPLIT, double=True),
+    "one class first": Stream("class", [[0], [1, 2], [3, 4]], {"logits": "seen"}, options={"lwf": {"form": "seen"}}),
 }
 
 
@@ -133,12 +135,16 @@ class Watch(Plugin):
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
         self.steps: dict[int, int] = {}
+        self.terms: dict[tuple[int, str], float] = {}  # the largest absolute value of each loss term
+        self.told: list[str] = []
 
     @hookimpl
     def after_step(self, run: Run) -> None:
         at = run.experience.index
         self.losses[at] = max(self.losses.get(at, 0.0), run.losses["base"].item())
         self.steps[at] = self.steps.get(at, 0) + (run.phase.name == "train")
+        for term, value in run.losses.items():
+            self.terms[at, term] = max(self.terms.get((at, term), 0.0), value.abs().item())
 
     @hookimpl
     def after_eval(self, run: Run, experience: Experience) -> None:
@@ -168,7 +174,8 @@ def learn(
     plugin = registry.build_plugin(name, SMALL.get(name, {}) | options)
     train = {"iterations": 2, "batch_size": 8} | train
     net = Net().double() if double else Net()
-    run(scenario, net, [plugin, watch], train=train, run=QUIET)
+    listen = lambda record: watch.told.append(record["text"]) if record["kind"] == "message" else None  # noqa: E731
+    run(scenario, net, [plugin, watch], train=train, run=QUIET, listeners=[listen])
     return watch
 
 
@@ -185,6 +192,8 @@ def refusal(which: str, name: str) -> str:
             return "share the class"
     if which == "single classes" and name in ("always-be-dreaming", "channel-gating", "lwf", "lwm"):
         return "one class, `class 2`"
+    if which == "one class first" and name in ("channel-gating", "icarl", "lwm"):
+        return "is made for `train.logits="
     if which == "single classes in tasks" and name != "joint":
         return r"Experience 2 of `odd` \(and 1 more\) has one class, `class 2`"
     return ""
@@ -198,7 +207,7 @@ def test_it_learns_from_the_labels_of_the_last_experience_or_is_refused(which: s
 
     def learned(reverse: int = -1) -> Watch:
         scenario = stream(setting, asked.classes, reverse, asked.without)
-        return learn(name, scenario, double=asked.double, **asked.train)
+        return learn(name, scenario, asked.options.get(name, {}), double=asked.double, **asked.train)
 
     if sentence := refusal(which, name):
         with pytest.raises(WrongUse, match=sentence) as caught:
@@ -213,7 +222,14 @@ def test_it_learns_from_the_labels_of_the_last_experience_or_is_refused(which: s
     if name == "icarl" and "epochs" in asked.train:  # exemplars join the images
         steps[last] = 3
     assert right.steps == steps
-    assert all(loss > 1e-6 for loss in right.losses.values())
+    one_class_first = which == "one class first"
+    assert all(loss > 1e-6 for at, loss in right.losses.items() if at or not one_class_first)
+    silent = {term: at for (at, term), value in reversed(right.terms.items()) if not value and steps[at] > 1}
+    sentences = [f"The loss term `{term}` was 0 at every step of experience {at + 1} of" for term, at in silent.items()]
+    told = [text for text in right.told if text.startswith("The loss term")]
+    assert len(told) == len(sentences)
+    assert all(any(text.startswith(sentence) for text in told) for sentence in sentences)
+    assert all("Only one class was known" in text for text in told)
     assert all(value.isfinite().all() for value in right.weights.values())
     wanted = torch.float64 if asked.double else torch.float32
     assert {w.dtype for n, w in right.weights.items() if n.endswith("head.0.weight")} == {wanted}

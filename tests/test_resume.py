@@ -259,6 +259,43 @@ def stopped(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+class Terms(Plugin):
+    """Has a loss term that is never other than 0, and one that is not 0 in the first step of an experience."""
+
+    name = "terms"
+
+    @hookimpl
+    def penalty(self, run, outputs):
+        nothing = outputs.logits.sum() * 0
+        return {"terms/never": nothing, "terms/once": nothing + (run.step == 0)}
+
+
+def test_a_loss_term_that_is_0_at_every_step_is_told_once_also_over_a_stop(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[str] = []
+    listeners = [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
+    sentence = "The loss term `terms/never` was 0 at every step of experience 1 of 2."
+    clframe.run(tiny(experiences=2), "mlp-100", [Terms()], train={"iterations": 6}, listeners=listeners)
+    assert told == [sentence]
+    told.clear()
+    stop = StopAt(monkeypatch)
+    stop.at(7)  # in the fourth step of the first experience, after the pauses of two hooks
+    with pytest.raises(Interrupted, match="experience 1 of 2"):
+        clframe.run(
+            tiny(experiences=2),
+            "mlp-100",
+            [Terms()],
+            train={"iterations": 6},
+            run={"output": str(tmp_path / "run")},
+            listeners=listeners,
+        )
+    stop.at(0)
+    assert told == []
+    clframe.resume(tmp_path / "run", scenario=tiny(experiences=2), plugins=[Terms()], listeners=listeners)
+    assert told == [sentence]
+
+
 @pytest.mark.parametrize("name", ["tree.json", "tensors.safetensors", "manifest.json"])
 def test_one_flipped_bit_is_noticed_and_the_older_checkpoint_used(stopped: Path, tmp_path: Path, name: str):
     file = stopped / "checkpoints" / "000003" / name
