@@ -17,7 +17,7 @@ from clframe.data import Experience, ImageData, Part, Scenario
 from clframe.engine import Engine
 from clframe.errors import DataError, WrongUse, did_you_mean
 from clframe.folder import read_model
-from clframe.listing import LeftOut, is_hidden
+from clframe.listing import LeftOut, class_folders
 from clframe.options import options_of
 from clframe.plugin import Plugin
 from clframe.reading import expanded, held_by, reason, shown
@@ -144,7 +144,7 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
         raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
     learned = {_plain(scenario.class_names[c]): c for classes in scenario.classes for c in classes}
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+        found = class_folders(folder, left)
     except OSError as error:
         raise DataError(f"`run.old_images` is {shown(folder)}, which cannot be read: {reason(error)}.") from error
     if strangers := [path.name for path in found if _plain(path.name) not in learned]:

@@ -6,6 +6,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from clframe.texts import by_name
+
 SUFFIXES = (  # of the formats that `clframe.look` reads
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -17,6 +19,7 @@ HIDDEN = "hidden files or folders"
 LINKS = "links to folders"
 LOCKED = "folders that cannot be read"
 OTHERS = "files of other kinds"
+BESIDE = "images beside the class folders"
 
 
 class LeftOut:
@@ -47,6 +50,21 @@ class LeftOut:
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or no part of any data set."""
     return name.startswith(".") or name in SILENT
+
+
+def class_folders(base: Path, left: LeftOut | None = None) -> list[Path]:
+    """Return the folders in `base` that are not hidden, sorted; hidden ones and images beside are added to `left`."""
+    found = []
+    for path in base.iterdir():
+        hidden = is_hidden(path.name)
+        if path.is_dir():
+            if not hidden:
+                found.append(path)
+            elif left and path.name not in SILENT:
+                left.add(HIDDEN, path.name)
+        elif left and path.suffix.lower() in SUFFIXES:
+            left.add(HIDDEN if hidden else BESIDE, path.name)
+    return sorted(found, key=lambda path: by_name(path.name))
 
 
 def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 SENTENCE = 2_000  # characters of a sentence at most
@@ -34,3 +35,12 @@ def bounded(text: str) -> str:
     lines = text.split("\n")
     more = [f"... and {len(lines) - SENTENCES:,} more."] if len(lines) > SENTENCES else []
     return "\n".join([cut(line, SENTENCE) for line in lines[:SENTENCES]] + more)
+
+
+def by_name(text: str) -> tuple[int, float, str]:
+    """To sort names as people do: numbers by their value, then the rest by the alphabet."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.inf
+    return (0, number, text) if math.isfinite(number) else (1, 0.0, text)  # a class may be called `nan`

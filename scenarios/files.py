@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import unicodedata
 import warnings
 from collections import Counter
@@ -25,6 +24,7 @@ from clframe.look import LARGEST_FILE, Look, Mode
 from clframe.reading import Unreadable, read_bytes, shown
 from clframe.scenarios.streams import random_of
 from clframe.streams import least_classes
+from clframe.texts import by_name
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
 
@@ -59,15 +59,6 @@ class Entry:
     label: str
     part: Part | None = None
     group: str = ""
-
-
-def by_name(text: str) -> tuple[int, float, str]:
-    """To sort names as people do: numbers by their value, then the rest by the alphabet."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.inf
-    return (0, number, text) if math.isfinite(number) else (1, 0.0, text)  # a class may be called `nan`
 
 
 def class_name(text: str, what: str) -> str:

@@ -13,14 +13,13 @@ from clframe.arrays import suits
 from clframe.data import Part, Scenario, Setting
 from clframe.duplicates import Duplicates
 from clframe.errors import DataError
-from clframe.listing import HIDDEN, SILENT, SUFFIXES, LeftOut, is_hidden, walk
+from clframe.listing import SUFFIXES, LeftOut, class_folders, is_hidden, walk
 from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
 from clframe.reading import expanded, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
-    by_name,
     check_classes,
     class_name,
     classes,
@@ -155,7 +154,7 @@ def _found(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
     empty = []
     for base, part in parts:
         names: dict[str, str] = {}
-        for folder in _folders(base, left):
+        for folder in class_folders(base, left):
             label = class_name(folder.name, str(base))
             if label in names:
                 raise DataError(
@@ -163,7 +162,7 @@ def _found(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
                     f"{folder.name!a}); put their images into one."
                 )
             names[label] = folder.name
-            inside = {role for role, _ in map(_role, _folders(folder)) if role}
+            inside = {role for role, _ in map(_role, class_folders(folder)) if role}
             if part is None and {"train", "test"} <= inside:
                 raise DataError(
                     f"The class folder {folder} holds folders of training and of test images; turn them round: "
@@ -191,7 +190,7 @@ def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], l
         DataError: if it is not clear which folder holds which part.
     """
     train, test, val, others = list[Path](), list[Path](), list[Path](), list[Path]()
-    for folder in _folders(root):
+    for folder in class_folders(root):
         part, validates = _role(folder)
         (others if part is None else train if part == "train" else val if validates else test).append(folder)
     if not train or not test + val:
@@ -210,7 +209,7 @@ def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], l
     notes = []
     tested = test or val
     if test and val:
-        if not _folders(test[0]):  # as in competitions, whose test images have no labels
+        if not class_folders(test[0]):  # as in competitions, whose test images have no labels
             tested, spare = val, test[0]
         else:
             spare = val[0]
@@ -218,7 +217,7 @@ def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], l
             f"The folder `{spare.name}` is left out of {root.resolve().name}: `{train[0].name}` is learnt and "
             f"`{tested[0].name}` is tested with."
         )
-    _folders(root, left)
+    class_folders(root, left)
     for folder in others:
         if walk(folder, LeftOut())[0]:
             raise DataError(
@@ -227,21 +226,6 @@ def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], l
             )
         left.add("folders without images", folder.name)
     return [(train[0], "train"), (tested[0], "test")], notes
-
-
-def _folders(base: Path, left: LeftOut | None = None) -> list[Path]:
-    """Return the folders in `base` that are not hidden, sorted; what else there is is added to `left`."""
-    found = []
-    for path in base.iterdir():
-        hidden = is_hidden(path.name)
-        if path.is_dir():
-            if not hidden:
-                found.append(path)
-            elif left and path.name not in SILENT:
-                left.add(HIDDEN, path.name)
-        elif left and path.suffix.lower() in SUFFIXES:
-            left.add(HIDDEN if hidden else "images beside the class folders", path.name)
-    return sorted(found, key=lambda path: by_name(path.name))
 
 
 def _instead(empty: list[tuple[str, str]]) -> str:

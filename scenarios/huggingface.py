@@ -22,7 +22,6 @@ from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
-    by_name,
     check_classes,
     class_name,
     divided,
@@ -33,6 +32,7 @@ from clframe.scenarios.files import (
 )
 from clframe.scenarios.folder import TestShare
 from clframe.scenarios.streams import Order, documented, split
+from clframe.texts import by_name
 
 PARQUET = ".parquet"
 TESTS = ("test", "validation")  # the splits to test with, where none is named

@@ -22,7 +22,6 @@ from clframe.reading import expanded, open_regular, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
-    by_name,
     check_classes,
     class_name,
     divided,
@@ -34,6 +33,7 @@ from clframe.scenarios.files import (
 )
 from clframe.scenarios.folder import PART, TestShare
 from clframe.scenarios.streams import Order, documented, random_of, split
+from clframe.texts import by_name
 
 LARGEST = 2**28  # bytes of a table
 LONGEST_HEADER = 2**16  # characters in which the delimiter is looked for

@@ -22,7 +22,7 @@ from clframe.cli.main import main
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, WrongUse
 from clframe.extension import old_images
-from clframe.listing import HIDDEN, LeftOut
+from clframe.listing import BESIDE, HIDDEN, LeftOut
 from clframe.plugins.ewc import EWC
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
@@ -623,11 +623,12 @@ def test_old_images_are_found_by_the_rule_of_training(tiny: Any, tmp_path: Path)
     (tmp_path / "old" / "x").rename(tmp_path / "old" / "cafe\u0301")
     photographs(tmp_path / "old" / ".trash", "y")
     (tmp_path / "old" / "cafe\u0301" / "._0.png").write_bytes(b"")
+    (tmp_path / "old" / "0.png").write_bytes(b"")
     left = LeftOut()
     found = old_images(tmp_path / "old", whole, whole[0], left).train
     assert found.y.tolist() == [0] * 6
     assert found.x.shape == (6, 1, 4, 4)
-    assert left.counts == {HIDDEN: 1}
+    assert left.counts == {HIDDEN: 2, BESIDE: 1}
 
 
 def test_new_classes_alone_do_not_sharpen_the_confidence(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
