@@ -41,6 +41,7 @@ class Option:
 EXACT = 2**53  # above, not every whole number is a float
 STRANGERS = 20  # names at most that are not known and get a sentence of their own each
 KEPT = 1_024  # constructors, or parameters of them, of which is kept what was read of them
+SECTIONS = ("When to use", "Keeps", "Hooks", "Options")  # headings that docstrings may have
 REQUIRED: Any = inspect.Parameter.empty
 
 
@@ -241,6 +242,24 @@ def _lenient(hint: Any) -> Any:
     if origin is tuple or (inspect.isclass(hint) and issubclass(hint, (tuple, Path))):
         return Annotated[hint, Strict(False)]
     return hint
+
+
+def sections_of(documented: object) -> dict[str, str]:
+    """Split the docstring of a class or function into its sections, by heading; the description before them is "".
+
+    A section is a line of `SECTIONS` with a colon, and the indented lines below, which lose their indent.
+    """
+    sections = {"": ""}
+    heading = ""
+    for line in (inspect.getdoc(documented) or "").splitlines():
+        if line.endswith(":") and line[:-1] in SECTIONS:
+            heading = line[:-1]
+            sections[heading] = ""
+            continue
+        if line and not line.startswith(" "):
+            heading = ""
+        sections[heading] += (line.removeprefix("    ") if heading else line) + "\n"
+    return {name: text.strip() for name, text in sections.items()}
 
 
 def _documented(factory: Callable[..., object]) -> dict[str, str]:

@@ -59,6 +59,11 @@ class Plugin(metaclass=_Validated):
     - ``one_class``: of a plugin with `wanted_logits`, the option (``name.option=value``) with which it can learn an
       experience of one class, whose loss among its own classes is always 0; empty: there is none.
     - ``citation``: the paper.
+    - ``family``: the family of methods that the documentation lists it in, such as ``regularization``.
+
+    Beside ``Options:``, the docstring of a class may have the sections ``When to use:``, ``Keeps:`` (memory that the
+    method holds between experiences) and ``Hooks:`` (the hooks that it implements), which the documentation and
+    ``clframe plugins show`` read.
 
     An instance may set ``form``: which form of the method it is, where there are several; the results name it.
     """
@@ -83,6 +88,7 @@ class Plugin(metaclass=_Validated):
     known_problems: ClassVar[tuple[str, ...]] = ()
     one_class: ClassVar[str] = ""
     citation: ClassVar[str] = ""
+    family: ClassVar[str] = ""
 
     options: dict[str, Any]  # as validated, by parameter name
     has_run = False  # whether it holds the state of a run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clframe import registry
 from clframe.cli import show
 from clframe.errors import ClframeError, cannot_write
-from clframe.options import options_of
+from clframe.options import options_of, sections_of
 from clframe.reading import expanded
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ def about_plugin(name: str, json: bool) -> None:
     cls = registry.plugin_class(name)
     options = options_of(cls, skip=("variant",))
     facts: dict[str, Any] = {
+        **({"family": cls.family} if cls.family else {}),
         "citation": cls.citation,
         "package": f"{offer.package} {offer.version}",
         "hooks": registry.hooks_of(cls),
@@ -36,13 +36,19 @@ def about_plugin(name: str, json: bool) -> None:
         **({"known problems": list(cls.known_problems)} if cls.known_problems else {}),
     }
     description = _description(cls)
+    sections = sections_of(cls)
+    advice = {name: " ".join(sections[name].split()) for name in ("When to use", "Keeps") if name in sections}
     if json:
-        known = {key.replace(" ", "_"): value for key, value in facts.items()}
+        known = {key.lower().replace(" ", "_"): value for key, value in (advice | facts).items()}
         listed = [show.option_data(option) for option in options]
         show.document({"name": cls.name, "description": description, **known, "options": listed})
         return
     show.lines(f"{cls.name}: {description}")
     show.line()
+    for name, text in advice.items():
+        show.line(f"{name}: {text}")
+    if advice:
+        show.line()
     show.options(options)
     for key, value in facts.items():
         separator = " " if key == "known problems" else ", "
@@ -147,6 +153,5 @@ def _draw(path: Path, scenario: Scenario) -> None:
 
 
 def _description(documented: object) -> str:
-    """The docstring up to its options."""
-    doc = inspect.getdoc(documented) or "no description"
-    return doc.partition("\nOptions:\n")[0].strip()
+    """Return the docstring without its sections."""
+    return sections_of(documented)[""] or "no description"

@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -24,8 +25,9 @@ import yaml
 import clframe
 from clframe import hooks, metrics, registry
 from clframe.config import RunSettings, TrainSettings
+from clframe.context import Run
 from clframe.hooks import HOOKS, Hooks
-from clframe.options import REQUIRED, Option, fields_of, options_of
+from clframe.options import REQUIRED, Option, fields_of, options_of, sections_of
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
@@ -38,6 +40,7 @@ NAVIGATION: dict[str, list[str]] = {
         "own-images.md",
         "trained-model.md",
         "methods.md",
+        "combine-methods.md",
         "scenarios.md",
         "settings.md",
         "run-folder.md",
@@ -66,6 +69,22 @@ HOMES = {  # of the types that hooks speak of
     "ImageData": "clframe.data.ImageData",
     "Outputs": "clframe.model.Outputs",
     "Phase": "clframe.training.Phase",
+}
+FAMILIES = (  # of methods, in the order of the page on methods
+    "regularization",
+    "distillation",
+    "rehearsal",
+    "generative and data-free replay",
+    "parameter isolation",
+    "baseline",
+    "observer",
+    "adapter",
+)
+REFUSED = {  # why a pair of methods cannot run together
+    "o": "both answer `base_loss`, or both `predictor`, of which a run has one",
+    "z": "made for other logits (`train.logits`)",
+    "p": "decides alone what of the network a task may use",
+    "j": "trains on everything, and is an oracle",
 }
 TOOLS = {  # modules of the core that methods share: what of them is of use to a method's author
     "memory": "quota groups_of balanced at_random herding reservoir ring draw",
@@ -139,19 +158,25 @@ def all_hooks(_: str) -> str:
     return "\n".join(table(["hook", "answers", "what"], rows))
 
 
-def methods(_: str) -> str:
-    """All plugins: a table, and a section for each."""
+def all_methods(_: str) -> str:
+    """The table of all plugins, by family."""
     rows = [
-        [_method_link(n, ""), prose(_first_line(cls)), prose(cls.citation)]
-        for n, cls in _plugins()
+        [_method_link(n, ""), prose(_first_line(cls)), cls.family, prose(cls.citation)]
+        for family in FAMILIES
+        for n, cls in _of_family(family)
     ]
-    lines = [*table(["method", "what", "paper"], rows), ""]
-    for name, cls in _plugins():
-        description = (inspect.getdoc(cls) or "").partition("\nOptions:\n")[0]
-        lines += [f"## `{name}`", "", prose(description), ""]
-        if text := _of_readme(rf"^(\*\*`{name}`\.\*\*.*?)(?=\n\n)"):
-            use = re.sub(r"\s+Hooks?:\s[^.]*\.", "", text.partition("** ")[2])
-            lines += [use, ""]  # without its hooks, which follow
+    return "\n".join(table(["method", "what", "family", "paper"], rows))
+
+
+def methods(family: str) -> str:
+    """The plugins of a family: a section for each, out of the docstring of its class."""
+    lines = []
+    for name, cls in _of_family(family):
+        parts = sections_of(cls)
+        lines += [f"### `{name}`", "", prose(parts[""]), ""]
+        for heading in ("When to use", "Keeps"):
+            text = " ".join(parts[heading].split())
+            lines += [f"**{heading}.** {prose(text)}", ""]
         if cls.variants:
             variants = ", ".join(code(f"{name}:{variant}") for variant in cls.variants)
             lines += [
@@ -161,9 +186,12 @@ def methods(_: str) -> str:
             ]
         else:
             lines += [*options(options_of(cls), name), ""]
-        hooks_ = [f"[`{h}`](hooks/{h}.md)" for h in registry.hooks_of(cls)]
+        rows = [
+            [f"[`{h}`](hooks/{h}.md)", prose(_first_line(getattr(cls, h)))]
+            for h in registry.hooks_of(cls)
+        ]
+        lines += [*table(["hook", "what the method does there"], rows), ""]
         facts = {
-            "Hooks": ", ".join(hooks_),
             "Settings": ", ".join(cls.settings),
             "State": ", ".join(map(code, cls.state)) or "none",
             "Keeps training images": "yes" if cls.keeps_images else "no",
@@ -173,12 +201,40 @@ def methods(_: str) -> str:
     return "\n".join(lines)
 
 
-def readme(heading: str) -> str:
-    """The section of README under that heading, without the heading."""
-    found = _of_readme(rf"^#+ {re.escape(heading)}\n\n(.*?)(?=^#+ |\Z)")
-    if not found:
-        raise LookupError(f"README has no section {heading!r}.")
-    return found.strip()
+def pairs(_: str) -> str:
+    """The matrix of pairs of methods: which run together, and why others are refused."""
+    found = [n for n, cls in _plugins() if not (cls.observer or cls.variants)]
+    rows = [
+        [
+            f"{k} {code(name)}",
+            *(_pair(other, name) for other in found[: k - 1]),
+            *[""] * (len(found) - k),
+        ]
+        for k, name in enumerate(found[1:], start=2)
+    ]
+    headers = [f"1 {code(found[0])}", *map(str, range(1, len(found)))]
+    reasons = "; ".join(f"{code(letter)}: {why}" for letter, why in REFUSED.items())
+    legend = f"{code('+')}: they run together; else they are refused. {reasons}."
+    return "\n".join([legend, "", *table(headers, rows)])
+
+
+def _pair(a: str, b: str) -> str:
+    """``+`` if two methods with their default options may run together, else the letter of the reason."""
+    plugins = [registry.build_plugin(name, {}) for name in (a, b)]
+    try:
+        registry.manager(plugins)
+    except clframe.WrongUse:
+        return "p" if any(plugin.isolates for plugin in plugins) else "o"
+    served = [s for s in ("class", "task", "domain") if s in plugins[0].settings]
+    both = [s for s in served if s in plugins[1].settings]
+    run = object.__new__(Run)  # of which nothing else is asked here
+    run.plugins = plugins
+    run.scenario = SimpleNamespace(setting=(both or served)[0])
+    oracles = [plugin for plugin in plugins if plugin.keeps_experiences]
+    if any(list(oracle.problems(run)) for oracle in oracles):
+        return "j"
+    wanted = {plugin.wanted_logits(run) for plugin in plugins} - {None}
+    return "z" if len(wanted) > 1 else "+"
 
 
 def scenarios(_: str) -> str:
@@ -318,8 +374,9 @@ PARTS: dict[str, Callable[[str], str]] = {
         hook,
         users,
         all_hooks,
+        all_methods,
         methods,
-        readme,
+        pairs,
         scenarios,
         backbones,
         settings,
@@ -417,6 +474,12 @@ def _plugins() -> Iterator[tuple[str, type[clframe.Plugin]]]:
     return ((name, registry.plugin_class(name)) for name in names("plugin"))
 
 
+def _of_family(family: str) -> list[tuple[str, type[clframe.Plugin]]]:
+    if family not in FAMILIES:
+        raise LookupError(f"There is no family of methods {family!r}.")
+    return [(name, cls) for name, cls in _plugins() if cls.family == family]
+
+
 def _commands() -> Iterator[tuple[str, Any]]:
     import typer
 
@@ -497,14 +560,7 @@ def _variant(factory: Callable[..., object]) -> str:
 
 def _before_options(documented: object) -> str:
     """The docstring up to what is told elsewhere on the page, or by the command itself."""
-    text = (inspect.getdoc(documented) or "").partition("\nOptions:\n")[0]
-    return text.partition("\nRaises:\n")[0].strip()
-
-
-def _of_readme(pattern: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    found = re.search(pattern, text, re.DOTALL | re.MULTILINE)
-    return found[1] if found else ""
+    return sections_of(documented)[""].partition("\nRaises:\n")[0].strip()
 
 
 # ------------------------------------------------------------------------------------------- pages

@@ -1,4 +1,4 @@
-"""Active long term memory networks (Furlanello et al., 2016): a stable network teaches a flexible one what it knew."""
+"""Active long term memory networks (Furlanello et al., 2016): a stable network teaches a flexible one."""
 
 from __future__ import annotations
 
@@ -15,26 +15,37 @@ from clframe.options import NonNegative
 
 
 class ALTM(Plugin):
-    """Distils the stable network N (neocortex) into the flexible one H (hippocampus), which learns what is new.
+    """Active long term memory: distillation of a stable network N into a flexible network H, which learns new images.
 
-    H is the network of the run. It begins as N, with a new head, and minimises the new images' loss plus lambda times
-    the distance of its old outputs to N's; N is frozen. After an experience what was learnt is consolidated: N := H.
+    H (the hippocampus) is the network of the run, N (the neocortex) a frozen copy of it. H begins as N, with a new
+    head, and minimizes the loss on the new images plus lambda times the distance of its old outputs to N's. After an
+    experience what was learned is consolidated: N becomes a copy of H. The method is the forerunner of LwF.
 
-    In domains the defaults end below fine-tuning: the new images' labels and N's answers ask for other values of the
-    same outputs, each with the weight 1, and the new domain is learned less well. On `permuted-digits` (seed 0),
-    `clframe run --scenario permuted-digits --plugin a-ltm` ends at 46 %, fine-tuning at 53 %; with
-    `--set a-ltm.loss=l2 --set a-ltm.lambda=0.01` it ends at 61 %.
+    In domains the defaults end below fine-tuning: the new images' labels and N's answers ask for different values of
+    the same outputs, each with weight 1, and the new domain is learned less well. On `permuted-digits` (seed 0),
+    `clframe run --scenario permuted-digits --plugin a-ltm` ends at 46 %, fine-tuning at 53 %; with `--set a-ltm.loss=l2
+    --set a-ltm.lambda=0.01` it ends at 61 %.
+
+    When to use:
+        Beside a rehearsal method, whose images it can distill on as well.
+
+    Keeps:
+        1 number per weight: the network N.
+
+    Hooks:
+        `penalty`, `after_experience`
 
     Options:
         lambda: weight of the distillation.
         loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told (and the loss
             is over a task's own classes), else over all old classes together; `l2`: half the squared distance of the
             old logits.
-        on: which images are distilled on: `new` (those of the experience), `replay` (those that another plugin brings
-            back: the active form; rows that are all kept out of the default loss count the same), or `all` of them.
+        on: images that are distilled on: `new` (those of the experience), `replay` (those that another plugin brings
+            back: the active form; if all of these rows are kept out of the default loss, they count equally), or `all`.
     """
 
     name = "a-ltm"
+    family = "distillation"
     state = ("stable",)
     joins = "network"
     citation = "Furlanello, Zhao, Saxe, Itti, Tjan, Active long term memory networks, 2016"

@@ -1,4 +1,4 @@
-"""Always be dreaming (Smith et al., ICCV 2021): a generator dreams what was learnt; features are held on its dreams."""
+"""Always be dreaming (Smith et al., ICCV 2021): a generator makes images of old classes for distillation."""
 
 from __future__ import annotations
 
@@ -15,27 +15,37 @@ from clframe.options import Count, NonNegative, Positive
 
 
 class AlwaysBeDreaming(Plugin):
-    """Learns new classes among themselves, the head on detached features of all, and holds features by the old head.
+    """Data-free replay of a generator's images: local learning of new classes, feature distillation by the old head.
 
-    No image is kept. Before an experience a new generator G learns to make, out of noise z, images that the network of
-    the last experience, the teacher, knows and whose statistics are those that its batch norms keep:
+    No image is kept. Before an experience a new generator G learns to turn noise z into images that the teacher, the
+    network after the last experience, classifies with confidence, and whose statistics match those that the teacher's
+    batch norms keep:
 
         min_G confidence CE(q/T, argmax q) + balance (1 + sum_c p_c log p_c / log K)
             + statistics mean_l KL(N(running_l) || N(batch_l)) + smooth ||x - smoothed x||^2 / pixels
 
-    with x = G(z), q the teacher's logits of the K old classes, and p their mean softmax. In training, images of G join
-    each batch, with the class that the teacher sees in them. Then L = local + head + mu distill:
+    with x = G(z), q the teacher's logits of the K old classes, and p their mean softmax. In training, images of G
+    (dreams) join each batch, with the class that the teacher assigns to them. Then L = local + head + mu distill:
 
     - local: cross-entropy of the new images over the new classes alone.
     - head: cross-entropy over all classes on features that pass no gradient on: n_old / n_seen times the mean over the
-      images of old classes, plus n_new / n_seen times that of new ones. (The authors halve it, and weigh `local` by
-      n_new / n_seen, too.)
-    - distill: ||W_old f(x) - W_old f_old(x)||^2 / n_old, the mean over all images, with features f and the teacher's
-      head W_old.
+      images of old classes, plus n_new / n_seen times that of new ones. (The authors halve it, and also weight `local`
+      by n_new / n_seen.)
+    - distill: ||W_old f(x) - W_old f_old(x)||^2 / n_old, the mean over all images, new ones and dreams, with features f
+      and the teacher's head W_old.
 
     The authors train G for 10,000 iterations (CIFAR-100, ResNet-32). They keep G and its Adam from one experience to
     the next; here both are new before each experience. Two inner batch norms of their G have an epsilon of 0.8, where
     those here have torch's 1e-5.
+
+    When to use:
+        For class-incremental learning without stored images, with networks and images larger than digits.
+
+    Keeps:
+        The generator, and 1 number per weight: the teacher. No image.
+
+    Hooks:
+        `before_run`, `before_experience`, `extra_batch`, `base_loss`, `penalty`, `after_experience`
 
     Options:
         iterations: steps of the generator before each experience; the authors' number is 10000.
@@ -43,16 +53,17 @@ class AlwaysBeDreaming(Plugin):
         batch_size: images that the generator makes in each of its steps, which bounds the memory.
         noise: length of the noise.
         width: channels of the generator's first maps.
-        confidence: weight of the cross-entropy against the class that leads.
-        temperature: T of that.
-        balance: weight of the classes' balance.
+        confidence: weight of the cross-entropy against the class with the highest score.
+        temperature: temperature T of that cross-entropy.
+        balance: weight of the balance of classes.
         statistics: weight of the statistics of batch norms.
-        smooth: weight of the images' smoothness.
-        mu: weight of the distillation of features.
-        replay: dreams that join each batch; null: as many as it has images.
+        smooth: weight of the smoothness of images.
+        mu: weight of the feature distillation.
+        replay: dreams that join each batch; null: as many as the batch has images.
     """
 
     name = "always-be-dreaming"
+    family = "generative and data-free replay"
     state = ("teacher", "dreamer")
     settings = ("class",)
     replays = True

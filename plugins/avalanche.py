@@ -1,4 +1,4 @@
-"""Avalanche's plugins inside clframe, through what they read of a strategy."""
+"""Plugins of Avalanche inside clframe, through the attributes that they read of a strategy."""
 
 from __future__ import annotations
 
@@ -63,19 +63,32 @@ UNTOLD = {  # options that Avalanche does not document
 
 
 class AvalanchePlugin(Plugin):
-    """Runs a plugin of Avalanche 0.6.0, such as `avalanche:EWC`. Known to be broken there: it cannot save a strategy,
-    its SI does nothing on the CPU, and its forgetting is 0.0 of what it has evaluated once.
+    """A plugin of Avalanche 0.6.0, such as `avalanche:EWC`. Known to be broken in Avalanche: it cannot save a strategy,
+    its SI does nothing on the CPU, and its forgetting is 0.0 for an experience that it has evaluated once only.
 
-    Those that can be named give the very weights that Avalanche's own strategy gives, where the images, their order,
-    the first weights and the optimizer (SGD) are the same, on one thread and without clipping (`train.clip=0`). Their
-    options are those of Avalanche's constructors. A run with one cannot be resumed: what it keeps is in no checkpoint.
-    Of Avalanche's checkpoints, loggers and evaluation nothing is used.
+    `--plugin avalanche:EWC --set avalanche:EWC.ewc_lambda=10` runs Avalanche's own plugin with the options of its
+    constructor. The variants that can be named give exactly the weights that Avalanche's own strategy gives, bit for
+    bit, where the images, their order, the first weights and the optimizer (SGD) are the same, on one thread and
+    without clipping (`train.clip=0`). A run with such a plugin cannot be resumed: its state is in no checkpoint.
+    Avalanche's checkpoints, loggers and evaluation are not used.
 
-    A plugin sees one head for all classes and no tasks: Avalanche's way in class- and domain-incremental learning. What
-    it draws at random depends on the run's seed alone.
+    A plugin is given one head for all classes and no tasks: Avalanche's way in class- and domain-incremental learning;
+    LFL serves domains only. Its random draws depend on the run's seed alone.
+
+    The other direction, a plugin of clframe in a strategy of Avalanche, is `clframe.as_avalanche(EWC(), benchmark)`.
+
+    When to use:
+        To compare with figures that Avalanche gave.
+
+    Keeps:
+        What the plugin of Avalanche keeps; AGEM, GEM and Replay keep images.
+
+    Hooks:
+        `before_run`, `before_experience`, `extra_batch`, `penalty`, `after_backward`, `after_step`, `after_experience`
     """
 
     name = "avalanche"
+    family = "adapter"
     citation = "Carta et al., Avalanche: a PyTorch library for deep continual learning, JMLR 2023"
     settings = ("class", "domain")
     variants = tuple(TESTED)

@@ -20,40 +20,58 @@ from clframe.task_inference import PathPredictor, Recollection, TaskClassifier
 
 
 class ChannelGating(Plugin):
-    """Gates the channels of each convolution, image by image, with gates of each task; kernels that fired are fixed.
+    """Channel gates of each task, which open what an image needs; kernels whose gates fired are fixed for later tasks.
 
     A gate sees the average pixel of the convolution's input (two linear layers) and is binary: noisy in training, with
-    a straight-through gradient, and fixed in answers. Gates multiply what comes out of the batch norm, of which each
-    task has its own. L = loss + sparsity / layers * sum of the open shares (eq. 4).
+    a straight-through gradient, and deterministic in evaluation. Gates multiply the output of the batch norm, of which
+    each task has its own. They act behind the ReLU: a ReLU behind a shut gate would keep it from ever learning to open,
+    as its gradient at 0 is 0. L = loss + sparsity / layers * sum of the open shares (eq. 4).
 
-    After an experience the kernels whose gates fired for any of its images, those held out for validation if there are
-    any, are fixed for good, and the others begin anew (section 3.2). Channels that never fired stay shut for the task,
-    so its answers stay as they are to the bit. Other parameters of the backbone are fixed after the first experience.
+    After an experience the kernels whose gates fired for any of its images (held-out validation images, if there are
+    any) are fixed for good, and the others are drawn again (section 3.2). Channels that never fired stay shut for the
+    task, so its answers stay equal to the bit. Other parameters of the backbone are fixed after the first experience.
 
     Where no task is told, a task classifier (section 3.3) chooses the path and the head: it sees the features of all
-    paths and is trained after each experience on the new images and on remembered ones, of all tasks alike.
+    paths and is trained after each experience on the new images and on remembered ones, of all tasks alike. The
+    remembered images are kept (`size` or `per_class`), or made by a Wasserstein GAN of each task (`memory=generative`).
 
     On a ResNet each convolution has gates of its own, 1x1 convolutions of shortcuts included, by the average pixel of
-    its own input.
+    its own input. `clframe.compaction.compacted` builds a network of one task's channels alone.
+
+    Noisy gates learn slowly: on MNIST, 1,000 steps a task of Adam at a rate of 0.001 end at 92.9 %, at a rate of 0.01
+    that falls (`train.schedule=cosine`) at 99.1 %.
 
     Curves: `channel-gating/open/LAYER`: the mean share of open gates, `channel-gating/free/LAYER`: of kernels that are
     left to train; `channel-gating/task-classifier`: the classifier's latest loss, and that of a generator, `distance`
     and `penalty`.
 
+    When to use:
+        Where answers should cost less computation, too.
+
+    Keeps:
+        Gates, batch norms and a head per task; where no task is told, images for the task classifier, or a GAN per
+        task.
+
+    Hooks:
+        `grow`, `before_experience`, `penalty`, `after_backward`, `after_step`, `after_experience`, `predictor`
+
     Options:
-        sparsity: lambda_s.
-        sparsity_after: share of an experience's steps without sparsity, in the beginning.
-        relevance: share of the images for which a channel must fire to be the task's; below, it is shut and free.
-        bias: of new gates' logits, so that most are open.
-        memory: of the task classifier: `episodic`: images that are kept; `generative`: a Wasserstein GAN of each task.
+        sparsity: lambda_s, the weight of the sparsity term, which shuts gates.
+        sparsity_after: share of an experience's steps without the sparsity term, in the beginning.
+        relevance: share of the images for which a channel must fire to belong to the task; a channel that fires less is
+            shut for the task and stays free.
+        bias: bias of new gates' logits, so that most gates are open at first.
+        memory: images for the task classifier: `episodic`: images that are kept; `generative`: a Wasserstein GAN of
+            each task.
         size: images in the episodic memory, of all classes together.
-        per_class: images of each class in it, in place of `size`.
+        per_class: images of each class in the episodic memory, in place of `size`.
         classifier_iterations: steps of the task classifier, after each experience.
         generator_iterations: steps of each task's GAN.
-        generator_net: of fully connected (`mlp`) or convolutional (`conv`) layers.
+        generator_net: network of the GAN, of fully connected (`mlp`) or convolutional (`conv`) layers.
     """
 
     name = "channel-gating"
+    family = "parameter isolation"
     state = ("past", "classifier", "frozen")
     predictor_state = ("classifier",)
     settings = ("task", "class")

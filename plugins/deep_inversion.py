@@ -1,4 +1,4 @@
-"""DeepInversion (Yin et al., CVPR 2020): what was learnt is dreamt, and the dreams are replayed."""
+"""DeepInversion (Yin et al., CVPR 2020): images of old classes are made from the network itself, and distilled on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from clframe.options import Count, CountOrZero, NonNegative, Positive
 
 
 class DeepInversion(Plugin):
-    """Dreams images of the old classes from the network of the last experience, the teacher, and distils it on them.
+    """Data-free replay of images of old classes that are optimized from noise through the old network, the teacher.
 
-    No image is kept. Before an experience, the teacher (in eval mode) makes images x of the old classes y out of noise:
+    No image is kept. Before an experience the teacher (the network after the last one, in evaluation mode) turns noise
+    into images x, the dreams, of the old classes y:
 
         min_x CE(z(x), y) + tv TV(x) + l2 ||x||_2 + feature R_feature(x) + compete (1 - JS(z(x), r(x)))
 
-    R_feature is the distance of what enters each batch norm from its running mean and variance. With `compete` this is
-    Adaptive DeepInversion: dreams are made in rounds, and after each a rival r, a network like the teacher that began
-    anew, is distilled from it on the dreams so far; the next ones are to be images on which the two disagree (JS: the
-    Jensen-Shannon divergence, at temperature 3). The rival stands for the paper's student, as the network of the run
-    still equals the teacher when dreams are made.
+    R_feature is the distance of the input statistics of each batch norm from its running mean and variance. With
+    `compete` this is Adaptive DeepInversion: dreams are made in rounds, and after each round a rival r, a network like
+    the teacher with new initial weights, is distilled from the teacher on the dreams so far; the next dreams should be
+    images on which the two disagree (JS: the Jensen-Shannon divergence, at temperature 3). The rival stands for the
+    paper's student, as the network of the run still equals the teacher when dreams are made.
 
     Then L = loss(x_new) + dreams KL(p_old(x^) || p(x^)) + distill KL(p_old(x_new) || p(x_new)), where x^ are dreams
     that join each batch and count in no other loss. The first KL gives new classes no share in p_old, the second is
@@ -38,27 +39,37 @@ class DeepInversion(Plugin):
     The paper's settings are, for CIFAR-10 and ResNet-34: iterations 2000, lr 0.1, tv 2.5e-5, feature 100; for ImageNet
     and ResNet-50: iterations 20000, lr 0.05, tv 1e-4, l2 0 or 0.01, feature 0.01, compete 0.2, jitter 30, flip true.
 
+    When to use:
+        Where a trained network with batch norms exists, and its training images do not.
+
+    Keeps:
+        1 number per weight: the teacher; and the dreams, while an experience lasts.
+
+    Hooks:
+        `before_experience`, `extra_batch`, `penalty`, `after_experience`
+
     Options:
         per_class: dreams of each old class.
         iterations: steps of Adam on each dream, and of the rival after each round.
-        lr: learning rate of the dreams, in the space of normalised images.
-        anneal: let it fall to 0 along half a cosine.
+        lr: learning rate of the dreams, in the space of normalized images.
+        anneal: whether the learning rate falls to 0 along half a cosine.
         feature: weight of R_feature.
         tv: weight of the total variation.
         l2: weight of the images' norm.
         compete: weight of the competition with a rival; 0: there is none.
-        rounds: in how many rounds dreams are made where there is a rival, the first of them without.
+        rounds: number of rounds in which dreams are made where there is a rival, the first of them without it.
         jitter: most pixels by which dreams are rolled at random in each step; null: a sixteenth of the side.
         flip: whether dreams are mirrored at random in each step; null: as the scenario's augmentation does.
-        clip: keep dreams between the lowest and highest value that an image can have, after each step.
+        clip: whether dreams are clipped to the range of values that an image can have, after each step.
         batch_size: most dreams made at a time, which bounds the memory.
         dreams: weight of the distillation on dreams.
         distill: weight of the distillation on new images.
-        temperature: of both distillations.
-        replay: dreams that join each batch; null: as many as it has images.
+        temperature: temperature of both distillations.
+        replay: dreams that join each batch; null: as many as the batch has images.
     """
 
     name = "deep-inversion"
+    family = "generative and data-free replay"
     state = ("teacher", "dreaming", "images")
     replays = True
     citation = "Yin et al., Dreaming to distill: data-free knowledge transfer via DeepInversion, CVPR 2020"

@@ -1,4 +1,4 @@
-"""Dark experience replay (Buzzega et al., NeurIPS 2020): what the network answered once is kept with the images."""
+"""Dark experience replay (Buzzega et al., NeurIPS 2020): a memory keeps images with the logits that they once got."""
 
 from __future__ import annotations
 
@@ -17,13 +17,23 @@ from clframe.options import Count, NonNegative
 
 
 class DER(Plugin):
-    """Holds the logits that images of a reservoir had when they entered it; DER++ holds their labels, too.
+    """Dark experience replay: images of a reservoir keep the logits that they once got; DER++ also uses their labels.
 
     L = loss + alpha mean ||z - h(x')||^2 / C + beta mean CE(y'', h(x'')), with images x' and x'' drawn apart (eq. 6).
-    The squared distance is averaged over the C logits that there were when z was kept, as in the authors' code. New and
-    drawn images share one forward pass, where the authors' code has one for each draw, so that batch norms normalize
-    all together. The reservoir samples presentations, not images: an image that is met in two epochs counts twice and
-    may be kept twice, with other logits.
+    The squared distance (`alpha`, DER) is averaged over the C logits that there were when z was kept, as in the
+    authors' code; the cross-entropy on another draw (`beta`) makes it DER++. New and drawn images share one forward
+    pass, where the authors' code has one for each draw, so that batch norms normalize all together. The reservoir
+    samples presentations, not images: an image that is shown in two epochs counts twice and may be kept twice, with
+    other logits.
+
+    When to use:
+        Where the memory is small and several epochs are trained.
+
+    Keeps:
+        `der.size` images with their logits.
+
+    Hooks:
+        `before_experience`, `extra_batch`, `penalty`, `after_step`
 
     Options:
         size: images in the memory.
@@ -33,6 +43,7 @@ class DER(Plugin):
     """
 
     name = "der"
+    family = "rehearsal"
     state = ("kept", "seen")
     replays = True
     keeps_images = True

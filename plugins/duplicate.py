@@ -14,16 +14,28 @@ from clframe.model import PerTask, freeze, thaw
 
 
 class Duplicate(Plugin):
-    """Fine-tunes a copy of the original network for each task, beside those of the tasks before.
+    """Fine-tuned copies of the original network, one for each task.
 
-    Nothing is forgotten, and nothing that one task learns helps another; each costs a whole network.
+    Each task fine-tunes a copy of its own: of the network as it was built or given, or (`duplicate.start=first`) as the
+    first experience left it. Nothing is forgotten, nothing that one task learns helps another, and each task costs a
+    whole network.
+
+    When to use:
+        As the bound that other methods of parameter isolation should reach with less.
+
+    Keeps:
+        A network and a head per task, and 1 number per weight: the original network.
+
+    Hooks:
+        `grow`, `before_experience`, `after_experience`, `predictor`
 
     Options:
-        start: what each copy begins as: the `original` network, with its initial weights or those that it was given;
-            or the one that learnt the `first` experience.
+        start: weights that each copy begins with: those of the `original` network, initial or given; or those after the
+            `first` experience.
     """
 
     name = "duplicate"
+    family = "parameter isolation"
     state = ("original", "frozen")
     settings = ("task",)
     isolates = True

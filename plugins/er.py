@@ -1,4 +1,4 @@
-"""Experience replay (Chaudhry et al., 2019): a few images of the past are kept, and shown again beside the new ones."""
+"""Experience replay (Chaudhry et al., 2019): a few old images are kept, and join each batch of new ones."""
 
 from __future__ import annotations
 
@@ -16,24 +16,35 @@ from clframe.options import Count
 
 
 class ER(Plugin):
-    """Joins images of a memory to each batch.
+    """Experience replay: images of a memory join each batch.
 
     L = sum(w l) / sum(w), the cross-entropy l over the rows of both. New and drawn images share one forward pass, so
-    that batch norms normalize both together. A reservoir samples presentations, not images: an image that is met in two
-    epochs counts twice and may be kept twice.
+    that batch norms normalize both together. A reservoir samples presentations, not images: an image that is shown in
+    two epochs counts twice and may be kept twice.
+
+    When to use:
+        First wherever a few images may be kept: nothing as simple is as good.
+
+    Keeps:
+        `er.size` images, or `er.per_class` of each class.
+
+    Hooks:
+        `extra_batch`, `after_step`, `after_experience`
 
     Options:
         size: images in the memory, of all classes together.
         per_class: images of each class (in domains, of each class of each experience), in place of `size`.
-        memory: `reservoir`: a uniform sample of all images ever met, brought up to date at each step; `balanced`: the
-            same number of each class, drawn at random as an experience ends, when older ones are cut; `ring`: the
-            latest ones of each class, brought up to date at each step.
+        memory: `reservoir`: a uniform sample of all images shown so far, updated at each step; `balanced`: the same
+            number of each class, drawn at random as an experience ends, when older ones are cut; `ring`: the latest
+            ones of each class, updated at each step.
         batch_size: images drawn for a step; null: as many as the batch has.
-        weigh: `images`: each counts the same, new or old; `experiences`: in experience t (from 1) the new ones together
-            count 1/t and the old ones 1 - 1/t; images of experience t that the memory already holds are new ones.
+        weigh: `images`: each image counts the same, new or old; `experiences`: in experience t (from 1) the new ones
+            together count 1/t and the old ones 1 - 1/t; images of experience t that the memory already holds are new
+            ones.
     """
 
     name = "er"
+    family = "rehearsal"
     state = ("kept", "seen")
     replays = True
     keeps_images = True

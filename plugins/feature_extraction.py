@@ -1,4 +1,4 @@
-"""Feature extraction, a baseline of Li and Hoiem (LwF, 2017): only new heads are trained, on features that stay."""
+"""Feature extraction, a baseline of Li and Hoiem (LwF, 2017): only new heads are trained, on fixed features."""
 
 from __future__ import annotations
 
@@ -15,24 +15,35 @@ from clframe.training import no_new_heads, rest_old_blocks, warm_up, warm_up_pro
 
 
 class FeatureExtraction(Plugin):
-    """Freezes the backbone and the heads of old classes; only the head of new classes learns.
+    """Feature extraction: the backbone and the heads of old classes are frozen; only the head of new classes learns.
 
-    Nothing old changes, the running statistics of batch norms included: where the task is told, and no class comes
-    back, nothing is forgotten. The backbone learns from the first experience, unless it came with weights.
+    The backbone learns in the first experience, or came with weights (`feature-extraction.pretrained=true`), and is
+    then frozen. Nothing old changes, the running statistics of batch norms included: where the task is told, and no
+    class comes back, nothing is forgotten, and old answers stay equal to the bit.
 
-    It ends below fine-tuning where the first experience says little of the next ones, as its features are all there is.
-    Over seeds 0 to 4 (`benchmarks/defaults.py`): 87.3 % against 96.1 % on `split-digits` with the task told, 14.6 %
+    It ends below fine-tuning where the first experience says little about the next ones, as its features are all there
+    is. Over seeds 0 to 4 (`benchmarks/defaults.py`): 87.3 % against 96.1 % on `split-digits` with the task told, 14.6 %
     against 19.5 % class-incremental, and 26.0 % against 48.4 % on `permuted-digits`, whose domains train one head.
 
+    When to use:
+        As the floor of what a fixed network can do.
+
+    Keeps:
+        Nothing.
+
+    Hooks:
+        `grow`, `before_experience`, `phases`
+
     Options:
-        pretrained: freeze the backbone from the first experience on, as it came with weights.
+        pretrained: whether the backbone is frozen from the first experience on, as it came with weights.
         hidden: units of a hidden layer, with ReLU, in each head that is trained on frozen features; null: no such
             layer. The paper's has 4096.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
-            training; here it is more of the same.
+            training; here the phase only makes the same training longer.
     """
 
     name = "feature-extraction"
+    family = "baseline"
     state = ("frozen",)
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 

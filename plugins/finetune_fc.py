@@ -14,24 +14,35 @@ from clframe.training import rest_old_blocks, warm_up, warm_up_problems
 
 
 class FinetuneFC(Plugin):
-    """Freezes the convolutions and the heads of old classes; shared fully connected layers and the new head learn.
+    """Fine-tuning of shared fully connected layers and the new head; convolutions and old heads are frozen.
 
-    Frozen layers keep the running statistics of their batch norms, too. The whole network learns from the first
-    experience, unless it came with weights.
+    It is `feature-extraction` with the last `finetune-fc.last` fully connected layers free. Frozen layers keep the
+    running statistics of their batch norms, too. The whole network learns in the first experience, unless it came with
+    weights.
 
-    Where the task is not told it ends below fine-tuning: nothing holds the answers to old classes, and frozen layers
-    know the first experience alone. Over seeds 0 to 4 (`benchmarks/defaults.py`): 19.1 % against 19.5 % on
+    Where the task is not told it ends below fine-tuning: nothing protects the answers to old classes, and frozen layers
+    are those of the first experience alone. Over seeds 0 to 4 (`benchmarks/defaults.py`): 19.1 % against 19.5 % on
     class-incremental `split-digits`, 40.2 % against 48.4 % on `permuted-digits`; with the task told 98.8 % and 96.1 %.
 
+    When to use:
+        As a baseline, with the task told.
+
+    Keeps:
+        Nothing.
+
+    Hooks:
+        `before_experience`, `phases`
+
     Options:
-        last: how many of the backbone's last fully connected layers are trained; null: all of them, behind
+        last: number of the backbone's last fully connected layers that are trained; null: all of them, behind
             convolutions, and the last one of a network without any.
-        pretrained: freeze from the first experience on, as the backbone came with weights.
+        pretrained: whether layers are frozen from the first experience on, as the backbone came with weights.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
             training.
     """
 
     name = "finetune-fc"
+    family = "baseline"
     state = ("frozen",)
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 

@@ -1,4 +1,4 @@
-"""Deep generative replay (Shin et al., NIPS 2017): a generator recalls old images, and the old solver labels them."""
+"""Deep generative replay (Shin et al., NIPS 2017): a generator makes old images, and the old solver labels them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_ITERATIONS = 1500  # of the generator: on the digits, fewer leave replay w
 
 
 class GenerativeReplay(Plugin):
-    """Replays images of a generator that learns along, labelled by the solver as it was after the last experience.
+    """Generative replay of images of a generator that learns along with the network, labeled by the old network.
 
     The scholar is a generator G and a solver H, the network of the run. In experience t (from 1), with as many images
     x' ~ G_{t-1} as there are new ones in the batch,
@@ -31,33 +31,45 @@ class GenerativeReplay(Plugin):
         L = 1/t loss(x, y) + (1 - 1/t) loss(x', H_{t-1}(x')),
 
     and after it G_t learns to generate the same mixture, of new images and G_{t-1}'s, with the same shares. Both old
-    copies are frozen and answer in eval mode. No training image is kept. G learns images as the data set has them, not
-    augmented; replayed ones are augmented as new ones are.
+    copies are frozen and answer in evaluation mode. No training image is kept. G learns images as the data set has
+    them, not augmented; replayed ones are augmented as new ones are.
 
     The old solver chooses among old classes only. Where each task has its own head (`train.logits=own`), the same
-    images are labelled and scored by every old head, and the loss is the mean over these heads.
+    images are labeled and scored by every old head, and the loss is the mean over these heads.
+
+    When to use:
+        Where images are simple enough for a generator to learn: digits, not photographs.
+
+    Keeps:
+        The generator, with its optimizer (twice the size again), and 1 number per weight: the old solver. No image.
+
+    Hooks:
+        `before_run`, `grow`, `before_experience`, `extra_batch`, `base_loss`, `after_experience`
 
     Options:
         generator: `vae`, a variational autoencoder (as van de Ven and Tolias, 2019), or `wgan`, a Wasserstein GAN with
             gradient penalty (as the paper).
-        net: of fully connected (`mlp`) or convolutional (`conv`) layers; `conv` halves the image in each.
+        net: network of the generator, of fully connected (`mlp`) or convolutional (`conv`) layers; each layer of `conv`
+            halves the image.
         hidden: widths of the generator's layers, from the image on; null: 400 and 400, or 64 and 128 channels.
         z: number of latent variables.
-        prior: of the `vae`: the `standard` normal, or one trainable Gaussian for each `class`: then old classes are
-            drawn alike, and the class that was drawn is the hard label.
+        prior: prior of the `vae`: the `standard` normal, or one trainable Gaussian for each `class`: then old classes
+            are drawn with equal probability, and the class that was drawn is the hard label.
         labels: `hard`, the likeliest old class, or `soft`, distillation of the old solver's answers among all classes
-            that take part in the loss, of which the new ones have a share of 0. Van de Ven and Tolias multiply it by
-            T^2, which is left out here.
-        temperature: T of soft labels.
-        iterations: of the generator, after each experience; null: as many as the solver took steps in it, and 1500 at
-            least: a generator that has not learnt its images makes replay worse than none.
-        lr: of the generator's Adam; null: 1e-3 for `vae`, 1e-4 for `wgan`. Its state is kept between experiences if
-            `train.keep_optimizer`.
-        critic_steps: of `wgan`, in each iteration.
-        fresh: train a new generator after each experience, as the paper does, not on from the last one's weights.
+            that take part in the loss, of which the new ones have a share of 0. Van de Ven and Tolias multiply the soft
+            loss by T^2, which is left out here.
+        temperature: temperature T of soft labels.
+        iterations: iterations of the generator, after each experience; null: as many as the solver took steps in it,
+            and 1500 at least: a generator that has not learned its images makes replay worse than none.
+        lr: learning rate of the generator's Adam; null: 1e-3 for `vae`, 1e-4 for `wgan`. Adam's state is kept between
+            experiences if `train.keep_optimizer`.
+        critic_steps: steps of the critic of `wgan`, in each iteration.
+        fresh: whether a new generator is trained after each experience, as the paper does, rather than on from the last
+            one's weights.
     """
 
     name = "generative-replay"
+    family = "generative and data-free replay"
     state = ("generator", "solver", "begun")
     replays = True
     citation = "Shin, Lee, Kim, Kim, Continual learning with deep generative replay, NIPS 2017"

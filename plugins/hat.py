@@ -1,4 +1,4 @@
-"""HAT (Serra et al., ICML 2018): each task learns an attention over units, and protects what it attends to."""
+"""HAT (Serra et al., ICML 2018): each task learns an attention over units, and protects these units."""
 
 from __future__ import annotations
 
@@ -32,26 +32,38 @@ LARGEST = 6.0  # of an embedding, in magnitude; beyond it the gate's gradient is
 class HAT(Plugin):
     """Hard attention to the task: gates a_l = sigmoid(s e_l) multiply the units of each layer l, for an embedding e_l.
 
-    Within an epoch s rises from 1 / s_max to s_max (eq. 3), where it stays for answers, so that gates are all but
-    binary; the embedding's gradient is freed of the factor that s brings (eq. 5). Where a is the most that any earlier
-    task had of a unit, a weight from unit j to unit i keeps min(a_i, a_j) of what it was in each step (eq. 2), and
+    Within an epoch s rises from 1 / s_max to s_max (eq. 3), where it stays for evaluation, so that gates are almost
+    binary; the embedding's gradient is freed of the factor that s brings (eq. 5). Where a is the maximum over earlier
+    tasks of a unit's attention, a weight from unit j to unit i keeps the share min(a_i, a_j) of its old value in each
+    step (eq. 2), and
 
         L = loss + c sum a_t (1 - a) / sum (1 - a)                                       (eq. 6)
 
-    makes the new task use units that others do. The paper scales gradients, for plain SGD; here it is the step, which
-    is the same there, and protects from momentum, weight decay and Adam's rescaling, too. Units are those of all linear
-    layers and convolutions, gated after their batch norm. Batch norms are of each task, and what else there is rests
-    after the first. The task has to be told.
+    makes the new task use units that others use, and so saves units for later ones. The paper scales gradients, for
+    plain SGD; here the step is scaled, which is the same for plain SGD, and protects from momentum, weight decay and
+    Adam's rescaling, too. Units are those of all linear layers and convolutions, gated after their batch norm. Batch
+    norms are per task, and all other parameters are frozen after the first experience. The task has to be told.
 
-    Curves: `hat/open/LAYER`: the share of the layer's units that the task attends to; `hat/free/LAYER`: that no task
-    does.
+    Curves: `hat/open/LAYER`: the share of the layer's units that the task attends to; `hat/free/LAYER`: the share that
+    no task attends to.
+
+    When to use:
+        Where the task is told, and units, not single weights, should be shared out among tasks.
+
+    Keeps:
+        1 number per unit, batch norms and a head, per task.
+
+    Hooks:
+        `grow`, `before_experience`, `extra_batch`, `penalty`, `after_backward`, `after_step`, `after_experience`,
+        `predictor`
 
     Options:
-        sparsity: c.
+        sparsity: c, the weight of the sparsity term.
         s_max: the largest s.
     """
 
     name = "hat"
+    family = "parameter isolation"
     state = ("frozen",)
     settings = ("task",)
     suited_train: ClassVar[dict[str, float]] = {"clip": LEAST_CLIP}

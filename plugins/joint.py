@@ -18,16 +18,30 @@ from clframe.training import Sampler
 
 
 class Joint(Plugin):
-    """Joint training: the oracle that keeps all data.
+    """Joint training on all data, the oracle.
+
+    `joint.form=once` trains at the last experience on everything, with the iterations of all experiences; `cumulative`
+    trains after each experience on all data so far, from where the weights stand or (`joint.restart=true`) from
+    scratch.
+
+    When to use:
+        As the upper bound that methods are compared with; as it keeps every experience, it is no continual learner.
+
+    Keeps:
+        All training images.
+
+    Hooks:
+        `before_experience`, `extra_data`, `phases`
 
     Options:
         form: `once` trains once, at the last experience, on everything, with the iterations (or epochs) that all
             experiences have together; rows of earlier experiences stay empty. `cumulative` trains after each experience
             on all data so far, with the iterations of all experiences so far.
-        restart: begin each cumulative training from the run's initial weights instead of going on.
+        restart: whether each cumulative training begins from the run's initial weights instead of going on.
     """
 
     name = "joint"
+    family = "baseline"
     state = ("initial",)
     keeps_experiences = True
     keeps_images = True

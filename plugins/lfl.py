@@ -1,4 +1,4 @@
-"""Less-forgetting learning (Jung et al., 2016): features stay where the old network had them, and the last layer."""
+"""Less-forgetting learning (Jung et al., 2016): features stay near those of the old network; old heads are frozen."""
 
 from __future__ import annotations
 
@@ -17,22 +17,33 @@ from clframe.training import rest_old_blocks, warm_up, warm_up_problems
 
 
 class LFL(Plugin):
-    """Pulls the features of new images to those that the network of the last experience gives them.
+    """Less-forgetting learning: features of new images are held near those of the old network, the teacher.
 
     L = loss + lambda/2 ||f_old(x) - f(x)||^2, summed over the features and averaged over the batch (Jung et al., eq. 1
-    with lambda_c = 1). The head's blocks that the experience has no class of are frozen, in the form `paper` all those
-    without new classes; features of old images, and with them old answers, then stay as near as new images can tell.
-    After each experience the copy is replaced.
+    with lambda_c = 1). The blocks of the head without a class of the experience are frozen, in the form `paper` all
+    those without new classes; features of old images, and with them old answers, then stay as near as new images can
+    tell. After each experience the teacher is replaced by a copy of the network.
+
+    When to use:
+        In domains that share their classes.
+
+    Keeps:
+        1 number per weight: the teacher.
+
+    Hooks:
+        `before_run`, `before_experience`, `phases`, `penalty`, `after_experience`
 
     Options:
-        lambda: strength of the pull (the paper's lambda_e).
-        form: `paper`: all experiences have the same classes, and the whole head stays; `multi-head`: each task trains
-            a head of its own, and old heads stay (as in the LwF paper); null: as the scenario's setting says.
+        lambda: strength of the penalty on features (the paper's lambda_e).
+        form: `paper`: all experiences have the same classes, and the whole head is frozen; `multi-head`: each task
+            trains a head of its own, and old heads are frozen (as in the LwF paper); null: as the scenario's setting
+            says.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
             training.
     """
 
     name = "lfl"
+    family = "distillation"
     state = ("teacher", "frozen")
     joins = "network"
     citation = "Jung, Ju, Jung, Kim, Less-forgetting learning in deep neural networks, 2016"

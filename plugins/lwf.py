@@ -1,4 +1,4 @@
-"""Learning without forgetting (Li and Hoiem, TPAMI 2017): old answers to new images are kept."""
+"""Learning without forgetting (Li and Hoiem, TPAMI 2017): the old network's answers to new images are distilled."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ LOGITS = {
 
 
 class LwF(Plugin):
-    """Distils the network of the last experience, its teacher, on the images of the new one.
+    """Learning without forgetting: distillation of the last experience's network, the teacher, on the new images.
 
     L = loss + lambda KD, KD = -sum_c s_T(old)_c log s_T(new)_c with s_T(z) = softmax(z / T), not multiplied by T^2. The
-    teacher answers in eval mode, on the very view of the image that is trained on. There are seven forms, of which
-    all but the first are for class-incremental learning:
+    teacher answers in evaluation mode, on the very view of the image that is trained on. There are seven forms, all but
+    the first for class-incremental learning; codes and papers call each of them LwF, and they differ by tens of points,
+    so the results name the form that ran:
 
     - heads: the paper's. The loss is over the task's own head; KD is summed over the old heads, a softmax each. Old
       heads are trained.
@@ -37,26 +38,36 @@ class LwF(Plugin):
     - seen: the loss is over all classes seen, KD over the old ones together (as Mammoth has it).
     - padded: both are over all classes seen; the old network's share of new classes in KD is 0 (as van de Ven and
       Tolias, 2019, write it, with T^2, that is with lambda = 4 for T = 2).
-    - padded-mean: so, but KD is averaged over the classes seen, not summed: its weight falls as classes come (as the
-      first code of van de Ven and Tolias has it, which gave their figures of 2019).
+    - padded-mean: as padded, but KD is averaged over the classes seen, not summed: its weight falls as classes come (as
+      the first code of van de Ven and Tolias has it, which gave their figures of 2019).
     - all: both are over all classes from the start (as van de Ven et al., 2022, have it).
     - mc: LwF.MC of Rebuffi et al. (iCaRL, 2017): sigmoid outputs, targets 0 and 1 for new classes and the teacher's
       sigmoid for old ones, averaged over all outputs. Old classes that come back have the targets 0 and 1 again.
 
     A form sets `train.logits`.
 
+    When to use:
+        First where the task is told: it is the strongest method here that keeps no image.
+
+    Keeps:
+        1 number per weight: the teacher.
+
+    Hooks:
+        `before_run`, `phases`, `base_loss`, `penalty`, `after_experience`
+
     Options:
         lambda: weight of the distillation; with `mc` 1.
-        temperature: T; with `mc` it has no meaning.
+        temperature: temperature T; with `mc` it has no meaning.
         form: null: `heads` where the task is told, `all` in domains; in class-incremental learning `local`, or `seen`
             beside a plugin that brings old images back, as `local` has no loss for them.
-        balance: in experience t (from 1), weigh the new images' loss by 1/t and the distillation by 1 - 1/t; the loss
-            of images that another plugin brings back keeps its weight.
+        balance: whether, in experience t (from 1), the new images' loss is weighted by 1/t and the distillation by 1 -
+            1/t; the loss of images that another plugin brings back keeps its weight.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
             training; the paper's is 1.
     """
 
     name = "lwf"
+    family = "distillation"
     state = ("teacher",)
     joins = "network"
     one_class = "lwf.form=seen"

@@ -1,4 +1,4 @@
-"""Learning without memorizing (Dhar et al., CVPR 2019): the network goes on looking where it looked."""
+"""Learning without memorizing (Dhar et al., CVPR 2019): answers and attention maps of the old network are distilled."""
 
 from __future__ import annotations
 
@@ -26,32 +26,42 @@ from clframe.options import NonNegative, Positive
 
 
 class LwM(Plugin):
-    """Distils the answers of the last experience's network and its attention maps, on the images of the new one.
+    """Learning without memorizing: distillation of the old network's answers and attention maps, on the new images.
 
-    L = L_C + beta L_D + gamma L_AD. L_C is the cross-entropy over the current classes, L_D distils the logits of the
+    L = L_C + beta L_D + gamma L_AD. L_C is the cross-entropy over the current classes, L_D distills the logits of the
     old ones (the base classes), and L_AD is the L1 distance of the two networks' Grad-CAM maps, each of length 1, for
-    one base class per image, the same in both networks. Gradients of L_AD flow through the map and through its weights,
-    which are gradients themselves. The student is looked at
-    as it normalises in training: a look in eval mode, at running statistics that the step moves, cost 10 points on
-    digits.
+    one base class per image, the same in both networks: the one with the top score of the student or the teacher
+    (`base`). Gradients of L_AD flow through the map and through its weights, which are gradients themselves; in a
+    well-known implementation the gradient is zero. The maps of the student are taken with the normalization of
+    training: maps in evaluation mode, at running statistics that the step moves, cost 10 points on digits.
 
-    The paper gives neither beta nor gamma.
+    The paper gives neither beta nor gamma. On digits more attention is less accuracy.
+
+    When to use:
+        To study attention.
+
+    Keeps:
+        1 number per weight: the teacher. A step costs another forward pass and a second backward pass.
+
+    Hooks:
+        `before_run`, `penalty`, `after_experience`
 
     Options:
         beta: weight of the distillation.
         gamma: weight of the attention distillation.
         distill: `sigmoid`: binary cross-entropy against the teacher's sigmoid, averaged over the base classes;
             `softmax`: as LwF has it.
-        temperature: of the softmax distillation.
-        base: whose top-scoring base class the maps explain.
-        teacher_norm: how the teacher's batch norms normalise: by the `batch`, where the student's do, so that equal
-            networks have equal maps; or by their `running` statistics, as in eval mode.
-        layer: of the backbone, by name; its output is what is looked at. null: the last that gives maps of more than
-            one pixel, behind the last convolution's batch norm and ReLU. With a batch norm that trains behind it, the
-            images of a batch would share their alpha.
+        temperature: temperature of the softmax distillation.
+        base: network whose top-scoring base class the maps explain.
+        teacher_norm: normalization of the teacher's batch norms: by the `batch`, where the student's do, so that equal
+            networks have equal maps; or by their `running` statistics, as in evaluation mode.
+        layer: layer of the backbone, by name, whose output gives the maps. null: the last that gives maps of more than
+            one pixel, behind the last convolution's batch norm and ReLU. With a batch norm that trains behind the
+            layer, the images of a batch would share their alpha.
     """
 
     name = "lwm"
+    family = "distillation"
     state = ("teacher",)
     citation = "Dhar, Singh, Peng, Wu, Chellappa, Learning without memorizing, CVPR 2019"
 

@@ -1,4 +1,4 @@
-"""Memory aware synapses (Aljundi et al., ECCV 2018): weights that the answers are sensitive to are held by springs."""
+"""Memory aware synapses (Aljundi et al., ECCV 2018): a quadratic penalty holds weights that the outputs depend on."""
 
 from __future__ import annotations
 
@@ -18,25 +18,34 @@ from clframe.per_sample import GradientSums
 
 
 class MAS(Plugin):
-    """Penalises changes of weights by how much the outputs depend on them, which needs no labels.
+    """Memory aware synapses: a penalty on changes of weights, scaled by how much the outputs depend on them.
 
     After an experience Omega += mean over its images of |d ||z||_2^2 / d theta|, with z the logits that take part in
-    the loss, of each image by itself, in eval mode; L = loss + lambda sum Omega (theta - theta*)^2, with theta* the
-    weights after the latest experience. There is no factor 1/2, and importance is added up, not averaged. Under SGD,
-    entries that a step would overshoot count as less (`clframe.importance.weighted_penalty`).
+    the loss, of each image by itself, in evaluation mode; L = loss + lambda sum Omega (theta - theta*)^2, with theta*
+    the weights after the latest experience. No labels are needed. There is no factor 1/2, and importance is added up,
+    not averaged. Under SGD, entries that a step would overshoot count as less (`clframe.importance.weighted_penalty`).
 
     `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
     published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.
 
-    Class-incremental it is level with fine-tuning, as nothing holds old classes against new ones: 19.5 % on
+    In class-incremental learning it is level with fine-tuning, as nothing holds old classes against new ones: 19.5 % on
     `split-digits` over seeds 0 to 4 (`benchmarks/defaults.py`), as without it.
+
+    When to use:
+        Where importance should come from images without labels, such as those of `mas.images`.
+
+    Keeps:
+        2 numbers per weight.
+
+    Hooks:
+        `penalty`, `after_experience`
 
     Options:
         lambda: strength of the penalty. The paper has 1, for the small sensitivities of a large pretrained network; on
             the digits 1 keeps new tasks from being learned (permuted-digits, seed 0: 39 %, at 0.01 56 %).
         form: `global`: the sensitivity of the network's output (section 4.1); `local`: of each layer's own output,
             Omega_ij = mean of F_i F_j, the activities of the units that a weight connects (section 4.3, Hebbian), F_j
-            being the ReLU of the layer's output. It knows weights and biases of linear and convolutional layers only.
+            being the ReLU of the layer's output. It covers weights and biases of linear and convolutional layers only.
         samples: images of the experience that the mean is over, drawn at random; null: all of them.
         images: file of images to compute the importance on in place of the experience's own: an .npy array [N, ...] of
             raw images as the data set has them. They need no labels.
@@ -44,6 +53,7 @@ class MAS(Plugin):
     """
 
     name = "mas"
+    family = "regularization"
     state = ("springs", "mean")
     joins = "images"
     citation = "Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, Memory aware synapses, ECCV 2018"

@@ -20,22 +20,34 @@ MOST_TASKS = 255
 
 
 class PackNet(Plugin):
-    """After each experience, prunes the weights that the task trained, retrains those that stay, and fixes them.
+    """Iterative pruning: each task trains free weights, prunes most of them, retrains those that stay, and fixes them.
 
-    A task trains the weights that are free, from 0 on but for the first task, and computes with those of the tasks
-    before it as well. When it is trained, the smallest `prune` of its weights in each convolution and linear layer,
-    in magnitude, become 0 and free again; a phase `retrain` trains the others on, which are fixed after it. Biases
-    and batch norms are fixed after the first experience. Nothing is forgotten, and the task has to be told.
+    A task trains the weights that are free, from 0 on but for the first task, and computes with the weights of earlier
+    tasks as well. When it is trained, the smallest `prune` of its weights in each convolution and linear layer, in
+    magnitude, become 0 and free again; a phase `retrain` trains the others on, which are fixed after it. Biases and
+    batch norms are those of the first experience, or of the weights that the network came with (`packnet.pretrained`),
+    and are fixed after it. Nothing is forgotten, and the task has to be told.
 
     Curves: `packnet/free/LAYER`: the share of the layer's weights that no task owns.
+
+    When to use:
+        For a few tasks: the share of free weights shrinks by a factor with each.
+
+    Keeps:
+        1 byte per weight in all, and a head per task.
+
+    Hooks:
+        `grow`, `before_experience`, `phases`, `after_backward`, `after_step`, `after_experience`, `predictor`
 
     Options:
         prune: share of the task's weights that are given back; the paper has 0.5 and 0.75.
         retrain: length of the phase after pruning, relative to the experience's own training.
-        pretrained: the network came with weights: biases and batch norms are fixed from the first experience on.
+        pretrained: whether the network came with weights: biases and batch norms are fixed from the first experience
+            on.
     """
 
     name = "packnet"
+    family = "parameter isolation"
     state = ("frozen",)
     settings = ("task",)
     isolates = True

@@ -25,7 +25,7 @@ from clframe.options import Positive
 
 
 class Piggyback(Plugin):
-    """Learns for each task which weights of a fixed network to use, and a head.
+    """A binary mask over the weights of one fixed network, and a head, learned for each task.
 
     The weight W of each convolution and linear layer becomes W * m with m = 1 where a real mask exceeds a threshold,
     else 0 (eq. 1 and 2); the gradient of m is given to the real mask (eq. 3 and 4). Biases are not masked. A finished
@@ -34,17 +34,28 @@ class Piggyback(Plugin):
 
     Curves: `piggyback/used/LAYER`: the share of the layer's weights that the task uses.
 
+    When to use:
+        On a network with good weights (`--set model.weights=true` of torchvision's, or `--set model.start=RUN`).
+
+    Keeps:
+        1 bit per weight (2 if ternary) and a head, per task.
+
+    Hooks:
+        `grow`, `before_experience`, `after_experience`, `predictor`
+
     Options:
-        pretrained: the network came with weights, and the first experience has a mask, too; else the network is what
-            the first experience makes of it.
+        pretrained: whether the network came with weights, and the first experience has a mask, too; else the network is
+            what the first experience makes of it.
         init: value of real masks before training; as it exceeds the threshold, the whole network is used then.
-        threshold: where a real mask becomes 1.
-        ternary: masks of -1, 0 and 1, with -1 where the real mask is below 0; two bits for each weight.
+        threshold: value above which a real mask becomes 1.
+        ternary: whether masks have the values -1, 0 and 1, with -1, a weight used with its sign turned, where the real
+            mask is below 0; two bits for each weight.
         norm: batch norms: `frozen`, with the statistics of the network that is masked; `task`: each task trains its
             own, which begin as the network's.
     """
 
     name = "piggyback"
+    family = "parameter isolation"
     state = ("frozen",)
     settings = ("task",)
     isolates = True

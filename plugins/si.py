@@ -1,4 +1,4 @@
-"""Synaptic intelligence (Zenke, Poole, Ganguli, ICML 2017): weights that took the loss down are held by springs."""
+"""Synaptic intelligence (Zenke, Poole, Ganguli, ICML 2017): a quadratic penalty holds weights that reduced the loss."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from clframe.options import NonNegative, Positive
 
 
 class SI(Plugin):
-    """Penalises changes of weights by how much of the loss they took off while earlier experiences were learnt.
+    """Synaptic intelligence: a penalty on changes of weights, scaled by how much each one reduced earlier losses.
 
-    During training omega += -g (theta_after - theta_before), with g the gradient of the experience's own loss, without
-    any penalty and before clipping, and the step as the optimizer made it. After an experience
-    Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi)), and L = loss + c sum Omega (theta - theta*)^2, with
-    theta* the weights after the latest experience. There is no factor 1/2. Under SGD, entries that a step would
-    overshoot count as less (`clframe.importance.weighted_penalty`).
+    Importance is found while training: omega += -g (theta_after - theta_before) at each step, with g the gradient of
+    the experience's own loss, without any penalty and before clipping, and the step as the optimizer made it. After an
+    experience Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi)), and L = loss + c sum Omega (theta -
+    theta*)^2, with theta* the weights after the latest experience. There is no factor 1/2. Under SGD, entries that a
+    step would overshoot count as less (`clframe.importance.weighted_penalty`).
 
     `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
-    published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.
-    Beside a method that replays images, the experience's own loss includes the replayed rows, and so does importance.
+    published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off. Beside a
+    method that replays images, the experience's own loss includes the replayed rows, and so does importance.
+
+    When to use:
+        As EWC, where a pass over the data after training is too expensive.
+
+    Keeps:
+        2 numbers per weight, 4 while training.
+
+    Hooks:
+        `before_experience`, `penalty`, `after_backward`, `after_step`, `after_experience`
 
     Options:
         c: strength of the penalty.
@@ -31,6 +40,7 @@ class SI(Plugin):
     """
 
     name = "si"
+    family = "regularization"
     state = ("springs", "omega", "start")
     needs_task_gradient = True
     citation = "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, ICML 2017"

@@ -28,23 +28,32 @@ DARK = 0.645  # text is black on a lighter cell, white from here on: its contras
 
 
 class TensorBoard(Plugin):
-    """Writes curves, the accuracy matrix as an image, hyper-parameters and the configuration for TensorBoard.
+    """An observer that writes curves, the accuracy matrix, hyper-parameters and the configuration for TensorBoard.
 
-    Two axes are in use. Accuracies and measures taken after an experience stand at the number of experiences learnt
+    Two axes are in use. Accuracies and measures taken after an experience stand at the number of experiences learned
     (1, 2, ...), so that the curves of methods that take unequal numbers of steps can be laid over each other:
     ``accuracy_<reading>/experience_<j>`` (all in one chart under Custom Scalars), ``average_accuracy/<reading>``,
     ``forgetting/<reading>``, the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops, and the images
-    that a method shows (`Run.show`), under its name.
-    With ``train.val``, the accuracies on the images held out are likewise ``validation_<reading>/experience_<j>``.
-    Everything else stands at the step of the run: ``loss/<term>``, ``learning_rate``, ``log/<name>``, and
-    ``within_<reading>/experience_<j>``, the accuracies between the epochs of an experience (``validation_within_...``
-    on images held out).
+    that a method shows (`Run.show`), under its name. With ``train.val``, the accuracies on the held-out images are
+    likewise ``validation_<reading>/experience_<j>``. Everything else stands at the step of the run: ``loss/<term>``,
+    ``learning_rate``, ``log/<name>``, and ``within_<reading>/experience_<j>``, the accuracies between the epochs of an
+    experience (``validation_within_...`` on held-out images).
 
-    After a resume, what was written beyond the checkpoint's step is purged; an accuracy may be written twice, with the
-    same value at the same place. Nothing is written if the run keeps no folder.
+    After a resume, everything written beyond the checkpoint's step is purged; an accuracy may be written twice, with
+    the same value at the same place. Nothing is written if the run keeps no folder.
+
+    When to use:
+        Always: it is on by default in a run that keeps a folder; `--no-tensorboard` turns it off.
+
+    Keeps:
+        Nothing; results do not depend on it.
+
+    Hooks:
+        `before_run`
     """
 
     name = "tensorboard"
+    family = "observer"
     observer = True
 
     def __init__(self) -> None:

@@ -11,16 +11,27 @@ from clframe.training import warm_up, warm_up_problems
 
 
 class WarmUp(Plugin):
-    """Trains the head of new classes alone, to let it settle before its gradients move what is shared.
+    """A phase that trains the head of new classes alone, before its gradients move what is shared.
 
-    All else is frozen meanwhile, the running statistics of batch norms included. The first experience has none.
-    `lwf`, `lfl`, `feature-extraction` and `finetune-fc` bring the same phase with their option `warm_up`.
+    Before each experience but the first, the new head is trained alone for `warm-up.length` times the experience's own
+    training. All else is frozen meanwhile, the running statistics of batch norms included. `lwf`, `lfl`,
+    `feature-extraction` and `finetune-fc` bring the same phase with their option `warm_up`.
+
+    When to use:
+        Beside a method that has no such option.
+
+    Keeps:
+        Nothing.
+
+    Hooks:
+        `phases`
 
     Options:
-        length: of the phase, relative to the experience's own training; the paper's is 1.
+        length: length of the phase, relative to the experience's own training; the paper's is 1.
     """
 
     name = "warm-up"
+    family = "baseline"
     settings = ("class", "task")
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 

@@ -331,6 +331,9 @@ def test_plugins_show(capsys):
     assert main(["plugins", "show", "joint"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("joint: Joint training")
+    assert any(line.startswith("When to use: As the upper bound") for line in lines)
+    assert "Keeps: All training images." in lines
+    assert "Family: baseline" in lines
     assert any(line.startswith("form\tonce | cumulative\tonce\t`once` trains once") for line in lines)
     assert "Hooks: before_experience, extra_data, phases" in lines
     assert "Settings: class, task, domain" in lines
@@ -338,6 +341,7 @@ def test_plugins_show(capsys):
     assert main(["plugins", "show", "joint", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["hooks"] == ["before_experience", "extra_data", "phases"]
+    assert (found["family"], found["keeps"]) == ("baseline", "All training images.")
     assert found["options"][0] | {"doc": ""} == {
         "name": "form",
         "type": "once | cumulative",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import signal
 from itertools import combinations
 from pathlib import Path
@@ -288,14 +290,6 @@ def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: 
             assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-WHY = {
-    "o": "both answer `base_loss`, or both `predictor`, of which a run has one",
-    "z": "made for other logits (`train.logits`)",
-    "p": "decides alone what of the network a task may use",
-    "j": "trains on everything, and is an oracle",
-}
-
-
 def why(a: str, b: str, context: Any) -> str:
     """``+`` if the pair may run together, else the letter of the reason."""
     sentences = refusal(*built(a, b), context(setting_of(a, b), *built(a, b)))
@@ -308,13 +302,17 @@ def why(a: str, b: str, context: Any) -> str:
     return "z" if "train.logits" in sentences[0] else "o"
 
 
-def test_the_table_of_pairs_in_the_readme_is_what_the_code_does(context):
-    """Every pair above has run, or was refused; to renew the table, put the text of the failed assertion there."""
-    rows = [f"| | {' | '.join(str(k) for k in range(1, len(METHODS)))} |", "|" + " --- |" * len(METHODS)]
-    for k, name in enumerate(METHODS[1:], start=2):
-        cells = [why(other, name, context) for other in METHODS[: k - 1]]
-        rows.append(f"| {k} `{name}` | {' | '.join([*cells, *[''] * (len(METHODS) - k)])} |")
-    rows[0] = rows[0].replace("| |", f"| 1 `{METHODS[0]}` |", 1)
-    reasons = "; ".join(f"`{letter}`: {reason}" for letter, reason in WHY.items())
-    table = "\n".join([f"`+`: they run together; else they are refused. {reasons}.", "", *rows])
-    assert table in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_matrix_of_pairs_in_the_documentation_is_what_the_code_does(context):
+    """Every pair above has run, or was refused."""
+    spec = importlib.util.spec_from_file_location("docs_generate", Path(__file__).parent.parent / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    legend, _, header, _, *rows = generate.pairs("").splitlines()
+    letters = dict(re.findall(r"`([a-z])`: ([^;]+)[;.]", legend))
+    assert letters == generate.REFUSED
+    assert header.split(" | ")[0] == f"| 1 `{METHODS[0]}`"
+    for k, (name, row) in enumerate(zip(METHODS[1:], rows, strict=True), start=2):
+        first, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert first == f"{k} `{name}`"
+        assert cells[: k - 1] == [why(other, name, context) for other in METHODS[: k - 1]]
+        assert not any(cells[k - 1 :])

