@@ -55,43 +55,49 @@ class Settings(BaseModel):
 class TrainSettings(Settings):
     """How each experience is trained (``train.*``)."""
 
-    epochs: Count | None = Field(None, description="passes over the data of each experience")
-    iterations: Count | None = Field(None, description="steps per experience, of complete batches, instead of epochs")
-    batch_size: Count = Field(32, description="images of a step, replay not counted")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("adam", description="torch's optimizer of that name")
-    lr: Positive = Field(1e-3, description="learning rate")
-    head_lr: Positive | None = Field(None, description="learning rate of the head; null: as the rest")
-    schedule: Literal["constant", "steps", "cosine"] = Field("constant", description="of the learning rate, per phase")
+    epochs: Count | None = Field(default=None, description="passes over the data of each experience")
+    iterations: Count | None = Field(
+        default=None, description="steps per experience, of complete batches, instead of epochs"
+    )
+    batch_size: Count = Field(default=32, description="images of a step, replay not counted")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adam", description="torch's optimizer of that name")
+    lr: Positive = Field(default=1e-3, description="learning rate")
+    head_lr: Positive | None = Field(default=None, description="learning rate of the head; null: as the rest")
+    schedule: Literal["constant", "steps", "cosine"] = Field(
+        default="constant", description="of the learning rate, per phase"
+    )
     milestones: list[Positive] = Field(
-        [],
+        default=[],
         description="where schedule `steps` multiplies, in epochs (in steps where `iterations` is set)",
     )
-    factor: Positive = Field(0.1, description="what schedule `steps` multiplies by")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of sgd")
-    nesterov: bool = Field(False, description="Nesterov momentum of sgd")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], description="of adam and adamw")
-    eps: Positive = Field(1e-8, description="of adam and adamw")
-    weight_decay: NonNegative = Field(0.0, description="as the optimizer defines it")
+    factor: Positive = Field(default=0.1, description="what schedule `steps` multiplies by")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of sgd")
+    nesterov: bool = Field(default=False, description="Nesterov momentum of sgd")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], description="of adam and adamw")
+    eps: Positive = Field(default=1e-8, description="of adam and adamw")
+    weight_decay: NonNegative = Field(default=0.0, description="as the optimizer defines it")
     decay: Literal["weights", "all"] = Field(
-        "weights", description="which parameters decay: weights only, or biases and norms too"
+        default="weights", description="which parameters decay: weights only, or biases and norms too"
     )
-    keep_optimizer: bool = Field(False, description="keep the optimizer's state from one experience to the next")
-    clip: NonNegative = Field(1.0, description="largest norm of the gradient; 0: no clipping")
+    keep_optimizer: bool = Field(
+        default=False, description="keep the optimizer's state from one experience to the next"
+    )
+    clip: NonNegative = Field(default=1.0, description="largest norm of the gradient; 0: no clipping")
     logits: Literal["all", "seen", "current", "own"] | None = Field(
-        None,
+        default=None,
         description="which take part in the loss: of all classes from the start, of those seen, of the "
         "experience's, of the row's task; null: `own` in the task setting, else `seen`",
     )
     val: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0,
+        default=0.0,
         description="share of the training images held out: their accuracy is measured, and the confidence of "
         "predictions is fitted to them",
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="CPU threads; null: as torch chooses"
+        default=None, description="CPU threads; null: as torch chooses"
     )
     first: dict[str, Any] | None = Field(
-        None, description="what differs in the first experience, such as {epochs: 10, lr: 0.01}"
+        default=None, description="what differs in the first experience, such as {epochs: 10, lr: 0.01}"
     )
 
     @model_validator(mode="after")
@@ -138,23 +144,23 @@ FolderName = Annotated[str, Field(min_length=1)]  # a path; a variable of the sh
 class RunSettings(Settings):
     """How the run itself goes (``run.*``)."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of everything random")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="of everything random")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     data_root: FolderName | None = Field(
-        None, description="folder of the data sets; null: CLFRAME_DATA, else the user's cache"
+        default=None, description="folder of the data sets; null: CLFRAME_DATA, else the user's cache"
     )
-    output: FolderName | None = Field(None, description="folder of this run; null: a new one under runs/")
-    eval_every: Literal["experience", "epoch"] = Field("experience", description="how often to evaluate")
-    eval_batch_size: Count = Field(512, description="images at a time in evaluation")
-    checkpoint_every: NonNegative = Field(60.0, description="seconds between checkpoints within an experience")
-    log_every: Count = Field(50, description="steps between two records of the losses")
-    tensorboard: bool = Field(True, description="write curves for TensorBoard")
-    extends: FolderName | None = Field(None, description="folder of a finished run whose model learns on")
+    output: FolderName | None = Field(default=None, description="folder of this run; null: a new one under runs/")
+    eval_every: Literal["experience", "epoch"] = Field(default="experience", description="how often to evaluate")
+    eval_batch_size: Count = Field(default=512, description="images at a time in evaluation")
+    checkpoint_every: NonNegative = Field(default=60.0, description="seconds between checkpoints within an experience")
+    log_every: Count = Field(default=50, description="steps between two records of the losses")
+    tensorboard: bool = Field(default=True, description="write curves for TensorBoard")
+    extends: FolderName | None = Field(default=None, description="folder of a finished run whose model learns on")
     old_images: FolderName | None = Field(
-        None, description="folder of images of classes that the extended run learned, for methods that join it"
+        default=None, description="folder of images of classes that the extended run learned, for methods that join it"
     )
-    joint: FolderName | None = Field(None, description="folder of a finished joint run, for intransigence")
-    predictions: bool = Field(True, description="keep the scores of every test image")
+    joint: FolderName | None = Field(default=None, description="folder of a finished joint run, for intransigence")
+    predictions: bool = Field(default=True, description="keep the scores of every test image")
 
 
 def _check_name(spec: dict[str, Any]) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def tiny() -> Callable[..., Scenario]:
 
     def build(experiences: int = 3, **options: object) -> Scenario:
         shape = options.pop("shape", (1, 4, 4))
-        arrays = testing.tiny_arrays(shape=shape)  # type: ignore[arg-type]
-        return split_classes("tiny", arrays, experiences=experiences, **options)  # type: ignore[arg-type]
+        arrays = testing.tiny_arrays(shape=shape)
+        return split_classes("tiny", arrays, experiences=experiences, **options)
 
     return build
 
@@ -54,7 +54,7 @@ def context() -> Callable[..., Any]:
 
     def build(setting: str, *plugins: Plugin) -> Any:
         run = object.__new__(Run)
-        run.plugins, run.scenario = plugins, SimpleNamespace(setting=setting)  # type: ignore[assignment]
+        run.plugins, run.scenario = plugins, SimpleNamespace(setting=setting)
         return run
 
     return build

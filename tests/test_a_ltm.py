@@ -34,7 +34,7 @@ def term(
     a_ltm: ALTM, z: Tensor = Z, *, setting: str = "task", origin: list[int] | None = None, weight: Any = None
 ) -> Tensor:
     """The penalty in the third of three experiences of two classes."""
-    a_ltm.stable = Says()  # type: ignore[assignment]
+    a_ltm.stable = Says()
     n = len(z)
     columns = torch.zeros(n, dtype=torch.int64)
     weights = torch.ones(n) if weight is None else torch.tensor(weight)
@@ -148,7 +148,7 @@ class Watch(Plugin):
             each = ((z - q) ** 2).sum(1) / 2
         elif run.scenario.setting == "task":
             heads = [slice(k, k + 2) for k in range(0, old, 2)]
-            each = -sum((q[:, k].softmax(1) * z[:, k].log_softmax(1)).sum(1) for k in heads)  # type: ignore[assignment]
+            each = -sum((q[:, k].softmax(1) * z[:, k].log_softmax(1)).sum(1) for k in heads)
         else:
             each = -(q.softmax(1) * z.log_softmax(1)).sum(1)
         self.wanted.append(0.5 * each.mean().item())

@@ -39,7 +39,7 @@ def texts() -> Iterator[str]:
             left_out = docstrings | parts
             for node in ast.walk(tree):
                 if isinstance(node, ast.JoinedStr):
-                    yield "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)  # type: ignore[misc]
+                    yield "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
                     yield node.value
 
@@ -87,7 +87,7 @@ def test_whole_commands_that_are_advised_have_their_options():
     found = [command for text in TEXTS for command in re.findall(r"`clframe ([^`]*)`", text)]
     assert len(found) > 5
     for command in found:
-        words = tuple(re.match(r"(?:plugins |scenarios )?[a-z]+|", command)[0].split())  # type: ignore[index]
+        words = tuple(re.match(r"(?:plugins |scenarios )?[a-z]+|", command)[0].split())
         if words:
             assert set(named(command)) <= COMMANDS[words], command
 

@@ -53,7 +53,7 @@ class Bench:
     def terms(self) -> dict[str, Tensor]:
         outputs = self.outputs
         base = self.plugin.base_loss(self.run, self.batch, outputs)
-        return {"base": base, **self.plugin.penalty(self.run, self.batch, outputs)}  # type: ignore[dict-item]
+        return {"base": base, **self.plugin.penalty(self.run, self.batch, outputs)}
 
     def moved(self, term: str) -> set[str]:
         """The parts of the network that a term trains."""
@@ -88,8 +88,8 @@ def test_each_loss_trains_what_it_is_for() -> None:
     assert bench.moved("base") == backbone | {"head.2"}
     assert bench.moved("always-be-dreaming/head") == {"head.0", "head.1", "head.2"}
     assert bench.moved("always-be-dreaming/distill") == backbone
-    sum(bench.terms().values()).backward()  # type: ignore[union-attr]
-    assert all(p.grad is None for p in bench.plugin.teacher.parameters())  # type: ignore[union-attr]
+    sum(bench.terms().values()).backward()
+    assert all(p.grad is None for p in bench.plugin.teacher.parameters())
 
 
 def test_features_that_have_not_moved_are_not_pulled() -> None:

@@ -86,7 +86,7 @@ def test_a_transform_that_is_none_is_told(options: dict[str, Any], words: str):
 def test_a_transform_takes_arrays_and_one_number():
     wanted = (X.float() / 255 - 0.5) / 0.25
     for mean, std in ((0.5, 0.25), (np.array([0.5]), torch.tensor([0.25])), ([0.5], [0.25])):
-        assert torch.allclose(Transform(mean=mean, std=std).normalize(X), wanted, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(Transform(mean=mean, std=std).normalize(X), wanted, atol=1e-6)
 
 
 def test_a_transform_for_other_channels_is_told_where_the_scenario_is_built():

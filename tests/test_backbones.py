@@ -32,6 +32,7 @@ def parameters(net):
 def test_each_backbone_has_its_width_and_number_of_parameters(factory, shape, options, width, count):
     net = factory(shape, **options)
     x = torch.randn(2, *shape)
+    assert isinstance(net, nn.Module)
     assert isinstance(net, Backbone)
     assert net.width == width
     assert net.features(x).shape == (2, width)

@@ -124,7 +124,7 @@ def stream(tiny: Any, setting: str) -> clframe.Scenario:
     return tiny(experiences=2, shape=(1, 8, 8), setting=setting)
 
 
-def refusal(a: Plugin, b: Plugin, run: Run) -> tuple[str, ...]:
+def refusal(run: Run, a: Plugin, b: Plugin) -> tuple[str, ...]:
     """The sentences that refuse the pair, by what both declare; none: it may run."""
     if a.isolates and b.isolates:
         both = f"`{a.name}` and `{b.name}` each decide what of the network a task may use; leave out one of them."
@@ -155,7 +155,7 @@ def refusal(a: Plugin, b: Plugin, run: Run) -> tuple[str, ...]:
 def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: str):
     """Two experiences; the order of naming is without effect, but for rounding."""
     setting = setting_of(a, b)
-    sentences = refusal(*built(a, b), context(setting, *built(a, b)))
+    sentences = refusal(context(setting, *built(a, b)), *built(a, b))
     if sentences:
         with pytest.raises(WrongUse) as caught:
             learn(stream(tiny, setting), built(a, b))
@@ -199,13 +199,13 @@ def test_the_pairs_are_told_apart_as_they_should_be(context):
     assert {"channel-gating", "duplicate", "hat", "packnet", "piggyback"} == ISOLATING
     for a, b in PAIRS:
         if {a, b} & ISOLATING:
-            assert len(refusal(*built(a, b), context("task", *built(a, b)))) == ("warm-up" not in (a, b))
+            assert len(refusal(context("task", *built(a, b)), *built(a, b))) == ("warm-up" not in (a, b))
         elif "icarl" in (a, b) and (two_losses | other_logits) & {a, b}:
-            assert len(refusal(*built(a, b), context("class", *built(a, b)))) == 1
+            assert len(refusal(context("class", *built(a, b)), *built(a, b))) == 1
         elif {a, b} <= compose:
-            assert refusal(*built(a, b), context(setting_of(a, b), *built(a, b))) == ()
+            assert refusal(context(setting_of(a, b), *built(a, b)), *built(a, b)) == ()
         elif "joint" in (a, b):
-            assert len(refusal(*built(a, b), context(setting_of(a, b), *built(a, b)))) == 1
+            assert len(refusal(context(setting_of(a, b), *built(a, b)), *built(a, b))) == 1
 
 
 def problems(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
@@ -292,7 +292,7 @@ def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: 
 
 def why(a: str, b: str, context: Any) -> str:
     """``+`` if the pair may run together, else the letter of the reason."""
-    sentences = refusal(*built(a, b), context(setting_of(a, b), *built(a, b)))
+    sentences = refusal(context(setting_of(a, b), *built(a, b)), *built(a, b))
     if not sentences:
         return "+"
     if {a, b} & ISOLATING:

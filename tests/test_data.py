@@ -324,7 +324,7 @@ def test_labels_must_be_contiguous_and_named(classes, names, sentence):
 
 
 def test_labels_may_come_back():
-    scenario = Scenario("s", "class", [(0, 1), (0, 2)], "abc", (1,), lambda i, part: None)
+    scenario = Scenario("s", "class", [(0, 1), (0, 2)], "abc", (1,), lambda i, part: pytest.fail("read"))
     assert scenario.classes == ((0, 1), (0, 2))
 
 
@@ -374,6 +374,7 @@ def test_suits_marks_a_builder_with_its_defaults():
     def build() -> Scenario:
         raise NotImplementedError
 
-    assert build.backbone == {"name": "mlp", "hidden": [256, 256]}
-    assert build.train == train
-    assert build.train is not train
+    marks = vars(build)
+    assert marks["backbone"] == {"name": "mlp", "hidden": [256, 256]}
+    assert marks["train"] == train
+    assert marks["train"] is not train

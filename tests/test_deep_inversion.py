@@ -124,9 +124,9 @@ def test_where_the_student_says_what_the_teacher_says_there_is_no_gradient(setti
     terms = bench.terms()
     for term in terms.values():
         assert term.item() == pytest.approx(0, abs=1e-12)
-    sum(terms.values()).backward()  # type: ignore[union-attr]
+    sum(terms.values()).backward()
     assert all(p.grad is None or p.grad.abs().max() < 1e-12 for p in bench.model.parameters())
-    assert all(p.grad is None for p in bench.plugin.teacher.parameters())  # type: ignore[union-attr]
+    assert all(p.grad is None for p in bench.plugin.teacher.parameters())
 
 
 def test_dreams_push_new_classes_down() -> None:
@@ -134,7 +134,7 @@ def test_dreams_push_new_classes_down() -> None:
     bench = Bench("class", distill=0.0)
     bench.terms()["deep-inversion/dreams"].backward()
     shares = bench.z[3:].softmax(1)[:, 4:].mean(0)
-    assert torch.allclose(bench.model.head[2].bias.grad, shares, rtol=1e-6)  # type: ignore[union-attr,arg-type]
+    assert torch.allclose(bench.model.head[2].bias.grad, shares, rtol=1e-6)
 
 
 class Watch(Plugin):

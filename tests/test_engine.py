@@ -19,6 +19,7 @@ from clframe.config import parse_yaml
 from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.plugins.ewc import EWC
 from clframe.training import training_only
+from clframe.writing import save_file
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
 
@@ -694,7 +695,7 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_nothing(tiny, tmp_path: P
 
 
 def test_a_full_disk_while_predictions_are_kept_is_no_bug(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    original = clframe.checkpoint.save_file
+    original = save_file
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         if "predictions" in str(path):

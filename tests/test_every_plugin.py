@@ -73,7 +73,7 @@ def test_it_is_built_without_options_and_cited_and_its_hooks_are_documented(name
     assert cls.observer or cls.citation
     assert all(getattr(cls, hook).__doc__ for hook in registry.hooks_of(cls))
     with pytest.raises(WrongUse, match=f"`{name}.nonsense` is not an option"):
-        cls(nonsense=1)
+        cls(**{"nonsense": 1})
 
 
 @pytest.mark.parametrize("name", sorted(LIKE_FINETUNING_AT_FIRST & set(NAMES)))

@@ -648,7 +648,7 @@ def test_a_class_without_images_is_drawn_from_no_prior() -> None:
         def after_step(self, run: Run, batch: Batch) -> None:
             drawn.update(batch.y[batch.origin > 0].tolist())
 
-    replay = registry.build_plugin("generative-replay", SMALL["generative-replay"] | {"prior": "class"})
+    replay: Any = registry.build_plugin("generative-replay", SMALL["generative-replay"] | {"prior": "class"})
     train = {"iterations": 12, "batch_size": 8}
     run(stream("class", [[0, 1, 2], [3, 4], [5, 6]], without=1), Net(), [replay, Look()], train=train, run=QUIET)
     assert drawn == {0, 2, 3, 4}
@@ -677,7 +677,7 @@ def test_a_class_without_images_leaves_the_means_of_exemplars() -> None:
                 found.append(label)
                 assert torch.allclose(icarl.means[label], mean, atol=1e-5, equal_nan=True)
 
-    icarl = registry.build_plugin("icarl", {"per_class": 2})
+    icarl: Any = registry.build_plugin("icarl", {"per_class": 2})
     train = {"iterations": 2, "batch_size": 8}
     run(stream("class", [[0, 1, 2], [3, 4]], without=1), Net(), [icarl, Look()], train=train, run=QUIET)
     assert found == [0, 1, 2, 0, 1, 2, 3, 4]

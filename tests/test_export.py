@@ -206,7 +206,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
 
 def test_packages_that_are_missing_are_named(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = trained()
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WrongUse, match=r"`onnx` needs `onnx` and `onnxscript`: pip install 'clframe\[onnx\]'"):
         model.export(tmp_path / "file", "onnx")
 

@@ -87,6 +87,7 @@ def test_one_task_for_all_is_no_task():
 def test_targets_are_read_without_the_images():
     class Counting(Data):
         read = 0
+        targets: list[int]
 
         def __getitem__(self, i):
             Counting.read += 1

@@ -61,7 +61,8 @@ def test_the_gradient_of_the_elbo_is_that_of_finite_differences(classes: int | N
     x, y, noise = images(), torch.tensor([0, 1, 1, 0, 1]), images(5, (2,), seed=9) * 4 - 2
 
     def loss() -> Tensor:
-        return sum(part.sum() for part in vae.losses(x, y, noise))
+        total: Tensor = sum(part.sum() for part in vae.losses(x, y, noise))
+        return total
 
     gradients = torch.autograd.grad(loss(), list(vae.parameters()))
     checked = 0
@@ -192,7 +193,7 @@ def test_the_penalty_of_a_linear_critic_is_that_of_the_length_of_its_weights() -
 def test_the_penalty_is_taken_between_an_image_and_a_fake_of_each_by_itself() -> None:
     """The gradient of ||x||^2 / 2 is x: so its length tells the place."""
     real, fake, place = images(), images(seed=8), torch.tensor([0.0, 1.0, 0.5, 0.25, 0.9], dtype=torch.float64)
-    value = gradient_penalty(lambda x: x.flatten(1).square().sum(1) / 2, real, fake, place)  # type: ignore[arg-type]
+    value = gradient_penalty(lambda x: x.flatten(1).square().sum(1) / 2, real, fake, place)
     at = place.view(-1, 1) * real.flatten(1) + (1 - place).view(-1, 1) * fake.flatten(1)
     assert torch.allclose(value, (at.norm(dim=1) - 1).square(), rtol=1e-9)
 

@@ -85,7 +85,7 @@ def test_embeddings_stay_within_6(stream: Scenario):
 # -------------------------------------------------------------------------- drive it without an engine
 
 
-def gated(build: Any = usual, tasks: int = 2) -> tuple[HAT, Any, IncrementalNet]:
+def gated(build: Any = usual, tasks: int = 2) -> tuple[HAT, Any, Any]:
     """The plugin, as much of a run as it needs, and a network of so many tasks."""
     plugin, net = HAT(s_max=50.0), seeded(lambda: IncrementalNet(build(), [2] * tasks))
     generator = torch.Generator().manual_seed(0)

@@ -494,13 +494,15 @@ def test_ticks_report_progress_and_resume_in_their_middle(tiny, tmp_path: Path, 
     learn(tiny(), whole, listeners=[lambda r: ticks.append((r["i"], r["n"])) if r["kind"] == "tick" else None])
     assert ticks == [(i, 6) for i in range(1, 7)] * 3
 
+    seen = 0
+
     def interrupt(record):
+        nonlocal seen
         if record["kind"] == "tick":
-            interrupt.seen += 1
-            if interrupt.seen == 9:  # the third tick of the second experience
+            seen += 1
+            if seen == 9:  # the third tick of the second experience
                 signal.raise_signal(signal.SIGTERM)
 
-    interrupt.seen = 0
     stopped, resumed = Working(resumable=resumable), Working(resumable=resumable)
     with pytest.raises(Interrupted):
         learn(tiny(), stopped, output=str(tmp_path / "run"), tensorboard=False, listeners=[interrupt])
@@ -582,7 +584,7 @@ def test_two_plugins_whose_options_make_them_owners_are_refused(tiny):
     )
 
 
-def wanting(label: str, **wanted: str) -> Plugin:
+def wanting(label: str, **wanted: str) -> Any:
     """A plugin whose loss is made for these logits, by setting."""
 
     class Wanting(Plugin):

@@ -290,7 +290,7 @@ def test_relative_paths_are_those_of_the_folder_that_was_the_current_one(tmp_pat
 def test_a_process_that_can_have_no_readers_reads_by_itself(files, read, lacking, monkeypatch):
     monkeypatch.setattr("clframe.images.get_reusable_executor", None)
     if lacking == "children":
-        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+        monkeypatch.setitem(vars(multiprocessing.current_process())["_config"], "daemon", True)
     else:
         monkeypatch.setattr(sys, lacking, None)
     files.expect(range(12))

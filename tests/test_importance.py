@@ -302,7 +302,7 @@ def test_closed_forms_serve_linear_convolution_and_batch_norm_alone(monkeypatch:
 
     def spied(self: GradientSums, parameters: dict[str, nn.Parameter], *rest: object) -> None:
         left.extend(parameters)
-        original(self, parameters, *rest)  # type: ignore[arg-type]
+        original(self, parameters, *rest)
 
     monkeypatch.setattr(GradientSums, "_add_rest", spied)
     for name in ("mlp", "convolutions", "bias only"):

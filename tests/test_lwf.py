@@ -493,7 +493,7 @@ def test_gradient_of_the_term_by_hand(form: Any, weight: list[float]) -> None:
     q, z = (torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (2, 4))
     lwf = LwF(form=form, lambda_=0.7, temperature=3.0)
     run, batch, outputs = one_batch(lwf, z.requires_grad_(), q, [2, 3, 2], weight)
-    (got,) = torch.autograd.grad(lwf.penalty(run=run, batch=batch, outputs=outputs)["lwf"], z)  # type: ignore[index]
+    (got,) = torch.autograd.grad(lwf.penalty(run=run, batch=batch, outputs=outputs)["lwf"], z)
     n = 4 if form in ("padded", "padded-mean") else 2
     target = torch.cat([(q / 3).softmax(1), torch.zeros(3, n - 2, dtype=torch.float64)], 1)
     share = torch.tensor(weight, dtype=torch.float64)[:, None] / sum(weight)
@@ -513,7 +513,7 @@ def test_gradient_of_the_loss_of_mc_by_hand(weight: list[float]) -> None:
     q, z = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     lwf = LwF(form="mc")
     run, batch, outputs = one_batch(lwf, z.requires_grad_(), q, [2, 3, 1], weight)
-    (got,) = torch.autograd.grad(lwf.base_loss(run=run, batch=batch, outputs=outputs), z)  # type: ignore[arg-type]
+    (got,) = torch.autograd.grad(lwf.base_loss(run=run, batch=batch, outputs=outputs), z)
     targets = torch.zeros_like(z)
     targets[0, 2] = targets[1, 3] = 1
     targets[:, :2] = q[:, :2].sigmoid()

@@ -182,7 +182,8 @@ def test_equal_networks_look_alike_and_nothing_of_them_moves() -> None:
     bench = Bench(cnn_small((1, 8, 8)), move=0.0)
     bench.model.train()
     x = images()
-    batch = Batch(x, *(torch.zeros(6, dtype=torch.int64) for _ in range(3)), torch.ones(6), torch.zeros(6))
+    y, index, task = (torch.zeros(6, dtype=torch.int64) for _ in range(3))
+    batch = Batch(x, y, index, task, torch.ones(6), torch.zeros(6))
     outputs = bench.model(x)
     networks = (bench.model, bench.lwm.teacher)
     before = [{name: value.clone() for name, value in net.state_dict().items()} for net in networks]
@@ -306,7 +307,7 @@ def test_new_classes_have_no_say(base: str) -> None:
     assert (grown.model(x).logits.argmax(1) >= 4).all()
     values = [{name: term.item() for name, term in bench.terms(x).items()} for bench in (plain, grown)]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
-    gradient = torch.autograd.grad(sum(grown.terms(x).values()), grown.model.head[2].weight, allow_unused=True)[0]  # type: ignore[arg-type]
+    gradient = torch.autograd.grad(sum(grown.terms(x).values()), grown.model.head[2].weight, allow_unused=True)[0]
     assert gradient is None or not gradient.any()
 
 
@@ -477,7 +478,7 @@ def test_another_plugin_may_call_the_network_within_the_step(tiny) -> None:
         name = "end"
 
         @hookimpl
-        def penalty(self, run) -> None:
+        def penalty(self, run) -> None:  # type: ignore[override]
             """Nothing."""
 
     for plugins in ([LwM(), End()], [LwM(), Calls()], [Calls(), LwM()], [Calls(gradients=False), LwM()]):
@@ -604,7 +605,7 @@ def test_answers_by_hand() -> None:
     for distill in ("sigmoid", "softmax"):
         bench = Bench(Maps(), distill=distill, temperature=1.0, beta=0.5)
         bench.run.old_classes = [0, 1]
-        bench.lwm.teacher = Fixed([0.0, math.log(3)]).double()  # type: ignore[assignment]
+        bench.lwm.teacher = Fixed([0.0, math.log(3)]).double()
         with torch.no_grad():
             for block in bench.model.head:
                 block.weight.zero_()
@@ -769,7 +770,7 @@ def test_an_error_leaves_no_hook_either(tiny) -> None:
     with pytest.raises(RunFailed, match="`fails`"):
         learn(tiny(2, shape=(1, 8, 8)), lwm, fails)
     assert not any(m._forward_hooks for net in (fails.model, lwm.teacher) for m in net.modules())
-    assert all(p.grad is None for p in lwm.teacher.parameters())  # type: ignore[union-attr]
+    assert all(p.grad is None for p in lwm.teacher.parameters())
 
 
 def test_a_layer_that_stands_in_two_places_counts_as_the_last_of_them(tiny):

@@ -282,7 +282,7 @@ def test_a_generator_of_dreams_is_trained_in_train_mode(monkeypatch: pytest.Monk
 def test_a_wgan_is_trained_in_train_mode_and_its_generator_has_batch_norms() -> None:
     """As in the paper: one before each activation of the generator, and none in the critic."""
     gan = WGAN(SHAPE, "conv", (4, 6), z=3, critic_steps=2)
-    kinds = [type(layer).__name__ for layer in gan.decoder]
+    kinds = [type(layer).__name__ for layer in gan.decoder.children()]
     assert kinds == ["Linear", "Unflatten", *["BatchNorm2d", "ReLU", "ConvTranspose2d"] * 2]
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in gan.critic.modules())
     vae = VAE(SHAPE, "conv", (4, 6), z=3)

@@ -62,7 +62,7 @@ def test_importance_is_that_of_a_loop_over_images(name: str, reduce: str):
     sums = zeros_for(parameters)
     for part in X.split(3):
         vectors = norm_cotangents if reduce == "abs" else lambda z: label_cotangents(z, "exact")
-        GradientSums(net, sums, reduce).add(part, None, vectors)  # type: ignore[arg-type]
+        GradientSums(net, sums, reduce).add(part, None, vectors)
     wanted = one_by_one(network(name), X, reduce)
     assert {key for key, value in wanted.items() if value.any()} >= {"head.0.weight", "head.0.bias"}
     for key, value in wanted.items():

@@ -96,7 +96,7 @@ def test_an_extension_has_the_same_rule(tiny, tmp_path, first: int, rest: int) -
     learned = clframe.split_classes("old", arrays, experiences=1)
     clframe.run(learned, "mlp-100", train=QUICK | {"logits": "current"}, run={"output": str(tmp_path / "run")})
     names = [f"new {k}" for k in range(6)]
-    arrays.class_names = tuple(names)  # type: ignore[misc]
+    arrays.class_names = tuple(names)
     coming = clframe.split_classes("new", arrays, experiences=2, first=first)
     if rest > 1:
         assert clframe.extend(tmp_path / "run", coming).accuracy["task"][-1][-1] is not None

@@ -126,7 +126,7 @@ def test_option_names_may_be_those_of_pydantic():
 
 
 def test_types_that_exist_for_type_checkers_only_are_explained():
-    def build(x: "Missing" = 1) -> None: ...  # noqa: F821
+    def build(x: "Missing" = 1) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
     with pytest.raises(WrongUse, match="The options of `build` cannot be read"):
         validated(build, {}, "x")

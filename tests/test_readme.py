@@ -52,7 +52,7 @@ def test_the_table_of_flags_is_that_of_the_command_line():
 
     from clframe.cli.main import app
 
-    run = typer.main.get_command(app).commands["run"]
+    run = vars(typer.main.get_command(app))["commands"]["run"]
     flags = {flag for p in run.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")} - {"--help"}
     table = README.partition("| `clframe run` | |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(--[\w-]+)", table)) == flags
@@ -66,7 +66,7 @@ def test_commands_exist():
 
     from clframe.cli.main import app
 
-    commands = get_command(app).commands
+    commands = vars(get_command(app))["commands"]
     for line in code("sh")[1].splitlines():
         words = line.split("#")[0].split()
         if words and words[0] == "clframe":

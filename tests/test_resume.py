@@ -20,6 +20,7 @@ from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import ModelPredictor
 from clframe.folder import RunFolder
+from clframe.writing import save_file
 
 TRAIN = {
     "epochs": 2,
@@ -512,7 +513,7 @@ def test_what_kept_a_checkpoint_from_being_written_is_told_once_and_stops_the_ru
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """At the next checkpoint, or at the end; the one before is kept."""
-    original, written = checkpoint.save_file, []
+    original, written = save_file, []
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         written.append(path)

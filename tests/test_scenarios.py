@@ -13,7 +13,7 @@ from clframe.config import TrainSettings
 from clframe.data import Transform
 from clframe.errors import DataError, WrongUse
 from clframe.options import options_of, validated
-from clframe.scenarios import cifar, digits, mnist, streams
+from clframe.scenarios import cifar, digits, mnist, sources, streams
 
 BUILDERS = [
     digits.split_digits,
@@ -191,11 +191,11 @@ def test_digits_are_scikit_learns_in_a_fixed_split():
 
 
 def test_digits_without_scikit_learn_or_with_a_damaged_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="not installed; install it"):
         digits.split_digits()
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
-    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     folder = tmp_path / "datasets" / "data"
     with pytest.raises(DataError, match="install scikit-learn again"):
         digits.split_digits()
@@ -226,7 +226,7 @@ def test_every_experience_has_a_permutation_of_its_own(build, root):
 
 
 def plain_mnist(root) -> Arrays:
-    return mnist.sources.load("mnist", root)
+    return sources.load("mnist", root)
 
 
 def test_a_permutation_depends_on_the_seed_and_the_index_alone(root):

@@ -370,7 +370,7 @@ def test_a_data_root_that_cannot_be_written(tmp_path, offline, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sources.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
     assert "(Permission denied)" in refusal("mnist", tmp_path)
 
 

@@ -37,7 +37,7 @@ FORMS: dict[Any, tuple[Any, list[Any], list[Any]]] = {
     str: ("a/b", [PurePosixPath("a/b"), np.str_("a/b")], [3, 2.5, True, np.int64(3)]),
     Path: (Path("a/b"), ["a/b"], [3, 2.5, True]),
 }
-LISTS = {int: [2, 3], float: [0.5, 0.25]}
+LISTS: dict[type, list[Any]] = {int: [2, 3], float: [0.5, 0.25]}
 
 
 def members(hint: Any) -> list[Any]:

@@ -85,9 +85,9 @@ def test_one_function_is_a_listener():
         (lambda: run({"name": "split-digits", 3: 4}), "`scenario` has the name 3, and names are texts."),
         (lambda: run(ARRAYS), "`tiny` is `Arrays`, and no scenario yet: cut experiences from it with "),
         (lambda: clframe.run(5), "`scenario` is 5; it must be a mapping of options to values."),
-        (lambda: clframe.Results.read(None), "None is a `NoneType`: give the path of a file or folder."),  # type: ignore[arg-type]
-        (lambda: clframe.load(3), "3 is a `int`: give the path of a file or folder."),  # type: ignore[arg-type]
-        (lambda: clframe.resume(3), "3 is a `int`: give the path of a file or folder."),  # type: ignore[arg-type]
+        (lambda: clframe.Results.read(None), "None is a `NoneType`: give the path of a file or folder."),
+        (lambda: clframe.load(3), "3 is a `int`: give the path of a file or folder."),
+        (lambda: clframe.resume(3), "3 is a `int`: give the path of a file or folder."),
     ],
 )
 def test_another_kind_is_refused_in_one_sentence(work: Callable[[], object], said: str):
@@ -100,22 +100,22 @@ def test_another_kind_is_refused_in_one_sentence(work: Callable[[], object], sai
 def test_numpys_numbers_cut_a_scenario_as_pythons_do():
     orders: list[Any] = [[5, 4, 3, 2, 1, 0], np.arange(6)[::-1], torch.arange(6).flip(0), range(5, -1, -1)]
     for order in orders:
-        found = clframe.split_classes("x", ARRAYS, experiences=np.int64(3), first=np.uint8(2), order=order)  # type: ignore[arg-type]
+        found = clframe.split_classes("x", ARRAYS, experiences=np.int64(3), first=np.uint8(2), order=order)
         assert found.classes == ((0, 1), (2, 3), (4, 5))
         assert found.class_order == (5, 4, 3, 2, 1, 0)
-    assert len(clframe.change_domains("x", ARRAYS, lambda i, x: x, experiences=np.int64(2))) == 2  # type: ignore[arg-type]
+    assert len(clframe.change_domains("x", ARRAYS, lambda i, x: x, experiences=np.int64(2))) == 2
 
 
 def test_a_scenario_of_numpys_labels_and_names_is_written_and_read(tmp_path: Path):
     def load(index: int, part: str) -> clframe.ImageData:
-        x, y = ARRAYS.part(part)  # type: ignore[arg-type]
+        x, y = ARRAYS.part(part)
         where = (y // 3 == index).nonzero().flatten()
         return clframe.ImageData(x[where], y[where], task=index)
 
     groups = np.arange(6).reshape(2, 3)
-    transform = clframe.Transform(scale=np.float32(255), mean=np.array([0.5]), std=[np.float64(0.5)], pad=np.int64(1))  # type: ignore[arg-type]
+    transform = clframe.Transform(scale=np.float32(255), mean=np.array([0.5]), std=[np.float64(0.5)], pad=np.int64(1))
     names = np.array(list("abcdef"))
-    own = clframe.Scenario("own", "class", groups, names, np.array([1, 8, 8]), load, transform=transform)  # type: ignore[arg-type]
+    own = clframe.Scenario("own", "class", groups, names, np.array([1, 8, 8]), load, transform=transform)
     results = run(own, run={"output": tmp_path / "r", "tensorboard": False})
     assert clframe.Results.read(tmp_path / "r").data["class_names"] == list("abcdef")
     assert clframe.load(tmp_path / "r").scenario.transform == clframe.Transform(mean=(0.5,), std=(0.5,), pad=1)
@@ -171,14 +171,14 @@ def test_what_cannot_change_images_is_refused(change: Any, said: str):
         (lambda: scenario(experiences="3"), "`scenario.experiences` is '3': it should be a valid integer."),
         (lambda: scenario(experiences=True), "`scenario.experiences` is True: it should be a valid integer."),
         (lambda: scenario(setting="clas"), "`scenario.setting` is 'clas': it should be 'class', 'task' or 'domain'."),
-        (lambda: clframe.split_classes("n", (1, 2), experiences=3), "The images of `n` are given as a `tuple`: put "),  # type: ignore[arg-type]
+        (lambda: clframe.split_classes("n", (1, 2), experiences=3), "The images of `n` are given as a `tuple`: put "),
         (lambda: arrays(transform=lambda x: x), "The transform of `tiny` is a `function`, and only a `clframe.Trans"),
         (lambda: arrays(transform=Turning()), "The transform of `tiny` is a `Turning`, and only a `clframe.Transform`"),
         (lambda: arrays(class_names=6), "The class names of `tiny` are 6: give a list with one for each label."),
-        (lambda: clframe.Transform(pad=1.5), "`Transform.pad` is 1.5: it should be a valid integer."),  # type: ignore[arg-type]
+        (lambda: clframe.Transform(pad=1.5), "`Transform.pad` is 1.5: it should be a valid integer."),
         (lambda: clframe.Transform(pad=-1), "`Transform.pad` is -1: it should be greater than or equal to 0."),
-        (lambda: clframe.Transform(scale="255"), "`Transform.scale` is '255': it should be a valid number."),  # type: ignore[arg-type]
-        (lambda: clframe.Transform(mean="a", std="b"), "`Transform.mean` is 'a': give a number for each channel, or "),  # type: ignore[arg-type]
+        (lambda: clframe.Transform(scale="255"), "`Transform.scale` is '255': it should be a valid number."),
+        (lambda: clframe.Transform(mean="a", std="b"), "`Transform.mean` is 'a': give a number for each channel, or "),
     ],
 )
 def test_what_cuts_no_scenario_is_refused(work: Callable[[], object], said: str):
@@ -192,11 +192,11 @@ def test_images_come_as_tensors_arrays_lists_or_pictures(folders: Path):
     trained, x = clframe.load(folders / "plain"), ARRAYS.x_test[:3]
     expected = [one.answers for one in trained.predict(x)]
     for images in (x.numpy(), x.numpy().astype(float), list(x), list(x.numpy()), (one for one in x.numpy())):
-        assert [one.answers for one in trained.predict(images)] == expected  # type: ignore[arg-type]
+        assert [one.answers for one in trained.predict(images)] == expected
     pictures = [Image.fromarray(one[0]) for one in x.numpy()]
     assert [one.answers for one in trained.predict(pictures)] == expected
     assert [one.name for one in trained.predict(pictures[0])] == [expected[0][0].name]
-    assert [one.answers for one in trained.predict(x, top=np.int64(1))] == expected  # type: ignore[arg-type]
+    assert [one.answers for one in trained.predict(x, top=np.int64(1))] == expected
     assert torch.equal(trained(x.numpy()), trained(x))
 
 
@@ -209,10 +209,10 @@ def test_tasks_come_as_numbers_of_any_kind_or_one_for_each_image(folders: Path, 
             trained.predict(x[i : i + 1], task=t)[0].name for i, t in enumerate([0, 2, 1])
         ]
     for one in (np.int64(2), 2.0, torch.tensor(2)):
-        assert [found.answers for found in trained.predict(x, task=one)] == [  # type: ignore[arg-type]
+        assert [found.answers for found in trained.predict(x, task=one)] == [
             found.answers for found in trained.predict(x, task=2)
         ]
-    assert trained.export(tmp_path / "m.pt2", "torch-export", task=np.int64(0)).difference < 1e-5  # type: ignore[arg-type]
+    assert trained.export(tmp_path / "m.pt2", "torch-export", task=np.int64(0)).difference < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_domains_follow_the_same_rule():
         change_domains("d", both, same, experiences=2)
     assert len(change_domains("d", both, same, experiences=2, duplicates="drop")[1].train) == 5
     with pytest.raises(WrongUse, match=r"`scenario.duplicates`"):
-        change_domains("d", both, same, experiences=2, duplicates="dorp")  # type: ignore[arg-type]
+        change_domains("d", both, same, experiences=2, duplicates="dorp")
 
 
 @pytest.mark.parametrize("of", [lambda x: x, lambda x: x.numpy(), lambda x: list(x)])
