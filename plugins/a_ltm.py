@@ -61,7 +61,7 @@ class ALTM(Plugin):
         self.stable: IncrementalNet | None = None
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Somebody must bring the images of the active form."""
+        """Yield a sentence if `on` is `replay` and no plugin of the run brings old images back."""
         if self.on == "replay" and not run.replaying:
             yield (
                 "`a-ltm.on=replay` needs a plugin that brings old images back, and there is none in the run: add one, "
@@ -70,7 +70,7 @@ class ALTM(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """The distillation; none in the first experience."""
+        """Return the distillation from the stable network; None in the first experience, before there is one."""
         if self.stable is None:
             return None
         with torch.no_grad():
@@ -93,5 +93,5 @@ class ALTM(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Consolidation."""
+        """Consolidate: keep a frozen copy of the network as the next stable network."""
         self.stable = snapshot(run.model)

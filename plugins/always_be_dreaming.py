@@ -92,21 +92,21 @@ class AlwaysBeDreaming(Plugin):
         self.dreamer: Dreamer  # built before the run
 
     def wanted_logits(self, run: Run) -> str:
-        """Those of all classes seen, as dreams are of old ones."""
+        """Return `seen`, the logits of all classes seen, as dreams are of old classes."""
         return "seen"
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be batch norms, images whose sides can be halved twice, and new classes in each experience."""
+        """Yield a sentence for each reason why no generator can be trained, or no loss among new classes computed."""
         yield from generator_problems(run, self)
 
     @hookimpl
     def before_run(self, run: Run) -> None:
-        """Build the generator."""
+        """Build the generator of dreams."""
         self.dreamer = Dreamer(run.scenario.input_shape, self.noise, self.width, self.lr).to(run.device)
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Train a new generator; none before the first experience."""
+        """Train a new generator on the teacher, and log some of its dreams; do nothing before the first experience."""
         if self.teacher is not None:
             self.dreamer.learn(run, self.name, self.teacher, self.terms, self.iterations, self.batch_size)
             dreams = self.dreamer.dreams(SHOWN, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
@@ -114,7 +114,7 @@ class AlwaysBeDreaming(Plugin):
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Images that the generator makes for this step."""
+        """Return new dreams of the generator for this step; None in the first experience."""
         if self.teacher is None:
             return None
         n = self.replay or len(batch)
@@ -122,7 +122,7 @@ class AlwaysBeDreaming(Plugin):
 
     @hookimpl
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
-        """Over the new classes alone; none of its own in the first experience."""
+        """Return the cross-entropy of new images over the new classes alone; None in the first experience."""
         if self.teacher is None:
             return None
         n = self.teacher.n_classes
@@ -130,7 +130,7 @@ class AlwaysBeDreaming(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """The loss of the head, and that of the features; none in the first experience."""
+        """Return the loss of the head and the feature distillation; None in the first experience."""
         if self.teacher is None:
             return None
         z = scores(run.model, outputs.features.detach())
@@ -144,10 +144,10 @@ class AlwaysBeDreaming(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """The network as it is now is the next teacher."""
+        """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
 
 
 def tasks_of(teacher: IncrementalNet, run: Run) -> Tensor:
-    """The task of each class that `teacher` knows, [C] int64."""
+    """Return the task of each class of `teacher`, [C] int64."""
     return run.task_of(torch.arange(teacher.n_classes, device=run.device))

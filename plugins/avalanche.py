@@ -112,7 +112,7 @@ class AvalanchePlugin(Plugin):
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
-        """The class of ``avalanche:variant``, which imports Avalanche. Raises `WrongUse` if it is none of `TESTED`."""
+        """Return the class of ``avalanche:variant``, and import Avalanche. Raises `WrongUse` for others than `TESTED`."""
         if variant not in TESTED:
             raise WrongUse(
                 f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to do here what they do "
@@ -121,27 +121,27 @@ class AvalanchePlugin(Plugin):
         return _class_of(variant)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A plugin knows no masks of logits."""
+        """Yield a sentence if the variant is missing, or if the run masks logits, which no plugin of Avalanche supports."""
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
         if run.scenario.setting in self.settings and run.logits not in ("all", "seen"):
             yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
 
     def hints(self, run: Run) -> Iterable[str]:
-        """Avalanche's SI keeps views of the weights, where they are on the CPU, instead of copies."""
+        """Yield a sentence for SI on the CPU, where Avalanche keeps views of the weights instead of copies."""
         if self.name == "avalanche:SI" and run.device.type == "cpu":
             yield f"`{self.name}` does nothing on the CPU, where it compares the weights with themselves: use `si`."
 
     @hookimpl
     def before_run(self, run: Run) -> None:
-        """What a plugin finds in place of a strategy."""
+        """Build the stand-in for a strategy and the plugin's random generators."""
         seed = int(torch.randint(2**31, (), generator=run.rng(self.name)))
         self.drawing, self.loading = Randomness(seed), Randomness(seed + 1)
         self.strategy = Strategy(run)
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Avalanche's `train` begins, with one experience."""
+        """Call the events with which Avalanche's `train` begins, for one experience."""
         strategy = self.strategy
         strategy.enter(run, experience)
         before = strategy.dataloader
@@ -154,7 +154,7 @@ class AvalanchePlugin(Plugin):
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """An iteration begins; the rows of a memory, if the plugin has one."""
+        """Begin an iteration, and return the rows of the plugin's memory; None without a memory."""
         if run.sampler is not None and run.step % run.sampler.batches_per_epoch == 0:
             self._call("before_training_epoch")
         rows = None
@@ -170,7 +170,7 @@ class AvalanchePlugin(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """What the plugin adds to the loss."""
+        """Return what the plugin adds to the loss; None if that has no gradient."""
         strategy = self.strategy
         strategy.see(batch)
         strategy.mb_output = outputs.logits
@@ -185,13 +185,13 @@ class AvalanchePlugin(Plugin):
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
-        """The gradients are there."""
+        """Call the events between the backward pass and the optimizer's step."""
         self._call("after_backward")
         self._call("before_update")
 
     @hookimpl
     def after_step(self, run: Run) -> None:
-        """An iteration ends."""
+        """Call the events with which an iteration ends, and an epoch after its last iteration."""
         self._call("after_update")
         self._call("after_training_iteration")
         if run.sampler is not None and (run.step + 1) % run.sampler.batches_per_epoch == 0:
@@ -199,26 +199,26 @@ class AvalanchePlugin(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Avalanche's `train` ends."""
+        """Call the events with which Avalanche's `train` ends."""
         with quiet(DeprecationWarning):
             self._call("after_training_exp", **self.arguments)
             self._call("after_training")
         self.memory = None
 
     def _call(self, event: str, **arguments: Any) -> None:
-        """A callback of the plugin, and then of the clock, as it is the last of a strategy's plugins."""
+        """Call an event of the plugin, then of the clock, which is the last of a strategy's plugins."""
         with self.drawing:
             getattr(self.inner, event)(self.strategy, **arguments)
         getattr(self.strategy.clock, event)(self.strategy, **arguments)
 
 
 class Strategy:
-    """What a plugin reads of an Avalanche strategy, and may set: attributes of the same names.
+    """Attributes that a plugin reads of an Avalanche strategy, and may set, under the same names.
 
     Attributes:
         model: gives logits [B, C] for images; the run's network is inside.
-        optimizer: the run's; between the phases of a run something that can but empty the gradients.
-        experience: with its ``dataset``.
+        optimizer: the optimizer of the run; between the phases of a run a stand-in that can only clear the gradients.
+        experience: the experience, with its ``dataset``.
         adapted_dataset: as many rows as the experience has, all blank, as the engine brings the rows of the experience.
         dataloader: over `adapted_dataset`, until a plugin puts another one in place.
         mbatch: images, labels and tasks of the iteration; ``mb_x``, ``mb_y``, ``mb_task_id`` are its parts.
@@ -241,34 +241,34 @@ class Strategy:
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer of the phase."""
+        """The optimizer of the phase, or a stand-in between phases."""
         return self._run.optimizer or Gradients(self.model)
 
     @property
     def mb_x(self) -> Tensor:
-        """Images of the iteration."""
+        """Images of the iteration, [B, ...]."""
         assert self.mbatch is not None
         return self.mbatch[0]
 
     @property
     def mb_y(self) -> Tensor:
-        """Their labels."""
+        """Labels of the iteration, [B]."""
         assert self.mbatch is not None
         return self.mbatch[1]
 
     @property
     def mb_task_id(self) -> Tensor:
-        """Their tasks, which are all one."""
+        """Tasks of the iteration, [B], which are all 0."""
         assert self.mbatch is not None
         return self.mbatch[2]
 
     def criterion(self) -> Tensor:
-        """The loss of the iteration."""
+        """Return the loss of the iteration."""
         loss: Tensor = self._criterion(self.mb_output, self.mb_y)
         return loss
 
     def enter(self, run: Run, experience: Experience) -> None:
-        """Begin an experience."""
+        """Set the attributes that describe an experience."""
         data = experience.train
         dataset = _dataset(Rows(run, data), data.y.tolist())
         classes = sorted(set(data.y.tolist()))
@@ -284,12 +284,12 @@ class Strategy:
         self.dataloader: Any = []
 
     def see(self, *parts: Batch) -> None:
-        """Let the iteration be about the rows of these batches."""
+        """Set the rows of the iteration to those of these batches."""
         x, y = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "y"))
         self.mbatch = [x, y, torch.zeros_like(y)]
 
     def rows(self, run: Run, x: Tensor, y: Tensor) -> Batch:
-        """Rows of a memory, [M, ...] and [M], to join a step."""
+        """Return rows of a memory, `x` [M, ...] and `y` [M], as a batch that can join a step."""
         y = y.to(run.device)
         return Batch(
             x.to(run.device),
@@ -302,14 +302,14 @@ class Strategy:
 
 
 class Gradients:
-    """In place of an optimizer where there is none: it can empty the gradients."""
+    """A stand-in for an optimizer where there is none, which can clear the gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.param_groups: list[dict[str, Any]] = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Have no gradients."""
+        """Clear the gradients of the model."""
         self.model.zero_grad(set_to_none)
 
 
@@ -333,7 +333,7 @@ BLANK = -1  # the label of a row that stands for one of the experience's own
 
 
 class Blanks(torch.utils.data.Dataset[Any]):
-    """As many blank images as an experience has: a loader of both it and a memory is asked for the memory only."""
+    """As many blank images as an experience has: a loader of both these and a memory is asked for the memory only."""
 
     def __init__(self, run: Run, n: int) -> None:
         self.blank = torch.zeros(run.scenario.input_shape, device=run.device)
@@ -349,7 +349,7 @@ class Blanks(torch.utils.data.Dataset[Any]):
 
 
 class Randomness:
-    """Random numbers of its own inside, for code that draws from the generators of torch, numpy and Python at large."""
+    """A context with its own random numbers, for code that draws from the global generators of torch, numpy and Python."""
 
     def __init__(self, seed: int) -> None:
         self.states = (
@@ -376,7 +376,7 @@ class Randomness:
 
 
 def _dataset(rows: torch.utils.data.Dataset[Any], targets: list[int]) -> Any:
-    """`rows` as a data set of Avalanche, all of one task."""
+    """Return `rows` as a data set of Avalanche, all of one task."""
     from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
 
     return _make_taskaware_classification_dataset(rows, targets=targets, task_labels=0)
@@ -389,7 +389,7 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 @lru_cache(maxsize=len(TESTED))
 def _class_of(variant: str) -> type[Plugin]:
-    """The class of ``avalanche:variant``: Avalanche's constructor is its schema of options."""
+    """Return the class of ``avalanche:variant``, whose options are those of Avalanche's constructor."""
     with quiet(Warning):
         from avalanche.training import plugins
     theirs: Any = getattr(plugins, TESTED[variant][0])
@@ -431,7 +431,7 @@ def _class_of(variant: str) -> type[Plugin]:
 
 
 def _options_of(theirs: Any) -> str:
-    """What Avalanche's own documentation says of each option, in the form in which clframe reads it."""
+    """Return what Avalanche's own documentation says about each option, in the form that clframe reads."""
     text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
     told = dict(UNTOLD)
     for entry in text.split(":param ")[1:]:
@@ -442,7 +442,7 @@ def _options_of(theirs: Any) -> str:
 
 
 def _view(net: IncrementalNet) -> nn.Module:
-    """`net` as a network of Avalanche: images to logits."""
+    """Return `net` as a network of Avalanche, from images to logits."""
     from avalanche.models.base_model import BaseModel
 
     class View(nn.Module, BaseModel):  # type: ignore[misc]
@@ -458,7 +458,7 @@ def _view(net: IncrementalNet) -> nn.Module:
             return self.net.features(x)
 
         def __deepcopy__(self, memo: object) -> nn.Module:
-            """Without the hooks of others, each module in the mode that it is in."""
+            """Copy without the hooks of others, each module in its current mode."""
             copied = snapshot(self.net)
             for ours, theirs in zip(copied.modules(), self.net.modules(), strict=True):
                 ours.training = theirs.training

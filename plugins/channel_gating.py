@@ -105,11 +105,11 @@ class ChannelGating(Plugin):
         self.held: Held | None = None
 
     def wanted_logits(self, run: Run) -> str:
-        """A task's path is trained by its own classes."""
+        """Return `own`: a task's path is trained with the classes of the task."""
         return "own"
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be convolutions, and images for the task classifier."""
+        """Yield a sentence for a backbone that cannot be gated, or a memory that cannot train the task classifier."""
         net, convolutions = run.model.backbone, convolutions_of(run.model.backbone)
         shape, model = run.scenario.input_shape, run.config.model["name"]
         refused = list(weight_problems(self.name, net, convolutions, model)) if convolutions else []
@@ -125,7 +125,7 @@ class ChannelGating(Plugin):
             yield from self.past.problems(run, self.name)
 
     def hints(self, run: Run) -> Iterable[str]:
-        """Where no kernel is left, a task has gates, norms and a head alone."""
+        """Yield a sentence if layers have no free kernel left: a new task has only gates, norms and a head there."""
         convs = installed(run.model.backbone, ConditionalConv)
         if full := [name for name, conv in convs.items() if conv.used(run.experience.index).all()]:
             where = ", ".join(full)
@@ -133,7 +133,7 @@ class ChannelGating(Plugin):
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
-        """Gates and norms of another task."""
+        """Add the gates and batch norms of another task."""
         net, rng, t = run.model.backbone, run.rng(self.name), experience.index
         if not t:
             condition(net, run.scenario.input_shape, len(run.scenario))
@@ -148,7 +148,7 @@ class ChannelGating(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """What is the earlier tasks' own rests, and single kernels are held."""
+        """Freeze everything that earlier tasks own; single kernels are held in each step."""
         heads = [f"head.{k}.*" for k in run.old_blocks]
         self.frozen += freeze(run.model, [*fixed(run.model, experience.index), *heads])
         self.held = None
@@ -157,7 +157,7 @@ class ChannelGating(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """The mean share of open gates (equation 4)."""
+        """Return the mean share of open gates (eq. 4); None in the first steps, by `sparsity_after`."""
         if run.step < self.sparsity_after * run.steps_in_phase:
             return None
         convs = installed(run.model.backbone, ConditionalConv).values()
@@ -166,7 +166,7 @@ class ChannelGating(Plugin):
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
-        """Kernels that fired for earlier tasks do not move."""
+        """Clear the gradients of kernels that fired for earlier tasks."""
         if self.held is None:
             convs = installed(run.model.backbone, ConditionalConv).values()
             self.held = Held(pair for conv in convs for pair in conv.entries(conv.used(run.experience.index)))
@@ -174,13 +174,13 @@ class ChannelGating(Plugin):
 
     @hookimpl
     def after_step(self, run: Run) -> None:
-        """Nor by the optimizer's own ways."""
+        """Restore the fixed kernels, which momentum or weight decay may have moved."""
         assert self.held is not None
         self.held.put_back()
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Fix what fired, renew the rest, and learn to tell the tasks apart."""
+        """Fix the kernels that fired, draw the others again, and train the task classifier where no task is told."""
         data, rng, tells = experience.train.to(run.device), run.rng(self.name), run.scenario.setting == "class"
         if tells:  # first of all, as the run may be saved in the midst of it
             self.past.keep(run, self.name, data)
@@ -192,7 +192,7 @@ class ChannelGating(Plugin):
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
-        """The path and the head of the task that is told, or that the classifier finds."""
+        """Return a predictor with the path and head of the task that is told, or that the task classifier infers."""
         if run.scenario.setting == "task":
             return TaskPredictor(run.model, run.n_seen)
         return PathPredictor(run.model, self.classifier, run.scenario.classes[: run.experience.index + 1])

@@ -105,23 +105,23 @@ class DeepInversion(Plugin):
         self.images: ImageData | None = None  # the dreams, raw
 
     def wanted_logits(self, run: Run) -> str | None:
-        """Those of all classes seen, as dreams are of old ones; of a told task its own."""
+        """Return `seen` in class-incremental learning, as dreams are of old classes, and `own` where tasks are told."""
         return {"class": "seen", "task": "own"}.get(run.scenario.setting)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be batch norms, and images."""
+        """Yield a sentence for a backbone without batch norms, or inputs that are no images."""
         yield from dreaming_problems(run, self)
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Dream; not before the first experience."""
+        """Make dreams of the old classes, and log a sample of them; do nothing before the first experience."""
         if self.teacher is not None:
             self.images = self.dreaming.of(run, self.name, self.teacher, self.recipe)
             run.show(self.name, album(self.images))
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Dreams, drawn at random."""
+        """Return dreams, drawn at random; None in the first experience."""
         if self.images is None:
             return None
         generator = run.rng(self.name)
@@ -131,7 +131,7 @@ class DeepInversion(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """Both distillations; none in the first experience."""
+        """Return the distillation on dreams and the one on new images; None in the first experience."""
         if self.teacher is None:
             return None
         with torch.no_grad():
@@ -152,12 +152,12 @@ class DeepInversion(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """The network as it is now is the next teacher."""
+        """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
 
     @staticmethod
     def _heads_of(run: Run, task: Tensor) -> Tensor:
-        """Return for rows of these earlier tasks, [B], which of `Run.old_heads` is theirs; for other rows any."""
+        """Return the index in `Run.old_heads` of the head of each row's earlier task, [B]; of other rows any index."""
         heads = [set(head) for head in run.old_heads]
         places = [heads.index(set(group)) for group in run.scenario.classes[: run.experience.index]]
         return torch.tensor(places, device=task.device)[task.clamp(max=len(places) - 1)]

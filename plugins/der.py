@@ -64,18 +64,18 @@ class DER(Plugin):
         self.answers: Tensor | None = None  # of the step under way
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be room for each class."""
+        """Yield a sentence if the memory has no room for an image of each class."""
         return too_small(self.size, max(map(max, run.scenario.classes)) + 1, "der.size")
 
     @hookimpl
     def before_experience(self, run: Run) -> None:
-        """Where a run is extended, classes come that were not known of when the memory was filled: no answers yet."""
+        """Extend kept logits by NaN for classes that an extended run has added since the memory was filled."""
         if self.kept is not None:
             self.kept.targets = {name: padded(target, run) for name, target in self.kept.targets.items()}
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Images for each of the two terms, without a share in the base loss."""
+        """Return images of the memory for each of the two terms, with weight 0 in the base loss; None without a memory."""
         if self.kept is None:
             return None
         rng, count = run.rng(self.name), self.batch_size or len(batch)
@@ -89,7 +89,7 @@ class DER(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """Both terms; none before there is a memory."""
+        """Return the terms of eq. 6: squared distance to old logits, cross-entropy of old labels; None without a memory."""
         logits = outputs.logits
         self.answers = logits.detach()
         if "der/term" not in batch.targets:
@@ -106,7 +106,7 @@ class DER(Plugin):
 
     @hookimpl
     def after_step(self, run: Run, batch: Batch) -> None:
-        """The new images may enter the memory with what was answered before the step, NaN for classes to come."""
+        """Offer the new images to the memory, with their logits before the step and NaN for classes to come."""
         if run.phase.name != "train" or self.answers is None:
             return
         rows = batch.fresh(**{"der/logits": padded(self.answers, run)})
@@ -115,5 +115,5 @@ class DER(Plugin):
 
 
 def padded(answers: Tensor, run: Run) -> Tensor:
-    """`answers` [B, C] with NaN for the classes to come."""
+    """Return `answers` [B, C] with columns of NaN for the classes to come."""
     return functional.pad(answers, (0, len(run.scenario.class_names) - answers.shape[1]), value=torch.nan)

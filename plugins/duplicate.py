@@ -48,7 +48,7 @@ class Duplicate(Plugin):
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
-        """Another backbone; its weights come later."""
+        """Add a backbone for the task; its weights are set before the experience."""
         if experience.index == 1:
             run.model.set_submodule("backbone", Copies(run.model.backbone))
         if experience.index:
@@ -57,7 +57,7 @@ class Duplicate(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Keep the original, or begin as it was; the other networks rest."""
+        """Keep the original weights, or begin the task's copy with them, and freeze the other copies."""
         if not experience.index:
             self.keep(run.model.backbone)
             return
@@ -67,17 +67,17 @@ class Duplicate(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Keep what the first experience made of the network, if the copies are to begin so."""
+        """Keep the weights after the first experience, if `start` is `first`."""
         if not experience.index and self.start == "first":
             self.keep(run.model.backbone)
 
     def keep(self, backbone: nn.Module) -> None:
-        """Keep these weights for the copies to come."""
+        """Keep the weights of `backbone` for the copies of later tasks."""
         self.original = {name: value.clone() for name, value in backbone.state_dict().items()}
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
-        """The task's network and head."""
+        """Return a predictor with the network and head of each task."""
         return TaskPredictor(run.model, run.n_seen)
 
     @hookimpl
@@ -90,7 +90,7 @@ class Copies(PerTask):
     """A backbone for each task.
 
     Args:
-        backbone: of the first task.
+        backbone: the backbone of the first task.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -100,12 +100,12 @@ class Copies(PerTask):
         self.trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
 
     def add(self) -> None:
-        """One for another task, as trainable as the first was."""
+        """Add a copy for another task, with the parameters trainable that were trainable at first."""
         made = copy.deepcopy(self.copies[0])
         thaw(made, self.trainable)
         self.copies.append(made)
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, D] of the task's backbone."""
+        """Return the features [B, D] of the selected task's backbone."""
         features: Tensor = self.copies[min(self.task, len(self.copies) - 1)].features(x)  # type: ignore[operator]
         return features

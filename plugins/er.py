@@ -67,19 +67,19 @@ class ER(Plugin):
         self.seen = 0
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be room for each class."""
+        """Yield a sentence if the memory has no room for an image of each class."""
         if self.per_class is None:
             by_class = self.memory != "reservoir"
             groups = self.groups(run) if by_class else max(map(max, run.scenario.classes)) + 1
             yield from too_small(self.size, groups, "er.size")
 
     def groups(self, run: Run, experiences: int | None = None) -> int:
-        """Classes of so many experiences, or of all; one that comes in two counts twice."""
+        """Count the classes of the first `experiences` experiences (or all); a class that comes twice counts twice."""
         return sum(map(len, run.scenario.classes[:experiences]))
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Images of the memory."""
+        """Return images of the memory; None while it is empty."""
         index, rng = run.experience.index, run.rng(self.name)
         if self.kept is None or (self.weigh == "experiences" and not index):
             return None
@@ -94,7 +94,7 @@ class ER(Plugin):
     def of_experience(self, run: Run, rows: Batch) -> Tensor:
         """Return which rows of the memory, [B] bool, belong to the experience under way, as some of a reservoir do.
 
-        A class that only this experience has decides by itself; for one that comes back, the row's task decides.
+        A class that only this experience has decides by itself; for a class that comes back, the row's task decides.
         """
         own = torch.tensor(run.experience.classes, device=rows.y.device)
         old = torch.tensor(run.old_classes, device=rows.y.device)
@@ -102,7 +102,7 @@ class ER(Plugin):
 
     @hookimpl
     def after_step(self, run: Run, batch: Batch) -> None:
-        """The new images may enter the memory."""
+        """Offer the new images to the memory, in the forms `reservoir` and `ring`."""
         if run.phase.name != "train" or self.memory == "balanced":
             return
         rows = batch.fresh()
@@ -114,7 +114,7 @@ class ER(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Draw the images of this experience that stay."""
+        """Draw the images of this experience that stay, in the form `balanced`."""
         if self.memory == "balanced":
             count = self.per_class or quota(self.size, self.groups(run, experience.index + 1))
             self.kept = balanced(self.kept, experience.train.to(run.device), count, at_random(run.rng(self.name)))

@@ -92,19 +92,19 @@ class EWC(Plugin):
 
     @property
     def strength(self) -> float:
-        """What the sum of the springs is multiplied by."""
+        """The factor of the quadratic penalty: lambda, times gamma in the online form."""
         return self.lambda_ * (self.gamma if self.form == "online" else 1.0)
 
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
-        """The springs; none in the first experience."""
+        """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.penalties.anchor:
             return None
         return {self.name: weighted_penalty(run, self.strength, self.penalties)}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Add the springs of this experience."""
+        """Compute the Fisher information of the experience, and add it to the penalty."""
         parameters = {
             name: p
             for name, p in run.model.named_parameters()

@@ -52,27 +52,27 @@ class FeatureExtraction(Plugin):
         self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Its options are about new heads."""
+        """Yield a sentence if an option needs new heads, and the scenario's experiences bring none."""
         yield from warm_up_problems(run, self)
         if self.hidden:
             yield from no_new_heads(run, "`feature-extraction.hidden`")
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
-        """Give new heads their hidden layer."""
+        """Give new heads their hidden layer, if `hidden` asks for one."""
         if self.hidden and (experience.index or self.pretrained):
             for k in run.new_blocks:
                 run.model.head[k] = TwoLayers(run.model.head[k], self.hidden, run.rng(self.name))
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Freeze what is old."""
+        """Freeze old heads, and the backbone from the second experience on (or the first, if it came with weights)."""
         backbone = ["backbone.*"] if experience.index or self.pretrained else []
         self.frozen = rest_old_blocks(run, self.frozen) + freeze(run.model, backbone)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
-        """The warm-up, if asked for."""
+        """Return the warm-up phase, if `warm_up` asks for one."""
         return warm_up(run, self.warm_up)
 
     @hookimpl
@@ -94,6 +94,6 @@ class TwoLayers(nn.Module):
             self.out = nn.Linear(units, block.out_features).to(block.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, D] to [B, classes]."""
+        """Return scores [B, classes] of features [B, D]."""
         scores: Tensor = self.out(self.hidden(features).relu())
         return scores

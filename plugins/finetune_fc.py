@@ -51,7 +51,7 @@ class FinetuneFC(Plugin):
         self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """The backbone must have the layers."""
+        """Yield a sentence if the backbone lacks the fully connected layers that are to be trained."""
         yield from warm_up_problems(run, self)
         layers = self._linear(run)
         if not layers:
@@ -64,7 +64,7 @@ class FinetuneFC(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Freeze what is old, but for the layers that are shared and trained."""
+        """Freeze old heads, and the backbone but for its last fully connected layers."""
         self.frozen = rest_old_blocks(run, self.frozen)
         if experience.index or self.pretrained:
             linear = self._linear(run)
@@ -76,7 +76,7 @@ class FinetuneFC(Plugin):
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
-        """The warm-up, if asked for."""
+        """Return the warm-up phase, if `warm_up` asks for one."""
         return warm_up(run, self.warm_up)
 
     @hookimpl
@@ -86,7 +86,7 @@ class FinetuneFC(Plugin):
 
     @staticmethod
     def _linear(run: Run) -> list[str]:
-        """The backbone's fully connected layers, in order."""
+        """Return the names of the backbone's fully connected layers, in order."""
         return [name for name, module in run.model.backbone.named_modules() if isinstance(module, nn.Linear)]
 
 

@@ -96,11 +96,11 @@ class GenerativeReplay(Plugin):
         self.begun = 0  # steps of the run before the experience
 
     def owns(self, hook: str) -> bool:
-        """It brings its own loss for soft labels (and for those of several heads, see `problems`)."""
+        """Return whether the base loss is replaced: with soft labels (and for several heads, see `problems`)."""
         return hook != "base_loss" or self.labels == "soft"
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Images must suit the generator."""
+        """Yield a sentence for images that do not suit the generator, or a second plugin that replaces the base loss."""
         yield from self.recipe.problems(run.scenario.input_shape, self.name)
         if self.labels == "soft":
             yield from single_class_problems(run)
@@ -119,18 +119,18 @@ class GenerativeReplay(Plugin):
 
     @hookimpl
     def grow(self, run: Run) -> None:
-        """A run that is extended has more classes than it began with."""
+        """Extend the generator to the run's classes: an extended run has more than it began with."""
         self.generator.grow(len(run.scenario.class_names), run.rng(self.name))
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Images must be such as a sigmoid can give."""
+        """Check that pixel values are in the range of the generator's sigmoid output."""
         self.begun = run.total_steps
         check_range(experience.train, run.scenario.transform.scale, self.name)
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Replayed images; none in the first experience."""
+        """Return images of the generator, labeled by the old solver; None in the first experience."""
         if self.solver is None:
             return None
         n, old, rng = len(batch), len(run.old_classes), run.rng(self.name)
@@ -147,7 +147,7 @@ class GenerativeReplay(Plugin):
 
     @hookimpl
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
-        """The loss with soft labels, or with those of several heads."""
+        """Return the loss with soft labels, or over several heads; None where the default loss is used."""
         if self.name not in batch.targets:
             return None
         q, z = batch.targets[self.name], outputs.logits
@@ -158,7 +158,7 @@ class GenerativeReplay(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Train the generator, copy the solver, and tell how good they are."""
+        """Train the generator, copy the solver, and log how good both are."""
         data, share = experience.train.to(run.device), 1 / (experience.index + 1)
         iterations = self.iterations or max(LEAST_ITERATIONS, run.total_steps - self.begun)
         values = self.generator.rehearse(run, self.name, data, share, iterations, fresh=self.fresh)
@@ -175,5 +175,5 @@ class GenerativeReplay(Plugin):
         run.log({f"{self.name}/{name}": value for name, value in values.items()})
 
     def _scores_heads(self, run: Run) -> bool:
-        """Whether each old head has its say on each replayed image."""
+        """Return whether every old head scores each replayed image."""
         return run.logits == "own" and (self.labels == "soft" or self.recipe.prior == "standard")

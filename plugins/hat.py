@@ -79,7 +79,7 @@ class HAT(Plugin):
         self.before: list[Tensor] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Units must be those of layers that are called, once, with weights of their own."""
+        """Yield a sentence for layers that cannot be gated: shared, called more than once, or inside an attention."""
         inside = [name for name, m in run.model.backbone.named_modules() if isinstance(m, nn.MultiheadAttention)]
         if inside:
             where = ", ".join(inside)
@@ -92,7 +92,7 @@ class HAT(Plugin):
             yield from gate_problems(self.name, net, layers, run.scenario.input_shape)
 
     def hints(self, run: Run) -> Iterable[str]:
-        """Equation 5 makes gradients of embeddings large on purpose."""
+        """Yield a sentence if gradients are clipped: equation 5 makes those of the embeddings large on purpose."""
         if 0 < run.settings.clip < LEAST_CLIP:
             yield (
                 f"`hat` makes its embeddings' gradients large, and `train.clip={run.settings.clip:g}` shrinks all "
@@ -101,7 +101,7 @@ class HAT(Plugin):
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
-        """Gates of another task."""
+        """Add the gates and batch norms of another task."""
         net, shape = run.model.backbone, run.scenario.input_shape
         if not experience.index:
             gate_layers(net, layers_of(net), shape, lambda layer, norm: AttentionGate(layer, norm, self.s_max))
@@ -115,7 +115,7 @@ class HAT(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """What is the earlier tasks' own rests, and all that no gate protects."""
+        """Freeze everything that earlier tasks own, and everything that no gate protects."""
         self.kept = None
         if not experience.index:
             return
@@ -128,7 +128,7 @@ class HAT(Plugin):
 
     @hookimpl
     def extra_batch(self, run: Run) -> None:
-        """The one hook before the network computes: s of this step."""
+        """Anneal the gate temperature s for this step (eq. 3)."""
         assert run.sampler is not None
         batches = run.sampler.batches_per_epoch
         done = run.step % batches / (batches - 1) if batches > 1 else 1.0
@@ -137,7 +137,7 @@ class HAT(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
-        """Equation 6, less the loss."""
+        """Return the sparsity term of equation 6."""
         gates = installed(run.model, AttentionGate).values()
         asked = torch.stack([torch.dot(gate.attention(), 1 - gate.used) for gate in gates]).sum()
         free = torch.stack([(1 - gate.used).sum() for gate in gates]).sum()
@@ -145,7 +145,7 @@ class HAT(Plugin):
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
-        """Equation 5; and remember where the weights were."""
+        """Compensate the gradients of embeddings (eq. 5), and keep the weights as they are before the step."""
         gates = installed(run.model.backbone, AttentionGate)
         for gate in gates.values():
             gate.compensate()
@@ -158,7 +158,7 @@ class HAT(Plugin):
 
     @hookimpl
     def after_step(self, run: Run) -> None:
-        """Equation 2, of the step."""
+        """Scale the step of protected weights (eq. 2), and clamp the embeddings."""
         assert self.kept is not None
         with torch.no_grad():
             for (parameter, kept), before in zip(self.kept.items(), self.before, strict=True):
@@ -168,14 +168,14 @@ class HAT(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """What the task attends to is used from now on."""
+        """Mark the units that the task attends to as used, and log the shares of open and free units."""
         for name, gate in installed(run.model.backbone, AttentionGate).items():
             opened = gate.close()
             run.log({f"hat/open/{name}": opened, f"hat/free/{name}": (gate.used < 0.5).float().mean().item()})
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
-        """The network under the task's attention, and its head."""
+        """Return a predictor with the attention and head of each task."""
         return TaskPredictor(run.model, run.n_seen)
 
     @hookimpl

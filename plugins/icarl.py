@@ -86,26 +86,26 @@ class ICaRL(Plugin):
         self.means: Tensor | None = None
 
     def owns(self, hook: str) -> bool:
-        """The network may answer itself."""
+        """Return False for `predictor` if the network's own outputs classify (`read_out=output`)."""
         return hook != "predictor" or self.read_out != "output"
 
     def wanted_logits(self, run: Run) -> str:
-        """In the paper all outputs have a target, those of classes to come too."""
+        """Return `outputs`: in the paper all outputs have a target, also those of classes to come."""
         return self.outputs
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be room for each class."""
+        """Yield a sentence if the memory has no room for an exemplar of each class."""
         if self.per_class is None:
             yield from too_small(self.size, sum(map(len, run.scenario.classes)), "icarl.size")
 
     @hookimpl
     def extra_data(self) -> ImageData | None:
-        """The exemplars, unless they are drawn for each batch."""
+        """Return the exemplars, which join the training images, unless they are drawn for each batch."""
         return None if self.batch_size else self.exemplars
 
     @hookimpl
     def extra_batch(self, run: Run) -> Batch | None:
-        """Exemplars, if they are."""
+        """Return a batch of exemplars if `batch_size` is set; else None."""
         if self.exemplars is None or not self.batch_size:
             return None
         rng = run.rng(self.name)
@@ -113,7 +113,7 @@ class ICaRL(Plugin):
 
     @hookimpl
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor:
-        """Algorithm 3."""
+        """Return the binary cross-entropy against labels and old outputs (algorithm 3)."""
         old = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -123,7 +123,7 @@ class ICaRL(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Cut the old sets, choose the new ones, and let the network as it is now be the next teacher."""
+        """Reduce the old exemplar sets (algorithm 5), choose new ones (algorithm 4), and keep the network as teacher."""
         groups = sum(map(len, run.scenario.classes[: experience.index + 1]))  # a class that came twice has two
         count = self.per_class or quota(self.size, groups, ceil=True)
         new = experience.train.to(run.device)
@@ -132,7 +132,7 @@ class ICaRL(Plugin):
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module | None:
-        """The nearest mean, with means of the network as it is now."""
+        """Return the nearest-mean classifier, with means of the current features; None if `read_out` is `output`."""
         if self.read_out == "output":
             return None
         if self.teacher is not None or run.sampler is not None:  # else the means came with a finished run
@@ -140,7 +140,7 @@ class ICaRL(Plugin):
         return NearestMean(run.model, self.means)
 
     def class_means(self, run: Run) -> Tensor:
-        """A mean of length 1 for each class seen [C, D]; within an experience, of all images of its classes."""
+        """Return the mean of each class seen, of length 1, [C, D]; within an experience, over all images of its classes."""
         if self.read_out == "ncm":
             # once it is over, the experience is among the earlier ones
             earlier = [e for e in run.earlier if e.index != run.experience.index]
@@ -158,7 +158,7 @@ class ICaRL(Plugin):
 
 
 def features(run: Run, rows: ImageData, *, mirrored: bool = False) -> Tensor:
-    """Features of length 1 [N, D], in eval mode, of the images as they are, or mirrored left to right."""
+    """Return features of length 1, [N, D], in evaluation mode, of the images as they are or mirrored left to right."""
     found = []
     with evaluating(run.model), torch.no_grad():
         for start in range(0, len(rows), run.config.run.eval_batch_size):

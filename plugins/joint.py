@@ -55,18 +55,18 @@ class Joint(Plugin):
         self.initial: dict[str, Tensor] = {}
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Nothing is forgotten where everything is trained on: methods beside it would only blur the bound."""
+        """Yield a sentence if another method is in the run: it would only blur the upper bound."""
         others = [p.name for p in run.plugins if p is not self and not p.observer]
         if others:
             yield f"`joint` trains on all data and cannot run beside `{others[0]}`; run them one by one."
 
     def waits(self, run: Run, experience: Experience) -> bool:
-        """Whether this experience's data is only put aside."""
+        """Return whether the data of `experience` is only put aside for the last experience."""
         return self.form == "once" and experience.index < len(run.scenario) - 1
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Go back to the initial weights, those of new heads included, where each training restarts."""
+        """Restore the initial weights, those of new heads included, where each training restarts."""
         if self.restart:
             for name, value in run.model.state_dict().items():
                 self.initial.setdefault(name, value.clone())
@@ -75,14 +75,14 @@ class Joint(Plugin):
 
     @hookimpl
     def extra_data(self, run: Run, experience: Experience) -> ImageData | None:
-        """All earlier experiences, each row with its own task."""
+        """Return the images of all earlier experiences, each row with its own task."""
         if self.waits(run, experience) or not run.earlier:
             return None
         return ImageData.concat([earlier.train for earlier in run.earlier])
 
     @hookimpl
     def phases(self, run: Run, experience: Experience) -> list[Phase] | None:
-        """Add up the iterations of all experiences so far; epochs grow with the data by themselves.
+        """Return a phase with the iterations of all experiences so far; None for epochs, which grow with the data.
 
         Where ``train.first`` has another length, the sum is of each experience's own steps.
         """

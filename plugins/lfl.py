@@ -60,7 +60,7 @@ class LFL(Plugin):
         self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A form must fit the setting."""
+        """Yield a sentence if the form does not fit the scenario's setting."""
         setting = run.scenario.setting
         if self.form == "multi-head" and setting != "task":
             yield (
@@ -76,12 +76,12 @@ class LFL(Plugin):
 
     @hookimpl
     def before_run(self, run: Run) -> None:
-        """Take the form of the setting."""
+        """Choose the form that fits the setting, where none was given."""
         self.form = self.form or ("paper" if run.scenario.setting == "domain" else "multi-head")
 
     @hookimpl
     def before_experience(self, run: Run) -> None:
-        """Freeze the head's blocks that rest: by the form `paper` those without new classes, else by the one rule."""
+        """Freeze old blocks of the head: those without new classes (`paper`), or without a class of the experience."""
         if self.form != "paper":
             self.frozen = rest_old_blocks(run, self.frozen)
             return
@@ -90,12 +90,12 @@ class LFL(Plugin):
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
-        """The warm-up, if asked for."""
+        """Return the warm-up phase, if `warm_up` asks for one."""
         return warm_up(run, self.warm_up)
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """The pull; none in the first experience, nor while the features cannot move."""
+        """Return the penalty on features (eq. 1); None in the first experience and for frozen features."""
         if self.teacher is None or not outputs.features.requires_grad:
             return None
         with torch.no_grad():
@@ -104,7 +104,7 @@ class LFL(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """The network as it is now is the next one to stay near."""
+        """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
 
     @hookimpl

@@ -89,20 +89,20 @@ class LwF(Plugin):
         self.teacher: IncrementalNet | None = None
 
     def owns(self, hook: str) -> bool:
-        """It brings its own loss for new images only where that is not the cross-entropy as it is."""
+        """Return whether the base loss is replaced: in the form `mc`, and in a balanced sum."""
         return hook != "base_loss" or self.form == "mc" or self.balance
 
     def form_in(self, run: Run) -> str:
-        """The form, or what null stands for in this run."""
+        """Return the form, or the form that null stands for in this run."""
         among_classes = "seen" if run.replaying else "local"
         return self.form or {"task": "heads", "class": among_classes, "domain": "all"}[run.scenario.setting]
 
     def wanted_logits(self, run: Run) -> str:
-        """Those that the form is made for."""
+        """Return the setting of `train.logits` that the form is made for."""
         return LOGITS[self.form_in(run)]
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A form must fit the setting."""
+        """Yield a sentence if the form does not fit the scenario's setting."""
         setting = run.scenario.setting
         form = self.form_in(run)
         if form == "heads" and setting != "task":
@@ -121,17 +121,17 @@ class LwF(Plugin):
 
     @hookimpl
     def before_run(self, run: Run) -> None:
-        """Take the form of the setting."""
+        """Choose the form that fits the setting, where none was given."""
         self.form = self.form_in(run)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
-        """The warm-up, if asked for."""
+        """Return the warm-up phase, if `warm_up` asks for one."""
         return warm_up(run, self.warm_up)
 
     @hookimpl
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
-        """The loss of LwF.MC, or the cross-entropy with its share of a balanced sum."""
+        """Return the loss of LwF.MC, or the cross-entropy with its share of a balanced sum; None in other forms."""
         if self.form == "mc":
             old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.old_classes)]
             return batch.mean(incremental_bce(outputs.logits, batch.y, old, hard=run.labelled_columns(batch)))
@@ -144,7 +144,7 @@ class LwF(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """The distillation; none in the first experience."""
+        """Return the distillation of old outputs; None in the first experience, and in the form `mc`."""
         if self.teacher is None or self.form == "mc":
             return None
         q = self._old_logits(batch)
@@ -163,7 +163,7 @@ class LwF(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """The network as it is now is the next teacher."""
+        """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
 
     @torch.no_grad()

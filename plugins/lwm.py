@@ -82,12 +82,12 @@ class LwM(Plugin):
         self.teacher: IncrementalNet | None = None
 
     def wanted_logits(self, run: Run) -> str | None:
-        """The cross-entropy is over the current classes, unless images of others come back."""
+        """Return the setting of `train.logits` for the loss: the current classes, or all classes seen beside replay."""
         alone = "seen" if run.replaying else "current"
         return {"class": alone, "task": "own"}.get(run.scenario.setting)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """There must be maps to look at."""
+        """Yield a sentence if the layer gives no maps of several pixels, or maps that torch cannot differentiate twice."""
         layers = dict(run.model.backbone.named_modules())
         convolutions = [f"`{name}`" for name, module in layers.items() if isinstance(module, nn.Conv2d)]
         maps = self._maps(run)
@@ -112,12 +112,12 @@ class LwM(Plugin):
 
     @hookimpl
     def before_run(self, run: Run) -> None:
-        """Choose the layer."""
+        """Choose the layer of the attention maps, where none was given."""
         self.layer = self.layer or self._maps(run)[-1]
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """Both distillations; none in the first experience, nor while the features cannot move."""
+        """Return the distillation of outputs and of attention; None in the first experience and for frozen features."""
         if self.teacher is None or not outputs.features.requires_grad:
             return None
         old = run.old_classes
@@ -136,11 +136,11 @@ class LwM(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """The network as it is now is the next teacher."""
+        """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
 
     def _look(self, model: IncrementalNet, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] and maps [B, K, H, W], with a graph from these to those."""
+        """Return logits [B, C] and maps [B, K, H, W] of `model`, with a graph from the maps to the logits."""
         layer = model.backbone.get_submodule(self.layer)  # type: ignore[arg-type]  # chosen before the run
         # a teacher rests in eval mode, so it has no batch norm to normalise by the batch if it is its own model
         like = model if model is self.teacher and self.teacher_norm == "running" else run.model
@@ -150,7 +150,7 @@ class LwM(Plugin):
 
     @staticmethod
     def _not_twice(run: Run, layer: str) -> str:
-        """Why torch cannot differentiate twice on the way from this layer's maps to the features; '' if it can."""
+        """Return why torch cannot differentiate twice from the maps of `layer` to the features; '' if it can."""
         net = run.model
         images = torch.zeros(2, *run.scenario.input_shape, device=run.device)
         try:
@@ -165,9 +165,9 @@ class LwM(Plugin):
 
     @staticmethod
     def _maps(run: Run) -> list[str]:
-        """The layers of the backbone that give maps of several pixels, in the order in which they are done.
+        """Return the layers of the backbone that give maps of several pixels, in the order in which they end.
 
-        One that stands in several places counts if the last of them is such: that is where it is looked at.
+        A layer that is called in several places counts if its last call gives such a map: its maps are taken there.
         """
         found: list[str] = []
 

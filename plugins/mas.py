@@ -72,7 +72,7 @@ class MAS(Plugin):
         self.mean = ImportanceMean()
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Images of one's own must be like those of the scenario."""
+        """Yield a sentence if the images of `images` do not have the shape of the scenario's."""
         if self.images is not None:
             shape = tuple(read_images(self.images).shape[1:])
             if shape != run.scenario.input_shape:
@@ -80,14 +80,14 @@ class MAS(Plugin):
 
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
-        """The springs; none in the first experience."""
+        """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.springs.anchor:
             return None
         return {self.name: weighted_penalty(run, 2 * self.lambda_, self.springs)}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Add the importance of this experience, and hold the weights where they are now."""
+        """Add the importance of this experience, and move the anchor to the current weights."""
         weights = dict(run.model.named_parameters())
         counted = {n: p for n, p in weights.items() if p.requires_grad and (self.heads or not n.startswith("head."))}
         data = experience.train

@@ -65,14 +65,14 @@ class PackNet(Plugin):
         self.held: Held | None = None
 
     def problems(self, run: Run) -> Iterable[str]:
-        """An owner is one byte, and owns entries of a weight that one layer has."""
+        """Yield a sentence for shared or computed weights, and for more than 255 tasks: owners are stored as uint8."""
         net = run.model.backbone
         yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
         if len(run.scenario) > MOST_TASKS:
             yield f"`packnet` can tell {MOST_TASKS} tasks apart, and the scenario has {len(run.scenario)} experiences."
 
     def hints(self, run: Run) -> Iterable[str]:
-        """Where nothing is free any more, only a head is trained."""
+        """Yield a sentence if a layer has no free weight left, so that a new task trains only its head there."""
         trained = [weight.requires_grad for weight, _ in self.parts(run)]
         full = [name for (name, free), on in zip(self.free(run).items(), trained, strict=True) if on and not free]
         if full:
@@ -80,7 +80,7 @@ class PackNet(Plugin):
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
-        """Nobody owns anything, or another task comes."""
+        """Install the owners of weights before the first task, and count another task."""
         if not experience.index:
             masked_weights(run.model.backbone, WeightOwner)
         if experience.index == (0 if self.pretrained else 1):
@@ -91,7 +91,7 @@ class PackNet(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """All rests but the weights, of which single ones are held, and the new head."""
+        """Freeze everything but the masked weights and the new head; owned entries are held in each step."""
         self.held = None
         if experience.index or self.pretrained:
             names = [
@@ -101,14 +101,14 @@ class PackNet(Plugin):
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
-        """The retraining."""
+        """Return the phase that retrains the weights that stay, if `retrain` is not 0."""
         lengths = Phase("train").length(run.settings).values()
         epochs, iterations = (n and max(1, round(self.retrain * n)) for n in lengths)
         return [Phase("retrain", "after", epochs, iterations)] if self.retrain else None
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
-        """Hold what is not this phase's to train."""
+        """Clear the gradients of entries that this phase does not train."""
         if self.held is None:
             pruned = run.phase.name != "train" and run.phase.place == "after"  # by `retrain`, and by others' phases
             mine = run.experience.index + 1 if pruned else 0
@@ -117,7 +117,7 @@ class PackNet(Plugin):
 
     @hookimpl
     def after_step(self, run: Run, batch: Batch) -> None:
-        """Put back what an optimizer moved all the same; prune when the training ends."""
+        """Restore entries that the optimizer moved all the same, and prune after the last step of the training."""
         assert self.held is not None
         self.held.put_back()
         if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
@@ -128,23 +128,23 @@ class PackNet(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run) -> None:
-        """Tell what is left."""
+        """Log the share of free weights of each layer."""
         run.log({f"packnet/free/{name}": free for name, free in self.free(run).items()})
 
     def parts(self, run: Run) -> list[tuple[nn.Parameter, WeightOwner]]:
-        """Each layer's weight and whose it is."""
+        """Return each masked layer's weight and its owners."""
         backbone = run.model.backbone
         found = installed(backbone, WeightOwner).items()
         return [(backbone.get_submodule(name).parametrizations.weight.original, part) for name, part in found]  # type: ignore[union-attr, misc]
 
     def free(self, run: Run) -> dict[str, float]:
-        """The share of each layer's weights that no task owns."""
+        """Return the share of each layer's weights that no task owns."""
         parts = installed(run.model.backbone, WeightOwner).items()
         return {name: (part.owner == 0).float().mean().item() for name, part in parts}
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
-        """The network with the weights of the tasks up to the one that is told, and its head."""
+        """Return a predictor with the weights of the tasks up to the one that is told, and its head."""
         return TaskPredictor(run.model, run.n_seen)
 
     @hookimpl

@@ -75,7 +75,7 @@ class Piggyback(Plugin):
         self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
-        """A mask is of a weight that one layer has, and must not be empty before it is trained."""
+        """Yield a sentence for shared or computed weights, and for a threshold that leaves new masks empty."""
         net = run.model.backbone
         yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
         if self.threshold >= self.init:
@@ -86,7 +86,7 @@ class Piggyback(Plugin):
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
-        """A real mask for each weight."""
+        """Add a real mask for each weight, and the task's batch norms."""
         if experience.index < self.first:
             return
         backbone = run.model.backbone
@@ -104,7 +104,7 @@ class Piggyback(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """All rests but the task's masks, norms and head."""
+        """Freeze everything but the task's masks, batch norms and head."""
         if experience.index < self.first:
             return
         own = [mask.real for mask in installed(run.model, WeightMask).values()]
@@ -116,7 +116,7 @@ class Piggyback(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Keep the bits."""
+        """Reduce the task's real masks to bits, and log the share of weights in use."""
         masks = installed(run.model.backbone, WeightMask)
         run.log({f"piggyback/used/{name}": mask.finish() for name, mask in masks.items()})
         if masks:
@@ -124,7 +124,7 @@ class Piggyback(Plugin):
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
-        """The network under the task's mask, and its head."""
+        """Return a predictor with the mask and head of each task."""
         return TaskPredictor(run.model, run.n_seen)
 
     @hookimpl

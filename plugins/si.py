@@ -54,7 +54,7 @@ class SI(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run) -> None:
-        """A path begins at the weights as they are."""
+        """Begin the path integral at the current weights."""
         self.start = {
             name: p.detach().clone()
             for name, p in run.model.named_parameters()
@@ -64,19 +64,19 @@ class SI(Plugin):
 
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
-        """The springs; none in the first experience."""
+        """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.springs.anchor:
             return None
         return {self.name: weighted_penalty(run, 2 * self.c, self.springs)}
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
-        """Where the step begins."""
+        """Keep the weights as they are before the step."""
         self.before = [p.detach().clone() for _, p, _ in self._moving(run)]
 
     @hookimpl
     def after_step(self, run: Run) -> None:
-        """What the step took off the loss."""
+        """Add what the step took off the loss to the path integral omega."""
         moving = self._moving(run)
         if moving:
             names, weights, gradients = map(list, zip(*moving, strict=True))
@@ -84,7 +84,7 @@ class SI(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """From the paths to the springs."""
+        """Turn the path integrals into importance, and move the anchor to the current weights."""
         weights = {name: p.detach() for name, p in run.model.named_parameters()}
         importance = dict(self.springs.precision)
         for name, omega in self.omega.items():
@@ -94,6 +94,6 @@ class SI(Plugin):
         self.omega, self.start = {}, {}
 
     def _moving(self, run: Run) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, weights and the task's gradient of the parameters in the path that this step moves."""
+        """Return name, weight and gradient of the task's loss of each parameter of the path that this step moves."""
         weights = dict(run.model.named_parameters())
         return [(name, weights[name], g) for name, g in run.task_gradients.items() if name in self.omega]

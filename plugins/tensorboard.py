@@ -62,14 +62,14 @@ class TensorBoard(Plugin):
 
     @hookimpl
     def before_run(self, run: Run) -> None:
-        """Listen to the run's records."""
+        """Start to listen to the records of a run that keeps a folder."""
         if run.folder is not None:
             self.listener = partial(self.write, run)
             run.listeners.append(self.listener)
 
     @hookimpl
     def after_run(self, run: Run) -> None:
-        """Draw the accuracy matrices, and close the file."""
+        """Draw the accuracy matrices, and close the event file."""
         if self.listener is not None:
             run.listeners.remove(self.listener)
         if self.writer is not None:
@@ -85,7 +85,7 @@ class TensorBoard(Plugin):
         self.writer = self.listener = None
 
     def write(self, run: Run, record: Record) -> None:
-        """Write what a record of the run holds, and hand it to the system, so that no checkpoint is ahead of it."""
+        """Write the contents of a record, and flush them to the system: no checkpoint is ahead of the curves."""
         kind = record["kind"]
         if kind == "start":
             self.open(run)
@@ -115,13 +115,13 @@ class TensorBoard(Plugin):
         self.writer.flush()
 
     def scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
-        """One point of each curve of a group; None: no point."""
+        """Add one point to each curve of a group; None adds no point."""
         for name, value in values.items():
             if value is not None:
                 self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def open(self, run: Run) -> None:
-        """Begin an event file: a new run's with what is known from the start, a resumed run's with a purge."""
+        """Open an event file: a new run's with its configuration, a resumed run's with a purge."""
         from torch.utils.tensorboard import SummaryWriter
 
         from clframe.config import to_yaml
@@ -139,7 +139,7 @@ class TensorBoard(Plugin):
         self.writer.file_writer.add_summary(session)
 
     def hyperparameters(self, run: Run) -> tuple[Any, Any, Any]:
-        """Summaries of the experiment, of the session's start and of its end, for the HParams page."""
+        """Return summaries of the experiment, of the session's start and of its end, for the HParams page."""
         from torch.utils.tensorboard.summary import hparams
 
         metrics = [f"{m}/{r}" for m in ("average_accuracy", "forgetting") for r in readings(run.scenario.setting)]
@@ -148,12 +148,12 @@ class TensorBoard(Plugin):
 
 
 def readings(setting: str) -> list[str]:
-    """The readings that a run of this setting can have."""
+    """Return the evaluation modes that a run of this setting can have."""
     return ["class", "task"] if setting == "class" else [setting]
 
 
 def layout(setting: str, config: Config) -> dict[str, dict[str, list[Any]]]:
-    """The page Custom Scalars: charts by category, each with the pattern of its curves."""
+    """Return the page Custom Scalars: charts by category, each with the pattern of its curves."""
     after, between = {}, {}
     for reading in readings(setting):
         title = f"accuracy on each experience, {TITLES[reading]}"
@@ -171,18 +171,18 @@ def layout(setting: str, config: Config) -> dict[str, dict[str, list[Any]]]:
 
 
 def curves(group: str) -> list[Any]:
-    """All curves of a group in one chart."""
+    """Return a chart of all curves of a group."""
     return ["Multiline", [f"^{group}"]]
 
 
 def by_experience(row: Sequence[float | None]) -> dict[str, float | None]:
-    """A row of accuracies by the name of the experience, counted from 1, in an order that sorts."""
+    """Return a row of accuracies by the name of the experience, counted from 1, in an order that sorts."""
     digits = len(str(len(row)))
     return {f"experience_{j:0{digits}}": accuracy for j, accuracy in enumerate(row, start=1)}
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """What of a configuration can change the results, flat, by the names that ``--set`` uses."""
+    """Return the part of a configuration that can change the results, flat, by the names that ``--set`` uses."""
     sections = {**{n: config[n] for n in ("scenario", "model", "train")}, **config["plugins"]}
     flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     flat["plugins"] = ", ".join(name for name in config["plugins"] if name != TensorBoard.name) or "none"
@@ -192,7 +192,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
 
 
 def encoded(tag: str, image: NDArray[np.uint8]) -> Any:
-    """The summary of an image [H, W, 3]; `SummaryWriter.add_image` resamples it first and takes five times as long."""
+    """Return the summary of an image [H, W, 3]; `SummaryWriter.add_image` resamples it first, 5 times slower."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     height, width, colours = image.shape
@@ -201,7 +201,7 @@ def encoded(tag: str, image: NDArray[np.uint8]) -> Any:
 
 
 def draw(matrix: Matrix, title: str) -> NDArray[np.uint8]:
-    """The accuracy matrix as an image [H, W, 3]: a row for each experience, values in %, grey where not measured."""
+    """Draw the accuracy matrix as an image [H, W, 3]: a row for each experience, values in %, gray if not measured."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -245,7 +245,7 @@ def draw(matrix: Matrix, title: str) -> NDArray[np.uint8]:
 
 
 def shades(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Colours [..., 3] of accuracies [...] from 0 to 1, the higher the darker; grey for nan."""
+    """Return colors [..., 3] of accuracies [...] from 0 to 1, the higher the darker; gray for nan."""
     import numpy as np
 
     at = np.linspace(0, 1, len(RAMP))

@@ -39,10 +39,10 @@ class WarmUp(Plugin):
         self.warm_up = length
 
     def problems(self, run: Run) -> Iterable[str]:
-        """One warm-up is enough."""
+        """Yield a sentence if another plugin of the run brings a warm-up, too, or if there are no new heads."""
         yield from warm_up_problems(run, self)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
-        """The warm-up, from the second experience on."""
+        """Return the warm-up phase, from the second experience on."""
         return warm_up(run, self.warm_up)
