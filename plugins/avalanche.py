@@ -112,7 +112,7 @@ class AvalanchePlugin(Plugin):
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
-        """Return the class of ``avalanche:variant``, and import Avalanche. Raises `WrongUse` for others than `TESTED`."""
+        """Return the class of ``avalanche:variant``, and import Avalanche. Raises `WrongUse` for an unknown variant."""
         if variant not in TESTED:
             raise WrongUse(
                 f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to do here what they do "
@@ -121,7 +121,7 @@ class AvalanchePlugin(Plugin):
         return _class_of(variant)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Yield a sentence if the variant is missing, or if the run masks logits, which no plugin of Avalanche supports."""
+        """Yield a sentence for a missing variant, and for masked logits, which no plugin of Avalanche supports."""
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
         if run.scenario.setting in self.settings and run.logits not in ("all", "seen"):
@@ -349,7 +349,7 @@ class Blanks(torch.utils.data.Dataset[Any]):
 
 
 class Randomness:
-    """A context with its own random numbers, for code that draws from the global generators of torch, numpy and Python."""
+    """A context with its own random numbers, for code that draws from global generators (torch, numpy, Python)."""
 
     def __init__(self, seed: int) -> None:
         self.states = (

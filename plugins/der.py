@@ -75,7 +75,7 @@ class DER(Plugin):
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Return images of the memory for each of the two terms, with weight 0 in the base loss; None without a memory."""
+        """Return images of the memory for both terms, with weight 0 in the base loss; None without a memory."""
         if self.kept is None:
             return None
         rng, count = run.rng(self.name), self.batch_size or len(batch)
@@ -89,7 +89,7 @@ class DER(Plugin):
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """Return the terms of eq. 6: squared distance to old logits, cross-entropy of old labels; None without a memory."""
+        """Return the terms of eq. 6, on old logits and on old labels; None without a memory."""
         logits = outputs.logits
         self.answers = logits.detach()
         if "der/term" not in batch.targets:

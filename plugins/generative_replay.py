@@ -100,7 +100,7 @@ class GenerativeReplay(Plugin):
         return hook != "base_loss" or self.labels == "soft"
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Yield a sentence for images that do not suit the generator, or a second plugin that replaces the base loss."""
+        """Yield a sentence for images that the generator cannot make, or a second plugin that owns the base loss."""
         yield from self.recipe.problems(run.scenario.input_shape, self.name)
         if self.labels == "soft":
             yield from single_class_problems(run)

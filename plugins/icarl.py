@@ -123,7 +123,7 @@ class ICaRL(Plugin):
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Reduce the old exemplar sets (algorithm 5), choose new ones (algorithm 4), and keep the network as teacher."""
+        """Reduce the old exemplar sets (algorithm 5), choose new ones (algorithm 4), and copy the network."""
         groups = sum(map(len, run.scenario.classes[: experience.index + 1]))  # a class that came twice has two
         count = self.per_class or quota(self.size, groups, ceil=True)
         new = experience.train.to(run.device)
@@ -140,7 +140,7 @@ class ICaRL(Plugin):
         return NearestMean(run.model, self.means)
 
     def class_means(self, run: Run) -> Tensor:
-        """Return the mean of each class seen, of length 1, [C, D]; within an experience, over all images of its classes."""
+        """Return the mean of each class seen, of length 1, [C, D]; within an experience, over all its images."""
         if self.read_out == "ncm":
             # once it is over, the experience is among the earlier ones
             earlier = [e for e in run.earlier if e.index != run.experience.index]

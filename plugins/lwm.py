@@ -87,7 +87,7 @@ class LwM(Plugin):
         return {"class": alone, "task": "own"}.get(run.scenario.setting)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Yield a sentence if the layer gives no maps of several pixels, or maps that torch cannot differentiate twice."""
+        """Yield a sentence if the layer gives no maps of several pixels, or torch cannot differentiate them twice."""
         layers = dict(run.model.backbone.named_modules())
         convolutions = [f"`{name}`" for name, module in layers.items() if isinstance(module, nn.Conv2d)]
         maps = self._maps(run)
