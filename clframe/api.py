@@ -22,6 +22,7 @@ from clframe.config import (
     DEFAULT_MODEL,
     DEFAULT_SCENARIO,
     OBJECT,
+    OBSERVERS,
     START,
     Config,
     TrainSettings,
@@ -485,9 +486,9 @@ def _mapping(given: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _of_run(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return settings of the run `given` in Python: curves for TensorBoard only where a folder is named."""
+    """Return settings of the run `given` in Python: observers that write files are on only if a folder is named."""
     run = _mapping(given, "run")
-    return {"tensorboard": run.get("output") is not None, **run}
+    return {**dict.fromkeys(OBSERVERS, run.get("output") is not None), **run}
 
 
 def _each_plugin(
@@ -616,8 +617,8 @@ def _build(
         given[name] if name in given else registry.build_plugin(name, _by_name(options, "plugin", name))
         for name, options in config.plugins.items()
     ]
-    if config.run.tensorboard and folder and "tensorboard" not in config.plugins:
-        members.append(registry.build_plugin("tensorboard", {}))
+    observers = config.run.observers() if folder else []
+    members += [registry.build_plugin(name, {}) for name in observers if name not in config.plugins]
     if model is None:
         left_out = (START, WEIGHTS) if restored else (START,)
         spec = {name: value for name, value in _by_name(config.model, "model").items() if name not in left_out}

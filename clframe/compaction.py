@@ -19,7 +19,7 @@ def compacted(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> I
     """A copy of a network with channel gates that answers for `task` alone, with the channels that may open for it.
 
     Args:
-        model: as `channel-gating` leaves it.
+        model: has a gate for the channels of each convolution, as after training with channel gates.
         task: one that is learnt.
         input_shape: of one image.
 

@@ -154,13 +154,23 @@ class RunSettings(Settings):
     eval_batch_size: Count = Field(default=512, description="images at a time in evaluation")
     checkpoint_every: NonNegative = Field(default=60.0, description="seconds between checkpoints within an experience")
     log_every: Count = Field(default=50, description="steps between two records of the losses")
-    tensorboard: bool = Field(default=True, description="write curves for TensorBoard")
+    tensorboard: bool = Field(
+        default=True, description="write curves for TensorBoard", json_schema_extra={"observer": True}
+    )
     extends: FolderName | None = Field(default=None, description="folder of a finished run whose model learns on")
     old_images: FolderName | None = Field(
         default=None, description="folder of images of classes that the extended run learned, for methods that join it"
     )
     joint: FolderName | None = Field(default=None, description="folder of a finished joint run, for intransigence")
     predictions: bool = Field(default=True, description="keep the scores of every test image")
+
+    def observers(self) -> list[str]:
+        """Return the names of the plugins that these settings switch on, in the order of the fields."""
+        return [name for name in OBSERVERS if getattr(self, name)]
+
+
+# Switches in `run.*` that are marked as an observer's: each adds the plugin of its name to a run that keeps a folder.
+OBSERVERS = tuple(name for name, field in RunSettings.model_fields.items() if field.json_schema_extra)
 
 
 def _check_name(spec: dict[str, Any]) -> dict[str, Any]:

@@ -248,14 +248,20 @@ def balanced_cross_entropy(logits: Tensor, y: Tensor, n_old: int) -> Tensor:
     return torch.dot(weight, functional.cross_entropy(logits, y, reduction="none"))
 
 
-def generator_problems(run: Run, plugin: Plugin) -> Iterator[str]:
-    """Reasons why `plugin` cannot have a generator, and a loss among new classes, in this run."""
+def generator_problems(run: Run, plugin: Plugin, alternative: str) -> Iterator[str]:
+    """Return the reasons why `plugin` cannot have a generator, and a loss among new classes, in this run.
+
+    Args:
+        run: describes the scenario.
+        plugin: the one that dreams.
+        alternative: name of a method that takes images of any size, for the error sentence.
+    """
     yield from dreaming_problems(run, plugin)
     shape, seen = run.scenario.input_shape, set[int]()
     if len(shape) == 3 and (shape[1] % 4 or shape[2] % 4):
         yield (
             f"`{plugin.name}` makes images whose sides are divisible by 4, and those of the scenario are {shape[1]} x "
-            f"{shape[2]}: choose another scenario, or `deep-inversion`."
+            f"{shape[2]}: choose another scenario, or `{alternative}`."
         )
     for i, classes in enumerate(run.scenario.classes):
         if seen.intersection(classes):

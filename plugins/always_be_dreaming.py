@@ -97,7 +97,7 @@ class AlwaysBeDreaming(Plugin):
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for each reason why no generator can be trained, or no loss among new classes computed."""
-        yield from generator_problems(run, self)
+        yield from generator_problems(run, self, "deep-inversion")
 
     @hookimpl
     def before_run(self, run: Run) -> None:

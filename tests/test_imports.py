@@ -1,15 +1,20 @@
-"""What a process imports, looked at in one that does one thing after the other: a start costs seconds."""
+"""What a process imports, as a start costs seconds, and which module may import which: the layers of the package."""
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+import clframe
+from clframe import registry
 from clframe.scenarios import sources
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +68,167 @@ def test_nothing_heavy_is_imported_that_is_not_needed(tmp_path: Path) -> None:
     found = dict(json.loads(line) for line in done.stderr.splitlines())
     assert found == {name: [] if name in WITHOUT_TORCH else ["torch"] for name in STEPS}
     assert not SECOND & set(sys.modules)
+
+
+# The layers: a map of the package, to be adapted when a module is added, moved or renamed. A module may import from its
+# own layer and from each layer that arrows lead to, directly or over others. Imports inside functions count; imports
+# for type checkers alone do not. Names are relative to `clframe`; `data.*` stands for all modules of a folder.
+
+LAYERS = {
+    "words": "errors options reading texts values metrics listing sums switches writing",
+    "data": "arrays data duplicates images look pictures",
+    "model": "backbones model networks per_sample",
+    "contract": "config hooks plugin registry splits streams",
+    "context": "context evaluate training",
+    "runs": "checkpoint folder record results state",
+    "engine": "engine",
+    "trained": "export trained",
+    "front": "__init__ api extension single testing",
+    "avalanche": "adapter benchmark",
+    "toolkit": "compaction distill dreamer gates generators importance inversion masks memory task_inference",
+    "plugins": "plugins.*",
+    "scenarios": "scenarios.*",
+    "cli": "__main__ cli.*",
+}
+ARROWS = {
+    "data": "words",
+    "model": "words",
+    "contract": "data model",
+    "context": "contract",
+    "runs": "context",
+    "engine": "runs",
+    "trained": "context runs",
+    "front": "engine trained avalanche",
+    "avalanche": "context",
+    "toolkit": "context",
+    "plugins": "toolkit avalanche",
+    "scenarios": "contract",
+    "cli": "front scenarios",
+}
+# What is left to mend: imports that lead up, and modules that import each other in a circle.
+UPWARD = {
+    ("api", "cli.live"),
+    ("record", "engine"),
+    ("results", "api"),
+    ("splits", "checkpoint"),
+    ("splits", "results"),
+}
+CIRCLE = "api config context engine extension folder record registry results single splits state streams training"
+IMPORTS_AVALANCHE = {"adapter"}  # in the core; the plugin and the scenarios of that name import it, too
+# Texts in the core that equal the name of a plugin, but stand for something else.
+HOMONYMS = {
+    "api": {"joint"},  # the setting `run.joint`
+    "benchmark": {"avalanche"},  # the name of a scenario
+    "folder": {"tensorboard"},  # a folder of a run
+    "testing": {"tensorboard"},  # the setting `run.tensorboard`
+    "training": {"warm-up"},  # a phase
+}
+
+FOLDERS = {"clframe": "", "plugins": "plugins.", "scenarios": "scenarios.", "cli": "cli."}
+FILES = {
+    prefix + ".".join(file.relative_to(ROOT / folder).with_suffix("").parts): file
+    for folder, prefix in FOLDERS.items()
+    for file in sorted((ROOT / folder).rglob("*.py"))
+}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+CORE = [name for name in FILES if not name.startswith(("plugins.", "scenarios.", "cli."))]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield what runs as an import below `tree`, in full: `clframe.errors`, `clframe.errors.DataError`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from imports(node)
+
+
+def module_of(target: str) -> str | None:
+    """Return the module of the package that an import names; None for the package itself and for other packages.
+
+    A public name of `clframe` counts as a name of the module that defines it.
+    """
+    package, *parts = target.split(".")
+    if package != "clframe" or not parts:
+        return None
+    if len(parts) == 1 and parts[0] in clframe._HOME_OF:
+        parts = clframe._HOME_OF[parts[0]].split(".")[1:]
+    candidates = (".".join(parts[:end]) + init for end in (len(parts), len(parts) - 1) for init in ("", ".__init__"))
+    return next((name for name in candidates if name in FILES), None)
+
+
+IMPORTED = {
+    name: {module for target in imports(tree) if (module := module_of(target)) and module != name}
+    for name, tree in TREES.items()
+}
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a module, which stands in the table by its name or by its folder; "none" if it is missing."""
+    homes = {key: layer for layer, keys in LAYERS.items() for key in keys.split()}
+    return homes.get(name) or homes.get(name.partition(".")[0] + ".*") or "none"
+
+
+def reach(layer: str) -> set[str]:
+    """Return the layers that a module of `layer` may import from."""
+    return {layer}.union(*(reach(below) for below in ARROWS.get(layer, "").split()))
+
+
+def test_every_module_has_a_layer_and_every_name_in_the_table_a_module():
+    assert [name for name in FILES if layer_of(name) == "none"] == []
+    keys = " ".join(LAYERS.values()).split()
+    assert len(keys) == len(set(keys))
+    folders = {name.partition(".")[0] + ".*" for name in FILES}
+    assert set(keys) <= {*FILES, *folders}
+
+
+def test_imports_lead_down():
+    found = {
+        (name, target)
+        for name, targets in IMPORTED.items()
+        for target in targets
+        if layer_of(target) not in reach(layer_of(name))
+    }
+    assert found == UPWARD
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    def reached(name: str) -> set[str]:
+        found: set[str] = set()
+        ahead = set(IMPORTED[name])
+        while ahead:
+            found |= ahead
+            ahead = {target for module in ahead for target in IMPORTED[module]} - found
+        return found
+
+    above = {name: reached(name) for name in FILES}
+    assert sorted(name for name in FILES if name in above[name]) == CIRCLE.split()
+
+
+def test_the_engine_and_what_it_stands_on_know_neither_toolkit_nor_plugins():
+    assert reach("engine").isdisjoint({"toolkit", "plugins", "avalanche", "trained", "front"})
+
+
+def test_no_plugin_imports_another_plugin():
+    found = {(name, target) for name, targets in IMPORTED.items() for target in targets if name.startswith("plugins.")}
+    assert {pair for pair in found if pair[1].startswith("plugins.")} == set()
+
+
+def test_the_core_imports_avalanche_in_one_place():
+    found = {name for name in CORE if any(target.split(".")[0] == "avalanche" for target in imports(TREES[name]))}
+    assert found == IMPORTS_AVALANCHE
+
+
+def test_the_core_imports_and_names_no_plugin():
+    """Neither as a text of its own nor between backticks, as names stand in sentences and docstrings."""
+    assert [name for name in CORE if any(target.startswith("plugins.") for target in IMPORTED[name])] == []
+    names = set(registry.names("plugin"))
+    found = {}
+    for module in CORE:
+        texts = [node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Constant)]
+        quoted = {word for text in texts if isinstance(text, str) for word in (text, *re.findall(r"`([\w-]+)`", text))}
+        found[module] = quoted & names
+    assert {module: words for module, words in found.items() if words} == HOMONYMS
