@@ -5,7 +5,7 @@ BIN := .venv/bin
 # What the many processes of the tests import is compiled once, and not by each of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test test-lowest docs bench bench-full clean
+.PHONY: demo check test test-lowest docs docs-reference bench bench-full clean
 
 demo: .venv/installed
 	@rm -rf runs/demo
@@ -28,7 +28,11 @@ test: check
 test-lowest: build/lowest/installed
 	build/lowest/bin/python -m pytest -n 2 --dist loadgroup
 
-docs: .venv/docs
+# Brings the generated parts of the pages up to date with the code; a test says when they are not.
+docs-reference: .venv/installed
+	$(BIN)/python docs/generate.py
+
+docs: .venv/docs docs-reference
 	@rm -rf build/docs
 	$(BIN)/python docs/generate.py build/docs
 	$(BIN)/zensical build --strict --config-file build/docs/mkdocs.yml

@@ -1,15 +1,20 @@
-"""Writes the pages of the documentation: the text of this folder, with what the code says of itself put in.
+"""Keep what the code says of itself in the pages of the documentation.
 
-    python docs/generate.py build/docs
+    python docs/generate.py               # bring the generated parts of all pages up to date (`make docs-reference`)
+    python docs/generate.py build/docs    # copy the pages for the builder, with its settings and the navigation
 
-leaves the pages in ``build/docs/pages`` and the builder's settings, with the navigation, in ``build/docs/mkdocs.yml``.
+A generated part of a page stands between two comments,
 
-A line ``<!-- generated: NAME ARGUMENT -->`` of a page gives way to what the function NAME of `PARTS` answers. So hooks,
-options, settings, measures and commands stand in one place, the code, and the pages cannot fall behind it.
+    <!-- generated: NAME ARGUMENT -->
+    <!-- end of the generated part -->
+
+and is what the function NAME of `PARTS` returns for ARGUMENT. So hooks, options, settings, measures, commands and the
+Python reference are written in one place, the code; the pages hold a copy, which a test compares with the code.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -31,44 +36,56 @@ from clframe.options import REQUIRED, Option, fields_of, options_of, sections_of
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-PART = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.MULTILINE)
+END = "<!-- end of the generated part -->"
+PART = re.compile(
+    rf"^<!-- generated: (\w+) ?(.*?) -->\n(?:(?:(?!<!-- generated:).*\n)*?{END}\n)?",
+    re.MULTILINE,
+)
 
-# What the reader meets first comes first; a page that is not named here joins the last section by itself.
-NAVIGATION: dict[str, list[str]] = {
-    "Use": [
-        "getting-started.md",
-        "own-images.md",
-        "trained-model.md",
-        "methods.md",
-        "combine-methods.md",
-        "scenarios.md",
-        "settings.md",
-        "run-folder.md",
-        "measures.md",
-        "commands.md",
-    ],
-    "Extend": [
-        "write-a-method.md",
-        "hooks/index.md",
-        *(f"hooks/{name}.md" for name in HOOKS),
-    ],
-    "Python": ["api.md", "api-tools.md"],
+# A section for each folder, in the order of reading; a page that is not named here comes last in its folder's section.
+FOLDERS = {
+    "tutorials": "Tutorials",
+    "how-to": "How-to guides",
+    "reference": "Reference",
+    "explanation": "Explanation",
 }
-REST = "More"
+NAVIGATION = [
+    "tutorials/getting-started.md",
+    "tutorials/see-forgetting.md",
+    "tutorials/write-a-method.md",
+    "how-to/own-images.md",
+    "how-to/trained-model.md",
+    "how-to/combine-methods.md",
+    "how-to/own-package.md",
+    "how-to/resume-elsewhere.md",
+    "how-to/notebook.md",
+    "how-to/gpu.md",
+    "how-to/from-avalanche.md",
+    "reference/commands.md",
+    "reference/settings.md",
+    "reference/methods.md",
+    "reference/scenarios.md",
+    "reference/measures.md",
+    "reference/run-folder.md",
+    "reference/records.md",
+    "reference/checkpoint-format.md",
+    "reference/compatibility.md",
+    "reference/figures.md",
+    "reference/hooks/index.md",
+    *(f"reference/hooks/{name}.md" for name in HOOKS),
+    "reference/api.md",
+    "reference/tools.md",
+    "explanation/concepts.md",
+    "explanation/architecture.md",
+    "explanation/decisions.md",
+]
+REST = "More"  # the section of pages outside these folders
 
 ARGUMENTS = {
     "run": "the context that calls: the model, the settings, what is under way, and what a plugin may ask for",
     "experience": "the one that is being learnt: its index, task, classes and training images; no test images",
     "batch": "the rows of this step; where plugins added some, all of them, but for `extra_batch`",
     "outputs": "the network's features and logits for the rows of `batch`, with their graph",
-}
-HOMES = {  # of the types that hooks speak of
-    "Run": "clframe.context.Run",
-    "Experience": "clframe.data.Experience",
-    "Batch": "clframe.data.Batch",
-    "ImageData": "clframe.data.ImageData",
-    "Outputs": "clframe.model.Outputs",
-    "Phase": "clframe.training.Phase",
 }
 FAMILIES = (  # of methods, in the order of the page on methods
     "regularization",
@@ -86,6 +103,15 @@ REFUSED = {  # why a pair of methods cannot run together
     "p": "decides alone what of the network a task may use",
     "j": "trains on everything, and is an oracle",
 }
+WIDTH = 88  # characters of code that a page shows without scrolling
+DOC_SECTIONS = (
+    "Args",
+    "Attributes",
+    "Returns",
+    "Yields",
+    "Raises",
+    "Options",
+)  # of docstrings
 TOOLS = {  # modules of the core that methods share: what of them is of use to a method's author
     "memory": "quota groups_of balanced at_random herding reservoir ring draw",
     "distill": "soft_cross_entropy kl_divergence hard_cross_entropy sigmoid_cross_entropy grad_cam",
@@ -335,29 +361,175 @@ def commands(_: str) -> str:
 
 
 def api(_: str) -> str:
-    """Directives of mkdocstrings for the public names of `clframe`."""
+    """Return the reference of the public names of `clframe`."""
     rest = [name for name in clframe.__all__ if name not in (*FIRST, "hookimpl")]
-    return "\n\n".join(
-        f"::: {clframe._HOME_OF[name]}.{name}" for name in [*FIRST, *rest]
-    )
+    lines = []
+    for name in [*FIRST, *rest]:
+        found = getattr(clframe, name)
+        heading = name if inspect.isclass(found) else f"clframe.{name}"
+        lines += documented(
+            heading, found, level=2
+        )  # `clframe.run` and the class `Run` need anchors of their own
+    return "\n".join(lines)
 
 
 def tools(_: str) -> str:
-    """Directives of mkdocstrings for what methods share."""
+    """Return the reference of what methods share, module by module."""
     lines = []
     for module, names in TOOLS.items():
-        about = (
-            inspect.getdoc(inspect.importlib.import_module(f"clframe.{module}")) or ""
-        ).partition("\n\n")[0]
+        found = importlib.import_module(f"clframe.{module}")
+        about = (inspect.getdoc(found) or "").partition("\n\n")[0]
         lines += [f"## `clframe.{module}`", "", prose(about), ""]
         for name in names.split():
-            lines += [
-                f"::: clframe.{module}.{name}",
-                "    options:",
-                "      heading_level: 3",
-                "",
-            ]
+            lines += documented(name, getattr(found, name), level=3)
     return "\n".join(lines)
+
+
+def documented(name: str, found: Any, level: int) -> list[str]:
+    """Return the lines on a function, or on a class and what it offers, below a heading of this level."""
+    lines = ["#" * level + " " + code(name), ""]
+    lines += [*definition(name, found), *markdown(inspect.getdoc(found) or ""), ""]
+    if inspect.isclass(found):
+        for member, value_ in _members(found):
+            lines += ["#" * (level + 1) + " " + code(f"{name}.{member}"), ""]
+            function = _function(value_)
+            if not isinstance(value_, property):
+                lines += definition(member, function)
+            lines += [*markdown(inspect.getdoc(function) or ""), ""]
+    return lines
+
+
+def definition(name: str, found: Any) -> list[str]:
+    """Return a block of code with the signature of a function, or of the constructor of a class."""
+    if inspect.isclass(found) and issubclass(found, BaseException):
+        return []
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        return []
+    parameters = [
+        p for p in signature.parameters.values() if p.name not in ("self", "cls")
+    ]
+    pieces = []
+    for before, parameter in zip([None, *parameters], parameters, strict=False):
+        keyword_only = parameter.kind is parameter.KEYWORD_ONLY
+        if keyword_only and (
+            before is None or before.kind is not parameter.KEYWORD_ONLY
+        ):
+            pieces.append("*")
+        pieces.append(_parameter(parameter))
+    if signature.return_annotation in (
+        inspect.Signature.empty,
+        "None",
+        None,
+    ) or inspect.isclass(found):
+        end = ")"
+    else:
+        end = f") -> {_annotation(signature.return_annotation)}"
+    text = f"{name}({', '.join(pieces)}{end}"
+    if len(text) > WIDTH:
+        inside = "".join(f"    {piece},\n" for piece in pieces)
+        text = f"{name}(\n{inside}{end}"
+    return ["```python", text, "```", ""]
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    """Return a parameter as a definition has it: name, type, default."""
+    star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(
+        parameter.kind, ""
+    )
+    text = star + parameter.name
+    typed = parameter.annotation is not parameter.empty
+    if typed:
+        text += f": {_annotation(parameter.annotation)}"
+    if parameter.default is not parameter.empty:
+        text += f" = {parameter.default!r}" if typed else f"={parameter.default!r}"
+    return text
+
+
+def _annotation(annotation: Any) -> str:
+    """Return a type as the source has it."""
+    text = (
+        annotation
+        if isinstance(annotation, str)
+        else getattr(annotation, "__name__", str(annotation))
+    )
+    return text.replace("'", "")
+
+
+def _members(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield the public methods and properties of a class that it, or a class of clframe below it, documents."""
+    seen = set()
+    for base in cls.__mro__:
+        if not base.__module__.startswith("clframe"):
+            continue
+        for name, found in vars(base).items():
+            function = _function(found)
+            is_member = isinstance(found, property) or inspect.isfunction(function)
+            if (
+                name.startswith("_")
+                or name in seen
+                or not is_member
+                or not inspect.getdoc(function)
+            ):
+                continue
+            seen.add(name)
+            yield name, found
+
+
+def _function(found: Any) -> Any:
+    """Return the function behind a property, a class method or a static method; anything else as it is."""
+    if isinstance(found, property):
+        return found.fget
+    if isinstance(found, classmethod | staticmethod):
+        return found.__func__
+    return found
+
+
+def markdown(docstring: str) -> list[str]:
+    """Return the lines of a docstring as Markdown: sections such as ``Args:`` become lists."""
+    lines: list[str] = []
+    text: list[str] = []
+
+    def flush() -> None:
+        if any(line.strip() for line in text):
+            lines.extend([prose("\n".join(text).strip("\n")), ""])
+        text.clear()
+
+    rest = docstring.splitlines()
+    while rest:
+        line = rest.pop(0)
+        if not (line.endswith(":") and line[:-1] in DOC_SECTIONS):
+            text.append(line)
+            continue
+        flush()
+        lines.extend([f"**{line[:-1]}**", ""])
+        body = []
+        while rest and (rest[0].startswith("    ") or not rest[0]):
+            body.append(rest.pop(0).removeprefix("    "))
+        lines.extend([*_entries(body), ""])
+    flush()
+    return lines[:-1] if lines else []
+
+
+def _entries(body: list[str]) -> list[str]:
+    """Return the list that the indented lines below ``Args:`` and the like are, or their text if they are none."""
+    entries: list[list[str]] = []
+    for line in body:
+        if not line:
+            continue
+        if line.startswith(" ") and entries:
+            entries[-1].append(line.strip())
+        else:
+            entries.append([line])
+    found = []
+    for entry in entries:
+        whole_ = " ".join(entry)
+        if match := re.match(r"(``?)?(\*{0,2}[\w., ]+?)\1?: (.*)", whole_):
+            found.append(f"- {code(match[2])}: {prose(match[3])}")
+        else:
+            found.append(prose(whole_))
+    return found
 
 
 FIRST = [  # of the public names, in the order in which a reader needs them; `hookimpl` is only a mark
@@ -543,7 +715,7 @@ def _answer(spec: Any, kind: str) -> str:
 
 
 def _type(annotation: str) -> str:
-    return f"[`{annotation}`][{HOMES[annotation]}]"
+    return f"[`{annotation}`](../api.md#{annotation.lower()})"
 
 
 def _method_link(name: str, page: str) -> str:
@@ -566,59 +738,109 @@ def _before_options(documented: object) -> str:
 # ------------------------------------------------------------------------------------------- pages
 
 
-def sources() -> dict[str, str]:
-    """The pages as they are written, by path in this folder."""
-    files = sorted(FOLDER.rglob("*.md"))
+def files() -> dict[str, Path]:
+    """Return the files of the pages, by path in this folder."""
     return {
-        file.relative_to(FOLDER).as_posix(): file.read_text(encoding="utf-8")
-        for file in files
+        file.relative_to(FOLDER).as_posix(): file
+        for file in sorted(FOLDER.rglob("*.md"))
     }
+
+
+def sources() -> dict[str, str]:
+    """Return the pages as people wrote them, without what is generated, by path in this folder."""
+    return {
+        path: written(file.read_text(encoding="utf-8"))
+        for path, file in files().items()
+    }
+
+
+def written(page: str) -> str:
+    """Return the text of a page without its generated parts; their first comments stay."""
+    return PART.sub(
+        lambda found: f"<!-- generated: {' '.join(filter(None, found.groups()))} -->\n",
+        page,
+    )
 
 
 def whole(page: str) -> str:
-    """The text of a page with its generated parts."""
-    return PART.sub(lambda found: PARTS[found[1]](found[2]), page)
+    """Return the text of a page with its generated parts as the code has them now."""
+
+    def part(found: re.Match[str]) -> str:
+        first = f"<!-- generated: {' '.join(filter(None, found.groups()))} -->"
+        return f"{first}\n\n{_tidy(PARTS[found[1]](found[2]))}\n\n{END}\n"
+
+    return PART.sub(part, page)
+
+
+def _tidy(text: str) -> str:
+    """Return `text` without blanks at the ends of lines, and with one empty line at most between others."""
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+
+
+def stale() -> list[str]:
+    """Return the pages, by path in this folder, whose generated parts are not what the code says."""
+    texts = {path: file.read_text(encoding="utf-8") for path, file in files().items()}
+    return [path for path, text in texts.items() if whole(text) != text]
+
+
+def update() -> list[str]:
+    """Write the generated parts into the pages, and return the pages that changed."""
+    changed = stale()
+    for path in changed:
+        file = FOLDER / path
+        file.write_text(whole(file.read_text(encoding="utf-8")), encoding="utf-8")
+    return changed
 
 
 def navigation(paths: Iterable[str]) -> list[Any]:
-    """The builder's ``nav`` for these pages."""
+    """Return the builder's ``nav`` for these pages."""
     paths = set(paths)
-    named = {"index.md", *(path for section in NAVIGATION.values() for path in section)}
-    if missing := named - paths:
+    if missing := {"index.md", *NAVIGATION} - paths:
         raise LookupError(
             f"The navigation names pages that are not there: {', '.join(sorted(missing))}."
         )
-    sections: dict[str, list[Any]] = {
-        title: list(pages) for title, pages in NAVIGATION.items()
-    }
-    of_hooks = [path for path in sections["Extend"] if path.startswith("hooks/")]
-    sections["Extend"] = [
-        *(p for p in sections["Extend"] if p not in of_hooks),
-        {"Hooks": of_hooks},
-    ]
-    if rest := sorted(paths - named):
-        sections[REST] = [*rest]
-    return ["index.md", *({title: pages} for title, pages in sections.items())]
+    ordered = [*NAVIGATION, *sorted(paths - {"index.md", *NAVIGATION})]
+    sections: dict[str, list[Any]] = {title: [] for title in (*FOLDERS.values(), REST)}
+    for path in ordered:
+        sections[FOLDERS.get(path.partition("/")[0], REST)].append(path)
+    reference = sections[FOLDERS["reference"]]
+    of_hooks = [path for path in reference if path.startswith("reference/hooks/")]
+    at = reference.index(of_hooks[0])
+    reference[at : at + len(of_hooks)] = [{"Hooks": of_hooks}]
+    return ["index.md", *({title: pages} for title, pages in sections.items() if pages)]
 
 
 def main(out: Path) -> None:
-    """Write all pages and the builder's settings into the folder `out`."""
-    pages = sources()
-    for path, text in pages.items():
-        file = out / "pages" / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(whole(text), encoding="utf-8")
+    """Copy all pages, their pictures and the builder's settings into the folder `out`."""
+    found = files()
+    for path, file in found.items():
+        text = file.read_text(encoding="utf-8")
+        target = out / "pages" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(_inside(text, path), encoding="utf-8")
     shutil.copy(FOLDER / "extra.css", out / "pages" / "extra.css")
+    shutil.copytree(FOLDER / "images", out / "pages" / "images", dirs_exist_ok=True)
     config = yaml.safe_load((FOLDER / "mkdocs.yml").read_text(encoding="utf-8"))
-    python = next(plugin for plugin in config["plugins"] if isinstance(plugin, dict))[
-        "mkdocstrings"
-    ]["handlers"]["python"]
-    python["paths"] = [str(ROOT)]
-    config |= {"docs_dir": "pages", "site_dir": "site", "nav": navigation(pages)}
+    config |= {"docs_dir": "pages", "site_dir": "site", "nav": navigation(found)}
     (out / "mkdocs.yml").write_text(
         yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
     )
 
 
+def _inside(text: str, path: str) -> str:
+    """Return a page for the site, which holds this folder alone: links to other files of the project become text."""
+
+    def link(found: re.Match[str]) -> str:
+        target = (FOLDER / path).parent.joinpath(found[2].partition("#")[0]).resolve()
+        return found[0] if target.is_relative_to(FOLDER) else found[1]
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)]+)\)", link, text)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        for page_ in update():
+            print(f"Changed: docs/{page_}")

@@ -307,7 +307,7 @@ def test_the_page_for_those_who_come_from_avalanche_names_what_exists():
     from avalanche.core import SupervisedPlugin
     from avalanche.training import plugins
 
-    page = (Path(__file__).parent.parent / "docs" / "avalanche.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "from-avalanche.md").read_text(encoding="utf-8")
     rows = {}
     for title in ("Benchmarks", "Methods", "Callbacks", "Settings"):
         lines = page.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()

@@ -44,13 +44,13 @@ RUNNING = [
     path for path, text in SOURCES.items() if any(language == "python" for language, _, _ in FENCE.findall(text))
 ]
 # pages whose commands are run, too, and whose blocks are scripts of their own
-CARRIED_OUT = ["write-a-method.md", "own-images.md", "trained-model.md"]
+CARRIED_OUT = ["tutorials/write-a-method.md", "how-to/own-images.md", "how-to/trained-model.md"]
 
 
 @cache
 def pages():
-    """The pages with their generated parts."""
-    return {path: generate.whole(text) for path, text in SOURCES.items()}
+    """The pages with their generated parts, as they are committed."""
+    return {path: file.read_text(encoding="utf-8") for path, file in generate.files().items()}
 
 
 class Reader:
@@ -180,7 +180,9 @@ def check_resume(cls):
 
 @pytest.mark.parametrize("name", HOOKS)
 def test_a_hook_s_page_shows_a_plugin_that_implements_it(name):
-    (block,) = (body for language, title, body in FENCE.findall(SOURCES[f"hooks/{name}.md"]) if language == "python")
+    (block,) = (
+        body for language, title, body in FENCE.findall(SOURCES[f"reference/hooks/{name}.md"]) if language == "python"
+    )
     plugins = re.split(r"^(?=class )", block, flags=re.MULTILINE)
     assert any("(Plugin):" in part and f"@hookimpl\n    def {name}(self" in part for part in plugins)
 
@@ -253,7 +255,7 @@ def test_configurations_in_pages_resolve(tmp_path):
 
 def test_every_hook_has_a_page_with_its_exact_signature_arguments_and_users():
     for name in HOOKS:
-        page = pages()[f"hooks/{name}.md"]
+        page = pages()[f"reference/hooks/{name}.md"]
         signature = str(inspect.signature(getattr(Hooks, name))).replace("'", "")
         (shown,) = re.findall(rf"^@hookimpl\n(def {name}\(\n?\s*self, run: Run.*?): \.\.\.$", page, re.M | re.S)
         assert re.sub(r"\n *", "", shown) == f"def {name}{signature}"
@@ -269,12 +271,12 @@ def test_every_hook_has_a_page_with_its_exact_signature_arguments_and_users():
 
 
 def test_the_table_of_hooks_has_them_in_calling_order():
-    found = re.findall(r"^\| \[`(\w+)\(.*?\)`\]\((\w+)\.md\) \|", pages()["hooks/index.md"], re.MULTILINE)
+    found = re.findall(r"^\| \[`(\w+)\(.*?\)`\]\((\w+)\.md\) \|", pages()["reference/hooks/index.md"], re.MULTILINE)
     assert found == [(name, name) for name in HOOKS]
 
 
 def test_every_plugin_and_each_of_its_options_is_documented():
-    sections = sections_of(pages()["methods.md"])
+    sections = sections_of(pages()["reference/methods.md"])
     for name in generate.names("plugin"):
         for option in options_of(registry.plugin_class(name), skip=("variant",)):
             assert option.doc, f"{name}.{option.name}"
@@ -294,14 +296,14 @@ def test_the_docstring_of_a_plugin_has_all_sections_and_names_its_hooks(name):
     assert [h for h in listed if h != "after_run"] == [h for h in hooks if h != "after_run"], (
         f"{name}: section `Hooks:`"
     )
-    section = sections_of(pages()["methods.md"])[name]
+    section = sections_of(pages()["reference/methods.md"])[name]
     for heading in ("When to use", "Keeps"):
         assert f"**{heading}.** " in section
     assert re.findall(r"^\| \[`(\w+)`\]\(hooks/\w+\.md\) \|", section, re.MULTILINE) == hooks
 
 
 def test_the_table_of_methods_has_each_plugin_once_with_its_citation():
-    table = pages()["methods.md"].partition("\n## ")[0]
+    table = pages()["reference/methods.md"].partition("\n## ")[0]
     rows = re.findall(r"^\| \[`([\w-]+)`\]\(#([\w-]+)\) \| .* \| ([\w -]+) \| (.*?) ?\|$", table, re.MULTILINE)
     assert sorted(name for name, *_ in rows) == generate.names("plugin")
     for name, anchor, family, paper in rows:
@@ -312,19 +314,19 @@ def test_the_table_of_methods_has_each_plugin_once_with_its_citation():
 
 
 def test_every_scenario_and_backbone_and_each_of_its_options_is_documented():
-    sections = sections_of(pages()["scenarios.md"])
+    sections = sections_of(pages()["reference/scenarios.md"])
     for kind in ("scenario", "model"):
         for name in generate.names(kind):
             build = registry.find(kind, name)[0].load()
             for option in options_of(build, skip=registry.SUPPLIED):
                 assert option.doc, f"{name}: {option.name}"
                 assert f"\n| `{kind}.{option.name}` | " in sections[name + generate._variant(build)]
-    assert "Raises:" not in pages()["scenarios.md"]
+    assert "Raises:" not in pages()["reference/scenarios.md"]
     assert "- Model that suits `avalanche:SplitCIFAR10`: `resnet32`" in sections["avalanche:NAME"]
 
 
 def test_every_setting_is_documented_with_its_default():
-    page = pages()["settings.md"]
+    page = pages()["reference/settings.md"]
     for section, model in (("train", TrainSettings), ("run", RunSettings)):
         for name, field in model.model_fields.items():
             assert field.description
@@ -333,7 +335,7 @@ def test_every_setting_is_documented_with_its_default():
 
 
 def test_every_command_and_each_of_its_options_is_documented():
-    sections = sections_of(pages()["commands.md"])
+    sections = sections_of(pages()["reference/commands.md"])
     for path, command in generate._commands():
         assert command.help
         for parameter in command.params:
@@ -344,30 +346,59 @@ def test_every_command_and_each_of_its_options_is_documented():
 
 
 def test_every_measure_is_documented_with_its_formula():
-    assert "| `forgetting` | mean over j&lt;T of" in pages()["measures.md"]
+    assert "| `forgetting` | mean over j&lt;T of" in pages()["reference/measures.md"]
     for name in ("average_accuracy", "backward_transfer", "ece", "nll", "confident_errors", "intransigence"):
-        assert f"\n| `{name}` | " in pages()["measures.md"]
+        assert f"\n| `{name}` | " in pages()["reference/measures.md"]
 
 
-def test_every_public_name_is_in_the_reference():
-    found = re.findall(r"^::: clframe\.\w+\.(\w+)$", pages()["api.md"], re.MULTILINE)
+def test_every_public_name_is_in_the_reference_with_its_signature_and_members():
+    page = pages()["reference/api.md"]
+    found = re.findall(r"^## `(?:clframe\.)?(\w+)`$", page, re.MULTILINE)
     assert sorted([*found, "hookimpl"]) == sorted(clframe.__all__)
+    sections = sections_of(page)
+    assert "split_classes(\n    name: str,\n" in sections["clframe.split_classes"]
+    assert "- `name`: of the scenario." in sections["clframe.split_classes"]
+    assert {"Run.ticks", "Run.rng", "Trained.predict", "Results.read"} <= set(sections)
+    tools = sections_of(pages()["reference/tools.md"])
     for module, names in generate.TOOLS.items():
+        assert f"clframe.{module}" in tools
         for name in names.split():
             assert inspect.getdoc(getattr(importlib.import_module(f"clframe.{module}"), name))
+            assert name in tools
+
+
+def test_the_generated_parts_are_what_the_code_says():
+    assert generate.stale() == [], "bring them up to date with `make docs-reference`"
+
+
+def test_a_generated_part_is_written_once_and_only_between_its_comments():
+    page = "# Settings\n\n<!-- generated: settings run -->\n\nAfter it.\n"
+    once = generate.whole(page)
+    assert "| `run.seed` |" in once
+    assert once.endswith(f"{generate.END}\n\nAfter it.\n")
+    assert generate.whole(once) == once
+    assert generate.written(once) == page
+
+
+def test_every_kind_of_record_is_documented():
+    page = pages()["reference/records.md"]
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "clframe").rglob("*.py")]
+    kinds = {kind for text in sources for kind in re.findall(r"\bemit\(\s*\"(\w+)\"", text)}
+    for kind in kinds:
+        assert f"\n| `{kind}` | " in page
 
 
 def test_every_file_of_a_run_folder_is_documented(tmp_path):
     clframe.run("split-digits", train={"iterations": 1}, run={"output": str(tmp_path / "run"), "tensorboard": True})
     clframe.extend(tmp_path / "run", "split-digits", run={"output": str(tmp_path / "extended")})
     for file in tmp_path.glob("*/*"):
-        assert f"`{file.name}{'/' * file.is_dir()}`" in pages()["run-folder.md"], file.name
+        assert f"`{file.name}{'/' * file.is_dir()}`" in pages()["reference/run-folder.md"], file.name
 
 
 def test_every_exit_code_is_documented():
     errors = [getattr(clframe, name) for name in clframe.__all__ if name.endswith(("Error", "Use", "Failed"))]
     for code in {error.code for error in errors} | {0, 70, 130, 143}:
-        assert f"\n| {code} | " in pages()["commands.md"]
+        assert f"\n| {code} | " in pages()["reference/commands.md"]
 
 
 def sections_of(page):
@@ -381,16 +412,12 @@ def sections_of(page):
 
 @pytest.mark.parametrize("path", SOURCES)
 def test_links_lead_somewhere(path):
-    text = FENCE.sub("", pages()[path])
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", pages()[path])):
         file, _, anchor = target.partition("#")
-        linked = (Path("docs") / path).parent.joinpath(file) if file else Path("docs") / path
-        name = Path(*linked.parts[1:]) if ".." not in linked.parts else None
-        resolved = (ROOT / linked).resolve()
-        assert resolved.is_file(), target
+        linked = (ROOT / "docs" / path).parent.joinpath(file).resolve() if file else ROOT / "docs" / path
+        assert linked.exists(), target
         if anchor:
-            assert anchor in anchors(pages()[resolved.relative_to(ROOT / "docs").as_posix()]), target
-        assert name is None or name.as_posix() in pages()
+            assert anchor in anchors(pages()[linked.relative_to(ROOT / "docs").as_posix()]), target
 
 
 def anchors(page):
@@ -399,27 +426,29 @@ def anchors(page):
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-def test_references_to_the_api_are_to_names_that_it_has():
-    documented = set(re.findall(r"^::: (\S+)$", pages()["api.md"] + "\n" + pages()["api-tools.md"], re.MULTILINE))
-    for path, text in pages().items():
-        for target in re.findall(r"\]\[(clframe[\w.]*)\]", FENCE.sub("", text)):
-            assert target in documented, f"{path}: {target}"
+def test_a_page_that_the_navigation_does_not_name_joins_the_section_of_its_folder():
+    sections = {title: pages_ for entry in after(["how-to/new.md", "new.md"]) for title, pages_ in entry.items()}
+    assert list(sections) == ["Tutorials", "How-to guides", "Reference", "Explanation", "More"]
+    assert sections["How-to guides"][-1] == "how-to/new.md"
+    assert sections["More"] == ["new.md"]
+    assert {"Hooks": ["reference/hooks/index.md", *(f"reference/hooks/{name}.md" for name in HOOKS)]} in sections[
+        "Reference"
+    ]
+    with pytest.raises(LookupError, match=r"reference/methods\.md"):
+        generate.navigation([path for path in SOURCES if path != "reference/methods.md"])
 
 
-def test_a_page_that_nobody_named_joins_the_navigation():
-    before = generate.navigation(SOURCES)
-    after = generate.navigation([*SOURCES, "a-new-page.md"])
-    rest = {"More": [*(before[-1].get("More", []) if isinstance(before[-1], dict) else []), "a-new-page.md"]}
-    assert sorted(after[-1]["More"]) == sorted(rest["More"])
-    with pytest.raises(LookupError, match=r"methods\.md"):
-        generate.navigation([path for path in SOURCES if path != "methods.md"])
+def after(added):
+    """The navigation with some more pages, but for the first one."""
+    return generate.navigation([*SOURCES, *added])[1:]
 
 
 def test_the_pages_and_the_builder_s_settings_are_written(tmp_path):
     generate.main(tmp_path)
-    written = {file.relative_to(tmp_path / "pages").as_posix() for file in (tmp_path / "pages").rglob("*.md")}
-    assert written == set(SOURCES)
-    assert not any("<!-- generated" in (tmp_path / "pages" / path).read_text() for path in written)
+    found = {file.relative_to(tmp_path / "pages").as_posix() for file in (tmp_path / "pages").rglob("*.md")}
+    assert found == set(SOURCES)
+    assert (tmp_path / "pages" / "images" / "demo.svg").is_file()
+    assert "](../../" not in (tmp_path / "pages" / "explanation" / "architecture.md").read_text()
     assert "docs_dir: pages" in (tmp_path / "mkdocs.yml").read_text()
 
 
