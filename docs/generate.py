@@ -622,7 +622,9 @@ def options(found: list[Option], section: str) -> list[str]:
 def signature_of(hook: str) -> str:
     """The definition of a hook as a plugin may write it, in lines that fit a page."""
     text = f"def {hook}{inspect.signature(getattr(Hooks, hook))}: ...".replace("'", "")
-    return text if len(text) <= WIDTH else re.sub(r"\((.*)\) ->", r"(\n    \1\n) ->", text)
+    return (
+        text if len(text) <= WIDTH else re.sub(r"\((.*)\) ->", r"(\n    \1\n) ->", text)
+    )
 
 
 def _escaped(text: str) -> str:
