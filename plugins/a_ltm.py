@@ -37,9 +37,9 @@ class ALTM(Plugin):
 
     Options:
         lambda: weight of the distillation.
-        loss: `cross-entropy` with N's softmax, at temperature 1, for each old head where tasks are told (and the loss
-            is over a task's own classes), else over all old classes together; `l2`: half the squared distance of the
-            old logits.
+        loss: `cross-entropy` with N's softmax, at temperature 1, for each old head in task-incremental learning (where
+            the loss is over a task's own classes), else over all old classes together; `l2`: half the squared distance
+            of the old logits.
         on: images that are distilled on: `new` (those of the experience), `replay` (those that another plugin brings
             back: the active form; if all of these rows are kept out of the default loss, they count equally), or `all`.
     """
@@ -57,14 +57,16 @@ class ALTM(Plugin):
         loss: Literal["cross-entropy", "l2"] = "cross-entropy",
         on: Literal["new", "replay", "all"] = "new",
     ) -> None:
-        self.lambda_, self.loss, self.on = lambda_, loss, on
+        self.lambda_ = lambda_
+        self.loss = loss
+        self.on = on
         self.stable: IncrementalNet | None = None
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence if `on` is `replay` and no plugin of the run brings old images back."""
         if self.on == "replay" and not run.replaying:
             yield (
-                "`a-ltm.on=replay` needs a plugin that brings old images back, and there is none in the run: add one, "
+                "`a-ltm.on=replay` needs a plugin that brings old images back, and the run has none: add one, "
                 "or choose `new`."
             )
 
@@ -84,7 +86,7 @@ class ALTM(Plugin):
             distances = soft_cross_entropy_per_group(q, outputs.logits, groups, temperature=1.0)
         if self.on != "replay":
             return {self.name: self.lambda_ * batch.mean(distances, batch.origin == 0 if self.on == "new" else None)}
-        # rows that all weigh 0 are kept out of the default loss alone (der, deep-inversion): they count the same
+        # rows whose weights are all 0 are kept out of the default loss only (der, deep-inversion): they count equally
         only = batch.origin > 0
         weight = batch.weight * only
         weight = torch.where(weight.sum() > 0, weight, only.to(weight.dtype))

@@ -85,11 +85,16 @@ class AlwaysBeDreaming(Plugin):
         mu: NonNegative = 0.1,
         replay: Count | None = None,
     ) -> None:
-        self.iterations, self.lr, self.batch_size, self.noise, self.width = iterations, lr, batch_size, noise, width
+        self.iterations = iterations
+        self.lr = lr
+        self.batch_size = batch_size
+        self.noise = noise
+        self.width = width
         self.terms = Terms(confidence, temperature, balance, statistics, smooth)
-        self.mu, self.replay = mu, replay
+        self.mu = mu
+        self.replay = replay
         self.teacher: IncrementalNet | None = None
-        self.dreamer: Dreamer  # built before the run
+        self.dreamer: Dreamer  # built in `before_run`
 
     def wanted_logits(self, run: Run) -> str:
         """Return `seen`, the logits of all classes seen, as dreams are of old classes."""

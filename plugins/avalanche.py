@@ -25,7 +25,7 @@ from clframe.plugin import Plugin
 if TYPE_CHECKING:
     from clframe.data import Experience, ImageData
 
-# Those whose weights are tested to be Avalanche's own, bit for bit, with the papers.
+# Variants, each with Avalanche's class and the paper; tests show their weights equal to Avalanche's own, bit for bit.
 TESTED = {
     "AGEM": ("AGEMPlugin", "Chaudhry et al., Efficient lifelong learning with A-GEM, ICLR 2019"),
     "EWC": ("EWCPlugin", "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"),
@@ -40,8 +40,8 @@ TESTED = {
     ),
 }
 KEEP_IMAGES = ("AGEM", "GEM", "Replay")
-LEFT_OUT = ("device", "storage_policy", "verbose")  # options that are objects, or the run's own business
-HINTS: dict[str, dict[str, Any]] = {  # of options that Avalanche leaves without a type, or with a loose one
+LEFT_OUT = ("device", "storage_policy", "verbose")  # options that are objects, or that the run decides
+HINTS: dict[str, dict[str, Any]] = {  # types of options that Avalanche leaves untyped, or types loosely
     "AGEM": {"patterns_per_experience": Count, "sample_size": Count},
     "EWC": {
         "ewc_lambda": NonNegative,
@@ -56,9 +56,9 @@ HINTS: dict[str, dict[str, Any]] = {  # of options that Avalanche leaves without
     "Replay": {"mem_size": Count, "batch_size": Count | None, "batch_size_mem": Count | None},
     "SI": {"si_lambda": NonNegative | list[NonNegative], "eps": Positive, "excluded_parameters": list[str] | None},
 }
-UNTOLD = {  # options that Avalanche does not document
+UNDOCUMENTED = {  # options that Avalanche does not document
     "mem_size": "images that the memory holds at most.",
-    "excluded_parameters": "names of parameters that are left alone, or patterns of them.",
+    "excluded_parameters": "names of parameters that get no penalty, or patterns of such names.",
 }
 
 
@@ -100,23 +100,22 @@ class AvalanchePlugin(Plugin):
         "Avalanche 0.6.0 gives a forgetting of 0.0 for an experience that it has evaluated once only; clframe leaves "
         "such a cell empty, and does not use its evaluation.",
     )
-    arguments: ClassVar[dict[str, Any]] = {}  # what the plugin is told of those of a strategy's `train`
+    arguments: ClassVar[dict[str, Any]] = {}  # passed on to events, as those of a strategy's `train`
 
-    inner: Any = None  # Avalanche's own
+    inner: Any = None  # the plugin of Avalanche
 
     def __init__(self) -> None:
         self.strategy: Any = None
-        self.memory: Iterator[Any] | None = (
-            None  # batches of Avalanche's own loader, if the plugin has put one in place
-        )
+        # batches of Avalanche's own loader, if the plugin has put one in place
+        self.memory: Iterator[Any] | None = None
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
         """Return the class of ``avalanche:variant``, and import Avalanche. Raises `WrongUse` for an unknown variant."""
         if variant not in TESTED:
             raise WrongUse(
-                f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to do here what they do "
-                f"there.{did_you_mean(variant, TESTED)}"
+                f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to give the same results "
+                f"in clframe.{did_you_mean(variant, TESTED)}"
             )
         return _class_of(variant)
 
@@ -125,7 +124,7 @@ class AvalanchePlugin(Plugin):
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
         if run.scenario.setting in self.settings and run.logits not in ("all", "seen"):
-            yield f"`{self.name}` knows no mask of logits: leave `train.logits={run.logits}` out."
+            yield f"`{self.name}` does not support masked logits: leave `train.logits={run.logits}` out."
 
     def hints(self, run: Run) -> Iterable[str]:
         """Yield a sentence for SI on the CPU, where Avalanche keeps views of the weights instead of copies."""
@@ -136,7 +135,8 @@ class AvalanchePlugin(Plugin):
     def before_run(self, run: Run) -> None:
         """Build the stand-in for a strategy and the plugin's random generators."""
         seed = int(torch.randint(2**31, (), generator=run.rng(self.name)))
-        self.drawing, self.loading = Randomness(seed), Randomness(seed + 1)
+        self.drawing = Randomness(seed)
+        self.loading = Randomness(seed + 1)
         self.strategy = Strategy(run)
 
     @hookimpl
@@ -146,11 +146,13 @@ class AvalanchePlugin(Plugin):
         strategy.enter(run, experience)
         before = strategy.dataloader
         for event in (
-            *("before_training", "before_train_dataset_adaptation", "after_train_dataset_adaptation"),
+            "before_training",
+            "before_train_dataset_adaptation",
+            "after_train_dataset_adaptation",
             "before_training_exp",
         ):
             self._call(event, **self.arguments)
-        self.memory = None if strategy.dataloader is before else _endless(strategy.dataloader)
+        self.memory = None if strategy.dataloader is before else _repeat(strategy.dataloader)
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
@@ -175,9 +177,7 @@ class AvalanchePlugin(Plugin):
         strategy.see(batch)
         strategy.mb_output = outputs.logits
         base = run.loss(batch, outputs).detach()
-        strategy.loss = base.reshape(
-            1
-        ).clone()  # of the form that it has in Avalanche, and without the loss's own graph
+        strategy.loss = base.reshape(1).clone()  # of the shape [1], as in Avalanche, and without the loss's own graph
         self._call("after_forward")
         self._call("before_backward")
         added: Tensor = (strategy.loss - base).sum()
@@ -230,7 +230,8 @@ class Strategy:
         self.clock = Clock()
         self.model: Any = _view(run.model)
         self.device = run.device
-        self.is_training, self.is_eval = True, False
+        self.is_training = True
+        self.is_eval = False
         self.plugins: list[Any] = []
         self.train_mb_size = self.eval_mb_size = run.settings.batch_size
         self._criterion = nn.CrossEntropyLoss()
@@ -382,7 +383,7 @@ def _dataset(rows: torch.utils.data.Dataset[Any], targets: list[int]) -> Any:
     return _make_taskaware_classification_dataset(rows, targets=targets, task_labels=0)
 
 
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+def _repeat(loader: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from loader
 
@@ -417,14 +418,14 @@ def _class_of(variant: str) -> type[Plugin]:
         (AvalanchePlugin,),
         {
             "__init__": build,
-            "__doc__": f"Avalanche's `{theirs.__name__}`, run inside clframe.\n\nOptions:\n{_options_of(theirs)}",
+            "__doc__": f"The `{theirs.__name__}` of Avalanche, run inside clframe.\n\nOptions:\n{_options_of(theirs)}",
             "__module__": __name__,
             "name": f"avalanche:{variant}",
             "citation": TESTED[variant][1],
             "variants": (),
             "replays": variant == "Replay",
             "keeps_images": variant in KEEP_IMAGES,
-            # LFL freezes the last layer once it is trained, so no class can join
+            # LFL freezes the last layer once it is trained, so that no class can be added
             "settings": ("domain",) if variant == "LFL" else AvalanchePlugin.settings,
         },
     )
@@ -433,12 +434,12 @@ def _class_of(variant: str) -> type[Plugin]:
 def _options_of(theirs: Any) -> str:
     """Return what Avalanche's own documentation says about each option, in the form that clframe reads."""
     text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
-    told = dict(UNTOLD)
+    docs = dict(UNDOCUMENTED)
     for entry in text.split(":param ")[1:]:
         name, _, words = entry.partition(":")
-        told[name] = " ".join(words.split())
-    names = [name for name in inspect.signature(theirs.__init__).parameters if name in told]
-    return "".join(f"    {name}: {told[name]}\n" for name in names)
+        docs[name] = " ".join(words.split())
+    names = [name for name in inspect.signature(theirs.__init__).parameters if name in docs]
+    return "".join(f"    {name}: {docs[name]}\n" for name in names)
 
 
 def _view(net: IncrementalNet) -> nn.Module:

@@ -33,8 +33,8 @@ class DeepInversion(Plugin):
 
     Then L = loss(x_new) + dreams KL(p_old(x^) || p(x^)) + distill KL(p_old(x_new) || p(x_new)), where x^ are dreams
     that join each batch and count in no other loss. The first KL gives new classes no share in p_old, the second is
-    over old classes alone. Where tasks are told, the first is over the head of the dream's class, and the second is the
-    sum over the old heads. Dreams are augmented as images are.
+    over old classes alone. In task-incremental learning the first is over the head of the dream's class, and the second
+    is the sum over the old heads. Dreams are augmented as images are.
 
     The paper's settings are, for CIFAR-10 and ResNet-34: iterations 2000, lr 0.1, tv 2.5e-5, feature 100; for ImageNet
     and ResNet-50: iterations 20000, lr 0.05, tv 1e-4, l2 0 or 0.01, feature 0.01, compete 0.2, jitter 30, flip true.
@@ -97,15 +97,27 @@ class DeepInversion(Plugin):
     ) -> None:
         self.recipe = Recipe(
             Weights(feature, tv, l2, compete),
-            *(per_class, iterations, lr, rounds if compete else 1, jitter, flip, clip, batch_size, temperature, anneal),
+            per_class,
+            iterations,
+            lr,
+            rounds if compete else 1,
+            jitter,
+            flip,
+            clip,
+            batch_size,
+            temperature,
+            anneal,
         )
-        self.dreams, self.distill, self.temperature, self.replay = dreams, distill, temperature, replay
+        self.dreams = dreams
+        self.distill = distill
+        self.temperature = temperature
+        self.replay = replay
         self.teacher: IncrementalNet | None = None
         self.dreaming = Dreaming()
         self.images: ImageData | None = None  # the dreams, raw
 
     def wanted_logits(self, run: Run) -> str | None:
-        """Return `seen` in class-incremental learning, as dreams are of old classes, and `own` where tasks are told."""
+        """Return `seen` in class-incremental learning, as dreams are of old classes, and `own` in task-incremental."""
         return {"class": "seen", "task": "own"}.get(run.scenario.setting)
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -136,14 +148,17 @@ class DeepInversion(Plugin):
             return None
         with torch.no_grad():
             q = self.teacher(batch.x, batch.task).logits
-        z, t = outputs.logits, self.temperature
+        z = outputs.logits
+        t = self.temperature
         if run.scenario.setting == "task":
             groups = [list(group) for group in run.old_heads]
             heads = torch.stack([kl_divergence(q[:, g], z[:, g], t) for g in groups], 1)
-            known, dreamt = heads.sum(1), heads.gather(1, self._heads_of(run, batch.task)[:, None])[:, 0]
+            known = heads.sum(1)
+            dreamt = heads.gather(1, self._heads_of(run, batch.task)[:, None])[:, 0]
         else:
-            padded = functional.pad(q, (0, z.shape[1] - q.shape[1]), value=-torch.inf)
-            known, dreamt = kl_divergence(q, z[:, : q.shape[1]], t), kl_divergence(padded, z, t)
+            padded = functional.pad(q, (0, z.shape[1] - q.shape[1]), value=-torch.inf)  # new classes have the share 0
+            known = kl_divergence(q, z[:, : q.shape[1]], t)
+            dreamt = kl_divergence(padded, z, t)
         mine = run.of(self, batch)
         return {
             f"{self.name}/dreams": self.dreams * torch.dot(dreamt, mine.to(dreamt.dtype)) / mine.sum(),

@@ -57,11 +57,14 @@ class DER(Plugin):
         beta: NonNegative = 0.5,
         batch_size: Count | None = None,
     ) -> None:
-        self.size, self.alpha, self.beta, self.batch_size = size, alpha, beta, batch_size
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.batch_size = batch_size
         self.form = "der++" if beta else "der"
         self.kept: ImageData | None = None
         self.seen = 0
-        self.answers: Tensor | None = None  # of the step under way
+        self.answers: Tensor | None = None  # the logits of the step under way
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence if the memory has no room for an image of each class."""
@@ -71,14 +74,15 @@ class DER(Plugin):
     def before_experience(self, run: Run) -> None:
         """Extend kept logits by NaN for classes that an extended run has added since the memory was filled."""
         if self.kept is not None:
-            self.kept.targets = {name: padded(target, run) for name, target in self.kept.targets.items()}
+            self.kept.targets = {name: pad_answers(target, run) for name, target in self.kept.targets.items()}
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
         """Return images of the memory for both terms, with weight 0 in the base loss; None without a memory."""
         if self.kept is None:
             return None
-        rng, count = run.rng(self.name), self.batch_size or len(batch)
+        rng = run.rng(self.name)
+        count = self.batch_size or len(batch)
         draws = []
         for term in (1, 2) if self.beta else (1,):
             rows = run.batch(draw(self.kept, count, rng), rng)
@@ -94,9 +98,10 @@ class DER(Plugin):
         self.answers = logits.detach()
         if "der/term" not in batch.targets:
             return None
-        first, second = (batch.targets["der/term"] == term for term in (1, 2))
+        first = batch.targets["der/term"] == 1
+        second = batch.targets["der/term"] == 2
         then = batch.targets["der/logits"][:, : logits.shape[1]]
-        known = ~then.isnan()
+        known = ~then.isnan()  # the C classes that there were when the logits were kept
         distances = torch.where(known, logits - then, 0.0).square().sum(1) / known.sum(1).clamp(min=1)
         terms = {f"{self.name}/logits": self.alpha * (distances * first).sum() / first.sum()}
         if self.beta:
@@ -109,11 +114,11 @@ class DER(Plugin):
         """Offer the new images to the memory, with their logits before the step and NaN for classes to come."""
         if run.phase.name != "train" or self.answers is None:
             return
-        rows = batch.fresh(**{"der/logits": padded(self.answers, run)})
+        rows = batch.fresh(**{"der/logits": pad_answers(self.answers, run)})
         self.kept = reservoir(self.kept, rows, self.seen, self.size, run.rng(self.name))
         self.seen += len(rows)
 
 
-def padded(answers: Tensor, run: Run) -> Tensor:
+def pad_answers(answers: Tensor, run: Run) -> Tensor:
     """Return `answers` [B, C] with columns of NaN for the classes to come."""
     return functional.pad(answers, (0, len(run.scenario.class_names) - answers.shape[1]), value=torch.nan)

@@ -61,8 +61,11 @@ class ER(Plugin):
     ) -> None:
         if per_class is not None and memory == "reservoir":
             raise WrongUse("`er.per_class` needs a memory by class: set `er.memory` to `balanced` or `ring`.")
-        self.size, self.per_class, self.memory = size, per_class, memory
-        self.batch_size, self.weigh = batch_size, weigh
+        self.size = size
+        self.per_class = per_class
+        self.memory = memory
+        self.batch_size = batch_size
+        self.weigh = weigh
         self.kept: ImageData | None = None
         self.seen = 0
 
@@ -80,15 +83,17 @@ class ER(Plugin):
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
         """Return images of the memory; None while it is empty."""
-        index, rng = run.experience.index, run.rng(self.name)
+        index = run.experience.index
+        rng = run.rng(self.name)
         if self.kept is None or (self.weigh == "experiences" and not index):
             return None
         rows = draw(self.kept, self.batch_size or len(batch), rng)
         drawn = run.batch(rows, rng)
         if self.weigh == "experiences":
             new = self.of_experience(run, drawn)
-            n_new, n_old = len(batch) + new.sum(), (~new).sum()
-            drawn.weight[~new] = index * n_new / n_old.clamp(min=1)  # all old ones: t - 1 times all new ones
+            n_new = len(batch) + new.sum()
+            n_old = (~new).sum()
+            drawn.weight[~new] = index * n_new / n_old.clamp(min=1)  # old rows together: t - 1 times all new ones
         return drawn
 
     def of_experience(self, run: Run, rows: Batch) -> Tensor:

@@ -44,8 +44,8 @@ class EWC(Plugin):
     and 19.5 % on `split-digits` over seeds 0 to 4 (`benchmarks/defaults.py`).
 
     When to use:
-        Where the label set stays (domain-incremental learning) or the task is told. In class-incremental learning it
-        barely helps, here as everywhere.
+        Use it in domain-incremental learning, where the label set stays, and in task-incremental learning. In
+        class-incremental learning it barely helps, here as everywhere.
 
     Keeps:
         2 numbers per weight.
@@ -81,12 +81,15 @@ class EWC(Plugin):
     ) -> None:
         if gamma is not None and form == "offline":
             raise WrongUse(
-                f"`ewc.gamma` is {gamma} but `ewc.form` is offline: online and offline EWC asked at once; "
-                "set `ewc.form=online`, or leave `ewc.gamma` out."
+                f"`ewc.gamma` is {gamma}, an option of the online form, but `ewc.form` is offline: set "
+                "`ewc.form=online`, or leave `ewc.gamma` out."
             )
-        self.lambda_, self.form, self.gamma = lambda_, form, 1.0 if gamma is None else gamma
+        self.lambda_ = lambda_
+        self.form = form
+        self.gamma = 1.0 if gamma is None else gamma
         self.labels: Labels = labels
-        self.samples, self.heads = samples, heads
+        self.samples = samples
+        self.heads = heads
         self.penalties = Quadratic()
         self.mean = ImportanceMean()
 
@@ -100,6 +103,7 @@ class EWC(Plugin):
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.penalties.anchor:
             return None
+        # lambda/2 sum_k F_k (theta - theta*_k)^2 (eq. 3); the factor 1/2 is in `Quadratic`
         return {self.name: weighted_penalty(run, self.strength, self.penalties)}
 
     @hookimpl
@@ -112,13 +116,16 @@ class EWC(Plugin):
         }
 
         def add(sums: GradientSums, batch: Batch) -> None:
+            # sum over images of E_y (d log p(y | image) / d theta)^2, y by the rule `labels`
             mask = run.mask(batch.task)
             sums.add(batch.x, batch.task, lambda z: label_cotangents(z, self.labels, mask, batch.y, run.rng(self.name)))
 
         fisher = self.mean.over(run, self.name, experience.train, self.samples, parameters, add)
         if self.form == "online":
+            # F~_t = gamma F~_{t-1} + F_t, with the latest weights as the anchor (Schwarz et al., eq. 9)
             kept = {name: self.gamma * past for name, past in self.penalties.precision.items()}
             fisher = kept | {name: f + kept[name] if name in kept else f for name, f in fisher.items()}
             self.penalties.replace(fisher, dict(run.model.named_parameters()))
         else:
+            # one more term F_k (theta - theta*_k)^2 of the sum (Kirkpatrick et al., eq. 3)
             self.penalties.add(fisher, parameters)

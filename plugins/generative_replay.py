@@ -17,9 +17,9 @@ from clframe.model import masked, snapshot
 from clframe.options import Count, Positive
 from clframe.streams import single_class_problems
 
-SHOWN = 64  # images, after each experience
-CHECKED = 500  # images, for the agreement of known labels with the solver's
-LEAST_ITERATIONS = 1500  # of the generator: on the digits, fewer leave replay worse than none
+SHOWN = 64  # images of the generator that are logged after each experience
+CHECKED = 500  # images of known label on which the solver's agreement with the generator is measured
+LEAST_ITERATIONS = 1500  # of the generator: on the digits, fewer make replay worse than none
 
 
 class GenerativeReplay(Plugin):
@@ -90,8 +90,11 @@ class GenerativeReplay(Plugin):
         fresh: bool = False,
     ) -> None:
         self.recipe = Recipe(generator, net, hidden, z, prior, critic_steps)
-        self.labels, self.temperature = labels, temperature if labels == "soft" else None
-        self.iterations, self.lr, self.fresh = iterations, lr, fresh
+        self.labels = labels
+        self.temperature = temperature if labels == "soft" else None
+        self.iterations = iterations
+        self.lr = lr
+        self.fresh = fresh
         self.solver: IncrementalNet | None = None  # H_{t-1}
         self.begun = 0  # steps of the run before the experience
 
@@ -110,7 +113,8 @@ class GenerativeReplay(Plugin):
     @hookimpl
     def before_run(self, run: Run) -> None:
         """Build the generator."""
-        shape, rng = run.scenario.input_shape, run.rng(self.name)
+        shape = run.scenario.input_shape
+        rng = run.rng(self.name)
 
         def build() -> GenerativeModel:
             return self.recipe.build(shape, len(run.scenario.class_names), rng).to(run.device)
@@ -133,9 +137,11 @@ class GenerativeReplay(Plugin):
         """Return images of the generator, labeled by the old solver; None in the first experience."""
         if self.solver is None:
             return None
-        n, old, rng = len(batch), len(run.old_classes), run.rng(self.name)
+        n = len(batch)
+        old = len(run.old_classes)
+        rng = run.rng(self.name)
         images, drawn = self.generator.recall(n, old, rng)
-        share = run.experience.index * batch.weight.sum() / n  # in all t - 1 times that of the batch
+        share = run.experience.index * batch.weight.sum() / n  # all rows together weigh t - 1 times the batch
         rows = run.batch(ImageData(images, torch.zeros_like(batch.y), weight=share.expand(n)), rng)
         with torch.no_grad():
             q = self.solver(rows.x).logits[:, :old]
@@ -150,7 +156,8 @@ class GenerativeReplay(Plugin):
         """Return the loss with soft labels, or over several heads; None where the default loss is used."""
         if self.name not in batch.targets:
             return None
-        q, z = batch.targets[self.name], outputs.logits
+        q = batch.targets[self.name]
+        z = outputs.logits
         groups = run.old_heads if run.logits == "own" else [range(z.shape[1])]
         replayed = soft_cross_entropy_per_group(q, z, groups, self.temperature) / len(groups)
         others = functional.cross_entropy(masked(z, run.mask(batch.task)), batch.y, reduction="none")
@@ -159,7 +166,8 @@ class GenerativeReplay(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Train the generator, copy the solver, and log how good both are."""
-        data, share = experience.train.to(run.device), 1 / (experience.index + 1)
+        data = experience.train.to(run.device)
+        share = 1 / (experience.index + 1)
         iterations = self.iterations or max(LEAST_ITERATIONS, run.total_steps - self.begun)
         values = self.generator.rehearse(run, self.name, data, share, iterations, fresh=self.fresh)
         self.solver = snapshot(run.model)

@@ -25,8 +25,8 @@ from clframe.masks import (
 from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
 
-LEAST_CLIP = 10_000.0  # the paper's norm of the gradient
-LARGEST = 6.0  # of an embedding, in magnitude; beyond it the gate's gradient is gone (appendix of the paper)
+LEAST_CLIP = 10_000.0  # the norm at which the paper clips gradients
+LARGEST = 6.0  # magnitude of an embedding; beyond it the gate's gradient vanishes (appendix of the paper)
 
 
 class HAT(Plugin):
@@ -42,13 +42,13 @@ class HAT(Plugin):
     makes the new task use units that others use, and so saves units for later ones. The paper scales gradients, for
     plain SGD; here the step is scaled, which is the same for plain SGD, and protects from momentum, weight decay and
     Adam's rescaling, too. Units are those of all linear layers and convolutions, gated after their batch norm. Batch
-    norms are per task, and all other parameters are frozen after the first experience. The task has to be told.
+    norms are per task, and all other parameters are frozen after the first experience.
 
     Curves: `hat/open/LAYER`: the share of the layer's units that the task attends to; `hat/free/LAYER`: the share that
     no task attends to.
 
     When to use:
-        Where the task is told, and units, not single weights, should be shared out among tasks.
+        In task-incremental learning, where units rather than single weights should be divided among tasks.
 
     Keeps:
         1 number per unit, batch norms and a head, per task.
@@ -73,7 +73,8 @@ class HAT(Plugin):
     )
 
     def __init__(self, *, sparsity: NonNegative = 0.75, s_max: Positive = 400.0) -> None:
-        self.sparsity, self.s_max = sparsity, s_max
+        self.sparsity = sparsity
+        self.s_max = s_max
         self.frozen: list[str] = []
         self.kept: dict[nn.Parameter, Tensor] | None = None  # how much each weight keeps
         self.before: list[Tensor] = []
@@ -83,9 +84,13 @@ class HAT(Plugin):
         inside = [name for name, m in run.model.backbone.named_modules() if isinstance(m, nn.MultiheadAttention)]
         if inside:
             where = ", ".join(inside)
-            yield f"`hat` gates layers, and the attention {where} reads its own by itself: choose another `--model`."
+            yield (
+                f"`hat` gates layers where they are called, and the attention {where} reads the weights of its own "
+                "layers without calling them: choose another `--model`."
+            )
             return
-        net, layers = run.model.backbone, layers_of(run.model.backbone)
+        net = run.model.backbone
+        layers = layers_of(net)
         if refused := list(weight_problems(self.name, net, layers, run.config.model["name"])):
             yield from refused
         else:
@@ -102,7 +107,8 @@ class HAT(Plugin):
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
         """Add the gates and batch norms of another task."""
-        net, shape = run.model.backbone, run.scenario.input_shape
+        net = run.model.backbone
+        shape = run.scenario.input_shape
         if not experience.index:
             gate_layers(net, layers_of(net), shape, lambda layer, norm: AttentionGate(layer, norm, self.s_max))
             norms_by_task(net)
@@ -139,6 +145,7 @@ class HAT(Plugin):
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
         """Return the sparsity term of equation 6."""
         gates = installed(run.model, AttentionGate).values()
+        # c sum a_t (1 - a) / sum (1 - a) (eq. 6), with a = `used`
         asked = torch.stack([torch.dot(gate.attention(), 1 - gate.used) for gate in gates]).sum()
         free = torch.stack([(1 - gate.used).sum() for gate in gates]).sum()
         return {self.name: self.sparsity * asked / free.clamp(min=1)}
@@ -148,7 +155,7 @@ class HAT(Plugin):
         """Compensate the gradients of embeddings (eq. 5), and keep the weights as they are before the step."""
         gates = installed(run.model.backbone, AttentionGate)
         for gate in gates.values():
-            gate.compensate()
+            gate.compensate()  # eq. 5
         if self.kept is None:
             used = {name: gate.used for name, gate in gates.items()}
             entering = reached(run.model.backbone, used, run.scenario.input_shape)
@@ -162,7 +169,7 @@ class HAT(Plugin):
         assert self.kept is not None
         with torch.no_grad():
             for (parameter, kept), before in zip(self.kept.items(), self.before, strict=True):
-                parameter.lerp_(before, kept)
+                parameter.lerp_(before, kept)  # eq. 2: the share min(a_i, a_j) of the old value stays
             for gate in installed(run.model, AttentionGate).values():
                 gate.embeddings[-1].clamp_(-LARGEST, LARGEST)
 

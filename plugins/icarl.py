@@ -77,8 +77,13 @@ class ICaRL(Plugin):
         read_out: Literal["nme", "output", "ncm"] = "nme",
         flip: bool | None = None,
     ) -> None:
-        self.size, self.per_class, self.batch_size = size, per_class, batch_size
-        self.outputs, self.temperature, self.read_out, self.flip = outputs, temperature, read_out, flip
+        self.size = size
+        self.per_class = per_class
+        self.batch_size = batch_size
+        self.outputs = outputs
+        self.temperature = temperature
+        self.read_out = read_out
+        self.flip = flip
         self.keeps_experiences = read_out == "ncm"
         self.form = read_out
         self.exemplars: ImageData | None = None
@@ -124,7 +129,7 @@ class ICaRL(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Reduce the old exemplar sets (algorithm 5), choose new ones (algorithm 4), and copy the network."""
-        groups = sum(map(len, run.scenario.classes[: experience.index + 1]))  # a class that came twice has two
+        groups = sum(map(len, run.scenario.classes[: experience.index + 1]))  # a class that came twice has two groups
         count = self.per_class or quota(self.size, groups, ceil=True)
         new = experience.train.to(run.device)
         self.exemplars = balanced(self.exemplars, new, count, lambda rows, m: herding(features(run, rows), m))
@@ -142,7 +147,7 @@ class ICaRL(Plugin):
     def class_means(self, run: Run) -> Tensor:
         """Return the mean of each class seen, of length 1, [C, D]; within an experience, over all its images."""
         if self.read_out == "ncm":
-            # once it is over, the experience is among the earlier ones
+            # after its end, the experience is also among the earlier ones
             earlier = [e for e in run.earlier if e.index != run.experience.index]
             rows = ImageData.concat([e.train.to(run.device) for e in (*earlier, run.experience)])
         else:

@@ -94,6 +94,6 @@ class Joint(Plugin):
         steps = 0
         for i, (part, length) in enumerate(zip([*run.earlier, experience], lengths, strict=True)):
             batch_size = run.config.train.of(i).batch_size
-            generator = torch.Generator()  # only the length is asked for
+            generator = torch.Generator()  # unused: only the number of steps is read
             steps += Sampler(len(part.train), batch_size, generator, run.device, **length).steps
         return [Phase("train", iterations=steps)]

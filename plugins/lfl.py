@@ -55,7 +55,9 @@ class LFL(Plugin):
         form: Literal["paper", "multi-head"] | None = None,
         warm_up: NonNegative = 0.0,
     ) -> None:
-        self.lambda_, self.form, self.warm_up = lambda_, form, warm_up
+        self.lambda_ = lambda_
+        self.form = form
+        self.warm_up = warm_up
         self.teacher: IncrementalNet | None = None
         self.frozen: list[str] = []
 
@@ -64,8 +66,8 @@ class LFL(Plugin):
         setting = run.scenario.setting
         if self.form == "multi-head" and setting != "task":
             yield (
-                f"`lfl.form=multi-head` needs tasks that are told, and the setting is `{setting}`: leave the form out, "
-                "or choose `--setting task`."
+                f"`lfl.form=multi-head` needs the task-incremental setting, and the setting is `{setting}`: leave the "
+                "form out, or choose `--setting task`."
             )
         if self.form == "paper" and setting != "domain":
             yield (
@@ -100,6 +102,7 @@ class LFL(Plugin):
             return None
         with torch.no_grad():
             old = self.teacher.features(batch.x)
+        # lambda/2 ||f_old(x) - f(x)||^2 (eq. 1)
         return {self.name: self.lambda_ * batch.mean(half_squared_distance(old, outputs.features))}
 
     @hookimpl

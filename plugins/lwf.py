@@ -18,9 +18,14 @@ from clframe.options import NonNegative, Positive
 from clframe.training import warm_up, warm_up_problems
 
 Form = Literal["heads", "local", "seen", "padded", "padded-mean", "all", "mc"]
-LOGITS = {
-    **{"heads": "own", "local": "current", "seen": "seen", "padded": "seen", "padded-mean": "seen"},
-    **{"all": "all", "mc": "all"},
+LOGITS = {  # the setting of `train.logits` that each form is made for
+    "heads": "own",
+    "local": "current",
+    "seen": "seen",
+    "padded": "seen",
+    "padded-mean": "seen",
+    "all": "all",
+    "mc": "all",
 }
 
 
@@ -47,7 +52,7 @@ class LwF(Plugin):
     A form sets `train.logits`.
 
     When to use:
-        First where the task is told: it is the strongest method here that keeps no image.
+        First in task-incremental learning: it is the strongest method here that keeps no image.
 
     Keeps:
         1 number per weight: the teacher.
@@ -58,8 +63,8 @@ class LwF(Plugin):
     Options:
         lambda: weight of the distillation; with `mc` 1.
         temperature: temperature T; with `mc` it has no meaning.
-        form: null: `heads` where the task is told, `all` in domains; in class-incremental learning `local`, or `seen`
-            beside a plugin that brings old images back, as `local` has no loss for them.
+        form: one of the seven forms; null: `heads` in task-incremental learning, `all` in domains, in class-incremental
+            learning `local`, or `seen` beside a plugin that brings old images back, as `local` has no loss for them.
         balance: whether, in experience t (from 1), the new images' loss is weighted by 1/t and the distillation by 1 -
             1/t; the loss of images that another plugin brings back keeps its weight.
         warm_up: length of a phase in which the new head is trained alone first, relative to the experience's own
@@ -84,8 +89,11 @@ class LwF(Plugin):
     ) -> None:
         if form == "mc" and (lambda_ != 1 or temperature != 2 or balance):
             raise WrongUse("`lwf.form=mc` is one loss: leave `lwf.lambda`, `lwf.temperature` and `lwf.balance` out.")
-        self.lambda_, self.temperature, self.balance, self.warm_up = lambda_, temperature, balance, warm_up
+        self.lambda_ = lambda_
+        self.temperature = temperature
         self.form = form
+        self.balance = balance
+        self.warm_up = warm_up
         self.teacher: IncrementalNet | None = None
 
     def owns(self, hook: str) -> bool:
@@ -107,15 +115,15 @@ class LwF(Plugin):
         form = self.form_in(run)
         if form == "heads" and setting != "task":
             yield (
-                f"`lwf.form=heads` needs tasks that are told, and the setting is `{setting}`: choose another form, or "
-                "`--setting task`."
+                f"`lwf.form=heads` needs the task-incremental setting, and the setting is `{setting}`: choose another "
+                "form, or `--setting task`."
             )
         if form == "local" and setting == "domain":
-            yield "`lwf.form=local` needs classes of its own in each experience; in the domain setting choose `all`."
+            yield "`lwf.form=local` needs different classes in each experience; in the domain setting choose `all`."
         if form == "mc" and setting == "domain":
             yield (
-                "`lwf.form=mc` distils classes that an experience does not have, and in the domain setting each has "
-                "all: choose `all`, or `--setting class`."
+                "`lwf.form=mc` distills classes that an experience does not have, and in the domain setting each has "
+                "all classes: choose `all`, or `--setting class`."
             )
         yield from warm_up_problems(run, self)
 
@@ -149,13 +157,13 @@ class LwF(Plugin):
             return None
         q = self._old_logits(batch)
         padded = self.form in ("padded", "padded-mean")
-        if padded:  # with a score of -inf a class has no share
+        if padded:  # with a score of -inf, a class has the share 0
             q = functional.pad(q, (0, outputs.logits.shape[1] - q.shape[1]), value=-torch.inf)
         if self.form == "heads":
             groups: Sequence[Sequence[int]] = run.old_heads
         else:
             groups = [range(q.shape[1]) if padded or self.form == "all" else run.old_classes]
-        share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0
+        share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0  # 1 - 1/t
         if self.form == "padded-mean":
             share /= q.shape[1]
         distilled = batch.mean(soft_cross_entropy_per_group(q, outputs.logits, groups, self.temperature))

@@ -76,9 +76,13 @@ class LwM(Plugin):
         teacher_norm: Literal["batch", "running"] = "batch",
         layer: str | None = None,
     ) -> None:
-        self.beta, self.gamma = beta, gamma
-        self.distill, self.temperature = distill, temperature
-        self.base, self.teacher_norm, self.layer = base, teacher_norm, layer
+        self.beta = beta
+        self.gamma = gamma
+        self.distill = distill
+        self.temperature = temperature
+        self.base = base
+        self.teacher_norm = teacher_norm
+        self.layer = layer
         self.teacher: IncrementalNet | None = None
 
     def wanted_logits(self, run: Run) -> str | None:
@@ -142,9 +146,9 @@ class LwM(Plugin):
     def _look(self, model: IncrementalNet, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits [B, C] and maps [B, K, H, W] of `model`, with a graph from the maps to the logits."""
         layer = model.backbone.get_submodule(self.layer)  # type: ignore[arg-type]  # chosen before the run
-        # a teacher rests in eval mode, so it has no batch norm to normalise by the batch if it is its own model
+        # a teacher is in evaluation mode: modeled on itself, no batch norm of it normalizes by the batch
         like = model if model is self.teacher and self.teacher_norm == "running" else run.model
-        # attention by the one form that torch can differentiate twice
+        # the math kernel is the only form of attention that torch can differentiate twice
         with observe(layer) as maps, normalizing_by_batch(model, like), sdpa_kernel(SDPBackend.MATH):
             return model(batch.x, batch.task).logits, maps[-1]
 

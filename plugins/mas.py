@@ -67,7 +67,11 @@ class MAS(Plugin):
         images: Path | None = None,
         heads: bool = False,
     ) -> None:
-        self.lambda_, self.form, self.samples, self.images, self.heads = lambda_, form, samples, images, heads
+        self.lambda_ = lambda_
+        self.form = form
+        self.samples = samples
+        self.images = images
+        self.heads = heads
         self.springs = Quadratic()
         self.mean = ImportanceMean()
 
@@ -83,6 +87,7 @@ class MAS(Plugin):
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.springs.anchor:
             return None
+        # lambda sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper has not
         return {self.name: weighted_penalty(run, 2 * self.lambda_, self.springs)}
 
     @hookimpl

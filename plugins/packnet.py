@@ -26,12 +26,12 @@ class PackNet(Plugin):
     tasks as well. When it is trained, the smallest `prune` of its weights in each convolution and linear layer, in
     magnitude, become 0 and free again; a phase `retrain` trains the others on, which are fixed after it. Biases and
     batch norms are those of the first experience, or of the weights that the network came with (`packnet.pretrained`),
-    and are fixed after it. Nothing is forgotten, and the task has to be told.
+    and are fixed after it. Nothing is forgotten.
 
     Curves: `packnet/free/LAYER`: the share of the layer's weights that no task owns.
 
     When to use:
-        For a few tasks: the share of free weights shrinks by a factor with each.
+        For a few tasks, in task-incremental learning: the share of free weights shrinks by a factor with each.
 
     Keeps:
         1 byte per weight in all, and a head per task.
@@ -60,7 +60,9 @@ class PackNet(Plugin):
         retrain: NonNegative = 0.5,
         pretrained: bool = False,
     ) -> None:
-        self.prune, self.retrain, self.pretrained = prune, retrain, pretrained
+        self.prune = prune
+        self.retrain = retrain
+        self.pretrained = pretrained
         self.frozen: list[str] = []
         self.held: Held | None = None
 
@@ -69,7 +71,10 @@ class PackNet(Plugin):
         net = run.model.backbone
         yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
         if len(run.scenario) > MOST_TASKS:
-            yield f"`packnet` can tell {MOST_TASKS} tasks apart, and the scenario has {len(run.scenario)} experiences."
+            yield (
+                f"`packnet` can distinguish {MOST_TASKS} tasks, and the scenario has {len(run.scenario)} experiences: "
+                "choose a scenario with fewer."
+            )
 
     def hints(self, run: Run) -> Iterable[str]:
         """Yield a sentence if a layer has no free weight left, so that a new task trains only its head there."""
@@ -102,15 +107,19 @@ class PackNet(Plugin):
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
         """Return the phase that retrains the weights that stay, if `retrain` is not 0."""
+        if not self.retrain:
+            return None
         lengths = Phase("train").length(run.settings).values()
-        epochs, iterations = (n and max(1, round(self.retrain * n)) for n in lengths)
-        return [Phase("retrain", "after", epochs, iterations)] if self.retrain else None
+        epochs, iterations = (max(1, round(self.retrain * n)) if n else n for n in lengths)
+        return [Phase("retrain", "after", epochs, iterations)]
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
         """Clear the gradients of entries that this phase does not train."""
         if self.held is None:
-            pruned = run.phase.name != "train" and run.phase.place == "after"  # by `retrain`, and by others' phases
+            pruned = (
+                run.phase.name != "train" and run.phase.place == "after"
+            )  # in `retrain`, and in phases of other plugins
             mine = run.experience.index + 1 if pruned else 0
             self.held = Held((weight, part.owner != mine) for weight, part in self.parts(run))
         self.held.clear_gradients()
@@ -122,7 +131,9 @@ class PackNet(Plugin):
         self.held.put_back()
         if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
             for weight, part in self.parts(run):
-                part.take(weight, 1 - self.prune if weight.requires_grad else 1.0)  # what a user froze stays whole
+                part.take(
+                    weight, 1 - self.prune if weight.requires_grad else 1.0
+                )  # weights that the user froze are not pruned
             restart(run.optimizer, ((weight, part.owner == 0) for weight, part in self.parts(run)))
             self.held = None
 
@@ -144,7 +155,7 @@ class PackNet(Plugin):
 
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
-        """Return a predictor with the weights of the tasks up to the one that is told, and its head."""
+        """Return a predictor with the weights of the tasks up to the given one, and its head."""
         return TaskPredictor(run.model, run.n_seen)
 
     @hookimpl

@@ -30,12 +30,13 @@ class Piggyback(Plugin):
     The weight W of each convolution and linear layer becomes W * m with m = 1 where a real mask exceeds a threshold,
     else 0 (eq. 1 and 2); the gradient of m is given to the real mask (eq. 3 and 4). Biases are not masked. A finished
     mask is kept as bits, one for each weight. The optimizer holds real masks and the new head alone, without weight
-    decay of masks. Nothing is forgotten, the order of tasks is without effect, and the task has to be told.
+    decay of masks. Nothing is forgotten, and the order of tasks is without effect.
 
     Curves: `piggyback/used/LAYER`: the share of the layer's weights that the task uses.
 
     When to use:
-        On a network with good weights (`--set model.weights=true` of torchvision's, or `--set model.start=RUN`).
+        In task-incremental learning, on a network with good weights (`--set model.weights=true` of torchvision's, or
+        `--set model.start=RUN`).
 
     Keeps:
         1 bit per weight (2 if ternary) and a head, per task.
@@ -71,7 +72,10 @@ class Piggyback(Plugin):
         norm: Literal["frozen", "task"] = "frozen",
     ) -> None:
         self.first = 0 if pretrained else 1
-        self.init, self.threshold, self.ternary, self.norm = init, threshold, ternary, norm
+        self.init = init
+        self.threshold = threshold
+        self.ternary = ternary
+        self.norm = norm
         self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -80,7 +84,7 @@ class Piggyback(Plugin):
         yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
         if self.threshold >= self.init:
             yield (
-                f"`piggyback.threshold` is {self.threshold:g}, which no mask exceeds, as all begin at "
+                f"`piggyback.threshold` is {self.threshold:g}, which no mask exceeds, as all masks begin at "
                 f"`piggyback.init`, {self.init:g}: choose a lower threshold."
             )
 

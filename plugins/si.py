@@ -46,7 +46,9 @@ class SI(Plugin):
     citation = "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, ICML 2017"
 
     def __init__(self, *, c: NonNegative = 1.0, xi: Positive = 0.1, heads: bool = True) -> None:
-        self.c, self.xi, self.heads = c, xi, heads
+        self.c = c
+        self.xi = xi
+        self.heads = heads
         self.springs = Quadratic()
         self.omega: dict[str, Tensor] = {}
         self.start: dict[str, Tensor] = {}
@@ -67,6 +69,7 @@ class SI(Plugin):
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.springs.anchor:
             return None
+        # c sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper has not
         return {self.name: weighted_penalty(run, 2 * self.c, self.springs)}
 
     @hookimpl
@@ -80,6 +83,7 @@ class SI(Plugin):
         moving = self._moving(run)
         if moving:
             names, weights, gradients = map(list, zip(*moving, strict=True))
+            # omega += -g (theta_after - theta_before)
             path_step([self.omega[name] for name in names], gradients, self.before, weights)
 
     @hookimpl
@@ -88,10 +92,12 @@ class SI(Plugin):
         weights = {name: p.detach() for name, p in run.model.named_parameters()}
         importance = dict(self.springs.precision)
         for name, omega in self.omega.items():
+            # Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi))
             new = path_importance(omega, self.start[name], weights[name], self.xi)
             importance[name] = (importance[name] + new if name in importance else new).clamp(min=0)
         self.springs.replace(importance, weights)
-        self.omega, self.start = {}, {}
+        self.omega = {}
+        self.start = {}
 
     def _moving(self, run: Run) -> list[tuple[str, Tensor, Tensor]]:
         """Return name, weight and gradient of the task's loss of each parameter of the path that this step moves."""

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from clframe.config import Config
     from clframe.context import Record, Run
 
-VALIDATION = "validation_"  # how groups of accuracies on images held out begin
+VALIDATION = "validation_"  # prefix of the groups of accuracies on held-out images
 TITLES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
-MOST_ANNOTATED = 25  # experiences; figures in the cells of a larger matrix could not be read
+MOST_ANNOTATED = 25  # experiences; the cells of a larger matrix are too small for readable figures
 # red, green, blue at 0, 25, 50, 75 and 100 %, in even steps of lightness (0.97 to 0.33 in OKLab)
 RAMP = ((253, 246, 212), (143, 210, 180), (31, 161, 173), (29, 100, 158), (39, 44, 108))
 EMPTY = (235, 235, 235)  # not measured
@@ -73,14 +73,14 @@ class TensorBoard(Plugin):
         if self.listener is not None:
             run.listeners.remove(self.listener)
         if self.writer is not None:
-            learnt = 0
+            learned = 0
             for reading, matrix in run.accuracy.items():
-                learnt = len(matrix)
+                learned = len(matrix)
                 if any(a is not None for row in matrix for a in row):
                     image = draw(matrix, TITLES[reading])
-                    self.writer.file_writer.add_summary(encoded(f"accuracy_matrix/{reading}", image), learnt)
-            if learnt == len(run.scenario):
-                self.writer.file_writer.add_summary(self.hyperparameters(run)[2])  # the session has ended well
+                    self.writer.file_writer.add_summary(encode_image(f"accuracy_matrix/{reading}", image), learned)
+            if learned == len(run.scenario):
+                self.writer.file_writer.add_summary(self.hyperparameters(run)[2])  # the session has ended as planned
             self.writer.close()
         self.writer = self.listener = None
 
@@ -99,7 +99,7 @@ class TensorBoard(Plugin):
         elif kind == "log":
             self.scalars("log", record["values"], record["total_step"])
         elif kind == "images":
-            shown = encoded(record["name"], record["picture"].numpy())
+            shown = encode_image(record["name"], record["picture"].numpy())
             self.writer.file_writer.add_summary(shown, record["experience"] + 1)
         elif kind == "eval" and record.get("part") == "val":
             for reading, row in record["rows"].items():
@@ -126,7 +126,7 @@ class TensorBoard(Plugin):
 
         from clframe.config import to_yaml
 
-        folder = run.folder / "tensorboard"  # type: ignore[operator]  # only runs with a folder are listened to
+        folder = run.folder / "tensorboard"  # type: ignore[operator]  # only runs with a folder have a listener
         if any(folder.glob("events.*")):
             self.writer = SummaryWriter(folder, purge_step=run.total_steps + 1)
             return
@@ -164,7 +164,7 @@ def layout(setting: str, config: Config) -> dict[str, dict[str, list[Any]]]:
             between[f"{title}, images held out"] = curves(f"{VALIDATION}within_{reading}/")
     after["average accuracy"] = curves("average_accuracy/")
     after["forgetting"] = curves("forgetting/")
-    pages = {"After each experience (x: experiences learnt)": after}
+    pages = {"After each experience (x: experiences learned)": after}
     if config.run.eval_every == "epoch":
         pages["Within experiences (x: steps)"] = between
     return {**pages, "Training (x: steps)": {"loss terms": curves("loss/")}}
@@ -191,12 +191,12 @@ def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     return {name: v if type(v) in (int, float, str) else str(v) for name, v in kept.items()}
 
 
-def encoded(tag: str, image: NDArray[np.uint8]) -> Any:
+def encode_image(tag: str, image: NDArray[np.uint8]) -> Any:
     """Return the summary of an image [H, W, 3]; `SummaryWriter.add_image` resamples it first, 5 times slower."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    height, width, colours = image.shape
-    shown = Summary.Image(height=height, width=width, colorspace=colours, encoded_image_string=png(image))
+    height, width, colors = image.shape
+    shown = Summary.Image(height=height, width=width, colorspace=colors, encoded_image_string=png(image))
     return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 
@@ -222,9 +222,9 @@ def draw(matrix: Matrix, title: str) -> NDArray[np.uint8]:
             canvas.line((left, top + k * cell, left + side, top + k * cell), "white", width=2)
         for i, j in np.argwhere(~np.isnan(values)).tolist():
             at = (left + (j + 0.5) * cell, top + (i + 0.5) * cell)
-            colour = "black" if values[i, j] < DARK else "white"
-            canvas.text(at, f"{100 * values[i, j]:.1f}", colour, small, anchor="mm")
-    else:  # a scale beside the cells
+            color = "black" if values[i, j] < DARK else "white"
+            canvas.text(at, f"{100 * values[i, j]:.1f}", color, small, anchor="mm")
+    else:  # too small for figures: a scale beside the cells
         x = left + side + 28
         scale = shades(np.linspace(1, 0, side)[:, None])
         image.paste(Image.fromarray(scale.repeat(24, axis=1)), (x, top))
@@ -249,5 +249,5 @@ def shades(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     import numpy as np
 
     at = np.linspace(0, 1, len(RAMP))
-    colours = np.stack([np.interp(values, at, channel) for channel in zip(*RAMP, strict=True)], axis=-1)
-    return np.where(np.isnan(values)[..., None], EMPTY, colours.round()).astype(np.uint8)
+    colors = np.stack([np.interp(values, at, channel) for channel in zip(*RAMP, strict=True)], axis=-1)
+    return np.where(np.isnan(values)[..., None], EMPTY, colors.round()).astype(np.uint8)

@@ -239,12 +239,9 @@ def test_the_flexible_network_begins_as_the_stable_one(tiny) -> None:
 
 
 def test_replay_needs_somebody_who_brings_images(tiny) -> None:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(WrongUse, match=r"`a-ltm\.on=replay` .* choose `new`") as caught:
         learn(tiny(), ALTM(on="replay"))
-    assert caught.value.problems == (
-        "`a-ltm.on=replay` needs a plugin that brings old images back, and there is none in the run: add one, or "
-        "choose `new`.",
-    )
+    assert len(caught.value.problems) == 1
 
 
 def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:

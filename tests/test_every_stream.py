@@ -250,7 +250,7 @@ def test_labels_of_classes_that_come_back_matter_to_sigmoid_losses(name: str, op
 
 
 def test_lwf_mc_is_refused_in_domains() -> None:
-    with pytest.raises(WrongUse, match=r"`lwf.form=mc` distils classes that an experience does not have"):
+    with pytest.raises(WrongUse, match=r"`lwf\.form=mc` .*: choose `all`, or `--setting class`"):
         learn("lwf", stream("domain", [[0, 1], [0, 1]]), {"form": "mc"})
 
 

@@ -218,38 +218,19 @@ def test_while_the_features_cannot_move_there_is_no_pull(tiny):
 
 
 @pytest.mark.parametrize(
-    ("form", "setting", "sentence"),
+    ("form", "setting", "fits"),
     [
-        (
-            "multi-head",
-            "class",
-            "`lfl.form=multi-head` needs tasks that are told, and the setting is `class`: leave the form out, or "
-            "choose `--setting task`.",
-        ),
-        (
-            "multi-head",
-            "domain",
-            "`lfl.form=multi-head` needs tasks that are told, and the setting is `domain`: leave the form out, or "
-            "choose `--setting task`.",
-        ),
-        (
-            "paper",
-            "task",
-            "`lfl.form=paper` needs the same classes in all experiences, and the setting is `task`: leave the form "
-            "out, or choose `--setting domain`.",
-        ),
-        (
-            "paper",
-            "class",
-            "`lfl.form=paper` needs the same classes in all experiences, and the setting is `class`: leave the form "
-            "out, or choose `--setting domain`.",
-        ),
+        ("multi-head", "class", "task"),
+        ("multi-head", "domain", "task"),
+        ("paper", "task", "domain"),
+        ("paper", "class", "domain"),
     ],
 )
-def test_a_form_that_does_not_fit_the_setting_is_refused(tiny, form: str, setting: str, sentence: str):
-    with pytest.raises(WrongUse) as caught:
+def test_a_form_that_does_not_fit_the_setting_is_refused(tiny, form: str, setting: str, fits: str):
+    sentence = rf"^`lfl\.form={form}` .* setting is `{setting}`: .* `--setting {fits}`\.$"
+    with pytest.raises(WrongUse, match=sentence) as caught:
         learn(tiny(setting=setting), LFL(form=form))
-    assert caught.value.problems == (sentence,)
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize(("form", "setting"), [("paper", "domain"), ("multi-head", "task")])

@@ -353,16 +353,18 @@ def test_logits_that_the_form_is_not_made_for_are_refused(tiny) -> None:
 @pytest.mark.parametrize("setting", ["class", "domain"])
 def test_heads_need_tasks(setting: str, tiny) -> None:
     problems = refusal(tiny(setting=setting), LwF(form="heads"))
-    assert (
-        f"`lwf.form=heads` needs tasks that are told, and the setting is `{setting}`: choose another form, or "
-        "`--setting task`."
-    ) in problems
+    assert any(
+        problem.startswith("`lwf.form=heads` ")
+        and f"the setting is `{setting}`" in problem
+        and problem.endswith("`--setting task`.")
+        for problem in problems
+    )
 
 
 def test_local_needs_classes_of_its_own(tiny) -> None:
-    assert refusal(tiny(setting="domain"), LwF(form="local")) == (
-        "`lwf.form=local` needs classes of its own in each experience; in the domain setting choose `all`.",
-    )
+    (problem,) = refusal(tiny(setting="domain"), LwF(form="local"))
+    assert problem.startswith("`lwf.form=local` ")
+    assert problem.endswith("in the domain setting choose `all`.")
 
 
 def test_a_form_with_a_loss_of_its_own_owns_it(tiny) -> None:

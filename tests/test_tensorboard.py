@@ -104,7 +104,7 @@ def test_one_custom_chart_for_each_reading_holds_all_experiences(written):
     pages = layout_pb2.Layout.FromString(tensor.string_val[0]).category
     found = {page.title: {chart.title: list(chart.multiline.tag) for chart in page.chart} for page in pages}
     assert found == {
-        "After each experience (x: experiences learnt)": {
+        "After each experience (x: experiences learned)": {
             "accuracy on each experience, class-incremental": ["^accuracy_class/"],
             "accuracy on each experience, task-incremental": ["^accuracy_task/"],
             "average accuracy": ["^average_accuracy/"],
