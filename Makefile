@@ -18,6 +18,7 @@ demo: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/prose.py
 	@rm -rf build/typed && mkdir -p build/typed/clframe
 	@ln -s $(patsubst %,../../../%,$(wildcard clframe/*) plugins scenarios cli) build/typed/clframe
 	cd build/typed && ../../$(BIN)/mypy --cache-dir ../../.mypy_cache --config-file ../../pyproject.toml clframe ../../tests

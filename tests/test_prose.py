@@ -1,0 +1,67 @@
+"""The list of unwanted words against planted ones: `make check` runs it over the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import prose
+import pytest
+
+MODULE = '''"""A module.
+
+It penalises
+whoever reads."""
+
+whoever = grey = 1  # names are no prose, but this heeds nothing
+
+
+def colour(nobody: int) -> str:
+    return f"{grey} grey {nobody}" + r"""
+        behaviour"""  # fine
+'''
+
+
+def test_words_are_found_in_docstrings_comments_and_texts_and_not_in_names(tmp_path: Path):
+    path = tmp_path / "module.py"
+    path.write_text(MODULE)
+    assert [line.removeprefix(f"{path}:") for line in prose.findings(path)] == [
+        "3: 'penalises': the same with z",
+        "4: 'whoever': a noun, such as `the user` or `a caller`",
+        "6: 'heeds': use, apply, follow",
+        "10: 'grey': gray",
+        "11: 'behaviour': behavior",
+    ]
+
+
+def test_a_page_is_looked_through_as_a_whole(tmp_path: Path):
+    path = tmp_path / "page.md"
+    path.write_text("# One\n\nAnew,\nnormalized and normalised.\n")
+    assert [line.split(": ")[1] for line in prose.findings(path)] == ["'Anew'", "'normalised'"]
+
+
+def test_words_that_are_right_are_left_alone(tmp_path: Path):
+    path = tmp_path / "page.md"
+    path.write_text(
+        "Raise noise likewise; exercise, promise, precise, wise; users who see colors, learned or labeled.\n"
+    )
+    assert list(prose.findings(path)) == []
+
+
+def test_an_allowed_word_is_allowed_in_its_file_alone(monkeypatch: pytest.MonkeyPatch):
+    path = prose.ROOT / "plugins/mas.py"
+    assert list(prose.findings(path)) == []
+    monkeypatch.setattr(prose, "ALLOWED", {})
+    assert [line.split(": ", 1)[1] for line in prose.findings(path)] == ["'springs': penalty"]
+
+
+def test_what_is_held_to_the_list_exists_and_passes(capsys: pytest.CaptureFixture[str]):
+    assert prose.main([]) == 0
+    assert capsys.readouterr().out.startswith("No unwanted word in ")
+    with pytest.raises(FileNotFoundError, match="nothing/here"):
+        prose.held(["nothing/here/*.py"])
+
+
+def test_findings_are_printed_and_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "page.md").write_text("Whoever.")
+    assert prose.main([str(tmp_path / "page.md")]) == 1
+    assert "page.md:1: 'Whoever': a noun" in capsys.readouterr().out
