@@ -28,7 +28,7 @@ from clframe.reading import open_regular, read_json
 from clframe.sums import TEXT_LIMIT, digest
 from clframe.writing import create, save_file
 
-FORMAT = 1  # of the files and of the tree in them; CHANGELOG.md has the rule for changes
+FORMAT = 1  # of the files and of the tree in them; docs/reference/compatibility.md has the rule for changes
 FILES = ("tree.json", "tensors.safetensors")
 KEPT = 2
 NAME = re.compile(r"[0-9]{1,18}")  # of a checkpoint

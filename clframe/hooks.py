@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from clframe.training import Phase
 
 # The version of the hooks: their names, arguments and meanings, and what `Run` and `Plugin` offer. It grows by one
-# where a plugin that worked would not any more; additions leave it as it is (CHANGELOG.md has the rule).
+# where a plugin that worked would not any more; additions leave it as it is (docs/reference/compatibility.md has
+# the rule).
 HOOK_API = 1
 
 hookspec = pluggy.HookspecMarker("clframe")

@@ -19,7 +19,7 @@ from clframe.reading import expanded, held_by, read_json
 if TYPE_CHECKING:
     from clframe.trained import Trained
 
-FORMAT = 1  # of results.json and model.json; CHANGELOG.md has the rule for changes
+FORMAT = 1  # of results.json and model.json; docs/reference/compatibility.md has the rule for changes
 FILE = "results.json"
 PREDICTIONS = "predictions.safetensors"
 Matrix = list[list[float | None]]

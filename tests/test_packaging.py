@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import clframe
+
 pytestmark = pytest.mark.xdist_group("packaging")  # on one worker: all look at one build
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +55,12 @@ def test_the_wheel_holds_every_file_of_the_four_folders_and_no_other(built: Path
     assert names == sources()
     assert "clframe/py.typed" in names
     assert "ewc = clframe.plugins.ewc:EWC" in entry_points
+
+
+def test_the_version_stands_in_one_place(built: Path):
+    assert next(built.glob("*.whl")).name.startswith(f"clframe-{clframe.__version__}-")
+    assert f'__version__ = "{clframe.__version__}"\n' in (ROOT / "clframe/__init__.py").read_text()
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_sdist_holds_what_the_wheel_is_built_from(built: Path):
