@@ -38,6 +38,7 @@ class Plugin(metaclass=_Validated):
       optimizers. The structure (a module, an optimizer) is built in ``before_run`` or ``grow``, the values are loaded
       afterwards; a teacher made by `clframe.model.snapshot` is rebuilt from its state.
     - ``predictor_state``: those of them that the plugin's ``predictor`` needs, so that a finished run can be loaded.
+    - ``former_state``: former names of attributes in ``state``, as keys, that older checkpoints may hold, with today's.
     - ``settings``: the scenario settings that it can serve.
     - ``suited_train``: training settings (``train.*``) that suit it. A run uses them in place of the scenario's where
       the user set nothing else; where plugins differ, the first named decides.
@@ -72,6 +73,7 @@ class Plugin(metaclass=_Validated):
     hook_api: ClassVar[int | None] = None
     state: ClassVar[tuple[str, ...]] = ()
     predictor_state: ClassVar[tuple[str, ...]] = ()
+    former_state: ClassVar[Mapping[str, str]] = {}
     settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
     suited_train: ClassVar[Mapping[str, Any]] = {}
     conflicts: ClassVar[tuple[str, ...]] = ()

@@ -214,7 +214,8 @@ def into_plugin(
     device: torch.device,
 ) -> None:
     """Set the attributes that `of_plugin` gave, those of a device on `device`; teachers are rebuilt in `structures`."""
-    for name, data in packed["dict"]:
+    for saved, data in packed["dict"]:
+        name = plugin.former_state.get(saved, saved)
         before = getattr(plugin, name, None)
         try:
             after = unpack(data, tensors, before, structures, device)

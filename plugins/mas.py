@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ class MAS(Plugin):
 
     name = "mas"
     family = "regularization"
-    state = ("springs", "mean")
+    state = ("penalties", "mean")
+    former_state: ClassVar[dict[str, str]] = {"springs": "penalties"}
     joins = "images"
     citation = "Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, Memory aware synapses, ECCV 2018"
 
@@ -72,7 +73,7 @@ class MAS(Plugin):
         self.samples = samples
         self.images = images
         self.heads = heads
-        self.springs = Quadratic()
+        self.penalties = Quadratic()
         self.mean = ImportanceMean()
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -85,10 +86,10 @@ class MAS(Plugin):
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
-        if not self.springs.anchor:
+        if not self.penalties.anchor:
             return None
         # lambda sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper has not
-        return {self.name: weighted_penalty(run, 2 * self.lambda_, self.springs)}
+        return {self.name: weighted_penalty(run, 2 * self.lambda_, self.penalties)}
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
@@ -108,5 +109,5 @@ class MAS(Plugin):
                 sums.add(batch.x, batch.task, lambda z: norm_cotangents(z, mask))
 
         new = self.mean.over(run, self.name, data, self.samples, counted, add, "abs")
-        old = self.springs.precision
-        self.springs.replace(old | {n: old[n] + omega if n in old else omega for n, omega in new.items()}, weights)
+        old = self.penalties.precision
+        self.penalties.replace(old | {n: old[n] + omega if n in old else omega for n, omega in new.items()}, weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ class SI(Plugin):
 
     name = "si"
     family = "regularization"
-    state = ("springs", "omega", "start")
+    state = ("penalties", "omega", "start")
+    former_state: ClassVar[dict[str, str]] = {"springs": "penalties"}
     needs_task_gradient = True
     citation = "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, ICML 2017"
 
@@ -49,7 +52,7 @@ class SI(Plugin):
         self.c = c
         self.xi = xi
         self.heads = heads
-        self.springs = Quadratic()
+        self.penalties = Quadratic()
         self.omega: dict[str, Tensor] = {}
         self.start: dict[str, Tensor] = {}
         self.before: list[Tensor] = []
@@ -67,10 +70,10 @@ class SI(Plugin):
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
-        if not self.springs.anchor:
+        if not self.penalties.anchor:
             return None
         # c sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper has not
-        return {self.name: weighted_penalty(run, 2 * self.c, self.springs)}
+        return {self.name: weighted_penalty(run, 2 * self.c, self.penalties)}
 
     @hookimpl
     def after_backward(self, run: Run) -> None:
@@ -90,12 +93,12 @@ class SI(Plugin):
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Turn the path integrals into importance, and move the anchor to the current weights."""
         weights = {name: p.detach() for name, p in run.model.named_parameters()}
-        importance = dict(self.springs.precision)
+        importance = dict(self.penalties.precision)
         for name, omega in self.omega.items():
             # Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi))
             new = path_importance(omega, self.start[name], weights[name], self.xi)
             importance[name] = (importance[name] + new if name in importance else new).clamp(min=0)
-        self.springs.replace(importance, weights)
+        self.penalties.replace(importance, weights)
         self.omega = {}
         self.start = {}
 

@@ -116,7 +116,7 @@ class Witness(Plugin):
         self.masks.append(mask)
         self.new.append(by_single_images(run.model, batch, mask))
         if self.mas is not None:
-            self.importance.append(dict(self.mas.springs.precision))
+            self.importance.append(dict(self.mas.penalties.precision))
 
 
 def copied(model: nn.Module) -> Weights:
@@ -150,7 +150,7 @@ def omega(scenario: Scenario, **options: Any) -> Weights:
     model, others = options.pop("model", mlp()), options.pop("others", ())
     mas = MAS(**{"heads": True} | options)
     run(scenario, mas, *others, model=model, **STILL | train)
-    return mas.springs.precision
+    return mas.penalties.precision
 
 
 def apart(got: Weights, wanted: Weights) -> float:
@@ -172,7 +172,7 @@ def test_linear_network_has_a_closed_form(tiny: Callable[..., Scenario]) -> None
     seen = run(tiny(1), mas, model=linear())
     x, w = seen.batches[0].x.flatten(1).double(), seen.weights[0]
     z = x @ w["head.0.weight"].T + w["head.0.bias"]
-    got = mas.springs.precision
+    got = mas.penalties.precision
     assert torch.allclose(got["head.0.weight"], 2 * torch.einsum("ni,nj->ij", z.abs(), x.abs()) / len(x), rtol=1e-9)
     assert torch.allclose(got["head.0.bias"], 2 * z.abs().mean(0), rtol=1e-9)
     assert got["backbone.unused"].item() == 0
@@ -221,13 +221,13 @@ def test_importance_is_that_of_single_images_and_is_added_up(
     first, second = seen.new
     assert apart(seen.importance[1], first) < 1e-6
     both = {name: value + first.get(name, 0) for name, value in second.items()}
-    assert apart(mas.springs.precision, both) < 1e-6
+    assert apart(mas.penalties.precision, both) < 1e-6
     assert all(first[name].max() > 1e-3 for name in first if name.startswith("head.0"))
     if logits in ("own", "current"):  # the old head has no say, and no new importance
         assert second["head.0.weight"].max() == 0
     assert second["head.1.weight"].max() > 1e-3
     weights = seen.weights[-1]
-    assert all(torch.equal(mas.springs.anchor[name], weights[name]) for name in both)
+    assert all(torch.equal(mas.penalties.anchor[name], weights[name]) for name in both)
 
 
 def test_gradient_of_the_batch_mean_is_another_thing(tiny: Callable[..., Scenario]) -> None:
@@ -237,7 +237,7 @@ def test_gradient_of_the_batch_mean_is_another_thing(tiny: Callable[..., Scenari
     net = copy.deepcopy(seen.model).eval()
     norm = net(seen.batches[0].x, None).logits.square().sum(1).mean()
     (mean,) = torch.autograd.grad(norm, [net.get_parameter("head.0.weight")])
-    assert mean.abs().sum() < 0.8 * mas.springs.precision["head.0.weight"].sum()
+    assert mean.abs().sum() < 0.8 * mas.penalties.precision["head.0.weight"].sum()
 
 
 def test_size_of_batches_changes_nothing(tiny: Callable[..., Scenario], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_size_of_batches_changes_nothing(tiny: Callable[..., Scenario], monkeypa
         count = ticks[-1]
         listeners = [lambda record: count.append(record["n"]) if record["kind"] == "tick" else None]
         run(tiny(1), mas, batch_size=batch_size, listeners=listeners, **STILL)
-        return mas.springs.precision
+        return mas.penalties.precision
 
     assert apart(found(1), found(50)) < 1e-9
     assert apart(found(7), found(50)) < 1e-9
@@ -262,9 +262,9 @@ def test_heads_are_left_out_unless_asked_for(tiny: Callable[..., Scenario]) -> N
     without, with_heads = MAS(), MAS(heads=True)
     run(tiny(2), without)
     run(tiny(2), with_heads)
-    assert sorted(without.springs.anchor) == sorted(backbone)
+    assert sorted(without.penalties.anchor) == sorted(backbone)
     heads = [f"head.{k}.{kind}" for k in (0, 1) for kind in ("bias", "weight")]
-    assert sorted(with_heads.springs.anchor) == sorted(backbone + heads)
+    assert sorted(with_heads.penalties.anchor) == sorted(backbone + heads)
 
 
 def test_frozen_weights_have_no_new_importance(tiny: Callable[..., Scenario]) -> None:
@@ -285,7 +285,7 @@ def test_frozen_weights_have_no_new_importance(tiny: Callable[..., Scenario]) ->
 
         @hookimpl
         def after_experience(self) -> None:
-            found.append(dict(mas.springs.precision))
+            found.append(dict(mas.penalties.precision))
 
     found: list[Weights] = []
     mas = MAS()
@@ -296,7 +296,7 @@ def test_frozen_weights_have_no_new_importance(tiny: Callable[..., Scenario]) ->
         train=QUICK,
         run={"output": None, "tensorboard": False},
     )
-    assert "backbone.net.1.weight" not in mas.springs.anchor
+    assert "backbone.net.1.weight" not in mas.penalties.anchor
     first, second = found
     assert torch.equal(first["backbone.net.1.bias"], second["backbone.net.1.bias"])
     assert first["backbone.net.1.bias"].max() > 0
@@ -309,10 +309,10 @@ def test_samples_choose_images(tiny: Callable[..., Scenario]) -> None:
     weights = [run(tiny(1), mas).weights[0] for mas in (few, same, more, whole)]
     assert all(torch.equal(weights[0][n], w[n]) for w in weights for n in w)
     name = "backbone.net.1.weight"
-    assert torch.equal(few.springs.precision[name], same.springs.precision[name])
-    assert not torch.allclose(few.springs.precision[name], more.springs.precision[name], rtol=1e-3)
+    assert torch.equal(few.penalties.precision[name], same.penalties.precision[name])
+    assert not torch.allclose(few.penalties.precision[name], more.penalties.precision[name], rtol=1e-3)
     # 71 of 72: the one that is missing accounts for the difference, so the sum of the others is within the whole
-    left_out = 72 * whole.springs.precision[name] - 71 * more.springs.precision[name]
+    left_out = 72 * whole.penalties.precision[name] - 71 * more.penalties.precision[name]
     assert (left_out > -1e-12).all()
     assert left_out.max() > 0
     singles = MAS(samples=1)
@@ -320,7 +320,7 @@ def test_samples_choose_images(tiny: Callable[..., Scenario]) -> None:
     candidates = [
         by_single_images(seen.model, row_of(seen.batches[0], b), None)[name] for b in range(len(seen.batches[0]))
     ]
-    assert sum(torch.allclose(c, singles.springs.precision[name], rtol=1e-9, atol=1e-15) for c in candidates) == 1
+    assert sum(torch.allclose(c, singles.penalties.precision[name], rtol=1e-9, atol=1e-15) for c in candidates) == 1
 
 
 def row_of(batch: Batch, b: int) -> Batch:
@@ -347,8 +347,8 @@ def test_penalty_has_no_half_and_one_anchor(tiny: Callable[..., Scenario]) -> No
         value = sum((held[n] * (theta[n] - anchor[n]) ** 2).sum().item() for n in anchor)
         assert value > 1e-5
         assert seen.penalties[step] == pytest.approx(strength * value, rel=1e-9)
-        springs = {n: 2 * strength * held[n] * (theta[n] - anchor[n]) for n in anchor if n != "backbone.unused"}
-        assert apart({n: seen.gradients[step][n] for n in springs}, springs) < 1e-9
+        pulls = {n: 2 * strength * held[n] * (theta[n] - anchor[n]) for n in anchor if n != "backbone.unused"}
+        assert apart({n: seen.gradients[step][n] for n in pulls}, pulls) < 1e-9
 
 
 def test_first_experience_and_strength_0_are_finetuning(tiny: Callable[..., Scenario]) -> None:
@@ -390,9 +390,9 @@ def test_importance_of_images_of_ones_own(form: str, dtype: Any, tiny: Callable[
     else:
         a = x.flatten(1)
         wanted = torch.relu(net.backbone.net[1](a)).T @ a / 13
-    new = mas.springs.precision[name] - seen.importance[1][name]
+    new = mas.penalties.precision[name] - seen.importance[1][name]
     assert torch.allclose(new, wanted.detach(), rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(mas.springs.precision[name], own.springs.precision[name], rtol=0.01)
+    assert not torch.allclose(mas.penalties.precision[name], own.penalties.precision[name], rtol=0.01)
 
 
 def test_images_can_be_named_in_a_config_and_found_by_a_resume(tiny: Callable[..., Scenario], tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_local_form_is_the_mean_product_of_activities(tiny: Callable[..., Scenar
         "head.0.weight": z.T @ f / len(x),
         "head.0.bias": z.mean(0),
     }
-    assert apart(mas.springs.precision, wanted) < 1e-9
+    assert apart(mas.penalties.precision, wanted) < 1e-9
     assert all(value.max() > 1e-3 for name, value in wanted.items() if name != "backbone.unused")
 
 
@@ -497,7 +497,7 @@ def test_local_form_of_convolutions(tiny: Callable[..., Scenario]) -> None:
             for kind, value in (("weight", products), ("bias", out.sum((2, 3)).mean(0))):
                 name = f"backbone.net.{layer}.{kind}"
                 total[name] = total.get(name, 0) + value.view_as(w[name])
-    got = {n: value for n, value in mas.springs.precision.items() if n != "backbone.unused"}
+    got = {n: value for n, value in mas.penalties.precision.items() if n != "backbone.unused"}
     assert apart(got, total) < 1e-9
     assert all(value.max() > 1e-3 for value in total.values())
 
@@ -576,7 +576,7 @@ def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
     whole, stopped = (checkpoint.load(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "stopped"))
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert any("mas/springs" in name for name in whole)
+    assert any("mas/penalties" in name for name in whole)
     assert not any("mas/mean/partial" in name for name in whole)
 
 
@@ -589,7 +589,7 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(momentum: float, ti
     mas = MAS(lambda_=1e5)
     listeners: list[Any] = [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
     witness = run(tiny(2), mas, listeners=listeners, epochs=10, momentum=momentum)
-    assert 0.1 * 2e5 * max(p.max().item() for p in mas.springs.precision.values()) > 2 * (1 + momentum)
+    assert 0.1 * 2e5 * max(p.max().item() for p in mas.penalties.precision.values()) > 2 * (1 + momentum)
     assert told == []
     assert all(p.isfinite().all() for p in witness.model.parameters())
 

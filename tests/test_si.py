@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, Scenario, hookimpl
+from clframe import Plugin, Scenario, checkpoint, hookimpl
 from clframe.config import TrainSettings
 from clframe.context import Run
 from clframe.data import Batch, Experience
 from clframe.errors import WrongUse
 from clframe.model import IncrementalNet
 from clframe.plugins.lwf import LwF
+from clframe.plugins.mas import MAS
 from clframe.plugins.si import SI
 from clframe.plugins.warm_up import WarmUp
+from clframe.state import into_plugin, of_plugin
 
 Weights = dict[str, Tensor]
 SGD = {"iterations": 8, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "clip": 0.0}
@@ -106,7 +108,7 @@ class Witness(Plugin):
         self.end.append(copied(run.model))
         if self.si is not None:
             self.omega_of_si.append({name: value.clone() for name, value in self.si.omega.items()})
-            self.importance.append({name: value.clone() for name, value in self.si.springs.precision.items()})
+            self.importance.append({name: value.clone() for name, value in self.si.penalties.precision.items()})
 
 
 def run(
@@ -237,7 +239,7 @@ def test_importance_stays_above_zero_where_a_path_climbs(tiny: Callable[..., Sce
         second = raw.clamp(min=0)
         assert torch.allclose(seen.importance[1][name], first, rtol=1e-9)
         assert torch.allclose(seen.importance[2][name], second, rtol=1e-9, atol=1e-12)
-        assert torch.allclose(si.springs.precision[name], second + first, rtol=1e-9)
+        assert torch.allclose(si.penalties.precision[name], second + first, rtol=1e-9)
         if w.numel() > 20:
             assert (raw < -0.1).any()  # would be a spring that pushes
             assert ((second > 0) & (second < first)).any()  # what climbs loses importance, it is not left out
@@ -288,12 +290,12 @@ def test_path_of_convolutions_and_batch_norms(tiny: Callable[..., Scenario]) -> 
     seen = run(tiny(2), si, model=cnn(), **ADAM)
     for omega, wanted in zip(seen.omega_of_si, seen.omega, strict=True):
         assert apart(omega, wanted) < 1e-9
-    assert "backbone.net.1.weight" in si.springs.anchor
-    assert not any("running" in name for name in si.springs.anchor)
+    assert "backbone.net.1.weight" in si.penalties.anchor
+    assert not any("running" in name for name in si.penalties.anchor)
 
 
 def test_a_huge_penalty_has_no_share_in_the_path(tiny: Callable[..., Scenario]) -> None:
-    """Along a trajectory that springs dominate, omega is still found from the base loss's gradients."""
+    """Along a trajectory that a penalty dominates, omega is still found from the base loss's gradients."""
     seen = run(tiny(2), SI(c=1e6), **ADAM)
     assert max(losses["si"] / losses["base"] for losses in seen.losses if "si" in losses) > 50
     assert apart(seen.omega_of_si[1], seen.omega[1]) < 1e-9
@@ -322,12 +324,12 @@ def test_importance_is_the_path_by_the_way_squared(xi: float, tiny: Callable[...
         for name, value in omega.items():
             new = value / ((end[name] - start[name]) ** 2 + xi)
             importance[name] = (importance.get(name, torch.zeros_like(new)) + new).clamp(min=0)
-        got = (*seen.importance[1:], si.springs.precision)[k]
+        got = (*seen.importance[1:], si.penalties.precision)[k]
         assert apart(got, importance) < 1e-9
         assert flat(importance).max() > 0.05
-    assert all(torch.equal(si.springs.anchor[name], w) for name, w in seen.end[-1].items())
+    assert all(torch.equal(si.penalties.anchor[name], w) for name, w in seen.end[-1].items())
     assert any((flat(omega) < 0).any() for omega in seen.omega)
-    assert si.omega == si.start == {}  # a checkpoint between experiences holds the springs alone
+    assert si.omega == si.start == {}  # a checkpoint between experiences holds the penalty alone
 
 
 def test_penalty_has_no_half_and_one_anchor(tiny: Callable[..., Scenario]) -> None:
@@ -342,15 +344,15 @@ def test_penalty_has_no_half_and_one_anchor(tiny: Callable[..., Scenario]) -> No
         value = sum((omega[n] * (theta[n] - anchor[n]) ** 2).sum().item() for n in anchor)
         assert seen.losses[step]["si"] == pytest.approx(c * value, rel=1e-9)
         assert value > 1e-5
-        springs = {n: 2 * c * omega[n] * (theta[n] - anchor[n]) for n in anchor}
-        assert apart({n: seen.by_penalties[step][n] for n in anchor}, springs) < 1e-9
+        pulls = {n: 2 * c * omega[n] * (theta[n] - anchor[n]) for n in anchor}
+        assert apart({n: seen.by_penalties[step][n] for n in anchor}, pulls) < 1e-9
     assert not any("si" in losses for losses in seen.losses[:steps])
     assert seen.losses[steps]["si"] == 0
     theta = {n: w + 1 for n, w in seen.end[-1].items()}
     net = IncrementalNet(mlp(), [2, 2, 2])
     net.load_state_dict(theta)
     term = si.penalty(Stub(net))["si"]
-    assert term.item() == pytest.approx(c * flat(si.springs.precision).sum().item(), rel=1e-9)
+    assert term.item() == pytest.approx(c * flat(si.penalties.precision).sum().item(), rel=1e-9)
 
 
 class Stub:
@@ -388,9 +390,9 @@ def test_heads_may_be_left_out(tiny: Callable[..., Scenario]) -> None:
     run(tiny(2), with_heads)
     run(tiny(2), without)
     backbone = ["backbone.net.1.weight", "backbone.net.1.bias"]
-    assert list(without.springs.anchor) == backbone
+    assert list(without.penalties.anchor) == backbone
     heads = ["head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"]
-    assert list(with_heads.springs.anchor) == backbone + heads
+    assert list(with_heads.penalties.anchor) == backbone + heads
 
 
 class Freeze(Plugin):
@@ -412,14 +414,14 @@ def test_frozen_weights_have_no_path(tiny: Callable[..., Scenario]) -> None:
     frozen = "backbone.net.1.weight"
     si = SI()
     run(tiny(2, setting="domain"), si, Freeze())
-    assert list(si.springs.anchor) == ["backbone.net.1.bias", "head.0.weight", "head.0.bias"]
+    assert list(si.penalties.anchor) == ["backbone.net.1.bias", "head.0.weight", "head.0.bias"]
     later, si = Freeze(), SI()
     later.since = 1
     seen = run(tiny(3, setting="domain"), si, later)
     assert frozen in seen.omega_of_si[0]
     assert frozen not in seen.omega_of_si[1]
-    assert torch.equal(si.springs.precision[frozen], seen.importance[1][frozen])
-    assert torch.equal(si.springs.anchor[frozen], seen.end[0][frozen])
+    assert torch.equal(si.penalties.precision[frozen], seen.importance[1][frozen])
+    assert torch.equal(si.penalties.anchor[frozen], seen.end[0][frozen])
 
 
 # ------------------------------------------------------------------------------ beside others
@@ -427,7 +429,7 @@ def test_frozen_weights_have_no_path(tiny: Callable[..., Scenario]) -> None:
 
 @pytest.mark.parametrize("setting", ["class", "task"])
 def test_path_beside_a_warm_up(setting: str, tiny: Callable[..., Scenario]) -> None:
-    """In the warm-up all springs are of frozen weights: a term without gradient. The new head's path begins in it."""
+    """In the warm-up the penalty is on frozen weights: a term without gradient. The new head's path begins in it."""
     seen = run(tiny(2, setting=setting), SI(c=3.0), WarmUp())
     assert len(seen.losses) == 3 * SGD["iterations"]
     assert apart(seen.omega_of_si[1], seen.omega[1]) < 1e-9
@@ -447,7 +449,7 @@ def test_path_beside_lwf(warm_up: float, setting: str, tiny: Callable[..., Scena
     assert apart(seen.omega_of_si[1], seen.omega[1]) < 1e-9
     assert (seen.end[1]["head.0.weight"] - seen.end[0]["head.0.weight"]).abs().max() > 1e-4
     assert seen.omega_of_si[1]["head.0.weight"].abs().max() == 0
-    assert torch.equal(si.springs.precision["head.0.weight"], seen.importance[1]["head.0.weight"])
+    assert torch.equal(si.penalties.precision["head.0.weight"], seen.importance[1]["head.0.weight"])
     assert seen.losses[-1]["si"] > 0
     assert seen.losses[-1]["lwf"] > 0
 
@@ -464,7 +466,7 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(tiny: Callable[...,
 
     si = SI(c=1e5)
     witness = run(tiny(2), si, listeners=[listen], iterations=30)
-    assert 0.1 * 2e5 * max(p.max().item() for p in si.springs.precision.values()) > 2
+    assert 0.1 * 2e5 * max(p.max().item() for p in si.penalties.precision.values()) > 2
     assert told == []
     assert all(w.isfinite().all() for w in witness.end[1].values())
 
@@ -475,3 +477,18 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(tiny: Callable[...,
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
     with pytest.raises(WrongUse, match=rf"`si\.{option}`"):
         SI(**{option: value})
+
+
+@pytest.mark.parametrize("cls", [SI, MAS])
+def test_state_under_its_former_name_is_read(cls: type[Plugin]) -> None:
+    """Checkpoints of earlier versions call the penalty `springs`."""
+    saved, read = cls(), cls()
+    saved.penalties.replace({"w": torch.tensor([2.0, 3.0])}, {"w": torch.tensor([0.5, -1.0])})
+    former = {
+        ("springs" if name == "penalties" else name): value for name, value in of_plugin(saved, cls.state).items()
+    }
+    tensors: dict[str, Tensor] = {}
+    into_plugin(read, checkpoint.pack(former, tensors), tensors, {}, torch.device("cpu"))
+    assert read.penalties.precision["w"].tolist() == [2.0, 3.0]
+    assert read.penalties.anchor["w"].tolist() == [0.5, -1.0]
+    assert not hasattr(read, "springs")
