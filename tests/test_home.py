@@ -25,9 +25,9 @@ NO_CURVES = {"tensorboard": False}
 def test_only_one_function_expands_a_path():
     calls = {}
     for folder in ("clframe", "cli", "plugins", "scenarios"):
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             names = [n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
-            calls[f"{folder}/{file.name}"] = names.count("expanduser")
+            calls[file.relative_to(ROOT).as_posix()] = names.count("expanduser")
     assert {name: count for name, count in calls.items() if count} == {"clframe/reading.py": 1}
 
 
