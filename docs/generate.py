@@ -628,7 +628,7 @@ def signature_of(hook: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    escaped = _outside_code(r"([*_\[\]{])", r"\\\1", text)
+    escaped = _outside_code(r"([*_~\[\]{])", r"\\\1", text)
     return _outside_code("<", "&lt;", escaped)
 
 

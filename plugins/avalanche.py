@@ -286,7 +286,8 @@ class Strategy:
 
     def see(self, *parts: Batch) -> None:
         """Set the rows of the iteration to those of these batches."""
-        x, y = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "y"))
+        x = torch.cat([part.x for part in parts])
+        y = torch.cat([part.y for part in parts])
         self.mbatch = [x, y, torch.zeros_like(y)]
 
     def rows(self, run: Run, x: Tensor, y: Tensor) -> Batch:
@@ -318,7 +319,8 @@ class Rows(torch.utils.data.Dataset[Any]):
     """The images of an experience as they are trained on, one by one."""
 
     def __init__(self, run: Run, data: ImageData) -> None:
-        self.run, self.data = run, data
+        self.run = run
+        self.data = data
         self.targets = data.y.tolist()
 
     def __len__(self) -> int:

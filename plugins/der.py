@@ -102,6 +102,7 @@ class DER(Plugin):
         second = batch.targets["der/term"] == 2
         then = batch.targets["der/logits"][:, : logits.shape[1]]
         known = ~then.isnan()  # the C classes that there were when the logits were kept
+        # alpha mean ||z - h(x')||^2 / C + beta mean CE(y'', h(x'')) (eq. 6)
         distances = torch.where(known, logits - then, 0.0).square().sum(1) / known.sum(1).clamp(min=1)
         terms = {f"{self.name}/logits": self.alpha * (distances * first).sum() / first.sum()}
         if self.beta:

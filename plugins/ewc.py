@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from clframe import Batch, Experience, Plugin, hookimpl
+from clframe.context import Run
 from clframe.errors import WrongUse
-from clframe.hooks import hookimpl
 from clframe.importance import ImportanceMean, Labels, Quadratic, label_cotangents, weighted_penalty
 from clframe.options import Count, NonNegative, Share
 from clframe.per_sample import GradientSums
-from clframe.plugin import Plugin
-
-if TYPE_CHECKING:
-    from clframe.context import Run
-    from clframe.data import Batch, Experience
 
 
 class EWC(Plugin):
@@ -120,6 +116,7 @@ class EWC(Plugin):
             mask = run.mask(batch.task)
             sums.add(batch.x, batch.task, lambda z: label_cotangents(z, self.labels, mask, batch.y, run.rng(self.name)))
 
+        # F_k, the mean over the images of experience k
         fisher = self.mean.over(run, self.name, experience.train, self.samples, parameters, add)
         if self.form == "online":
             # F~_t = gamma F~_{t-1} + F_t, with the latest weights as the anchor (Schwarz et al., eq. 9)

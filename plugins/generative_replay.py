@@ -147,7 +147,7 @@ class GenerativeReplay(Plugin):
             q = self.solver(rows.x).logits[:, :old]
         rows.y = q.argmax(1) if drawn is None or self.labels == "soft" else drawn
         rows.task = run.task_of(rows.y)
-        if self.labels == "soft" or self._scores_heads(run):  # with a score of -inf a class has no share
+        if self.labels == "soft" or self._scores_heads(run):  # with a score of -inf, a class has the share 0
             rows.targets[self.name] = functional.pad(q, (0, run.model.n_classes - old), value=-torch.inf)
         return rows
 
@@ -159,6 +159,7 @@ class GenerativeReplay(Plugin):
         q = batch.targets[self.name]
         z = outputs.logits
         groups = run.old_heads if run.logits == "own" else [range(z.shape[1])]
+        # loss(x', H_{t-1}(x')), the mean over the old heads where each task has its own
         replayed = soft_cross_entropy_per_group(q, z, groups, self.temperature) / len(groups)
         others = functional.cross_entropy(masked(z, run.mask(batch.task)), batch.y, reduction="none")
         return batch.mean(torch.where(run.of(self, batch), replayed, others))

@@ -76,7 +76,7 @@ class HAT(Plugin):
         self.sparsity = sparsity
         self.s_max = s_max
         self.frozen: list[str] = []
-        self.kept: dict[nn.Parameter, Tensor] | None = None  # how much each weight keeps
+        self.kept: dict[nn.Parameter, Tensor] | None = None  # the share of its old value that each weight keeps
         self.before: list[Tensor] = []
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -159,7 +159,7 @@ class HAT(Plugin):
         if self.kept is None:
             used = {name: gate.used for name, gate in gates.items()}
             entering = reached(run.model.backbone, used, run.scenario.input_shape)
-            met = {gate: entering[name] for name, gate in gates.items() if name in entering}  # by the features
+            met = {gate: entering[name] for name, gate in gates.items() if name in entering}  # that lead to features
             self.kept = {p: k for gate, into in met.items() for p, k in gate.kept(into)}
         self.before = [p.detach().clone() for p in self.kept]
 

@@ -152,7 +152,7 @@ class ICaRL(Plugin):
             rows = ImageData.concat([e.train.to(run.device) for e in (*earlier, run.experience)])
         else:
             parts = [] if self.exemplars is None else [self.exemplars]
-            if self.exemplars is None or run.sampler is not None:  # before those of the experience are chosen
+            if self.exemplars is None or run.sampler is not None:  # before the experience has exemplars
                 parts.append(run.experience.train.to(run.device))
             rows = ImageData.concat(parts)
         flips = run.scenario.transform.flip if self.flip is None else self.flip

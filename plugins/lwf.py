@@ -166,6 +166,7 @@ class LwF(Plugin):
         share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0  # 1 - 1/t
         if self.form == "padded-mean":
             share /= q.shape[1]
+        # lambda KD, KD = -sum_c s_T(old)_c log s_T(new)_c, for each group of classes
         distilled = batch.mean(soft_cross_entropy_per_group(q, outputs.logits, groups, self.temperature))
         return {self.name: self.lambda_ * share * distilled}
 

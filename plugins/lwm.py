@@ -127,12 +127,15 @@ class LwM(Plugin):
         old = run.old_classes
         q, old_maps = self._look(self.teacher, run, batch)
         z, maps = self._look(run.model, run, batch)
-        q, z, answers = q[:, old], z[:, old], outputs.logits[:, old]
+        q = q[:, old]
+        z = z[:, old]
+        answers = outputs.logits[:, old]
         b = (z if self.base == "student" else q).argmax(1, keepdim=True)
         looked = grad_cam(q.gather(1, b).squeeze(1), old_maps)
         looks = grad_cam(z.gather(1, b).squeeze(1), maps, create_graph=True)
         soft = self.distill == "softmax"
         distilled = soft_cross_entropy(q, answers, self.temperature) if soft else sigmoid_cross_entropy(q, answers)
+        # beta L_D + gamma L_AD
         return {
             f"{self.name}/distill": self.beta * batch.mean(distilled),
             f"{self.name}/attend": self.gamma * batch.mean(attention_distance(looked, looks)),
@@ -146,7 +149,7 @@ class LwM(Plugin):
     def _look(self, model: IncrementalNet, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits [B, C] and maps [B, K, H, W] of `model`, with a graph from the maps to the logits."""
         layer = model.backbone.get_submodule(self.layer)  # type: ignore[arg-type]  # chosen before the run
-        # a teacher is in evaluation mode: modeled on itself, no batch norm of it normalizes by the batch
+        # a teacher is in evaluation mode: with itself as the model to follow, its batch norms use running statistics
         like = model if model is self.teacher and self.teacher_norm == "running" else run.model
         # the math kernel is the only form of attention that torch can differentiate twice
         with observe(layer) as maps, normalizing_by_batch(model, like), sdpa_kernel(SDPBackend.MATH):

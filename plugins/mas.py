@@ -88,7 +88,7 @@ class MAS(Plugin):
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.penalties.anchor:
             return None
-        # lambda sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper has not
+        # lambda sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper does not have
         return {self.name: weighted_penalty(run, 2 * self.lambda_, self.penalties)}
 
     @hookimpl

@@ -117,9 +117,8 @@ class PackNet(Plugin):
     def after_backward(self, run: Run) -> None:
         """Clear the gradients of entries that this phase does not train."""
         if self.held is None:
-            pruned = (
-                run.phase.name != "train" and run.phase.place == "after"
-            )  # in `retrain`, and in phases of other plugins
+            # in `retrain`, and in phases of other plugins
+            pruned = run.phase.name != "train" and run.phase.place == "after"
             mine = run.experience.index + 1 if pruned else 0
             self.held = Held((weight, part.owner != mine) for weight, part in self.parts(run))
         self.held.clear_gradients()
@@ -131,9 +130,8 @@ class PackNet(Plugin):
         self.held.put_back()
         if run.phase.name == "train" and run.step + 1 == run.steps_in_phase:
             for weight, part in self.parts(run):
-                part.take(
-                    weight, 1 - self.prune if weight.requires_grad else 1.0
-                )  # weights that the user froze are not pruned
+                # weights that the user froze are not pruned
+                part.take(weight, 1 - self.prune if weight.requires_grad else 1.0)
             restart(run.optimizer, ((weight, part.owner == 0) for weight, part in self.parts(run)))
             self.held = None
 

@@ -72,7 +72,7 @@ class SI(Plugin):
         """Return the quadratic penalty; None in the first experience, where there is nothing to protect."""
         if not self.penalties.anchor:
             return None
-        # c sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper has not
+        # c sum Omega (theta - theta*)^2; `Quadratic` has the factor 1/2, which the paper does not have
         return {self.name: weighted_penalty(run, 2 * self.c, self.penalties)}
 
     @hookimpl

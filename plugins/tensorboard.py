@@ -154,7 +154,8 @@ def readings(setting: str) -> list[str]:
 
 def layout(setting: str, config: Config) -> dict[str, dict[str, list[Any]]]:
     """Return the page Custom Scalars: charts by category, each with the pattern of its curves."""
-    after, between = {}, {}
+    after = {}
+    between = {}
     for reading in readings(setting):
         title = f"accuracy on each experience, {TITLES[reading]}"
         after[title] = curves(f"accuracy_{reading}/")
@@ -210,10 +211,13 @@ def draw(matrix: Matrix, title: str) -> NDArray[np.uint8]:
     values[: len(matrix)] = np.array(matrix, dtype=float)  # None becomes nan
     annotated = n <= MOST_ANNOTATED
     cell = max(72, 360 // n) if annotated else max(1, 800 // n)
-    side, left, top = n * cell, 100, 56
+    side = n * cell
+    left = 100
+    top = 56
     image = Image.new("RGB", (left + side + (28 if annotated else 116), top + side + 80), "white")
     canvas = ImageDraw.Draw(image)
-    small, large = ImageFont.load_default(size=20), ImageFont.load_default(size=22)
+    small = ImageFont.load_default(size=20)
+    large = ImageFont.load_default(size=22)
 
     image.paste(Image.fromarray(shades(values).repeat(cell, axis=0).repeat(cell, axis=1)), (left, top))
     if annotated:
