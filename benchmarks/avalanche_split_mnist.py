@@ -441,7 +441,7 @@ def herding_time() -> str:
     """A note on how long a memory takes to choose its images of one class."""
     import torch
 
-    from clframe.memory import herding
+    from clframe.toolkit.memory import herding
 
     features = torch.nn.functional.normalize(torch.randn(5000, 512, generator=torch.Generator().manual_seed(0)), dim=1)
     times = []
@@ -471,7 +471,7 @@ def main() -> None:
         return
     from report import table
 
-    from clframe.config import data_root
+    from clframe.settings import data_root
 
     root = data_root(given.data_root and str(given.data_root))
     if not (root / "mnist.npz").exists():

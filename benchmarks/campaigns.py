@@ -161,7 +161,7 @@ def command(arguments: Sequence[str], *, inline: bool = True) -> tuple[int, str]
     from clframe.cli.main import main
 
     said = io.StringIO()
-    writer = mock.patch("clframe.folder.ThreadPoolExecutor", Inline) if inline else contextlib.nullcontext()
+    writer = mock.patch("clframe.runs.folder.ThreadPoolExecutor", Inline) if inline else contextlib.nullcontext()
     with writer, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             code = main(arguments)
@@ -192,7 +192,7 @@ def prepared() -> Iterator[Path]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with place() as folder, mock.patch("clframe.folder._commit", return_value=None), one_command_tree():
+        with place() as folder, mock.patch("clframe.runs.folder._commit", return_value=None), one_command_tree():
             yield folder
     finally:
         torch.set_num_threads(before)
@@ -398,7 +398,7 @@ class Writer:
 
 def writers(run: Path) -> list[Writer]:
     """Return the commands that write a file, those of a finished `run` among them."""
-    from clframe import export
+    from clframe.deploy import export
 
     formats = [kind for kind in export.FORMATS if kind != "onnx" or all(map(importlib.util.find_spec, export.ONNX))]
     show = ("scenarios", "show", "split-digits")
@@ -411,7 +411,7 @@ def writers(run: Path) -> list[Writer]:
 
 def faults_of_writers(given: Sequence[Writer], count: int, folder: Path, seed: int, say: Say) -> Tally:
     """Let `count` calls of commands that write a file fail: it is there and whole, or is not there at all."""
-    from clframe import export
+    from clframe.deploy import export
 
     tally, traced = Tally(), {}
     original = export._traced
@@ -670,7 +670,7 @@ def looked_at(reader: Reader, run: Path) -> tuple[list[str], Any]:
 
 def quick_reader(run: Path, name: str) -> Callable[[], Any]:
     """Return what reads the JSON file `name` of a run folder and checks it, as every command does first."""
-    from clframe import checkpoint, sums
+    from clframe.runs import checkpoint, sums
 
     if name == sums.FILE:
         return lambda: sums.read(run)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import clframe
-from clframe.pictures import png
+from clframe.data.pictures import png
 from clframe.plugins.deep_inversion import DeepInversion
 
 

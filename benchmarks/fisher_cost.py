@@ -2,8 +2,8 @@
 
 Peers square the gradient of the mean over a batch, which is one backward pass and something else than the Fisher
 information: it is smaller by about the size of the batch. Here stand beside it, interleaved in one process, the sums of
-each image's own squared gradient that `clframe.importance` computes, by label rule. Each is one pass over the same
-images, accumulated into the same tensors.
+each image's own squared gradient that `clframe.toolkit.importance` computes, by label rule. Each is one pass over the
+same images, accumulated into the same tensors.
 
 MAS is the mean of the absolute gradient of each image's own ||z||^2. Peers take the absolute gradient of the mean over
 a batch, in which images cancel out; that is what it is measured by.
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe import backbones
-from clframe.importance import Labels, label_cotangents, norm_cotangents
 from clframe.model import IncrementalNet, evaluating
-from clframe.per_sample import GradientSums, zeros_for
+from clframe.toolkit.importance import Labels, label_cotangents, norm_cotangents
+from clframe.toolkit.per_sample import GradientSums, zeros_for
 
 CLASSES = 10
 MODELS: dict[str, tuple[Callable[[tuple[int, ...]], nn.Module], tuple[int, ...], int]] = {

@@ -149,7 +149,7 @@ def compare(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[di
 
 def main() -> None:
     """The command line; workers are this file again."""
-    from clframe.config import data_root
+    from clframe.settings import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-root")

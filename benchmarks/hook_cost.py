@@ -130,9 +130,9 @@ def in_engine(n_plugins: int) -> float:
 
 def dispatch(n_plugins: int) -> float:
     """Microseconds of the calls of a step's five hooks alone."""
-    from clframe import registry
+    from clframe import compose
 
-    made = registry.manager(idle_plugins(n_plugins))
+    made = compose.manager(idle_plugins(n_plugins))
     hook = made.hook
     best = float("inf")
     for _ in range(5):

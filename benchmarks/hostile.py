@@ -204,9 +204,9 @@ class Samples:
 
         import clframe
         from clframe import registry
-        from clframe.config import RunSettings, TrainSettings
         from clframe.options import options_of
         from clframe.scenarios import files, sources, table  # noqa: F401 - imported before the forks
+        from clframe.settings import RunSettings, TrainSettings
 
         self.train, self.run = list(TrainSettings.model_fields), list(RunSettings.model_fields)
         self.plugins = [name for name in registry.names("plugin") if name not in ("avalanche", "tensorboard")]
@@ -657,7 +657,7 @@ def _changed_file(dice: Dice, file: Path, content: bytes, here: Path) -> bytes:
 def _set_sums_right(dice: Dice, run: Path) -> None:
     """Rewrite the checksums of a changed run folder, as its sender could."""
     with contextlib.suppress(Exception):  # the file of sums may be what was changed
-        from clframe import sums
+        from clframe.runs import sums
 
         if not (run / "sums.json").is_file() or (run / "sums.json").is_symlink():
             return

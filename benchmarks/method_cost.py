@@ -378,7 +378,7 @@ def main() -> None:
         return
     from report import table
 
-    from clframe.config import data_root
+    from clframe.settings import data_root
 
     root = data_root(given.data_root and str(given.data_root))
     if not (root / "mnist.npz").exists():

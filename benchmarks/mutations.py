@@ -73,7 +73,7 @@ MUTATIONS = (
     _made(
         "memories-augmented",
         "memories keep augmented images",
-        "clframe/data.py",
+        "clframe/data/transform.py",
         "            raw=rows.x,\n",
         "            raw=x,\n",
         "test_a_memory_keeps_images_as_the_data_set_has_them",
@@ -122,7 +122,7 @@ MUTATIONS = (
     _made(
         "same-noise",
         "a generator of dreams has the same noise at each step",
-        "clframe/dreamer.py",
+        "clframe/toolkit/dreamer.py",
         "x = self.generator.draw(n, rng)",
         "x = self.generator.draw(n, torch.Generator().manual_seed(0))",
         "test_a_generator_makes_other_dreams_for_each_step",
@@ -130,7 +130,7 @@ MUTATIONS = (
     _made(
         "anneal",
         "the rate of dreams rises where it should fall",
-        "clframe/inversion.py",
+        "clframe/toolkit/inversion.py",
         'group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2',
         'group["lr"] = lr * (1 - math.cos(math.pi * done)) / 2',
         "test_annealing_begins_at_the_whole_rate_and_ends_at_none",
@@ -138,7 +138,7 @@ MUTATIONS = (
     _made(
         "rival-mode",
         "the rival of adaptive DeepInversion is taught in eval mode",
-        "clframe/inversion.py",
+        "clframe/toolkit/inversion.py",
         "rival.train().requires_grad_(True)",
         "rival.eval().requires_grad_(True)",
         "test_the_rival_is_taught_in_train_mode",
@@ -146,7 +146,7 @@ MUTATIONS = (
     _made(
         "dreamer-mode",
         "the generator of always-be-dreaming is trained in eval mode",
-        "clframe/dreamer.py",
+        "clframe/toolkit/dreamer.py",
         "self.generator.train()",
         "self.generator.eval()",
         "test_a_generator_of_dreams_is_trained_in_train_mode",
@@ -154,7 +154,7 @@ MUTATIONS = (
     _made(
         "wgan-mode",
         "a WGAN is trained in eval mode",
-        "clframe/generators.py",
+        "clframe/toolkit/generators.py",
         "self.train()\n        for _ in range(self.critic_steps):",
         "self.eval()\n        for _ in range(self.critic_steps):",
         "test_a_wgan_is_trained_in_train_mode_and_its_generator_has_batch_norms",
@@ -162,7 +162,7 @@ MUTATIONS = (
     _made(
         "wgan-norms",
         "a WGAN's generator has no batch norm",
-        "clframe/generators.py",
+        "clframe/toolkit/generators.py",
         "self.decoder = _decoder(shape, net, hidden, z, norm=True)",
         "self.decoder = _decoder(shape, net, hidden, z, norm=False)",
         "test_a_wgan_is_trained_in_train_mode_and_its_generator_has_batch_norms",
@@ -170,7 +170,7 @@ MUTATIONS = (
     _made(
         "relevance",
         "`channel-gating.relevance` is ignored",
-        "clframe/gates.py",
+        "clframe/toolkit/channel_gates.py",
         "= often > relevant",
         "= often > 0",
         "test_the_share_of_images_that_makes_a_kernel_relevant_counts",
@@ -178,7 +178,7 @@ MUTATIONS = (
     _made(
         "four-images",
         "a task classifier learns from four images of each task",
-        "clframe/task_inference.py",
+        "clframe/toolkit/task_inference.py",
         "* counts[task]).long()",
         "* counts[task].clamp(max=4)).long()",
         "test_a_task_classifier_learns_from_all_images",
@@ -234,7 +234,7 @@ MUTATIONS = (
     _made(
         "size",
         "a path is chosen for a whole evaluation batch",
-        "clframe/task_inference.py",
+        "clframe/toolkit/task_inference.py",
         "self.classifier.tasks)).argmax(1)\n",
         "self.classifier.tasks)).argmax(1).mode().values.expand(len(x))\n",
         "test_a_path_is_chosen_for_each_image_by_itself",

@@ -34,7 +34,7 @@ Measured = tuple[list[dict[str, Any]], list[str]]
 
 def read_index() -> list[dict[str, Any]]:
     """The entries of `protocols/index.yaml`."""
-    from clframe.config import parse_yaml
+    from clframe.strict_yaml import parse_yaml
 
     path = PROTOCOLS / "index.yaml"
     entries: list[dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["protocols"]
@@ -200,7 +200,7 @@ def _lacking(data: str, data_root: Path) -> str:
 
 def main() -> None:
     """The command line."""
-    from clframe.config import data_root
+    from clframe.settings import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["short", "full", "campaigns", "page"])

@@ -52,7 +52,7 @@ def ours(root: Path, memory: int = 0) -> Callable[[], int]:
     """A function that reads an epoch as a run does, and gives the number of images."""
     import torch
 
-    from clframe.images import READ_AHEAD
+    from clframe.data.files import READ_AHEAD
     from clframe.scenarios.folder import split_folder
     from clframe.training import Sampler
 

@@ -242,7 +242,7 @@ class Calls:
 
     def _map_files(self) -> None:
         """Let the reads of safetensors count; an error there is made by a limit of descriptors."""
-        from clframe import checkpoint
+        from clframe.runs import checkpoint
 
         original = checkpoint.load_file
 

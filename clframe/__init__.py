@@ -9,20 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clframe.adapter import as_avalanche
     from clframe.api import extend, load, resume, run
-    from clframe.arrays import Arrays, change_domains, split_classes, suits
-    from clframe.benchmark import from_avalanche
+    from clframe.avalanche.adapter import as_avalanche
+    from clframe.avalanche.benchmark import from_avalanche
     from clframe.context import Run
-    from clframe.data import Batch, Experience, ImageData, Scenario, Transform
+    from clframe.data.batch import Batch, ImageData
+    from clframe.data.build import Arrays, change_domains, split_classes, suits
+    from clframe.data.scenario import Experience, Scenario
+    from clframe.data.split_file import save_split
+    from clframe.data.transform import Transform
+    from clframe.deploy.trained import Answer, Prediction, Trained
     from clframe.errors import ClframeError, DataError, Interrupted, RunFailed, WrongUse
     from clframe.evaluate import Predictor
     from clframe.hooks import hookimpl
     from clframe.model import IncrementalNet, Outputs, snapshot
     from clframe.plugin import Plugin
-    from clframe.results import Results
-    from clframe.splits import save_split
-    from clframe.trained import Answer, Prediction, Trained
+    from clframe.runs.results import Results
     from clframe.training import Phase
 
 __version__ = "0.1.0"
@@ -64,20 +66,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapter": "as_avalanche",
     "api": "extend load resume run",
+    "avalanche.adapter": "as_avalanche",
+    "avalanche.benchmark": "from_avalanche",
     "context": "Run",
-    "arrays": "Arrays change_domains split_classes suits",
-    "benchmark": "from_avalanche",
-    "data": "Batch Experience ImageData Scenario Transform",
+    "data.batch": "Batch ImageData",
+    "data.build": "Arrays change_domains split_classes suits",
+    "data.scenario": "Experience Scenario",
+    "data.split_file": "save_split",
+    "data.transform": "Transform",
+    "deploy.trained": "Answer Prediction Trained",
     "errors": "ClframeError DataError Interrupted RunFailed WrongUse",
     "evaluate": "Predictor",
     "hooks": "hookimpl",
     "model": "IncrementalNet Outputs snapshot",
     "plugin": "Plugin",
-    "results": "Results",
-    "trained": "Answer Prediction Trained",
-    "splits": "save_split",
+    "runs.results": "Results",
     "training": "Phase",
 }
 _HOME_OF = {name: f"clframe.{home}" for home, names in _HOMES.items() for name in names.split()}

@@ -16,22 +16,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from clframe import checkpoint, registry, state, sums
-from clframe.arrays import Arrays
-from clframe.config import (
-    DEFAULT_MODEL,
-    DEFAULT_SCENARIO,
-    OBJECT,
-    OBSERVERS,
-    START,
-    Config,
-    TrainSettings,
-    parse_yaml,
-    resolve,
-    to_yaml,
-)
+from clframe import contract, registry
+from clframe.config import resolve, to_yaml
 from clframe.context import Listener, Run
-from clframe.data import Scenario
+from clframe.data.build import Arrays
+from clframe.data.scenario import Scenario
+from clframe.data.single_image import single_image_problems
+from clframe.data.streams import following, stream_problems
+from clframe.deploy.trained import Trained
 from clframe.engine import Engine, learn
 from clframe.errors import (
     OF_THE_DISK,
@@ -42,8 +34,13 @@ from clframe.errors import (
     of_the_system,
     out_of_memory,
 )
-from clframe.extension import Base, defaults, extended, finished, join
-from clframe.folder import (
+from clframe.model import IncrementalNet, seed_torch
+from clframe.networks import prepared, tried, uncompiled
+from clframe.options import explain
+from clframe.plugin import Plugin
+from clframe.runs import checkpoint, state, sums
+from clframe.runs.extension import Base, defaults, extended, finished, join
+from clframe.runs.folder import (
     BASE,
     CONFIG_LIMIT,
     ENVIRONMENT,
@@ -53,18 +50,13 @@ from clframe.folder import (
     environment_changes,
     read_model,
 )
-from clframe.model import IncrementalNet, seed_torch
-from clframe.networks import prepared, tried, uncompiled
-from clframe.options import explain
-from clframe.plugin import Plugin
-from clframe.reading import expanded, held_by, read_text
-from clframe.record import described_in, results_of, scenario_of, split_of, temperatures
-from clframe.results import Results
-from clframe.single import single_image_problems
-from clframe.streams import following, stream_problems
-from clframe.switches import alone, beside_no_run, plain_torch, quiet_writers
-from clframe.texts import cut, told
-from clframe.trained import Trained
+from clframe.runs.record import described_in, results_of, scenario_of, split_of, temperatures
+from clframe.runs.results import Results
+from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, START, Config, TrainSettings
+from clframe.strict_yaml import parse_yaml
+from clframe.system.reading import expanded, held_by, read_text
+from clframe.system.switches import alone, beside_no_run, plain_torch, quiet_writers
+from clframe.system.texts import cut, told
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
 
@@ -88,8 +80,8 @@ def run(
             of it is trained, which `Results.trained` answers with; the given one stays as it is.
         plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling; or one name, or one
             mapping of them all.
-        train: training settings (`clframe.config.TrainSettings`).
-        run: settings of the run (`clframe.config.RunSettings`). Without ``output`` nothing is written to the disk.
+        train: training settings (`clframe.settings.TrainSettings`).
+        run: settings of the run (`clframe.settings.RunSettings`). Without ``output`` nothing is written to the disk.
         listeners: called with each record of the run's progress.
         progress: show the course of the run on stderr, as the command line does; None: on a terminal and in a notebook.
 
@@ -755,7 +747,7 @@ def _blame(engine: Engine, error: Exception) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner, place = frame.f_locals.get("self"), frame.f_code.co_name
         if isinstance(owner, Plugin):
-            kind = "hook" if place in registry.hooks_of(type(owner)) else "method"
+            kind = "hook" if place in contract.hooks_of(type(owner)) else "method"
             error.add_note(f"in plugin '{owner.name}', {kind} '{place}'")
             return f"The plugin `{owner.name}` raised in its {kind} `{place}`"
         if isinstance(owner, nn.Module) and not type(owner).__module__.startswith(("torch.", "clframe.")):

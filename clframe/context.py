@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clframe.config import Config, TrainSettings
-from clframe.data import Batch, Experience, ImageData, Scenario
+from clframe.data.batch import Batch, ImageData
+from clframe.data.pictures import grid
+from clframe.data.scenario import Experience, Scenario
 from clframe.model import IncrementalNet, Outputs, class_mask, masked
-from clframe.pictures import grid
 from clframe.plugin import Plugin
+from clframe.settings import Config, TrainSettings
 from clframe.training import Phase, Sampler
 
 Record = dict[str, Any]

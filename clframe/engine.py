@@ -15,14 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clframe import checkpoint, registry, state
+from clframe import compose
 from clframe.context import Run
-from clframe.data import Batch, Experience, ImageData, Scenario, join
+from clframe.data.batch import Batch, ImageData, join
+from clframe.data.files import READ_AHEAD
+from clframe.data.scenario import Experience, Scenario
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, answered, evaluate
-from clframe.folder import RunFolder
-from clframe.images import READ_AHEAD
 from clframe.model import seed_torch
+from clframe.runs import checkpoint, state
+from clframe.runs.folder import RunFolder
 from clframe.training import (
     Phase,
     Sampler,
@@ -107,8 +109,8 @@ class Engine:
         self.run = run
         self.stream = stream
         self.folder = folder
-        manager = registry.manager(run.plugins)
-        self.hook = registry.callers(manager)
+        manager = compose.manager(run.plugins)
+        self.hook = compose.callers(manager)
         self.readings = Readings(stream.setting, stream.classes)
         self.position = Position()
         self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin
@@ -117,7 +119,7 @@ class Engine:
         self.timings: list[dict[str, float]] = []  # of each experience
         self.row: Row | None = None  # the latest
         self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
-        self.callers = {hook: registry.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
+        self.callers = {hook: compose.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
         self.replays = self.callers["extra_batch"]
         self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}  # as `Run.of` knows them
         self.unsaved = [plugin.name for plugin in run.plugins if not plugin.resumes]

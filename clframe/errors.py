@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from clframe.texts import SENTENCE, bounded, cut
+from clframe.system.texts import SENTENCE, bounded, cut
 
 # what torch, oneDNN, Python's threads and C++ say when memory, or room for a thread, ends: all are RuntimeErrors
 OUT_OF_MEMORY = re.compile(
@@ -28,7 +28,7 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 class ClframeError(Exception):
     """Base of all errors that clframe explains in one sentence. `code` is the command line's exit code.
 
-    A sentence that holds what a user or a file gave is no longer than `clframe.texts.SENTENCE`.
+    A sentence that holds what a user or a file gave is no longer than `clframe.system.texts.SENTENCE`.
     """
 
     code = 1

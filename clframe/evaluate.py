@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clframe.data import Scenario, Setting
+from clframe.data.scenario import Scenario, Setting
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
 
 Reading = Literal["class", "task", "domain"]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from clframe.context import Run
-    from clframe.data import Batch, Experience, ImageData
+    from clframe.data.batch import Batch, ImageData
+    from clframe.data.scenario import Experience
     from clframe.model import Outputs
     from clframe.training import Phase
 

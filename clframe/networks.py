@@ -13,8 +13,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from clframe.errors import WrongUse, of_the_system, out_of_memory
 from clframe.model import Backbone, evaluating, memo_for
-from clframe.per_sample import graph_of
-from clframe.texts import cut
+from clframe.system.texts import cut
+from clframe.toolkit.per_sample import graph_of
 
 M = TypeVar("M", bound=nn.Module)
 COMPILED = "The network is compiled (`torch.compile`): the run trains it uncompiled, with the same results."

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from clframe.errors import WrongUse, did_you_mean
-from clframe.texts import cut, told
+from clframe.system.texts import cut, told
 
 # Types for the signatures of plugins, scenarios and backbones.
 Positive = Annotated[float, Field(gt=0)]
@@ -63,7 +63,7 @@ def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> li
 
 
 def fields_of(settings: type[BaseModel]) -> list[Option]:
-    """The fields of a model of settings (such as `clframe.config.TrainSettings`), in their order, as options."""
+    """The fields of a model of settings (such as `clframe.settings.TrainSettings`), in their order, as options."""
     hints = get_type_hints(settings, include_extras=True)
     return [
         Option(name, _type_in_words(hints[name]), field.default, field.description or "")

@@ -1,7 +1,6 @@
 """Names to plugins, scenarios and backbones by entry points, and all refusals on the way.
 
-Built-ins and third parties come by the same path. Only what is named is imported; listing imports nothing.
-"""
+Built-ins and third parties come by the same path. Only what is named is imported; listing imports nothing."""
 
 from __future__ import annotations
 
@@ -12,24 +11,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import pluggy
-
+from clframe.contract import _problems_of
 from clframe.errors import ClframeError, RunFailed, WrongUse, did_you_mean
-from clframe.hooks import HOOK_API, HOOKS, Hooks
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from clframe.config import RunSettings
-    from clframe.data import Scenario
+    from clframe.data.scenario import Scenario
     from clframe.plugin import Plugin
+    from clframe.settings import RunSettings
+
 
 Kind = Literal["plugin", "scenario", "model"]
 GROUPS: dict[Kind, str] = {
@@ -38,18 +35,6 @@ GROUPS: dict[Kind, str] = {
     "model": "clframe.backbones",
 }
 RESERVED = ("train", "scenario", "model", "run")  # what `--set` uses itself
-OWNED = ("base_loss", "predictor")  # hooks that a run has one owner of at most
-ACTING = (  # hooks by which a plugin changes what is learnt
-    "grow",
-    "before_experience",
-    "extra_data",
-    "extra_batch",
-    "base_loss",
-    "penalty",
-    "after_backward",
-    "after_step",
-    "predictor",
-)
 SUPPLIED = ("data_root", "input_shape", "variant")  # a builder's parameters that are no options
 
 
@@ -214,12 +199,12 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
         WrongUse: if a name or an option is wrong.
         DataError: if its data is missing or damaged, or differ from what the split's file that it comes from says.
     """
-    from clframe import splits
-    from clframe.config import data_root
-    from clframe.data import Scenario
+    from clframe.data import split_file
+    from clframe.data.scenario import Scenario
+    from clframe.settings import data_root
 
     spec = dict(spec)
-    pinned = spec.pop(splits.PINNED, None)
+    pinned = spec.pop(split_file.PINNED, None)
     offer, variant = find("scenario", spec["name"])
     build = builder("scenario", spec["name"])
     options = _options(build, spec, "scenario", f"the scenario `{spec['name']}`")
@@ -232,7 +217,7 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
     if not isinstance(built, Scenario):
         raise WrongUse(f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`.")
     if pinned is not None:
-        splits.check(built, pinned)
+        split_file.check(built, pinned)
     return built
 
 
@@ -244,132 +229,6 @@ def build_backbone(spec: Mapping[str, Any], input_shape: Sequence[int]) -> nn.Mo
     with _blamed_on(offer):
         built: nn.Module = build(tuple(input_shape), **_with_variant(offer, build, variant), **options)
     return built
-
-
-def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
-    """A manager of these plugins alone, which are called in the order of naming.
-
-    Raises:
-        WrongUse: with one sentence for each reason why they cannot run, or cannot run together.
-    """
-    from clframe.plugin import Plugin
-
-    problems = []
-    built: dict[str, Plugin] = {}
-    for plugin in plugins:
-        if inspect.isclass(plugin):
-            problems.append(f"`{plugin.__name__}` is a class; give a plugin built from it: `{plugin.__name__}()`.")
-            continue
-        if not isinstance(plugin, Plugin):
-            problems.append(f"{plugin!r} is not a plugin: its class does not derive from `clframe.Plugin`.")
-            continue
-        cls = type(plugin)
-        cls.name = cls.name or cls.__name__
-        if cls.name in built:
-            problems.append(f"The plugin `{cls.name}` is in the run twice; name it once.")
-            continue
-        if cls.name in RESERVED:
-            problems.append(f"A plugin cannot be called `{cls.name}`: `--set {cls.name}.x=...` means something else.")
-        built[cls.name] = plugin
-        problems += _problems_of(cls)
-    alone = [problem for plugin in built.values() for problem in isolation_problems(plugin, built.values())]
-    problems += alone
-    for hook in () if alone else OWNED:
-        problems += owner_problems(built.values(), hook)
-    for name, plugin in built.items():
-        for other in plugin.conflicts:
-            if other in built:
-                problems.append(f"The plugin `{name}` cannot run beside `{other}`; leave out one of them.")
-    if problems:
-        raise WrongUse(*problems)
-    made = _Manager("clframe")
-    made.add_hookspecs(Hooks)
-    try:
-        for name, plugin in reversed(built.items()):  # pluggy calls the last one first
-            made.register(plugin, name)
-        made.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise WrongUse(f"A plugin does not fit the hooks: {error}") from error
-    return made
-
-
-class _Manager(pluggy.PluginManager):
-    """A manager that looks for hooks only among what a plugin's class adds to `Plugin`: a third of the time."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        from clframe.plugin import Plugin
-
-        return None if hasattr(Plugin, name) else super().parse_hookimpl_opts(plugin, name)
-
-
-def isolation_problems(plugin: Plugin, plugins: Iterable[Plugin]) -> list[str]:
-    """The sentences that refuse others of `plugins` beside `plugin`, if it is one that ``isolates``."""
-    if not plugin.isolates:
-        return []
-    problems = []
-    others = [p for p in plugins if p is not plugin]
-    for other in others:
-        if other.isolates:
-            if plugin.name < other.name:  # one sentence for both
-                problems.append(
-                    f"`{plugin.name}` and `{other.name}` each decide what of the network a task may use; leave out one "
-                    "of them."
-                )
-        elif not other.observer and set(ACTING) & set(hooks_of(type(other))):
-            problems.append(
-                f"`{other.name}` has nothing to do beside `{plugin.name}`, where nothing that was learnt can change; "
-                "leave out one of them."
-            )
-    return problems
-
-
-def owner_problems(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> list[str]:
-    """The sentence that refuses several of `plugins` that answer `hook`, of which a run has one owner at most.
-
-    `also` is one of them that answers it in this run, whatever its ``owns`` says without knowing the run.
-    """
-    found = [f"`{p.name}`" for p in owners(plugins, hook, also)]
-    if len(found) < 2:
-        return []
-    return [f"`{hook}` is answered by {_and(found)}; a run can have only one of them."]
-
-
-def owners(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> list[Plugin]:
-    """Return those of `plugins` that answer `hook`; `also` as `owner_problems` has it."""
-    return [p for p in plugins if p is also or (_owns(type(p), hook) and p.owns(hook))]
-
-
-def callers(made: pluggy.PluginManager) -> Hooks:
-    """The hooks of `made`, to call by their names; one that no plugin answers costs nothing, as in most steps."""
-    calls: dict[str, Callable[..., Any]] = {}
-    for hook in HOOKS:
-        calls[hook] = relay = getattr(made.hook, hook)
-        if not relay.get_hookimpls():
-            calls[hook] = partial(_unanswered, None if relay.spec.opts["firstresult"] else ())
-    return cast(Hooks, SimpleNamespace(**calls))
-
-
-def callers_one_by_one(
-    made: pluggy.PluginManager, plugins: Sequence[Plugin], hook: str
-) -> list[tuple[str, pluggy.HookCaller]]:
-    """Return, for each of `plugins` that answers `hook`, its name and what calls its hook alone."""
-    found = []
-    for plugin in plugins:
-        others = [other for other in plugins if other is not plugin]
-        alone = made.subset_hook_caller(hook, others)
-        if alone.get_hookimpls():
-            found.append((plugin.name, alone))
-    return found
-
-
-def _unanswered(answer: object, **arguments: object) -> object:
-    return answer
-
-
-def hooks_of(cls: type) -> list[str]:
-    """The hooks that a plugin's class implements, in the order in which the engine calls them."""
-    implemented = {hook for _, hook, mark in _methods(cls) if mark is not None}
-    return [hook for hook in HOOKS if hook in implemented]
 
 
 def _offer(kind: Kind, entry: EntryPoint, distribution: Distribution) -> Offer:
@@ -444,69 +303,3 @@ def _blamed_on(offer: Offer) -> Iterator[None]:
             raise
         what = f"The {offer.kind} `{offer.name}` of package `{offer.package}`"
         raise RunFailed(f"{what} failed: {type(error).__name__}: {error}") from error
-
-
-def _methods(cls: type) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
-    """For each callable that a plugin's class adds: its name, the hook it stands for, its mark or None."""
-    from clframe.plugin import Plugin
-
-    for name in dir(cls):
-        if hasattr(Plugin, name) or isinstance(inspect.getattr_static(cls, name), property):
-            continue
-        value = getattr(cls, name)
-        if callable(value):
-            mark = getattr(value, "clframe_impl", None)
-            yield name, (mark and mark["specname"]) or name, mark
-
-
-def _owns(cls: type, hook: str) -> bool:
-    return any(h == hook and mark is not None and not mark["wrapper"] for _, h, mark in _methods(cls))
-
-
-@cache
-def _arguments_of(hook: str) -> list[str]:
-    """Return the names of what `hook` gives to a plugin."""
-    return list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
-
-
-def _problems_of(cls: type[Plugin]) -> list[str]:
-    """One sentence for each thing in a plugin's class that would not do what its author means."""
-    if cls.hook_api not in (None, HOOK_API):
-        which = "clframe" if isinstance(cls.hook_api, int) and cls.hook_api > HOOK_API else f"`{cls.name}`"
-        return [
-            f"The plugin `{cls.name}` was written for version {cls.hook_api} of the hooks, and this clframe has "
-            f"version {HOOK_API}: upgrade {which}."
-        ]
-    problems = []
-    for name, hook, mark in _methods(cls):
-        method = f"`{name}` of plugin `{cls.name}`"
-        if mark is None:
-            if name in HOOKS:
-                problems.append(f"{method} is named like a hook but lacks the mark: put `@hookimpl` above it.")
-            continue
-        if hook not in HOOKS:
-            problems.append(f"{method} is marked as a hook, but there is no hook `{hook}`." + did_you_mean(hook, HOOKS))
-            continue
-        if mark["hookwrapper"]:
-            problems.append(f"{method} is an old-style wrapper: use `@hookimpl(wrapper=True)`.")
-        allowed = _arguments_of(hook)
-        bound = not inspect.isfunction(inspect.getattr_static(cls, name))
-        for parameter in list(inspect.signature(getattr(cls, name)).parameters.values())[0 if bound else 1 :]:
-            if parameter.name not in allowed or parameter.kind in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
-                problems.append(
-                    f"{method} takes `{parameter.name}`, which the hook `{hook}` does not give."
-                    + did_you_mean(parameter.name, allowed)
-                )
-            elif parameter.default is not parameter.empty:
-                problems.append(f"{method} gives its argument `{parameter.name}` a default; hooks have none.")
-    for attribute in ("state", "predictor_state", "settings", "conflicts"):
-        if isinstance(getattr(cls, attribute), str):
-            problems.append(f"`{attribute}` of plugin `{cls.name}` is a text; it must be a tuple of names.")
-    return problems
-
-
-def _and(words: Sequence[str]) -> str:
-    return ", ".join(words[:-1]) + " and " + words[-1]

@@ -28,19 +28,21 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from clframe import api, checkpoint, registry, state
-from clframe.arrays import Arrays, change_domains, split_classes
-from clframe.config import DEFAULT_SCENARIO, RunSettings
+from clframe import api, compose, contract, registry
 from clframe.context import Run
-from clframe.data import Experience, Scenario, Setting, Transform
+from clframe.data.build import Arrays, change_domains, split_classes
+from clframe.data.scenario import Experience, Scenario, Setting
+from clframe.data.transform import Transform
+from clframe.deploy.trained import Trained
 from clframe.engine import Engine
 from clframe.errors import ClframeError, Interrupted, WrongUse
 from clframe.hooks import HOOKS, hookimpl
 from clframe.model import IncrementalNet, evaluating, snapshot
 from clframe.options import options_of
 from clframe.plugin import Plugin
-from clframe.results import Results
-from clframe.trained import Trained
+from clframe.runs import checkpoint, state
+from clframe.runs.results import Results
+from clframe.settings import DEFAULT_SCENARIO, RunSettings
 
 MODEL = "cnn-small"
 SETTINGS: tuple[Setting, ...] = ("class", "task", "domain")
@@ -372,7 +374,7 @@ def options_are_documented(subject: Subject, folder: Path) -> None:
 def hooks_are_marked(subject: Subject, folder: Path) -> None:
     """Every hook is marked, spelt as the contract has it, and takes what the contract gives."""
     try:
-        registry.manager([subject.plugin()])
+        compose.manager([subject.plugin()])
     except WrongUse as error:
         raise Broken(str(error)) from error
 
@@ -485,7 +487,7 @@ def a_plugin_that_does_nothing_changes_nothing_beside_it(subject: Subject, folde
 def penalties_pull(subject: Subject, folder: Path) -> None:
     """Each penalty has a gradient that is not zero once it is there, and is named by the plugin."""
     built = subject.plugin()
-    if "penalty" not in registry.hooks_of(type(built)):
+    if "penalty" not in contract.hooks_of(type(built)):
         raise NotRun("It has no penalty.")
     norms: dict[str, float] = {}
     penalty: Callable[..., dict[str, Tensor] | None] = built.penalty  # type: ignore[attr-defined]
@@ -602,7 +604,7 @@ def it_runs_on_split_digits_and_its_record_runs_again(subject: Subject, folder: 
     """A run on real images, from names and options alone, is recorded so that it runs again to the same figures."""
     if not isinstance(subject.what, str):
         raise NotRun("It is given as a class; install it, and name it, to look at the record of a run.")
-    from clframe.config import parse_yaml
+    from clframe.strict_yaml import parse_yaml
 
     name, setting = subject.what, serves(subject)
     options = subject.plugin().public_options()

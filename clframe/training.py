@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clframe.config import TrainSettings
-from clframe.data import ImageData
+from clframe.data.batch import ImageData
 from clframe.errors import DataError
 from clframe.model import freeze, thaw
+from clframe.settings import TrainSettings
 
 if TYPE_CHECKING:
     from clframe.context import Run

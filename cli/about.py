@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe import registry
+from clframe import contract, registry
 from clframe.cli import show
 from clframe.errors import ClframeError, cannot_write
 from clframe.options import options_of, sections_of
-from clframe.reading import expanded
+from clframe.system.reading import expanded
 
 if TYPE_CHECKING:
-    from clframe.data import Scenario
+    from clframe.data.scenario import Scenario
 
 
 def about_plugin(name: str, json: bool) -> None:
@@ -26,7 +26,7 @@ def about_plugin(name: str, json: bool) -> None:
         **({"family": cls.family} if cls.family else {}),
         "citation": cls.citation,
         "package": f"{offer.package} {offer.version}",
-        "hooks": registry.hooks_of(cls),
+        "hooks": contract.hooks_of(cls),
         "settings": list(cls.settings),
         "state": list(cls.state),
         "conflicts": ["every method that changes what is learnt"] if cls.isolates else list(cls.conflicts),
@@ -69,12 +69,12 @@ def about_scenario(
         sheet: file to write a picture of sample images to.
         json: whether to print a JSON document.
     """
-    from clframe import splits
     from clframe.config import resolve
+    from clframe.data import split_file
     from clframe.scenarios import sources
 
-    if name.endswith(splits.SUFFIX):
-        scenario, name = name, splits.read_split(Path(name))["name"]
+    if name.endswith(split_file.SUFFIX):
+        scenario, name = name, split_file.read_split(Path(name))["name"]
     else:
         scenario = name
     offer, _ = registry.find("scenario", name)
@@ -90,7 +90,7 @@ def about_scenario(
             config = resolve(scenario=scenario, sets=sets, run={"data_root": data_root} if data_root else None)
             built = registry.build_scenario(config.scenario, config.run)
         if save:
-            splits.write_split(expanded(save), config.scenario, built, config.run.seed)
+            split_file.write_split(expanded(save), config.scenario, built, config.run.seed)
         if sheet:
             _draw(expanded(sheet), built)
         setting = built.setting
@@ -138,8 +138,8 @@ def about_scenario(
 
 
 def _draw(path: Path, scenario: Scenario) -> None:
-    from clframe.pictures import png, sheet
-    from clframe.writing import create
+    from clframe.data.pictures import png, sheet
+    from clframe.system.writing import create
 
     beside = path.with_name(f".{path.name}")
     try:

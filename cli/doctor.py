@@ -12,8 +12,8 @@ from typing import Any
 
 from clframe import registry
 from clframe.cli import show
-from clframe.config import data_root as data_folder
 from clframe.errors import WrongUse
+from clframe.settings import data_root as data_folder
 
 PACKAGES = [
     *("clframe", "torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "tensorboard"),

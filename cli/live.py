@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clframe.cli.show import HELD_OUT, READINGS, percent
-from clframe.texts import printable
+from clframe.system.texts import printable
 
 REDRAW = 0.25  # seconds
 NAMED = 6  # names at most that a line has

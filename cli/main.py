@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clframe import __version__, registry
+from clframe import __version__, compose, registry
 from clframe.cli import advice, show, streams
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
-from clframe.reading import expanded, reason
-from clframe.texts import SENTENCE, cut
+from clframe.system.reading import expanded, reason
+from clframe.system.texts import SENTENCE, cut
 
 if TYPE_CHECKING:
-    from clframe.config import Config
     from clframe.context import Listener
-    from clframe.results import Results
+    from clframe.runs.results import Results
+    from clframe.settings import Config
 
 INTERRUPTED = 130
 BUG = 70
@@ -196,7 +196,7 @@ def run(
         _shown(learn, quiet, json)
         return
     settings = resolved()
-    registry.manager([registry.build_plugin(name, options) for name, options in settings.plugins.items()])
+    compose.manager([registry.build_plugin(name, options) for name, options in settings.plugins.items()])
     if json:
         show.document(settings.model_dump())
     else:

@@ -11,7 +11,7 @@ from clframe import __version__, registry
 from clframe.cli import show
 from clframe.errors import WrongUse
 from clframe.hooks import HOOK_API, HOOKS
-from clframe.reading import expanded
+from clframe.system.reading import expanded
 
 GROUP_OF = {"plugin": "plugins", "scenario": "scenarios", "model": "plugins"}  # of the command line
 KIND_OF = {"plugin": "plugin", "scenario": "scenario", "model": "backbone"}

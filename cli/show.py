@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.texts import UNPRINTABLE, printable
+from clframe.system.texts import UNPRINTABLE, printable
 
 if TYPE_CHECKING:
     from clframe.options import Option
-    from clframe.results import Results
+    from clframe.runs.results import Results
 
 READINGS = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
 HELD_OUT = "images held out"  # of the training images, by `train.val`

@@ -9,7 +9,7 @@ from clframe.cli import show
 from clframe.errors import WrongUse
 
 if TYPE_CHECKING:
-    from clframe.export import Format
+    from clframe.deploy.export import Format
 
 
 def predicted(folder: str, images: Sequence[str], top: int, task: int | None, skip: bool, json: bool) -> None:

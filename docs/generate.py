@@ -28,11 +28,11 @@ from typing import Any
 import yaml
 
 import clframe
-from clframe import hooks, metrics, registry
-from clframe.config import RunSettings, TrainSettings
+from clframe import compose, contract, hooks, metrics, registry
 from clframe.context import Run
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import REQUIRED, Option, fields_of, options_of, sections_of
+from clframe.settings import RunSettings, TrainSettings
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
@@ -159,7 +159,7 @@ def hook(name: str) -> str:
 
 def users(name: str) -> str:
     """The built-in methods that use a hook."""
-    found = [(n, cls) for n, cls in _plugins() if name in registry.hooks_of(cls)]
+    found = [(n, cls) for n, cls in _plugins() if name in contract.hooks_of(cls)]
     rows = [
         [_method_link(n, "../methods.md"), prose(_first_line(getattr(cls, name)))]
         for n, cls in found
@@ -214,7 +214,7 @@ def methods(family: str) -> str:
             lines += [*options(options_of(cls), name), ""]
         rows = [
             [f"[`{h}`](hooks/{h}.md)", prose(_first_line(getattr(cls, h)))]
-            for h in registry.hooks_of(cls)
+            for h in contract.hooks_of(cls)
         ]
         lines += [*table(["hook", "what the method does there"], rows), ""]
         facts = {
@@ -248,7 +248,7 @@ def _pair(a: str, b: str) -> str:
     """``+`` if two methods with their default options may run together, else the letter of the reason."""
     plugins = [registry.build_plugin(name, {}) for name in (a, b)]
     try:
-        registry.manager(plugins)
+        compose.manager(plugins)
     except clframe.WrongUse:
         return "p" if any(plugin.isolates for plugin in plugins) else "o"
     served = [s for s in ("class", "task", "domain") if s in plugins[0].settings]

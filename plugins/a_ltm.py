@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.distill import half_squared_distance, soft_cross_entropy_per_group
 from clframe.options import NonNegative
+from clframe.toolkit.distill import half_squared_distance, soft_cross_entropy_per_group
 
 
 class ALTM(Plugin):

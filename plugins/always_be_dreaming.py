@@ -9,9 +9,16 @@ from torch import Tensor
 
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.dreamer import Dreamer, Terms, balanced_cross_entropy, generator_problems, local_cross_entropy, scores
-from clframe.inversion import SHOWN, album, to_raw
 from clframe.options import Count, NonNegative, Positive
+from clframe.toolkit.dreamer import (
+    Dreamer,
+    Terms,
+    balanced_cross_entropy,
+    generator_problems,
+    local_cross_entropy,
+    scores,
+)
+from clframe.toolkit.inversion import SHOWN, album, to_raw
 
 
 class AlwaysBeDreaming(Plugin):

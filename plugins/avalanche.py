@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clframe.adapter import quiet
+from clframe.avalanche.adapter import quiet
 from clframe.context import Run
-from clframe.data import Batch
+from clframe.data.batch import Batch
 from clframe.errors import WrongUse, did_you_mean
 from clframe.hooks import hookimpl
 from clframe.model import IncrementalNet, Outputs, snapshot
@@ -23,7 +23,8 @@ from clframe.options import Count, NonNegative, Positive, Share
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
-    from clframe.data import Experience, ImageData
+    from clframe.data.batch import ImageData
+    from clframe.data.scenario import Experience
 
 # Variants, each with Avalanche's class and the paper; tests show their weights equal to Avalanche's own, bit for bit.
 TESTED = {

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.gates import ConditionalConv, condition, convolutions_of, deaf, fixed, settle
-from clframe.generators import Net, Recipe
-from clframe.masks import Held, TaskNorm, gate_problems, installed, weight_problems
 from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative, Share
-from clframe.task_inference import PathPredictor, Recollection, TaskClassifier
+from clframe.toolkit.channel_gates import ConditionalConv, condition, convolutions_of, deaf, fixed, settle
+from clframe.toolkit.generators import Net
+from clframe.toolkit.norms import TaskNorm
+from clframe.toolkit.rehearsal import Recipe
+from clframe.toolkit.task_inference import PathPredictor, Recollection, TaskClassifier
+from clframe.toolkit.unit_gates import gate_problems
+from clframe.toolkit.weight_masks import Held, installed, weight_problems
 
 
 class ChannelGating(Plugin):
@@ -36,7 +39,7 @@ class ChannelGating(Plugin):
     remembered images are kept (`size` or `per_class`), or made by a Wasserstein GAN of each task (`memory=generative`).
 
     On a ResNet each convolution has gates of its own, 1x1 convolutions of shortcuts included, by the average pixel of
-    its own input. `clframe.compaction.compacted` builds a network of one task's channels alone.
+    its own input. `clframe.toolkit.compaction.compacted` builds a network of one task's channels alone.
 
     Noisy gates learn slowly: on MNIST, 1,000 steps a task of Adam at a rate of 0.001 end at 92.9 %, at a rate of 0.01
     that falls (`train.schedule=cosine`) at 99.1 %.

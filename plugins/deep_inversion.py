@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.distill import kl_divergence
-from clframe.inversion import Dreaming, Recipe, Weights, album, dreaming_problems
 from clframe.options import Count, CountOrZero, NonNegative, Positive
+from clframe.toolkit.distill import kl_divergence
+from clframe.toolkit.inversion import Dreaming, Recipe, Weights, album, dreaming_problems
 
 
 class DeepInversion(Plugin):

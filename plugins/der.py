@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from clframe import Batch, ImageData, Outputs, Plugin, hookimpl
 from clframe.context import Run
-from clframe.data import join
-from clframe.memory import draw, reservoir, too_small
+from clframe.data.batch import join
 from clframe.model import masked
 from clframe.options import Count, NonNegative
+from clframe.toolkit.memory import draw, reservoir, too_small
 
 
 class DER(Plugin):

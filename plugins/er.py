@@ -11,8 +11,8 @@ from torch import Tensor
 from clframe import Batch, Experience, ImageData, Plugin, hookimpl
 from clframe.context import Run
 from clframe.errors import WrongUse
-from clframe.memory import at_random, balanced, draw, quota, reservoir, ring, too_small
 from clframe.options import Count
+from clframe.toolkit.memory import at_random, balanced, draw, quota, reservoir, ring, too_small
 
 
 class ER(Plugin):

@@ -9,9 +9,9 @@ from torch import Tensor
 from clframe import Batch, Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.errors import WrongUse
-from clframe.importance import ImportanceMean, Labels, Quadratic, label_cotangents, weighted_penalty
 from clframe.options import Count, NonNegative, Share
-from clframe.per_sample import GradientSums
+from clframe.toolkit.importance import ImportanceMean, Labels, Quadratic, label_cotangents, weighted_penalty
+from clframe.toolkit.per_sample import GradientSums
 
 
 class EWC(Plugin):
@@ -28,8 +28,8 @@ class EWC(Plugin):
     - online (Huszar, PNAS 2018, with one anchor, the latest; Schwarz et al., ICML 2018, eq. 9, with gamma): F~_t =
       gamma F~_{t-1} + F_t, L = loss + lambda/2 gamma F~_{t-1} (theta - theta*_{t-1})^2.
 
-    Under SGD, entries of lambda F that a step would overshoot count as less (`clframe.importance.weighted_penalty`);
-    Adam takes all of them as they are.
+    Under SGD, entries of lambda F that a step would overshoot count as less
+    (`clframe.toolkit.importance.weighted_penalty`); Adam takes all of them as they are.
 
     `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
     published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off. On

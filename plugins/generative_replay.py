@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, registry
+from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, compose, hookimpl
 from clframe.context import Run
-from clframe.distill import soft_cross_entropy_per_group
-from clframe.generators import GenerativeModel, Net, Recipe, Rehearsal, check_range
+from clframe.data.streams import single_class_problems
 from clframe.model import masked, snapshot
 from clframe.options import Count, Positive
-from clframe.streams import single_class_problems
+from clframe.toolkit.distill import soft_cross_entropy_per_group
+from clframe.toolkit.generators import GenerativeModel, Net, check_range
+from clframe.toolkit.rehearsal import Recipe, Rehearsal
 
 SHOWN = 64  # images of the generator that are logged after each experience
 CHECKED = 500  # images of known label on which the solver's agreement with the generator is measured
@@ -108,7 +109,7 @@ class GenerativeReplay(Plugin):
         if self.labels == "soft":
             yield from single_class_problems(run)
         if self.labels == "hard" and self._scores_heads(run):
-            yield from registry.owner_problems(run.plugins, "base_loss", also=self)
+            yield from compose.owner_problems(run.plugins, "base_loss", also=self)
 
     @hookimpl
     def before_run(self, run: Run) -> None:

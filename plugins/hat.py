@@ -11,19 +11,11 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import (
-    AttentionGate,
-    TaskNorm,
-    gate_layers,
-    gate_problems,
-    installed,
-    layers_of,
-    norms_by_task,
-    reached,
-    weight_problems,
-)
 from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
+from clframe.toolkit.norms import TaskNorm, norms_by_task
+from clframe.toolkit.unit_gates import AttentionGate, gate_layers, gate_problems, reached
+from clframe.toolkit.weight_masks import installed, layers_of, weight_problems
 
 LEAST_CLIP = 10_000.0  # the norm at which the paper clips gradients
 LARGEST = 6.0  # magnitude of an embedding; beyond it the gate's gradient vanishes (appendix of the paper)

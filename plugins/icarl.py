@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.distill import incremental_bce
 from clframe.evaluate import NearestMean
-from clframe.memory import balanced, draw, herding, quota, too_small
 from clframe.model import evaluating
 from clframe.options import Count, Positive
+from clframe.toolkit.distill import incremental_bce
+from clframe.toolkit.memory import balanced, draw, herding, quota, too_small
 
 
 class ICaRL(Plugin):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.distill import half_squared_distance
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
+from clframe.toolkit.distill import half_squared_distance
 from clframe.training import rest_old_blocks, warm_up, warm_up_problems
 
 

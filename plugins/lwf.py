@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.distill import incremental_bce, soft_cross_entropy_per_group
 from clframe.errors import WrongUse
 from clframe.model import masked
 from clframe.options import NonNegative, Positive
+from clframe.toolkit.distill import incremental_bce, soft_cross_entropy_per_group
 from clframe.training import warm_up, warm_up_problems
 
 Form = Literal["heads", "local", "seen", "padded", "padded-mean", "all", "mc"]

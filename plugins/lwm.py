@@ -13,16 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.distill import (
-    attention_distance,
-    grad_cam,
-    observe,
-    sigmoid_cross_entropy,
-    soft_cross_entropy,
-)
 from clframe.errors import did_you_mean
 from clframe.model import evaluating, normalizing_by_batch
 from clframe.options import NonNegative, Positive
+from clframe.toolkit.distill import attention_distance, grad_cam, observe, sigmoid_cross_entropy, soft_cross_entropy
 
 
 class LwM(Plugin):

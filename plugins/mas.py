@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from clframe import Batch, Experience, ImageData, Plugin, hookimpl
-from clframe.arrays import read_images
 from clframe.context import Run
-from clframe.importance import ImportanceMean, Quadratic, norm_cotangents, weighted_penalty
+from clframe.data.build import read_images
 from clframe.options import Count, NonNegative
-from clframe.per_sample import GradientSums
+from clframe.toolkit.importance import ImportanceMean, Quadratic, norm_cotangents, weighted_penalty
+from clframe.toolkit.per_sample import GradientSums
 
 
 class MAS(Plugin):
@@ -23,7 +23,8 @@ class MAS(Plugin):
     After an experience Omega += mean over its images of |d ||z||_2^2 / d theta|, with z the logits that take part in
     the loss, of each image by itself, in evaluation mode; L = loss + lambda sum Omega (theta - theta*)^2, with theta*
     the weights after the latest experience. No labels are needed. There is no factor 1/2, and importance is added up,
-    not averaged. Under SGD, entries that a step would overshoot count as less (`clframe.importance.weighted_penalty`).
+    not averaged. Under SGD, entries that a step would overshoot count as less
+    (`clframe.toolkit.importance.weighted_penalty`).
 
     `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
     published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off.

@@ -11,9 +11,10 @@ from torch import nn
 from clframe import Batch, Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import Held, WeightOwner, installed, layers_of, masked_weights, rest_norms, weight_problems
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
+from clframe.toolkit.norms import rest_norms
+from clframe.toolkit.weight_masks import Held, WeightOwner, installed, layers_of, masked_weights, weight_problems
 from clframe.training import restart
 
 MOST_TASKS = 255

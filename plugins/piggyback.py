@@ -10,18 +10,10 @@ from torch import nn
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.masks import (
-    TaskNorm,
-    WeightMask,
-    installed,
-    layers_of,
-    masked_weights,
-    norms_by_task,
-    rest_norms,
-    weight_problems,
-)
 from clframe.model import freeze_others, thaw
 from clframe.options import Positive
+from clframe.toolkit.norms import TaskNorm, norms_by_task, rest_norms
+from clframe.toolkit.weight_masks import WeightMask, installed, layers_of, masked_weights, weight_problems
 
 
 class Piggyback(Plugin):

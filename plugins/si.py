@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
-from clframe.importance import Quadratic, path_importance, path_step, weighted_penalty
 from clframe.options import NonNegative, Positive
+from clframe.toolkit.importance import Quadratic, path_importance, path_step, weighted_penalty
 
 
 class SI(Plugin):
@@ -20,7 +20,7 @@ class SI(Plugin):
     the experience's own loss, without any penalty and before clipping, and the step as the optimizer made it. After an
     experience Omega := max(0, Omega + omega / ((theta - theta_start)^2 + xi)), and L = loss + c sum Omega (theta -
     theta*)^2, with theta* the weights after the latest experience. There is no factor 1/2. Under SGD, entries that a
-    step would overshoot count as less (`clframe.importance.weighted_penalty`).
+    step would overshoot count as less (`clframe.toolkit.importance.weighted_penalty`).
 
     `train.clip` is 1 by default, which the papers do not have. The penalty's gradient is clipped with the rest, so that
     published learning rates and strengths do not carry over as they are: `train.clip=0` turns clipping off. Beside a

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from clframe.data.pictures import png
 from clframe.hooks import hookimpl
 from clframe.metrics import Matrix, average_accuracy, forgetting
-from clframe.pictures import png
 from clframe.plugin import Plugin
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from clframe.config import Config
     from clframe.context import Record, Run
+    from clframe.settings import Config
 
 VALIDATION = "validation_"  # prefix of the groups of accuracies on held-out images
 TITLES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}

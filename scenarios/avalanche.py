@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clframe.arrays import Arrays, change_domains, suits
-from clframe.data import Scenario, Setting, Transform
+from clframe.data.build import Arrays, change_domains, suits
+from clframe.data.files import joined
+from clframe.data.scenario import Scenario, Setting
+from clframe.data.transform import Transform
 from clframe.errors import WrongUse, did_you_mean
-from clframe.images import joined
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import cifar, mnist, sources, streams
 

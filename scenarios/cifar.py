@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clframe.arrays import Arrays, suits
-from clframe.data import Scenario, Setting, Transform
+from clframe.data.build import Arrays, suits
+from clframe.data.scenario import Scenario, Setting
+from clframe.data.transform import Transform
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import sources
 from clframe.scenarios.streams import Order, documented, split

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from clframe.arrays import Arrays, suits
-from clframe.data import Scenario, Setting, Transform
+from clframe.data.build import Arrays, suits
+from clframe.data.scenario import Scenario, Setting
+from clframe.data.transform import Transform
 from clframe.errors import DataError
 from clframe.options import Count, CountOrZero, Positive
 from clframe.scenarios.streams import Order, documented, permuted, rotated, split

@@ -15,16 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from clframe.arrays import Arrays
-from clframe.data import Part, Transform
-from clframe.duplicates import Duplicates, settled
+from clframe.data.build import Arrays
+from clframe.data.decode import LARGEST_FILE, Look, Mode
+from clframe.data.duplicates import Duplicates, settled
+from clframe.data.files import Files, Held, Images, LazyImages, bytes_of, cores
+from clframe.data.scenario import Part
+from clframe.data.streams import least_classes
+from clframe.data.transform import Transform
 from clframe.errors import DataError
-from clframe.images import Files, Held, Images, LazyImages, bytes_of, cores
-from clframe.look import LARGEST_FILE, Look, Mode
-from clframe.reading import Unreadable, read_bytes, shown
 from clframe.scenarios.streams import random_of
-from clframe.streams import least_classes
-from clframe.texts import by_name
+from clframe.system.reading import Unreadable, read_bytes, shown
+from clframe.system.texts import by_name
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
 

@@ -9,14 +9,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from clframe.arrays import suits
-from clframe.data import Part, Scenario, Setting
-from clframe.duplicates import Duplicates
+from clframe.data.build import suits
+from clframe.data.decode import Crop, Look, Mode
+from clframe.data.duplicates import Duplicates
+from clframe.data.listing import SUFFIXES, LeftOut, class_folders, is_hidden, walk
+from clframe.data.scenario import Part, Scenario, Setting
+from clframe.data.streams import least_classes
 from clframe.errors import DataError
-from clframe.listing import SUFFIXES, LeftOut, class_folders, is_hidden, walk
-from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
-from clframe.reading import expanded, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
@@ -31,7 +31,7 @@ from clframe.scenarios.files import (
     reduced,
 )
 from clframe.scenarios.streams import Order, documented, split
-from clframe.streams import least_classes
+from clframe.system.reading import expanded, reason, shown
 
 TestShare = Annotated[float, Field(gt=0, lt=1)]
 # names of folders that hold a part of the images, and no class

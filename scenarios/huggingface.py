@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clframe.arrays import suits
-from clframe.data import Part, Scenario, Setting
-from clframe.duplicates import Duplicates
+from clframe.data.build import suits
+from clframe.data.decode import LARGEST_FILE, Crop, Look, Mode
+from clframe.data.duplicates import Duplicates
+from clframe.data.listing import LeftOut, walk
+from clframe.data.scenario import Part, Scenario, Setting
 from clframe.errors import ClframeError, DataError, WrongUse
-from clframe.listing import LeftOut, walk
-from clframe.look import LARGEST_FILE, Crop, Look, Mode
 from clframe.options import Count, CountOrZero
-from clframe.reading import expanded, read_bytes
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
@@ -32,7 +31,8 @@ from clframe.scenarios.files import (
 )
 from clframe.scenarios.folder import TestShare
 from clframe.scenarios.streams import Order, documented, split
-from clframe.texts import by_name
+from clframe.system.reading import expanded, read_bytes
+from clframe.system.texts import by_name
 
 PARQUET = ".parquet"
 TESTS = ("test", "validation")  # the splits to test with, where none is named

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clframe.arrays import Arrays, suits
-from clframe.data import Scenario, Setting, Transform
+from clframe.data.build import Arrays, suits
+from clframe.data.scenario import Scenario, Setting
+from clframe.data.transform import Transform
 from clframe.options import Count, CountOrZero, Positive
 from clframe.scenarios import sources
 from clframe.scenarios.streams import Order, documented, permuted, rotated, split

@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clframe.arrays import Arrays
+from clframe.data.build import Arrays
 from clframe.errors import ClframeError, DataError
-from clframe.reading import open_regular
-from clframe.texts import cut
+from clframe.system.reading import open_regular
+from clframe.system.texts import cut
 
 IDX_FILES = (
     "train-images-idx3-ubyte",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clframe.arrays import Arrays, change_domains, split_classes
-from clframe.data import Scenario, Setting
+from clframe.data.build import Arrays, change_domains, split_classes
+from clframe.data.scenario import Scenario, Setting
 
 Order = Literal["natural", "random"] | list[int]
 Builder = TypeVar("Builder", bound=Callable[..., Scenario])
@@ -84,7 +84,7 @@ def split(
     seed: int | None,
     limit: int | None,
 ) -> Scenario:
-    """`clframe.arrays.split_classes` of at most `limit` images of each class, in an order that may be named."""
+    """`clframe.data.build.split_classes` of at most `limit` images of each class, in an order that may be named."""
     if isinstance(order, str):
         count = len(arrays.class_names)
         order = random_of(seed).permutation(count).tolist() if order == "random" else list(range(count))

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from clframe.arrays import Arrays, suits
-from clframe.data import ImageData, Part, Scenario, Setting
-from clframe.duplicates import Duplicates
+from clframe.data.batch import ImageData
+from clframe.data.build import Arrays, suits
+from clframe.data.decode import Crop, Look, Mode
+from clframe.data.duplicates import Duplicates
+from clframe.data.scenario import Part, Scenario, Setting
 from clframe.errors import ClframeError, DataError, WrongUse, did_you_mean
-from clframe.look import Crop, Look, Mode
 from clframe.options import Count, CountOrZero
-from clframe.reading import expanded, open_regular, reason, shown
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
@@ -33,7 +33,8 @@ from clframe.scenarios.files import (
 )
 from clframe.scenarios.folder import PART, TestShare
 from clframe.scenarios.streams import Order, documented, random_of, split
-from clframe.texts import by_name
+from clframe.system.reading import expanded, open_regular, reason, shown
+from clframe.system.texts import by_name
 
 LARGEST = 2**28  # bytes of a table
 LONGEST_HEADER = 2**16  # characters in which the delimiter is looked for

@@ -16,9 +16,10 @@ from clframe import WrongUse, registry
 from clframe.cli import advice
 from clframe.cli import main as cli
 from clframe.cli.main import app, main
-from clframe.config import START, RunSettings, TrainSettings, parse_yaml
 from clframe.context import Run
 from clframe.options import options_of, validated
+from clframe.settings import START, RunSettings, TrainSettings
+from clframe.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = advice.commands(app)
@@ -30,7 +31,7 @@ OWN = {"huggingface": "huggingface:x", "torchvision": "torchvision:resnet18", "a
 def texts() -> Iterator[str]:
     """All texts of the program but docstrings; what is filled in stands in braces."""
     for folder in ("clframe", "cli", "plugins", "scenarios"):
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
             bodies = [node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and node.body]

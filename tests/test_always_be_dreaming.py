@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import clframe
-from clframe import Batch, IncrementalNet, Plugin, dreamer, hookimpl, snapshot
+from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot
 from clframe.backbones import cnn_small
 from clframe.engine import Engine
 from clframe.errors import Interrupted, RunFailed, WrongUse
 from clframe.plugins.always_be_dreaming import AlwaysBeDreaming
+from clframe.toolkit import dreamer
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 SHORT: dict[str, Any] = {"iterations": 6, "batch_size": 8, "noise": 10, "width": 8}

@@ -10,7 +10,7 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.adapter import Around, as_avalanche
+from clframe.avalanche.adapter import Around, as_avalanche
 from clframe.errors import WrongUse
 from clframe.plugins.ewc import EWC
 from clframe.plugins.icarl import ICaRL

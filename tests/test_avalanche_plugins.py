@@ -16,15 +16,15 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl, registry
-from clframe.adapter import quiet
+from clframe.avalanche.adapter import quiet
 from clframe.cli.main import main
-from clframe.config import RunSettings, TrainSettings
 from clframe.errors import DataError, WrongUse
 from clframe.hooks import HOOKS
 from clframe.model import IncrementalNet
 from clframe.options import options_of
 from clframe.plugins import avalanche as adapter
 from clframe.scenarios import avalanche as scenario_adapter
+from clframe.settings import RunSettings, TrainSettings
 from clframe.training import Sampler
 
 pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s

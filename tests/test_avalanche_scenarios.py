@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(name, options, words, root):
 
 def test_the_name_alone_is_refused(root):
     with pytest.raises(WrongUse, match="The scenario `avalanche` needs a variant"):
-        build_scenario({"name": "avalanche"}, clframe.config.RunSettings())
+        build_scenario({"name": "avalanche"}, clframe.settings.RunSettings())
 
 
 def test_every_classic_benchmark_of_avalanche_is_known():

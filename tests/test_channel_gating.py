@@ -15,10 +15,10 @@ import clframe
 from clframe import Plugin, hookimpl
 from clframe.engine import Engine
 from clframe.errors import Interrupted, WrongUse
-from clframe.gates import ConditionalConv, firing
-from clframe.masks import installed
 from clframe.model import evaluating
 from clframe.plugins.channel_gating import ChannelGating
+from clframe.toolkit.channel_gates import ConditionalConv, firing
+from clframe.toolkit.weight_masks import installed
 
 TRAIN = {"schedule": "constant", "epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.02}
 MOVERS = {  # all that moves weights whose gradient is zero

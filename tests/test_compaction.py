@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from clframe import IncrementalNet, backbones
-from clframe.compaction import CompactConv, compacted
-from clframe.gates import ConditionalConv, convolutions_of, open_relus
-from clframe.masks import TaskNorm, gate_layers, installed, norms_by_task
+from clframe.toolkit.channel_gates import ConditionalConv, convolutions_of, open_relus
+from clframe.toolkit.compaction import CompactConv, compacted
+from clframe.toolkit.norms import TaskNorm, norms_by_task
+from clframe.toolkit.unit_gates import gate_layers
+from clframe.toolkit.weight_masks import installed
 
 SHAPE = (3, 16, 16)
 

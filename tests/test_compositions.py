@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, hookimpl, registry
+from clframe import Plugin, compose, contract, hookimpl, registry
 from clframe.context import Run
 from clframe.engine import Engine
 from clframe.errors import Interrupted, WrongUse
@@ -135,8 +135,8 @@ def refusal(run: Run, a: Plugin, b: Plugin) -> tuple[str, ...]:
                 f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learnt can change; "
             )
             return (nothing + "leave out one of them.",)
-    for hook in registry.OWNED:
-        if all(hook in registry.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
+    for hook in compose.OWNED:
+        if all(hook in contract.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
             return (f"`{hook}` is answered by `{a.name}` and `{b.name}`; a run can have only one of them.",)
     for one, other in ((a, b), (b, a)):
         if other.name in one.conflicts:

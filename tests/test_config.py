@@ -6,9 +6,11 @@ import torch
 
 import clframe
 from clframe import Plugin, WrongUse, hookimpl, registry
-from clframe.config import RunSettings, TrainSettings, parse_yaml, resolve, to_yaml
+from clframe.config import resolve, to_yaml
 from clframe.engine import Engine
 from clframe.errors import Interrupted
+from clframe.settings import RunSettings, TrainSettings
+from clframe.strict_yaml import parse_yaml
 
 
 def problems(**given):

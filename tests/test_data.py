@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clframe.arrays import Arrays, change_domains, split_classes, suits
-from clframe.data import Batch, ImageData, Scenario, Transform, join
+from clframe.data.batch import Batch, ImageData, join
+from clframe.data.build import Arrays, change_domains, split_classes, suits
+from clframe.data.scenario import Scenario
+from clframe.data.transform import Transform
 from clframe.errors import DataError, WrongUse
 
 

@@ -23,16 +23,16 @@ from clframe import (
     Transform,
     change_domains,
     hookimpl,
-    inversion,
     snapshot,
     split_classes,
 )
 from clframe.backbones import cnn_small
 from clframe.engine import Engine
 from clframe.errors import Interrupted, RunFailed, WrongUse
-from clframe.inversion import jensen_shannon
 from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.lwf import LwF
+from clframe.toolkit import inversion
+from clframe.toolkit.inversion import jensen_shannon
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 SHORT: dict[str, Any] = {"per_class": 4, "iterations": 6}

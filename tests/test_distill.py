@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe import Batch
-from clframe.distill import (
+from clframe.toolkit.distill import (
     attention_distance,
     half_squared_distance,
     hard_cross_entropy,

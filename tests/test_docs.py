@@ -16,12 +16,13 @@ import pytest
 import typer
 
 import clframe
-from clframe import Plugin, registry
+from clframe import Plugin, compose, contract, registry
 from clframe.cli.main import app, main
-from clframe.config import RunSettings, TrainSettings, resolve
+from clframe.config import resolve
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import options_of
 from clframe.options import sections_of as sections_of_docstring
+from clframe.settings import RunSettings, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -247,7 +248,7 @@ def test_configurations_in_pages_resolve(tmp_path):
     for block in blocks:
         (tmp_path / "page.yaml").write_text(block)
         config = resolve(yaml_file=tmp_path / "page.yaml")
-        registry.manager([registry.build_plugin(name, options) for name, options in config.plugins.items()])
+        compose.manager([registry.build_plugin(name, options) for name, options in config.plugins.items()])
 
 
 # -------------------------------------------------------------------------- that all is documented
@@ -263,7 +264,7 @@ def test_every_hook_has_a_page_with_its_exact_signature_arguments_and_users():
         for argument in list(inspect.signature(getattr(Hooks, name)).parameters)[1:]:
             assert f"\n| `{argument}` | [`" in page
         for plugin in generate.names("plugin"):
-            uses = name in registry.hooks_of(registry.plugin_class(plugin))
+            uses = name in contract.hooks_of(registry.plugin_class(plugin))
             assert (f"| [`{plugin}`](../methods.md#{plugin}) |" in page) == uses
     assert generate.signature_of("penalty") == (
         "def penalty(\n    self, run: Run, batch: Batch, outputs: Outputs\n) -> dict[str, Tensor] | None: ..."
@@ -292,7 +293,7 @@ def test_the_docstring_of_a_plugin_has_all_sections_and_names_its_hooks(name):
     for heading in ("", "When to use", "Keeps", "Hooks"):
         assert parts.get(heading), f"{cls.__name__} in {cls.__module__} lacks the section `{heading}:` of its docstring"
     listed = re.findall(r"`(\w+)`", parts["Hooks"])
-    hooks = registry.hooks_of(cls)
+    hooks = contract.hooks_of(cls)
     assert [h for h in listed if h != "after_run"] == [h for h in hooks if h != "after_run"], (
         f"{name}: section `Hooks:`"
     )

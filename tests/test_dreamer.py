@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from clframe import IncrementalNet, snapshot
 from clframe.backbones import cnn_small
-from clframe.dreamer import (
+from clframe.toolkit.dreamer import (
     Dreamer,
     Generator,
     Terms,
@@ -26,7 +26,7 @@ from clframe.dreamer import (
     roughness,
     scores,
 )
-from clframe.inversion import norms_of, observe_norms, reinitialise
+from clframe.toolkit.inversion import norms_of, observe_norms, reinitialise
 
 NOTHING = Terms(0.0, 1e3, 0.0, 0.0, 0.0)
 

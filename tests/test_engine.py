@@ -15,11 +15,11 @@ from torch.nn import functional
 
 import clframe
 from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
-from clframe.config import parse_yaml
 from clframe.errors import DataError, RunFailed, WrongUse
 from clframe.plugins.ewc import EWC
+from clframe.strict_yaml import parse_yaml
+from clframe.system.writing import save_file
 from clframe.training import training_only
-from clframe.writing import save_file
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
 
@@ -224,7 +224,7 @@ def test_gradients_are_clipped_by_default_and_not_where_it_is_0(tiny):
     assert max(clipped.norms) <= 0.01 * (1 + 1e-4)
     learn(tiny(), free)
     assert max(free.norms) > 0.5
-    assert clframe.config.TrainSettings().clip == 1.0
+    assert clframe.settings.TrainSettings().clip == 1.0
 
 
 @pytest.mark.parametrize(
@@ -688,7 +688,7 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_nothing(tiny, tmp_path: P
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(clframe.checkpoint, "sync", full)
+    monkeypatch.setattr(clframe.runs.checkpoint, "sync", full)
     with pytest.raises(RunFailed, match=r"could not be written .*No space left on device"):
         learn(tiny(), output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -702,7 +702,7 @@ def test_a_full_disk_while_predictions_are_kept_is_no_bug(tiny, tmp_path: Path, 
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         original(tensors, path)
 
-    monkeypatch.setattr(clframe.checkpoint, "save_file", full)
+    monkeypatch.setattr(clframe.runs.checkpoint, "save_file", full)
     with pytest.raises(RunFailed, match=r"could not be written: .*No space left on device.*predictions"):
         learn(tiny(), output=str(tmp_path / "run"), tensorboard=False)
 

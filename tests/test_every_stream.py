@@ -24,17 +24,18 @@ from clframe import (
     Scenario,
     Transform,
     WrongUse,
+    contract,
     extend,
     hookimpl,
-    inversion,
     registry,
     run,
 )
 from clframe.context import Run
-from clframe.data import Setting
-from clframe.distill import incremental_bce
+from clframe.data.scenario import Setting
+from clframe.data.streams import first_return
 from clframe.model import evaluating
-from clframe.streams import first_return
+from clframe.toolkit import inversion
+from clframe.toolkit.distill import incremental_bce
 from clframe.training import restart
 
 # options that make a plugin small; all others are at their defaults
@@ -150,7 +151,7 @@ class Watch(Plugin):
     def after_eval(self, run: Run, experience: Experience) -> None:
         classes, seen = run.scenario.classes, sorted({*run.old_classes, *experience.classes})
         others = [type(plugin) for plugin in run.plugins if plugin is not self]
-        if experience.index < len(classes) - 1 or any("predictor" in registry.hooks_of(cls) for cls in others):
+        if experience.index < len(classes) - 1 or any("predictor" in contract.hooks_of(cls) for cls in others):
             return
         for reading, rows in run.accuracy.items():
             for on in range(experience.index + 1):

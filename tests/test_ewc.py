@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, checkpoint, importance
+from clframe import Plugin
 from clframe.context import Run
-from clframe.data import Experience
+from clframe.data.scenario import Experience
 from clframe.errors import Interrupted, WrongUse
 from clframe.hooks import hookimpl
-from clframe.importance import label_cotangents
-from clframe.per_sample import GradientSums, zeros_for
 from clframe.plugins.ewc import EWC
+from clframe.runs import checkpoint
+from clframe.toolkit import importance
+from clframe.toolkit.importance import label_cotangents
+from clframe.toolkit.per_sample import GradientSums, zeros_for
 
 QUICK = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}
 

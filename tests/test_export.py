@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import nn
 
 import clframe
-from clframe import Plugin, Transform, export, hookimpl
+from clframe import Plugin, Transform, hookimpl
 from clframe.cli.main import main
+from clframe.data.decode import Look
+from clframe.deploy import export
 from clframe.errors import RunFailed, WrongUse
 from clframe.evaluate import Predictor
-from clframe.look import Look
 
 pytestmark = pytest.mark.xdist_group("export")  # on one worker: torch's exporters take 8 s to start
 

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clframe
-from clframe import ImageData, Plugin, Scenario, Transform, change_domains, checkpoint, hookimpl, registry
+from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry
 from clframe.cli.main import main
+from clframe.data.listing import BESIDE, HIDDEN, LeftOut
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, WrongUse
-from clframe.extension import old_images
-from clframe.listing import BESIDE, HIDDEN, LeftOut
 from clframe.plugins.ewc import EWC
+from clframe.runs import checkpoint
+from clframe.runs.extension import old_images
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 METHODS: dict[str, dict[str, Any]] = {

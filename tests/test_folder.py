@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import clframe
 from clframe import Plugin, hookimpl
 from clframe.cli.main import main
+from clframe.data.files import Files, LazyImages
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, WrongUse
-from clframe.images import Files, LazyImages
 from clframe.scenarios.digits import digits
 from clframe.scenarios.files import groups_for
 from clframe.scenarios.folder import split_folder

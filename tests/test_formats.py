@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import clframe
-from clframe import DataError, Plugin, Results, WrongUse, checkpoint, hookimpl, hooks, registry, results
+from clframe import DataError, Plugin, Results, WrongUse, compose, hookimpl, hooks
+from clframe.runs import checkpoint, results
 from clframe.scenarios.digits import split_digits
 
 KEPT = Path(__file__).parent / "formats"
@@ -108,7 +109,7 @@ class Versioned(Plugin):
 def test_a_plugin_of_this_version_of_the_hooks_runs(version, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Versioned, "hook_api", version)
     plugin = Versioned()
-    assert registry.manager([plugin]).get_plugins() == {plugin}
+    assert compose.manager([plugin]).get_plugins() == {plugin}
 
 
 @pytest.mark.parametrize(("version", "upgrade"), [(2, "clframe"), (0, "`versioned`"), ("1", "`versioned`")])
@@ -125,7 +126,7 @@ def test_a_plugin_of_another_version_of_the_hooks_is_refused_in_one_sentence(
             pass
 
     with pytest.raises(WrongUse) as caught:
-        registry.manager([Other()])
+        compose.manager([Other()])
     assert caught.value.problems == (
         f"The plugin `versioned` was written for version {version} of the hooks, and this clframe has version 1: "
         f"upgrade {upgrade}.",

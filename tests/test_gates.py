@@ -14,9 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe import ImageData, Transform, registry, snapshot
-from clframe.gates import ConditionalConv, Gate, OpenReLU, condition, deaf, fire, firing, fixed, logistic, settle
-from clframe.masks import TaskNorm, installed
 from clframe.model import IncrementalNet
+from clframe.toolkit.channel_gates import (
+    ConditionalConv,
+    Gate,
+    OpenReLU,
+    condition,
+    deaf,
+    fire,
+    firing,
+    fixed,
+    logistic,
+    settle,
+)
+from clframe.toolkit.norms import TaskNorm
+from clframe.toolkit.weight_masks import installed
 
 BUILT_IN = {"cnn-small": (1, 8, 8), "resnet32": (3, 16, 16), "resnet18": (3, 32, 32)}
 

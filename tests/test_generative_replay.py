@@ -18,9 +18,10 @@ from clframe import Batch, ImageData, Plugin, Transform, hookimpl, registry, sna
 from clframe.context import Run
 from clframe.engine import Engine
 from clframe.errors import Interrupted, RunFailed, WrongUse
-from clframe.generators import GenerativeModel, Mixture, Rehearsal
 from clframe.plugins import generative_replay
 from clframe.plugins.generative_replay import GenerativeReplay
+from clframe.toolkit.generators import GenerativeModel, Mixture
+from clframe.toolkit.rehearsal import Rehearsal
 
 QUICK = {"epochs": 2, "batch_size": 7, "optimizer": "sgd", "lr": 0.05}
 SMALL = {"hidden": [12], "z": 3}

@@ -13,12 +13,12 @@ from torch.distributions import Normal, kl_divergence
 
 from clframe import ImageData
 from clframe.errors import WrongUse
-from clframe.generators import (
+from clframe.model import initialised_by
+from clframe.toolkit.generators import (
     VAE,
     WGAN,
     GenerativeModel,
     Mixture,
-    Rehearsal,
     conv_problems,
     descend,
     divergence,
@@ -26,7 +26,7 @@ from clframe.generators import (
     mixture,
     reparametrized,
 )
-from clframe.model import initialised_by
+from clframe.toolkit.rehearsal import Rehearsal
 
 SHAPE = (1, 2, 3)
 

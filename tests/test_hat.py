@@ -15,8 +15,10 @@ import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl
 from clframe.backbones import mlp
 from clframe.errors import WrongUse
-from clframe.masks import AttentionGate, TaskNorm, installed
 from clframe.plugins.hat import HAT
+from clframe.toolkit.norms import TaskNorm
+from clframe.toolkit.unit_gates import AttentionGate
+from clframe.toolkit.weight_masks import installed
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},

@@ -1,4 +1,4 @@
-"""`~` in every path that a user gives is the home folder, by one rule: `clframe.reading.expanded`."""
+"""`~` in every path that a user gives is the home folder, by one rule: `clframe.system.reading.expanded`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import clframe
-from clframe import reading, testing
+from clframe import testing
 from clframe.cli.main import main
 from clframe.config import resolve
+from clframe.system import reading
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"iterations": 1}
@@ -28,7 +29,7 @@ def test_only_one_function_expands_a_path():
         for file in sorted((ROOT / folder).rglob("*.py")):
             names = [n.attr for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
             calls[file.relative_to(ROOT).as_posix()] = names.count("expanduser")
-    assert {name: count for name, count in calls.items() if count} == {"clframe/reading.py": 1}
+    assert {name: count for name, count in calls.items() if count} == {"clframe/system/reading.py": 1}
 
 
 @pytest.fixture(scope="module")

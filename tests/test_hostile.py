@@ -20,12 +20,12 @@ from clframe.cli import show
 from clframe.cli.live import Live
 from clframe.cli.main import main
 from clframe.config import resolve
-from clframe.folder import _commit
-from clframe.look import FORMATS, Look
+from clframe.data.decode import FORMATS, Look
+from clframe.runs.folder import _commit
 from clframe.scenarios import sources, table
 from clframe.scenarios.folder import split_folder
 from clframe.scenarios.table import split_table
-from clframe.texts import printable
+from clframe.system.texts import printable
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -68,7 +68,7 @@ def test_readers_import_nothing_of_the_current_folder(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
     Image.new("L", (4, 4), 7).save(tmp_path / "image.png")
     code = (
-        "import os, sys\nsys.path.remove('')\nfrom clframe.images import Files, Look\n"
+        "import os, sys\nsys.path.remove('')\nfrom clframe.data.files import Files, Look\n"
         "files = Files(['image.png'], Look(4, mode='grey'), 1)\nfiles.expect([0])\n"
         "print(files._coming[0][0].result().max(), os.environ.get('PYTHONSAFEPATH'))"
     )
@@ -119,7 +119,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
 
 
 def test_a_jpeg_counts_as_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("clframe.look.LARGEST", 1_000)
+    monkeypatch.setattr("clframe.data.decode.LARGEST", 1_000)
     Image.new("L", (64, 64)).save(tmp_path / "a.jpg")  # decoded as 8 x 8
     assert Look(4).read(tmp_path / "a.jpg").shape == (3, 4, 4)
     Image.new("L", (64, 64)).save(tmp_path / "a.png")

@@ -16,8 +16,8 @@ from PIL import Image
 
 import clframe
 from clframe.cli.main import main
+from clframe.data.files import LazyImages
 from clframe.errors import DataError, WrongUse
-from clframe.images import LazyImages
 from clframe.scenarios.folder import split_folder
 from clframe.scenarios.huggingface import huggingface
 

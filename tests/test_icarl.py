@@ -13,12 +13,12 @@ from torch.nn import functional
 
 import clframe
 from clframe import ImageData, Plugin, hookimpl
-from clframe.distill import incremental_bce
 from clframe.errors import WrongUse
 from clframe.evaluate import NearestMean
-from clframe.memory import herding
 from clframe.model import evaluating
 from clframe.plugins.icarl import ICaRL
+from clframe.toolkit.distill import incremental_bce
+from clframe.toolkit.memory import herding
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 

@@ -19,10 +19,10 @@ from loky import get_reusable_executor
 from PIL import Image
 
 from clframe import ImageData
+from clframe.data.decode import Look, read_files
+from clframe.data.files import Files, LazyImages, image_files, joined
+from clframe.data.listing import LeftOut
 from clframe.errors import DataError, WrongUse
-from clframe.images import Files, LazyImages, image_files, joined
-from clframe.listing import LeftOut
-from clframe.look import Look, read_files
 from clframe.training import Sampler
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -221,7 +221,7 @@ def read(monkeypatch) -> Iterator[list[str]]:
     plain = Look.read
     monkeypatch.setattr(Look, "read", lambda self, path: names.append(Path(path).stem) or plain(self, path))
     with ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr("clframe.images.get_reusable_executor", lambda *_, **__: pool)
+        monkeypatch.setattr("clframe.data.files.get_reusable_executor", lambda *_, **__: pool)
         yield names
 
 
@@ -288,7 +288,7 @@ def test_relative_paths_are_those_of_the_folder_that_was_the_current_one(tmp_pat
 
 @pytest.mark.parametrize("lacking", ["children", "stdout", "stderr"])
 def test_a_process_that_can_have_no_readers_reads_by_itself(files, read, lacking, monkeypatch):
-    monkeypatch.setattr("clframe.images.get_reusable_executor", None)
+    monkeypatch.setattr("clframe.data.files.get_reusable_executor", None)
     if lacking == "children":
         monkeypatch.setitem(vars(multiprocessing.current_process())["_config"], "daemon", True)
     else:
@@ -329,7 +329,7 @@ def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
 def test_a_reader_is_deaf_to_ctrl_c_from_its_first_moment_and_who_asks_is_not():
     code = (
         "from signal import SIG_BLOCK, SIGINT, pthread_sigmask\nfrom loky import get_reusable_executor\n"
-        "from clframe.images import Files, Look\nFiles(['none.png'], Look(4), 1).expect([0])\n"
+        "from clframe.data.files import Files, Look\nFiles(['none.png'], Look(4), 1).expect([0])\n"
         "reader = get_reusable_executor(reuse=True).submit(pthread_sigmask, SIG_BLOCK, [])\n"
         "print(SIGINT in reader.result(), SIGINT in pthread_sigmask(SIG_BLOCK, []))"
     )
@@ -339,7 +339,7 @@ def test_a_reader_is_deaf_to_ctrl_c_from_its_first_moment_and_who_asks_is_not():
 
 def test_readers_end_with_a_process_that_is_killed():
     code = (
-        "import os, time\nfrom loky import get_reusable_executor\nfrom clframe.look import begin_reading\n"
+        "import os, time\nfrom loky import get_reusable_executor\nfrom clframe.data.decode import begin_reading\n"
         "pool = get_reusable_executor(1, timeout=300, initializer=begin_reading)\n"
         "print(pool.submit(os.getpid).result(), flush=True)\ntime.sleep(300)"
     )
@@ -350,7 +350,7 @@ def test_readers_end_with_a_process_that_is_killed():
 
 
 def test_what_reads_alone_does_without_torch():
-    code = "import sys; import clframe.look; sys.exit('torch' in sys.modules)"
+    code = "import sys; import clframe.data.decode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

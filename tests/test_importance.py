@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from clframe import importance
-from clframe.config import TrainSettings
-from clframe.data import Batch, ImageData, Transform
+from clframe.data.batch import Batch, ImageData
+from clframe.data.transform import Transform
 from clframe.errors import WrongUse
-from clframe.importance import (
+from clframe.model import IncrementalNet
+from clframe.settings import TrainSettings
+from clframe.toolkit import importance
+from clframe.toolkit.importance import (
     ImportanceMean,
     Labels,
     Quadratic,
@@ -26,8 +28,7 @@ from clframe.importance import (
     path_step,
     weighted_penalty,
 )
-from clframe.model import IncrementalNet
-from clframe.per_sample import GradientSums, Reduce, zeros_for
+from clframe.toolkit.per_sample import GradientSums, Reduce, zeros_for
 from clframe.training import Phase
 
 CLASSES = 4

@@ -14,7 +14,8 @@ from torch.nn import functional
 from clframe import ImageData, IncrementalNet, Transform, snapshot
 from clframe.backbones import cnn_small, resnet18, resnet32
 from clframe.errors import RunFailed
-from clframe.inversion import (
+from clframe.scenarios.digits import digits
+from clframe.toolkit.inversion import (
     Dreaming,
     Weights,
     album,
@@ -32,7 +33,6 @@ from clframe.inversion import (
     valid_range,
     within_memory,
 )
-from clframe.scenarios.digits import digits
 
 NOTHING = Weights(0.0, 0.0, 0.0, 0.0)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 import clframe
 from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes
 from clframe.context import Run
-from clframe.distill import incremental_bce, soft_cross_entropy
 from clframe.errors import WrongUse
 from clframe.plugins.lwf import LwF
+from clframe.toolkit.distill import incremental_bce, soft_cross_entropy
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
 LOGITS = {

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 import clframe
 from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes
 from clframe.backbones import cnn_small, resnet32
-from clframe.distill import (
-    attention_distance,
-    grad_cam,
-    observe,
-    sigmoid_cross_entropy,
-    soft_cross_entropy,
-)
 from clframe.errors import RunFailed, WrongUse
 from clframe.model import evaluating, normalizing_by_batch
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lwm import LwM
+from clframe.toolkit.distill import attention_distance, grad_cam, observe, sigmoid_cross_entropy, soft_cross_entropy
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
 

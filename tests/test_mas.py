@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import clframe
-from clframe import Arrays, Plugin, Scenario, checkpoint, hookimpl, importance, split_classes
+from clframe import Arrays, Plugin, Scenario, hookimpl, split_classes
 from clframe.context import Run
-from clframe.data import Batch, Experience
+from clframe.data.batch import Batch
+from clframe.data.scenario import Experience
 from clframe.errors import DataError, Interrupted, WrongUse
 from clframe.plugins.mas import MAS
+from clframe.runs import checkpoint
+from clframe.toolkit import importance
 
 Weights = dict[str, Tensor]
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "clip": 0.0}

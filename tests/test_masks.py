@@ -10,20 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from clframe.backbones import FeatureNet, cnn_small, mlp, resnet18, resnet32
-from clframe.masks import (
-    AttentionGate,
+from clframe.toolkit.norms import TaskNorm, norms_by_task
+from clframe.toolkit.unit_gates import AttentionGate, followed_by, gate_layers, reached
+from clframe.toolkit.weight_masks import (
     Held,
-    TaskNorm,
     WeightMask,
     WeightOwner,
-    followed_by,
-    gate_layers,
     installed,
     layers_of,
     masked_weights,
-    norms_by_task,
     packed,
-    reached,
     threshold,
     unpacked,
 )

@@ -8,7 +8,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from clframe import ImageData
-from clframe.memory import at_random, balanced, draw, groups_of, herding, owned, quota, reservoir, ring, too_small
+from clframe.toolkit.memory import (
+    at_random,
+    balanced,
+    draw,
+    groups_of,
+    herding,
+    owned,
+    quota,
+    reservoir,
+    ring,
+    too_small,
+)
 
 
 def images(labels: list[int], task: int = 0, start: int = 0) -> ImageData:

@@ -18,10 +18,6 @@ from torch.nn import functional
 
 import clframe
 from clframe import ImageData, Plugin, hookimpl, registry, testing
-from clframe.dreamer import Dreamer
-from clframe.gates import ConditionalConv
-from clframe.generators import VAE, WGAN, mixture
-from clframe.inversion import Dreaming
 from clframe.model import IncrementalNet
 from clframe.plugins.always_be_dreaming import AlwaysBeDreaming
 from clframe.plugins.channel_gating import ChannelGating
@@ -31,7 +27,11 @@ from clframe.plugins.er import ER
 from clframe.plugins.icarl import ICaRL
 from clframe.plugins.packnet import PackNet
 from clframe.plugins.warm_up import WarmUp
-from clframe.task_inference import PathPredictor
+from clframe.toolkit.channel_gates import ConditionalConv
+from clframe.toolkit.dreamer import Dreamer
+from clframe.toolkit.generators import VAE, WGAN, mixture
+from clframe.toolkit.inversion import Dreaming
+from clframe.toolkit.task_inference import PathPredictor
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "schedule": "constant", "threads": 1}
 SHAPE = (1, 8, 8)

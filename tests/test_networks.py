@@ -15,10 +15,10 @@ from networks_table import NETWORKS, SHAPE
 from torch import Tensor, nn
 
 from clframe import Results, WrongUse, load, registry, run, testing
-from clframe.importance import label_cotangents, norm_cotangents
+from clframe.deploy.trained import Trained
 from clframe.model import IncrementalNet, snapshot
-from clframe.per_sample import GradientSums, zeros_for
-from clframe.trained import Trained
+from clframe.toolkit.importance import label_cotangents, norm_cotangents
+from clframe.toolkit.per_sample import GradientSums, zeros_for
 
 
 def network(name: str) -> IncrementalNet:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import clframe
 from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
 from clframe.errors import WrongUse
-from clframe.masks import WeightOwner, installed
 from clframe.plugins.packnet import PackNet
+from clframe.toolkit.weight_masks import WeightOwner, installed
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all"},

@@ -11,7 +11,7 @@ from PIL import Image
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.pictures import GAP, grid, png
+from clframe.data.pictures import GAP, grid, png
 
 
 def test_a_grid_holds_every_image_enlarged_in_its_place():

@@ -18,9 +18,10 @@ import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl, split_classes
 from clframe.backbones import cnn_small, mlp
 from clframe.errors import WrongUse
-from clframe.masks import TaskNorm, WeightMask, installed, masked_weights
 from clframe.model import evaluating
 from clframe.plugins.piggyback import Piggyback
+from clframe.toolkit.norms import TaskNorm
+from clframe.toolkit.weight_masks import WeightMask, installed, masked_weights
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},

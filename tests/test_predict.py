@@ -15,8 +15,8 @@ from PIL import Image
 
 import clframe
 from clframe.cli.main import main
+from clframe.data.files import image_files, look_of, read_image
 from clframe.errors import DataError, WrongUse
-from clframe.images import image_files, look_of, read_image
 from clframe.metrics import fitted_temperature, negative_log_likelihood
 
 TRAIN = {"epochs": 4, "batch_size": 8, "optimizer": "adam", "lr": 0.01}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from clframe.api import run_config
-from clframe.config import Config, resolve
+from clframe.config import resolve
+from clframe.settings import Config
 
 PROTOCOLS = Path(__file__).parent.parent / "benchmarks" / "protocols"
 

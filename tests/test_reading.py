@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from clframe import DataError, reading
+from clframe import DataError
+from clframe.system import reading
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "open": lambda path: reading.open_regular(path, 100).close(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clframe import Plugin, registry
+from clframe import Plugin, compose, registry
 from clframe.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert 0.3 < float(capsys.readouterr().out) <= 1
     scope: dict[str, type[Plugin]] = {}
     exec(plugin, scope)
-    registry.manager([scope["GradientNoise"]()])
+    compose.manager([scope["GradientNoise"]()])
 
 
 def test_commands_exist(capsys: pytest.CaptureFixture[str]):

@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
-from clframe import Plugin, RunFailed, WrongUse, hookimpl, registry
-from clframe.config import RunSettings, resolve
+from clframe import Plugin, RunFailed, WrongUse, compose, contract, hookimpl, registry
+from clframe.config import resolve
 from clframe.hooks import HOOKS
+from clframe.settings import RunSettings
 
 
 @pytest.fixture
@@ -335,41 +336,41 @@ class Nameless(Plugin):
 
 def test_the_first_named_is_called_first():
     one, two = First(), Second()
-    assert registry.manager([one, two]).hook.penalty(run=None, batch=None, outputs=None) == [
+    assert compose.manager([one, two]).hook.penalty(run=None, batch=None, outputs=None) == [
         {"first": 1},
         {"second": 2},
     ]
-    made = registry.manager([two, one])
+    made = compose.manager([two, one])
     assert made.hook.penalty(run=None, batch=None, outputs=None) == [{"second": 2}, {"first": 1}]
     assert made.get_plugin("first") is one
-    assert registry.manager([]).get_plugins() == set()
+    assert compose.manager([]).get_plugins() == set()
 
 
 def test_two_owners_are_refused_and_both_named():
-    assert refusal(registry.manager, [First(), Second(), Owner()]) == (
+    assert refusal(compose.manager, [First(), Second(), Owner()]) == (
         "`base_loss` is answered by `first` and `owner`; a run can have only one of them."
     )
-    assert "`predictor` is answered by `owner` and `renamed`" in refusal(registry.manager, [Owner(), Renamed()])
-    registry.manager([First(), Wrapped()])
+    assert "`predictor` is answered by `owner` and `renamed`" in refusal(compose.manager, [Owner(), Renamed()])
+    compose.manager([First(), Wrapped()])
 
 
 def test_hooks_that_nobody_answers_are_answered_with_nothing():
-    made = registry.manager([Owner()])
-    hook = registry.callers(made)
+    made = compose.manager([Owner()])
+    hook = compose.callers(made)
     given = {"run": None, "batch": None, "outputs": None}
     assert hook.base_loss is made.hook.base_loss
     assert hook.predictor is made.hook.predictor
     assert list(hook.penalty(**given)) == made.hook.penalty(**given) == []
-    assert registry.callers(registry.manager([])).base_loss(**given) is None
+    assert compose.callers(compose.manager([])).base_loss(**given) is None
     assert vars(hook).keys() == set(HOOKS)
 
 
 def test_declared_conflicts_and_repeats_are_refused_together():
-    assert refusal(registry.manager, [Hates(), First(), First()]).splitlines() == [
+    assert refusal(compose.manager, [Hates(), First(), First()]).splitlines() == [
         "The plugin `first` is in the run twice; name it once.",
         "The plugin `hates` cannot run beside `first`; leave out one of them.",
     ]
-    registry.manager([Hates(), Second()])
+    compose.manager([Hates(), Second()])
 
 
 class Isolating(Base):
@@ -409,15 +410,15 @@ class Phased(Base):
 def test_beside_what_isolates_tasks_nothing_that_acts_on_what_is_learnt_may_run():
     nothing = "has nothing to do beside `isolating`, where nothing that was learnt can change; leave out one of them."
     sentence = f"`second` {nothing}"
-    assert refusal(registry.manager, [Isolating(), Second()]) == sentence
-    assert refusal(registry.manager, [Second(), Isolating()]) == sentence
-    registry.manager([Second(), First()])
+    assert refusal(compose.manager, [Isolating(), Second()]) == sentence
+    assert refusal(compose.manager, [Second(), Isolating()]) == sentence
+    compose.manager([Second(), First()])
 
 
-@pytest.mark.parametrize("hook", registry.ACTING)
+@pytest.mark.parametrize("hook", compose.ACTING)
 def test_each_hook_that_acts_on_what_is_learnt_counts(hook):
     acting = type("Acting", (Base,), {"name": "acting", hook: hookimpl(lambda self: None)})
-    assert "`acting` has nothing to do beside `isolating`" in refusal(registry.manager, [acting(), Isolating()])
+    assert "`acting` has nothing to do beside `isolating`" in refusal(compose.manager, [acting(), Isolating()])
 
 
 def test_two_that_isolate_tasks_are_refused_in_one_sentence():
@@ -425,14 +426,14 @@ def test_two_that_isolate_tasks_are_refused_in_one_sentence():
     sentence = "`apart` and `isolating` each decide what of the network a task may use; leave out one of them."
     for plugins in ([Isolating(), Apart()], [Apart(), Isolating()]):
         with pytest.raises(WrongUse) as caught:
-            registry.manager(plugins)
+            compose.manager(plugins)
         assert caught.value.problems == (sentence,)
 
 
 def test_observers_and_phases_may_run_beside_what_isolates_tasks():
     """So the warm-up of a new head may."""
     plugins = [Isolating(), Watching(), Phased(), registry.build_plugin("warm-up", {})]
-    assert registry.manager(plugins).get_plugins() == set(plugins)
+    assert compose.manager(plugins).get_plugins() == set(plugins)
 
 
 def test_the_methods_that_isolate_tasks_say_so():
@@ -443,12 +444,12 @@ def test_the_methods_that_isolate_tasks_say_so():
 
 
 def test_what_is_no_plugin_instance_is_refused():
-    assert refusal(registry.manager, [First]) == "`First` is a class; give a plugin built from it: `First()`."
-    assert refusal(registry.manager, [5]) == "5 is not a plugin: its class does not derive from `clframe.Plugin`."
+    assert refusal(compose.manager, [First]) == "`First` is a class; give a plugin built from it: `First()`."
+    assert refusal(compose.manager, [5]) == "5 is not a plugin: its class does not derive from `clframe.Plugin`."
 
 
 def test_a_plugin_without_a_name_is_called_as_its_class():
-    assert registry.manager([Nameless()]).get_plugin("Nameless").name == "Nameless"
+    assert compose.manager([Nameless()]).get_plugin("Nameless").name == "Nameless"
 
 
 def unmarked(self, run): ...
@@ -495,9 +496,9 @@ def old_wrapper(self):
     ],
 )
 def test_a_mistake_in_a_class_is_refused(attributes, sentence):
-    assert sentence in refusal(registry.manager, [type("Odd", (Plugin,), {"name": "odd", **attributes})()])
+    assert sentence in refusal(compose.manager, [type("Odd", (Plugin,), {"name": "odd", **attributes})()])
 
 
 def test_hooks_of_a_class_are_in_the_order_of_calling():
-    assert registry.hooks_of(Owner) == ["base_loss", "predictor"]
-    assert registry.hooks_of(Renamed) == ["predictor"]
+    assert contract.hooks_of(Owner) == ["base_loss", "predictor"]
+    assert contract.hooks_of(Renamed) == ["predictor"]

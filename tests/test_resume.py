@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import clframe
-from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, checkpoint, hookimpl, snapshot
+from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, hookimpl, snapshot
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
 from clframe.evaluate import ModelPredictor
-from clframe.folder import RunFolder
-from clframe.writing import save_file
+from clframe.runs import checkpoint
+from clframe.runs.folder import RunFolder
+from clframe.system.writing import save_file
 
 TRAIN = {
     "epochs": 2,

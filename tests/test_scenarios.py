@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from clframe.arrays import Arrays
-from clframe.config import TrainSettings
-from clframe.data import Transform
+from clframe.data.build import Arrays
+from clframe.data.transform import Transform
 from clframe.errors import DataError, WrongUse
 from clframe.options import options_of, validated
 from clframe.scenarios import cifar, digits, mnist, sources, streams
+from clframe.settings import TrainSettings
 
 BUILDERS = [
     digits.split_digits,

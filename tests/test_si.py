@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, Scenario, checkpoint, hookimpl
-from clframe.config import TrainSettings
+from clframe import Plugin, Scenario, hookimpl
 from clframe.context import Run
-from clframe.data import Batch, Experience
+from clframe.data.batch import Batch
+from clframe.data.scenario import Experience
 from clframe.errors import WrongUse
 from clframe.model import IncrementalNet
 from clframe.plugins.lwf import LwF
 from clframe.plugins.mas import MAS
 from clframe.plugins.si import SI
 from clframe.plugins.warm_up import WarmUp
-from clframe.state import into_plugin, of_plugin
+from clframe.runs import checkpoint
+from clframe.runs.state import into_plugin, of_plugin
+from clframe.settings import TrainSettings
 
 Weights = dict[str, Tensor]
 SGD = {"iterations": 8, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "clip": 0.0}

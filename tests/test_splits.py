@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 
 import clframe
-from clframe import registry, splits
+from clframe import registry
 from clframe.cli.main import main
-from clframe.config import RunSettings, resolve
+from clframe.config import resolve
+from clframe.data import split_file
+from clframe.data.pictures import CAPTION, GAP, png, sheet
 from clframe.errors import DataError, WrongUse
-from clframe.pictures import CAPTION, GAP, png, sheet
+from clframe.settings import RunSettings
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_a_file_says_who_learns_what_when_with_checksums(saved):
     assert data["scenario"]["seed"] == 5
     assert data["class_order"] == list(scenario.class_order)
     assert data["data_sha256"] == scenario.checksum
-    assert data["split_sha256"] == splits.checksum(scenario)
+    assert data["split_sha256"] == split_file.checksum(scenario)
     assert [e["classes"] for e in data["experiences"]] == [
         [scenario.class_names[label] for label in classes] for classes in scenario.classes
     ]
@@ -69,7 +71,7 @@ def test_a_run_from_the_file_has_that_split_whatever_its_own_seed(saved, tmp_pat
 
 def test_the_sum_of_a_split_changes_with_each_of_its_parts():
     def total(**options):
-        return splits.checksum(registry.build_scenario({"name": "split-digits", **options}, RunSettings()))
+        return split_file.checksum(registry.build_scenario({"name": "split-digits", **options}, RunSettings()))
 
     plain = total()
     assert plain == total(setting="task")
@@ -165,7 +167,7 @@ def test_a_full_disk_is_no_wrong_use(
     def refuse(path: Path) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    for module in ("writing", "checkpoint"):
+    for module in ("system.writing", "runs.checkpoint"):
         monkeypatch.setattr(f"clframe.{module}.create", refuse)
     path = tmp_path / "s.json"
     assert main(["scenarios", "show", "split-digits", "--set", "scenario.limit=4", flag, str(path)]) == code
@@ -201,7 +203,7 @@ def test_sums_are_those_of_the_numbers_written_out():
     scenario = registry.build_scenario({"name": "split-digits", "limit": 2}, RunSettings())
     data = scenario[0].train
     numbers = np.array([*data.index.tolist(), *data.y.tolist()], dtype="<i8")
-    assert splits.described({"name": "split-digits"}, scenario, 0)["experiences"][0]["train"] == {
+    assert split_file.described({"name": "split-digits"}, scenario, 0)["experiences"][0]["train"] == {
         "images": 4,
         "sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
     }

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 import clframe
 from clframe import WrongUse, registry
-from clframe.config import RunSettings, TrainSettings, resolve
+from clframe.config import resolve
 from clframe.options import suited, validated
 from clframe.plugins.ewc import EWC
+from clframe.settings import RunSettings, TrainSettings
 
 # options that one of a setting needs beside it
 BESIDE: dict[str, dict[str, Any]] = {

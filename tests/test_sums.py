@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clframe
-from clframe import DataError, Results, WrongUse, checkpoint, registry, sums, writing
+from clframe import DataError, Results, WrongUse, registry
 from clframe.api import extension_config
 from clframe.cli.main import main
 from clframe.engine import Engine
 from clframe.errors import ClframeError, Interrupted
-from clframe.folder import BEGIN
+from clframe.runs import checkpoint, sums
+from clframe.runs.folder import BEGIN
+from clframe.system import writing
 
 CALL: dict[str, Any] = {
     "scenario": {"name": "split-digits", "limit": 4},

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from clframe import ImageData, Scenario, Transform
-from clframe.checkpoint import pack, unpack
 from clframe.config import resolve
 from clframe.context import Run
 from clframe.errors import WrongUse
-from clframe.generators import Recipe
 from clframe.model import IncrementalNet, PerTask
-from clframe.task_inference import PathPredictor, Recollection, TaskClassifier, path_features
+from clframe.runs.checkpoint import pack, unpack
+from clframe.toolkit.rehearsal import Recipe
+from clframe.toolkit.task_inference import PathPredictor, Recollection, TaskClassifier, path_features
 
 CPU = torch.device("cpu")
 SMALL = Recipe("wgan", "mlp", hidden=(8,), z=3, critic_steps=1)

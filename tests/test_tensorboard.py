@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from clframe import switches
-from clframe.config import Config, RunSettings, TrainSettings
 from clframe.plugins.tensorboard import DARK, EMPTY, RAMP, TITLES, TensorBoard, draw, settings, shades
+from clframe.settings import Config, RunSettings, TrainSettings
+from clframe.system import switches
 
 ROWS = [[0.9, 0.25, None], [0.5, 0.8, None], [0.3, 0.6, 0.7]]
 LEFT, TOP = 100, 56  # where the cells of a drawing begin

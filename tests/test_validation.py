@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import clframe
-from clframe import Plugin, Results, checkpoint, hookimpl, testing
+from clframe import Plugin, Results, hookimpl, testing
 from clframe.cli.live import Live
 from clframe.cli.main import main
 from clframe.engine import Engine
 from clframe.errors import Interrupted
 from clframe.plugins.tensorboard import TensorBoard
+from clframe.runs import checkpoint
 
 TRAIN = {"epochs": 2, "batch_size": 8, "lr": 0.003, "val": 0.25}
 CLASSES = [(0, 1), (2, 3), (4, 5)]  # of the experiences of the tiny scenario, whose classes come in their order

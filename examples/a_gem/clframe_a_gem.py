@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clframe import Experience, ImageData, Plugin, hookimpl
 from clframe.context import Run
-from clframe.memory import draw, reservoir, too_small
 from clframe.options import Count
+from clframe.toolkit.memory import draw, reservoir, too_small
 
 
 def project(gradient: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,221 @@
+"""How an image file becomes an array of one shape. Without torch, so that a process that only reads starts at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clframe.errors import DataError, WrongUse
+from clframe.system.reading import Unreadable, open_regular
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# what Pillow may open: it goes by content, and knows 30 more kinds, one of which starts Ghostscript
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # PPM: all of PNM
+LARGEST = 50_000_000  # pixels of an image, as decoded: some kinds take 16 bytes each on the way
+LARGEST_FILE = 2**28  # bytes of an image file
+Crop = Literal["center", "stretch", "pad"]
+Mode = Literal["colour", "grey"]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an image of any size and kind becomes one of a fixed shape.
+
+    It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts. Grey
+    values of 16 bits are divided by 257, 32-bit whole numbers above 255 by 2^23; floating-point numbers go from 0 to 1.
+
+    Attributes:
+        size: height in pixels, and width where that is not given.
+        crop: ``center``: what is left of the longer side is cut off; ``stretch``: both sides are resized apart;
+            ``pad``: the whole image, on black.
+        resize: the shorter side in pixels before ``center`` cuts; None: `size`.
+        mode: ``colour`` (3 channels) or ``grey`` (1).
+        width: in pixels; None: as the height.
+
+    Raises:
+        WrongUse: if `resize` is less than `size`, or has no meaning.
+    """
+
+    size: int = 64
+    crop: Crop = "center"
+    resize: int | None = None
+    mode: Mode = "colour"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.crop != "center":
+            raise WrongUse(f"`scenario.resize` needs `scenario.crop=center`: with `{self.crop}` nothing is cut off.")
+        if self.resize is not None and self.resize < self.size:
+            raise WrongUse(
+                f"`scenario.resize` is {self.resize}, and {self.size} pixels (`scenario.size`) cannot be cut out of "
+                f"it: give {self.size} at least."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return (1 if self.mode == "grey" else 3, self.size, self.width or self.size)
+
+    def read(self, file: Path | str | IO[bytes]) -> Pixels:
+        """The image as [C, H, W].
+
+        Raises:
+            DataError: with the reason if it cannot be read to its last pixel.
+        """
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        try:
+            with _opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
+                # a JPEG that is much too large is decoded smaller, in a fraction of the time
+                image.draft(None, (2 * max(self.resize or 0, *self.shape[1:]),) * 2)
+                if math.prod(image.size) > LARGEST:
+                    raise DataError(f"it has {math.prod(image.size):,} pixels, and {LARGEST:,} can be read")
+                ImageOps.exif_transpose(image, in_place=True)
+                plain = self._resized(_in_mode(image, "L" if self.mode == "grey" else "RGB"))
+            pixels = np.asarray(plain)
+        except UnidentifiedImageError as error:
+            raise DataError("it is no image of a known kind") from error
+        except Unreadable as error:
+            raise DataError(error.reason) from error
+        except DataError:
+            raise
+        except Exception as error:  # Pillow's readers raise whatever the damage leads to
+            raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def of(self, image: Image.Image) -> Pixels:
+        """Return an image that Pillow holds, which stays as it is, as [C, H, W]. Raises `DataError` as `read`."""
+        from PIL import ImageOps
+
+        try:
+            turned = _in_mode(ImageOps.exif_transpose(image), "L" if self.mode == "grey" else "RGB")
+            pixels = np.asarray(self._resized(turned))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        from PIL import Image
+
+        width, height = image.size
+        _, high, wide = self.shape
+        whole = (0.0, 0.0, float(width), float(height))
+        if self.crop == "pad":
+            factor = min(wide / width, high / height)
+            inner = max(1, round(width * factor)), max(1, round(height * factor))
+            canvas = Image.new(image.mode, (wide, high))
+            small = image.resize(inner, Image.Resampling.BILINEAR, whole, reducing_gap=2)
+            canvas.paste(small, ((wide - inner[0]) // 2, (high - inner[1]) // 2))
+            return canvas
+        if self.crop == "center":
+            factor = min(width / wide, height / high) * self.size / (self.resize or self.size)
+            left, top = (width - wide * factor) / 2, (height - high * factor) / 2
+            whole = (left, top, left + wide * factor, top + high * factor)
+        return image.resize((wide, high), Image.Resampling.BILINEAR, whole, reducing_gap=2)
+
+
+def _opened(file: Path | str | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    """Open the image file, a regular one; what is open already stays so."""
+    return open_regular(file, LARGEST_FILE) if isinstance(file, str | Path) else nullcontext(file)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in 8-bit grey ("L") or colour ("RGB"), whatever it was in."""
+    from PIL import Image
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_in_8_bits(np.asarray(image), image.mode, image.format))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _in_8_bits(values: NDArray[Any], mode: str, kind: str | None) -> Pixels:
+    """Return grey `values` in 8 bits, by one rule for each of Pillow's modes, whatever this image's own maximum is.
+
+    16 bits: 0 to 65,535 become 0 to 255. 32-bit whole numbers: 0 to 2^31 - 1 become 0 to 255; where none is above 255,
+    they are 8 bits in 32, as Pillow converts them; and what lies between, black in one range and too bright in the
+    other, is refused. Floating-point numbers: 0 to 1 become 0 to 255. `kind` is the format of the file: some give 16
+    bits in 32.
+
+    Raises:
+        DataError: if the rule would keep nothing of the image, or its numbers are not in the range of the rule.
+    """
+    if mode == "F":
+        if not np.isfinite(values).all():
+            raise DataError("its pixels are floating-point numbers, some of them not finite")
+        low, high = float(values.min(initial=0)), float(values.max(initial=0))
+        if low < 0 or high > 1:
+            raise DataError(
+                f"its pixels are floating-point numbers from {low:g} to {high:g}, and 0 to 1 can be read: save it in "
+                "8 or 16 bits"
+            )
+        return (values * 255).round().astype(np.uint8)
+    if mode != "I" or kind in ("PNG", "PPM"):
+        return (values.clip(0, 65535) // 257).astype(np.uint8)
+    high = int(values.max(initial=0))
+    if high < 2**8:
+        return values.clip(0).astype(np.uint8)
+    if high < 2**23:
+        raise DataError(
+            f"its pixels are 32-bit whole numbers up to {high:,} of 2,147,483,647, which would be black in 8 bits: "
+            "save it in 8 or 16 bits"
+        )
+    return (values.clip(0) >> 23).astype(np.uint8)
+
+
+def begin_reading() -> None:
+    """What a process that only reads does first.
+
+    It leaves Ctrl-C to the one that asks, and small faults unsaid; and it sees to it that it ends soon after that one
+    has been killed, and not after a long idle time.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:  # on Windows it always is
+        time.sleep(1)
+    os._exit(1)
+
+
+def lost(name: str, reason: str) -> DataError:
+    """The error about an image that was there when the run began."""
+    return DataError(f"The image {name} could be read before, and cannot any more: {reason}.")
+
+
+def read_files(files: Sequence[str | tuple[str, bytes]], look: Look) -> Pixels:
+    """The images in the files, [N, C, H, W] uint8, each given by its path, or by its name and its bytes.
+
+    Raises:
+        DataError: if one cannot be read any more.
+    """
+    out = np.empty((len(files), *look.shape), dtype=np.uint8)
+    for row, file in enumerate(files):
+        name, source = (file, file) if isinstance(file, str) else (file[0], BytesIO(file[1]))
+        try:
+            out[row] = look.read(source)
+        except DataError as error:
+            raise lost(name, str(error)) from error
+    return out

@@ -1,0 +1,310 @@
+"""Image files as tensors of one shape: read at once, or row by row when a batch needs them."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import contextmanager, suppress
+from multiprocessing import current_process, resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from loky import get_reusable_executor
+from torch import Tensor
+
+from clframe.data.decode import Look, Pixels, begin_reading, lost, read_files
+from clframe.data.listing import SHOWN, LeftOut, walk
+from clframe.errors import DataError, WrongUse
+from clframe.system.reading import expanded
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+READ_AHEAD = 64  # images at least that are read while a step is taken
+AT_ONCE = 32  # images at most that a process is asked for in one go: asking for each costs as much as reading it
+IDLE = 300  # seconds after which processes that read nothing end
+MOST = 60  # processes at most: Windows lets nobody wait for more
+# of a reader: else Python imports modules out of the current folder, which may come from strangers
+SAFE = {"PYTHONSAFEPATH": "1"}
+# and NumPy starts a thread for each core in each of them
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **SAFE}
+
+
+def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> list[Path]:
+    """Return the named files and the images in and below the named folders, sorted by name (`clframe.data.listing`).
+
+    What folders hold beside is added to `left`.
+
+    Raises:
+        DataError: if a file or folder is missing, or a folder holds no image.
+    """
+    left = LeftOut() if left is None else left
+    found: list[Path] = []
+    for path in map(expanded, paths):
+        if path.is_dir():
+            inside, others = walk(path, left)
+            if not inside:
+                instead = f", but files of the kinds {', '.join(sorted(others)[:SHOWN])}" if others else ""
+                raise DataError(f"There is no image in the folder {path}, nor below it{instead}.")
+            found += sorted(map(Path, inside))
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"There is no file or folder {path}.")
+    return found
+
+
+def look_of(shape: Sequence[int]) -> Look:
+    """The look of image files for a network of arrays of `shape`: the middle of an image, in its channels.
+
+    Raises:
+        WrongUse: if these are not images of one or three channels.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise WrongUse(
+            f"This model takes arrays of shape {list(shape)}, which no image file has: give it arrays from Python."
+        )
+    return Look(shape[1], mode="grey" if shape[0] == 1 else "colour", width=shape[2])
+
+
+def read_image(path: str | Path, look: Look, scale: float = 255) -> Tensor:
+    """The image in a file as raw values [C, H, W]: uint8, or float32 where `scale`, what 255 becomes, is another.
+
+    Raises:
+        DataError: if it cannot be read as an image.
+    """
+    try:
+        values = torch.from_numpy(np.array(look.read(path)))
+    except DataError as error:
+        raise DataError(f"The image {path} cannot be read: {error}.") from error
+    return _scaled(values, scale)
+
+
+def picture(image: Image.Image, look: Look, scale: float = 255) -> Tensor:
+    """Return an image that Pillow holds as `read_image` would from its file. Raises `DataError` likewise."""
+    try:
+        values = torch.from_numpy(np.array(look.of(image)))
+    except DataError as error:
+        raise DataError(f"The image {image!r} cannot be read: {error}.") from error
+    return _scaled(values, scale)
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    return values if scale == 255 else values.to(torch.float32) * (scale / 255)
+
+
+class Held(Protocol):
+    """An image file that a larger one holds; its text says where it is there."""
+
+    def read_bytes(self) -> bytes:
+        """What the file would hold. Raises `OSError` or `DataError` if there is nothing."""
+        ...
+
+
+class Files:
+    """Image files that other processes read, in the background where they are asked for in time.
+
+    Threads would take turns with each other and with the training for Python's lock, which a small image needs for
+    half of its time. What could not be read by others is read here: where a process may have no children (as those of
+    `multiprocessing.Pool`) or loky starts none (without a standard output), and after a reader has been killed.
+
+    Args:
+        paths: of the files; of those in larger files, what reads their bytes, which are then sent to who decodes them.
+        look: of the images.
+        workers: processes, which all files of this process share; None: one for each core that it may use.
+    """
+
+    def __init__(self, paths: Sequence[str | Path | Held], look: Look, workers: int | None = None) -> None:
+        # whole paths: the processes stay in the folder that was the current one when they began
+        self.paths = [os.path.abspath(path) if isinstance(path, str | Path) else path for path in paths]
+        self.look = look
+        self.workers = min(workers or cores(), MOST)
+        self._coming: dict[int, tuple[Future[Pixels], int]] = {}  # for a position, who reads it, and its row there
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Files:
+        return self  # a copy of a data set has the same files
+
+    def expect(self, where: Iterable[int]) -> None:
+        """Begin to read the files at these positions; `read` will ask for them."""
+        new = [i for i in dict.fromkeys(where) if i not in self._coming]
+        if not new or current_process().daemon or sys.stdout is None or sys.stderr is None:
+            return
+        share = min(AT_ONCE, -(-len(new) // self.workers))
+        with _safe_path(), _without_ctrl_c():
+            pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
+            for start in range(0, len(new), share):
+                part = new[start : start + share]
+                with suppress(BrokenExecutor, DataError):  # `read` will find out
+                    future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
+                    self._coming.update((i, (future, row)) for row, i in enumerate(part))
+
+    def read(self, where: Sequence[int]) -> Tensor:
+        """The images at these positions, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
+        self.expect(where)
+        out = np.empty((len(where), *self.look.shape), dtype=np.uint8)
+        last: dict[int, int] = {}  # a position may occur twice
+        for row, i in enumerate(where):
+            out[row] = out[last[i]] if i in last else self._read(i)[0]
+            last[i] = row
+        return torch.from_numpy(out)
+
+    def _read(self, i: int) -> Pixels:
+        """The image at this position, [1, C, H, W] uint8."""
+        if i in self._coming:
+            future, row = self._coming.pop(i)
+            with suppress(BrokenExecutor, DataError):  # a reader was killed, or another file of the part is broken
+                return future.result()[row : row + 1]
+        return read_files([self._sent(i)], self.look)
+
+    def _sent(self, i: int) -> str | tuple[str, bytes]:
+        """The file at this position as another process can read it. Raises `DataError` if it is not there any more."""
+        path = self.paths[i]
+        if isinstance(path, str):
+            return path
+        try:
+            return str(path), path.read_bytes()
+        except (OSError, DataError) as error:
+            raise lost(str(path), getattr(error, "strerror", None) or str(error)) from error
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Inside, a process that starts is deaf to Ctrl-C from its first moment on, and this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which every process needs, and whose own start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Inside, a Python process that starts, such as a tracker of resources, imports nothing of the current folder."""
+    before = {name: os.environ.get(name) for name in SAFE}
+    os.environ.update(SAFE)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class LazyImages:
+    """Images [N, ...] that are read when they are asked for: of files, or of tensors that join them.
+
+    It is to a tensor what a list of paths is to its images: rows of it are picked, joined and moved as those of a
+    tensor are, and cost no memory until `read`.
+
+    Attributes:
+        device: where `read` puts them.
+    """
+
+    def __init__(
+        self, sources: Sequence[Files | Tensor], rows: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self._sources = tuple(sources)
+        if rows is None:
+            counts = [len(s.paths) if isinstance(s, Files) else len(s) for s in self._sources]
+            rows = torch.cat([torch.stack([torch.full((n,), k), torch.arange(n)], 1) for k, n in enumerate(counts)])
+        self._rows = rows  # [N, 2] source and position, on the CPU
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of a tensor."""
+        first = self._sources[0]
+        return torch.Size((len(self), *(first.look.shape if isinstance(first, Files) else first.shape[1:])))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What joining all sources gives; of files alone uint8."""
+        kind = torch.uint8
+        for source in self._sources:
+            kind = torch.promote_types(kind, torch.uint8 if isinstance(source, Files) else source.dtype)
+        return kind
+
+    def __getitem__(self, where: Tensor | slice) -> LazyImages:
+        rows = self._rows[where.cpu() if isinstance(where, Tensor) else where]
+        return LazyImages(self._sources, rows, self.device)
+
+    def index_select(self, dim: Literal[0], where: Tensor) -> LazyImages:
+        """As of a tensor."""
+        return LazyImages(self._sources, self._rows.index_select(dim, where.cpu()), self.device)
+
+    def to(self, device: torch.device | str) -> LazyImages:
+        """The same images, which will be read to `device`."""
+        return LazyImages(self._sources, self._rows, device)
+
+    def aminmax(self) -> tuple[Tensor, Tensor]:
+        """Bounds of all values, without reading a file: those that 8-bit images can have."""
+        ends = [s.aminmax() for s in self._sources if not isinstance(s, Files) and s.numel()]
+        low = min([0.0, *(float(end.min) for end in ends)])
+        return torch.tensor(low), torch.tensor(max([255.0, *(float(end.max) for end in ends)]))
+
+    def expect(self, where: Tensor | slice) -> None:
+        """Begin to read the rows at the positions, or in the slice `where`, in the background."""
+        rows = self._rows[where.cpu() if isinstance(where, Tensor) else where].tolist()
+        for k, source in enumerate(self._sources):
+            if isinstance(source, Files):
+                source.expect([i for of, i in rows if of == k])
+
+    def read(self) -> Tensor:
+        """All rows, as a tensor."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for k, source in enumerate(self._sources):
+            mine = (self._rows[:, 0] == k).nonzero().flatten()
+            where = self._rows[mine, 1]
+            if not len(mine):
+                continue
+            found = source.read(where.tolist()) if isinstance(source, Files) else source[where.to(source.device)]
+            if len(mine) == len(self):
+                return found.to(self.device, self.dtype)
+            out[mine.to(self.device)] = found.to(self.device, self.dtype)
+        return out
+
+
+Images = Tensor | LazyImages
+
+
+def joined(parts: Sequence[Images]) -> Images:
+    """The rows of all `parts`, in their order; read later if one of them is."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.cat(tensors)
+    sources: list[Files | Tensor] = []
+    rows = []
+    for part in parts:
+        lazy = LazyImages([part], device=part.device) if isinstance(part, Tensor) else part
+        places = [next((k for k, s in enumerate(sources) if s is source), None) for source in lazy._sources]
+        for j, source in enumerate(lazy._sources):
+            if places[j] is None:
+                places[j] = len(sources)
+                sources.append(source)
+        rows.append(torch.stack([torch.tensor(places)[lazy._rows[:, 0]], lazy._rows[:, 1]], 1))
+    return LazyImages(sources, torch.cat(rows), parts[0].device)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bytes_of(count: int, look: Look) -> int:
+    """Bytes that so many images take in memory."""
+    return count * math.prod(look.shape)

@@ -1,0 +1,112 @@
+"""Which files of a folder are images, by one rule for training and prediction; what is left out is counted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from clframe.system.texts import by_name
+
+SUFFIXES = (  # of the formats that `clframe.data.decode` reads
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+SILENT = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave behind
+SHOWN = 5  # kinds of files at most that a sentence lists
+
+HIDDEN = "hidden files or folders"
+LINKS = "links to folders"
+LOCKED = "folders that cannot be read"
+OTHERS = "files of other kinds"
+BESIDE = "images beside the class folders"
+
+
+class LeftOut:
+    """What a folder holds and is not read, counted by reason.
+
+    Attributes:
+        counts: by reason.
+        examples: for each reason the first names.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one more for `reason`."""
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if example not in examples and len(examples) < SHOWN:
+            examples.append(example)
+
+    def told(self, what: str) -> list[str]:
+        """Return the sentence on what is left out of `what`, the folder; none if there is nothing."""
+        reasons = [f"{reason} ({n}: {', '.join(self.examples[reason])})" for reason, n in sorted(self.counts.items())]
+        return [f"Left out of {what}: {', '.join(reasons)}."] if reasons else []
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or no part of any data set."""
+    return name.startswith(".") or name in SILENT
+
+
+def class_folders(base: Path, left: LeftOut | None = None) -> list[Path]:
+    """Return the folders in `base` that are not hidden, sorted; hidden ones and images beside are added to `left`."""
+    found = []
+    for path in base.iterdir():
+        hidden = is_hidden(path.name)
+        if path.is_dir():
+            if not hidden:
+                found.append(path)
+            elif left and path.name not in SILENT:
+                left.add(HIDDEN, path.name)
+        elif left and path.suffix.lower() in SUFFIXES:
+            left.add(HIDDEN if hidden else BESIDE, path.name)
+    return sorted(found, key=lambda path: by_name(path.name))
+
+
+def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:
+    """Return the paths of the image files in and below `folder`, sorted, and the endings of all others but hidden ones.
+
+    An image has one of the `SUFFIXES`, and neither the image nor a folder on the way is hidden. Links to files are
+    followed, links to folders are not: a link may lead back. What is left out is added to `left`.
+    """
+    images, others = list[str](), Counter[str]()
+    waiting = [str(folder)]
+    while waiting:  # without recursion, which a deep folder would exhaust, as it does that of `os.walk`
+        at = waiting.pop()
+        try:
+            with os.scandir(at) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError:
+            left.add(LOCKED, os.path.relpath(at, folder))
+            continue
+        for entry in entries:
+            suffix = Path(entry.name).suffix.lower()
+            if _is_folder(entry):
+                if is_hidden(entry.name):
+                    if entry.name not in SILENT:
+                        left.add(HIDDEN, entry.name)
+                elif entry.is_symlink():
+                    left.add(LINKS, entry.name)
+                else:
+                    waiting.append(entry.path)
+            elif is_hidden(entry.name):
+                if suffix in SUFFIXES:
+                    left.add(HIDDEN, entry.name)
+            elif suffix in SUFFIXES:
+                images.append(entry.path)
+            else:
+                others[suffix or entry.name] += 1
+                left.add(OTHERS, suffix or entry.name)
+    return sorted(images), others
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether `entry` is a folder, or a link to one; a link that leads nowhere is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -1,0 +1,224 @@
+"""Scenarios: the streams of experiences that a run learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clframe.data.batch import ImageData
+from clframe.data.transform import Transform, check_transform
+from clframe.data.values import check_images
+from clframe.errors import WrongUse
+from clframe.system.texts import told
+
+Setting = Literal["class", "task", "domain"]
+Part = Literal["train", "test"]
+
+
+def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
+    """Return the names of the classes of the scenario `name` as texts. Raises `WrongUse` if they are no list."""
+    if not isinstance(class_names, Iterable):
+        raise WrongUse(f"The class names of `{name}` are {told(class_names)}: give a list with one for each label.")
+    return tuple(map(str, class_names))
+
+
+class Experience:
+    """One step of a scenario: its training, validation and test images, loaded when first asked for.
+
+    Attributes:
+        index: position in the stream, from 0.
+        task: index of the task (the same as `index` in all built-in scenarios).
+        classes: labels that occur in it.
+    """
+
+    def __init__(self, index: int, task: int, classes: tuple[int, ...], load: Callable[[str], ImageData]) -> None:
+        self.index = index
+        self.task = task
+        self.classes = classes
+        self._load = load
+
+    def __repr__(self) -> str:
+        return f"Experience(index={self.index}, task={self.task}, classes={self.classes})"
+
+    @cached_property
+    def train(self) -> ImageData:
+        """The images to learn from."""
+        return self._load("train")
+
+    @cached_property
+    def val(self) -> ImageData:
+        """The share of the training images that is held out for model selection; empty unless asked for."""
+        return self._load("val")
+
+    @cached_property
+    def test(self) -> ImageData:
+        """The test images; an experience that a plugin is given has none."""
+        return self._load("test")
+
+    def for_training(self) -> Experience:
+        """This experience as plugins get it: asking for its test images raises `WrongUse`."""
+
+        def load(part: str) -> ImageData:
+            if part == "test":
+                raise WrongUse("A plugin asked for test images; a run hands it training and validation data only.")
+            loaded: ImageData = getattr(self, part)
+            return loaded
+
+        return Experience(self.index, self.task, self.classes, load)
+
+
+class Scenario:
+    """A stream of experiences, described without loading its images.
+
+    Labels are columns of the head: the classes of the first experience are 0, 1, ..., and classes that a
+    later experience brings follow in order.
+
+    Args:
+        name: as the command line calls it, or any name for a scenario of one's own.
+        setting: ``class`` (which class, of all seen), ``task`` (the task is told), ``domain`` (same classes,
+            new look).
+        classes: for each experience its labels.
+        class_names: for each label its name.
+        input_shape: of one image, such as (3, 32, 32).
+        load: gives the "train" or "test" images of experience i; whatever they say, i is the task of all of them.
+        transform: from raw images to the model's input.
+        class_order: the data set's class numbers in the order of learning, where that has a meaning.
+        checksum: SHA-256 of the data, so that two runs can be compared.
+        move: moves the underlying arrays to a device, once.
+        notes: sentences on the data, such as what was left out, which a run tells and keeps in its results.
+
+    Attributes:
+        known: how many experiences were known at a time: all, or, of a run that was extended, those of it and of each
+            extension. What is learnt in one of these stretches is learnt without knowing of the later ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setting: Setting,
+        classes: Sequence[Sequence[int]],
+        class_names: Sequence[str],
+        input_shape: Sequence[int],
+        load: Callable[[int, Part], ImageData],
+        *,
+        transform: Transform | None = None,
+        class_order: Sequence[int] = (),
+        checksum: str = "",
+        move: Callable[[torch.device], None] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.setting: Setting = setting
+        self.classes = tuple(tuple(int(label) for label in group) for group in classes)
+        self.class_names = names_of(class_names, name)
+        self.input_shape = tuple(int(size) for size in input_shape)
+        check_transform(transform, name)
+        self.transform = transform or Transform()
+        self.transform.check(name, self.input_shape)
+        self.class_order = tuple(class_order)
+        self.checksum = checksum
+        self._load = load
+        self._move = move
+        self.notes = tuple(notes)
+        self.known: tuple[int, ...] = (len(self.classes),)
+        self.val_share = 0.0
+        self._val_seed = 0
+        self._seen: set[tuple[int, Part]] = set()  # whose images were checked
+        seen = 0
+        for i, group in enumerate(self.classes):
+            new = [label for label in group if label >= seen]
+            if new != list(range(seen, seen + len(new))):
+                raise WrongUse(
+                    f"Experience {i} of scenario `{name}` brings the labels {new}; "
+                    f"new labels must continue from {seen}."
+                )
+            seen += len(new)
+        if not self.classes or seen > len(self.class_names):
+            raise WrongUse(f"Scenario `{name}` has {seen} labels, but {len(self.class_names)} class names.")
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __iter__(self) -> Iterator[Experience]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Experience:
+        """A fresh experience: its images are loaded when asked for and freed with it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Scenario `{self.name}` has {len(self)} experiences, none with number {index}.")
+
+        def load(part: str) -> ImageData:
+            data = self._checked(index, "test") if part == "test" else self._train_or_val(index, part)
+            return data.of_task(index)
+
+        return Experience(index, index, self.classes[index], load)
+
+    def __repr__(self) -> str:
+        return f"Scenario({self.name!r}, {self.setting!r}, {len(self)} experiences of {self.classes})"
+
+    def hold_out(self, share: float, seed: int) -> None:
+        """Set aside `share` of each class's training images for validation, as a function of `seed`.
+
+        Of every class at least one image stays for training.
+        """
+        self.val_share, self._val_seed = share, seed
+
+    def described(self, index: int | None = None) -> Scenario:
+        """This scenario as plugins and a loaded model get it: asking for any images raises `WrongUse`.
+
+        With an `index`, as far as it was known when the experience of that index came.
+        """
+        known = len(self) if index is None else next(k for k in self.known if k > index)
+        n_classes = len(self.class_names) if known == len(self) else max(map(max, self.classes[:known])) + 1
+
+        def load(index: int, part: Part) -> ImageData:
+            raise WrongUse(
+                f"The {part} images of experience {index} were asked for; `run.scenario` only describes them."
+            )
+
+        scenario = Scenario(
+            self.name,
+            self.setting,
+            self.classes[:known],
+            self.class_names[:n_classes],
+            self.input_shape,
+            load,
+            transform=self.transform,
+            class_order=self.class_order,
+            checksum=self.checksum,
+        )
+        scenario.known = tuple(k for k in self.known if k <= known)
+        return scenario
+
+    def to(self, device: torch.device) -> None:
+        """Hold the images on `device` from now on, where the scenario can."""
+        if self._move:
+            self._move(device)
+
+    def _checked(self, index: int, part: Part) -> ImageData:
+        """Return what `load` gives. Raises `DataError` if its images are not as `transform` and a network take them."""
+        data = self._load(index, part)
+        if (index, part) not in self._seen:
+            if isinstance(data.images, Tensor):
+                words = f"{'training' if part == 'train' else 'test'} images of experience {index + 1} of `{self.name}`"
+                check_images(data.images, self.transform.scale, words, part=True)
+            self._seen.add((index, part))
+        return data
+
+    def _train_or_val(self, index: int, part: str) -> ImageData:
+        data = self._checked(index, "train")
+        held = torch.zeros(len(data), dtype=torch.bool)
+        if self.val_share:
+            generator = torch.Generator().manual_seed(self._val_seed * 10_007 + index)
+            labels = data.y.cpu()
+            for label in sorted(set(labels.tolist())):
+                where = (labels == label).nonzero().flatten()
+                count = min(round(self.val_share * len(where)), len(where) - 1)
+                held[where[torch.randperm(len(where), generator=generator)[:count]]] = True
+        elif part == "train":
+            return data
+        return data.rows((held if part == "val" else ~held).nonzero().flatten().to(data.device))

@@ -1,0 +1,180 @@
+"""A scenario in a file: who learns what when, with checksums, so that two people train on the same split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clframe.errors import DataError, WrongUse, cannot_write
+from clframe.system.reading import Unreadable, expanded, parse_json, read_bytes, shown
+from clframe.system.texts import cut, told
+
+if TYPE_CHECKING:
+    from clframe.data.batch import ImageData
+    from clframe.data.scenario import Scenario
+
+FORMAT = 1
+KIND = "clframe scenario"
+PINNED = "pinned"  # of any scenario: the checksums that its data and its split must have
+SUMS = ("data", "split")
+# options that a file settles; others, such as the size of images or where they are, may be given anew
+SETTLED = ("experiences", "first", "order", "seed", "limit", "test", "max_angle")
+SUFFIX = ".json"
+LARGEST = 10_000_000  # bytes
+
+
+def save_split(
+    path: str | Path,
+    scenario: str | Mapping[str, Any],
+    *,
+    sets: Sequence[str] = (),
+    run: Mapping[str, Any] | None = None,
+) -> Scenario:
+    """Write a scenario to a file that `run` takes as a scenario, here and elsewhere.
+
+    Args:
+        path: of the file, which must end in ``.json``.
+        scenario: a name, or a mapping with ``name`` and options.
+        sets: further options, each ``scenario.option=value``.
+        run: settings of the run that it depends on: ``seed`` and ``data_root``.
+
+    Returns:
+        the scenario.
+
+    Raises:
+        WrongUse: if a name or option is wrong, or the file cannot be written.
+        RunFailed: if the disk is full, or fails.
+        DataError: if its data is missing or damaged.
+    """
+    from clframe import registry
+    from clframe.config import resolve
+
+    config = resolve(scenario=scenario, sets=sets, run=run)
+    built = registry.build_scenario(config.scenario, config.run)
+    write_split(expanded(path), config.scenario, built, config.run.seed)
+    return built
+
+
+def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: int) -> None:
+    """Write `scenario`, which was built from `spec` in a run of that seed. Raises as `save_split`."""
+    from clframe.runs.checkpoint import write_text
+    from clframe.runs.results import to_json
+
+    if path.suffix != SUFFIX:
+        raise WrongUse(f"The split would be written to {path}: give it a name that ends in `{SUFFIX}`, to run from it.")
+    try:
+        write_text(path, to_json(described(spec, scenario, seed)))
+    except OSError as error:
+        raise cannot_write("The split", path, error) from error
+
+
+def described(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> dict[str, Any]:
+    """What the file holds of `scenario`, which was built from `spec` in a run of that seed."""
+    options = {name: str(o) if isinstance(o, Path) else o for name, o in spec.items() if name != PINNED}
+    if "seed" in options and options["seed"] is None:
+        options["seed"] = seed
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "scenario": options,
+        "setting": scenario.setting,
+        "class_order": list(scenario.class_order),
+        "class_names": list(scenario.class_names),
+        "data_sha256": scenario.checksum,
+        "split_sha256": checksum(scenario),
+        "experiences": [
+            {
+                "classes": [scenario.class_names[label] for label in experience.classes],
+                **{part: _counted(getattr(experience, part)) for part in ("train", "test")},
+            }
+            for experience in scenario
+        ],
+    }
+
+
+def checksum(scenario: Scenario) -> str:
+    """SHA-256 of the classes of all experiences, and of the positions and labels of their images, in their order."""
+    total = hashlib.sha256()
+    for experience in scenario:
+        total.update(json.dumps(list(experience.classes)).encode())
+        for part in (experience.train, experience.test):
+            total.update(_sum(part).encode())
+    return total.hexdigest()
+
+
+def read_split(path: Path) -> dict[str, Any]:
+    """The ``name`` and options of the scenario that a file holds, with its checksums as the option ``pinned``.
+
+    Raises:
+        WrongUse: if there is no such file, or it holds something else.
+    """
+    try:
+        data = parse_json(read_bytes(expanded(path), LARGEST), path)
+    except Unreadable as error:
+        raise WrongUse(f"The scenario {shown(path)} cannot be read: {error.reason}.") from error
+    spec = data.get("scenario") if isinstance(data, dict) else None
+    if not (
+        isinstance(data, dict)
+        and data.get("kind") == KIND
+        and isinstance(spec, dict)
+        and isinstance(spec.get("name"), str)
+    ):
+        raise WrongUse(
+            f"{path} holds no scenario: write one with `clframe scenarios show NAME --save FILE.json`; a "
+            "configuration is run by `clframe run --config FILE.yaml`."
+        )
+    if data.get("format") != FORMAT:
+        raise WrongUse(
+            f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {FORMAT}."
+        )
+    return {**spec, PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
+
+
+def settled(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:
+    """A sentence for each option in `given` that the split of `file`, in `path`, has settled otherwise."""
+    return [
+        f"`scenario.{name}` is {cut(json.dumps(given[name]))}, and {path} settles it as {cut(json.dumps(file[name]))}: "
+        "leave it out, or name a scenario in place of the file."
+        for name in SETTLED
+        if name in given and name in file and given[name] != file[name]
+    ]
+
+
+def pinned_problems(pinned: object) -> list[str]:
+    """A sentence if `pinned` is not what `read_split` gives."""
+    if isinstance(pinned, Mapping) and {name: type(value) for name, value in pinned.items()} == dict.fromkeys(
+        SUMS, str
+    ):
+        return []
+    return [
+        f"`scenario.{PINNED}` is {told(pinned)}; it must hold the checksums `data` and `split` of a scenario's file."
+    ]
+
+
+def check(scenario: Scenario, pinned: Mapping[str, str]) -> None:
+    """Raise `DataError` if the data or the split are not those of the file that `pinned` comes from."""
+    if scenario.checksum != pinned["data"]:
+        raise DataError(
+            f"The data of `{scenario.name}` differ from those of the split's file: their SHA-256 is "
+            f"{scenario.checksum[:12]}..., there {pinned['data'][:12]}...; use the same images."
+        )
+    if (found := checksum(scenario)) != pinned["split"]:
+        raise DataError(
+            f"The split of `{scenario.name}` differs from that of its file, with the same data: its SHA-256 is "
+            f"{found[:12]}..., there {pinned['split'][:12]}...; use its options and the version that wrote it."
+        )
+
+
+def _counted(data: ImageData) -> dict[str, Any]:
+    return {"images": len(data), "sha256": _sum(data)}
+
+
+def _sum(data: ImageData) -> str:
+    """SHA-256 of positions and labels, as 64-bit numbers, the lowest byte first."""
+    total = hashlib.sha256()
+    for column in (data.index, data.y):
+        total.update(column.cpu().contiguous().numpy().astype("<i8").tobytes())
+    return total.hexdigest()

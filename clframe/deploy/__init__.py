@@ -1,0 +1,1 @@
+"""The trained model in use: prediction and export."""

@@ -1,0 +1,305 @@
+"""A trained model as a file that others can run: safetensors, torch.export, ONNX; checked to answer as it does here."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from clframe.data.transform import Transform, affine
+from clframe.errors import ClframeError, RunFailed, WrongUse, did_you_mean, of_the_system
+from clframe.evaluate import ModelPredictor
+from clframe.model import IncrementalNet, masked
+from clframe.runs import checkpoint
+from clframe.system.writing import create
+
+if TYPE_CHECKING:
+    from clframe.deploy.trained import Trained
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+FORMATS: tuple[str, ...] = get_args(Format)
+ONNX = ("onnx", "onnxscript")  # what torch.onnx needs
+TOLERANCE = 1e-4  # largest difference of scores, relative to the largest score: other kernels round otherwise
+BATCHES = (2, 5)  # images: the first is traced, and both are compared
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it was checked.
+
+    Attributes:
+        path, format: of the file.
+        inputs: by name what the model in it takes.
+        difference: largest difference of its scores from those of the run's model; None: it was not run.
+        checked_with: what ran it; None: nothing that could is installed.
+    """
+
+    path: Path
+    format: str
+    inputs: dict[str, str]
+    difference: float | None
+    checked_with: str | None
+
+
+class Deployed(nn.Module):
+    """The whole way from raw images to scores: normalisation, network, and the choice of the task's classes.
+
+    Args:
+        trained: the model of a finished run.
+        task: that all images are of; None: `forward` is told, where ``takes_task``, or there is none to tell.
+    """
+
+    def __init__(self, trained: Trained, task: int | None) -> None:
+        super().__init__()
+        # a copy of the module is not changed by what tracing does to it
+        self.predictor = copy.deepcopy(trained.predictor).eval().requires_grad_(False)
+        self.fixed = task
+        self.takes_task = task is None and trained.needs_task
+        transform, dims = trained.scenario.transform, len(trained.scenario.input_shape) - 1
+        factor, shift = constants(transform, dims)
+        self.factor: Tensor
+        self.shift: Tensor
+        self.allowed: Tensor
+        self.register_buffer("factor", factor)
+        self.register_buffer("shift", shift)
+        self.register_buffer("allowed", trained.allowed.clone())
+        self.divides = not transform.mean
+        self.tells = bool(getattr(self.predictor, "uses_task", True))
+        if task is not None:
+            for net in self.modules():
+                if isinstance(net, IncrementalNet) and net.selected is not None:
+                    net.select(task)
+
+    def forward(self, images: Tensor, task: Tensor | None = None) -> Tensor:
+        """Scores [B, C] of raw `images` [B, ...], of the tasks [B] int64 where it takes them."""
+        x = images.to(torch.float32)
+        x = x / self.factor if self.divides else x * self.factor + self.shift
+        if self.fixed is not None:
+            task = torch.full(images.shape[:1], self.fixed, device=images.device)  # `len` would be fixed, too
+        scores: Tensor = self.predictor(x, task if self.tells else None)
+        return scores if task is None else masked(scores, self.allowed[:, : scores.shape[1]][task])
+
+
+def constants(transform: Transform, dims: int) -> tuple[Tensor, Tensor]:
+    """What raw values are divided by, and zero; or, where there is a mean, are multiplied by and what is added."""
+    if not transform.mean:
+        return torch.tensor(transform.scale, dtype=torch.float32), torch.zeros(())
+    factor, shift = affine(transform, dims, torch.device("cpu"))
+    return factor.clone(), shift.clone()
+
+
+def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exported:
+    """Write `trained` to the file `path`, and check that what is read from it answers alike; see `Trained.export`."""
+    if kind not in FORMATS:
+        raise WrongUse(f"There is no format `{kind}`." + did_you_mean(kind, FORMATS))
+    if path.exists():
+        raise WrongUse(f"{path} exists already: name another file.")
+    if not path.parent.is_dir():
+        raise WrongUse(f"There is no folder {path.parent} to write {path.name} into.")
+    module = deployed(trained, task, kind)
+    inputs = [example(trained, module, n) for n in BATCHES]
+    write = {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[kind]
+    beside = path.with_name(f".{path.name}")  # a process that is killed leaves no part under the final name
+    try:
+        with torch.no_grad(), _quiet():
+            loaded, checked_with = write(trained, module, inputs, beside)
+            differences = []
+            for given in inputs:
+                expected = trained(*given) if task is None else trained(*given, task)
+                differences += [_difference(expected, loaded(*given))] if loaded else []
+        difference = max(differences, default=None)
+        if difference is not None and difference > TOLERANCE:
+            raise RunFailed(
+                f"The exported model does not answer as the run's does: its scores differ by {difference:.2g} of the "
+                "largest; nothing was written."
+            )
+        checkpoint.sync(beside)
+        beside.replace(path)
+    except Exception as error:
+        if isinstance(error, ClframeError) or not (refused := of_the_system(error)):
+            raise
+        raise RunFailed(f"{path} could not be written: {refused}.") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    described = {"images": f"{str(inputs[0][0].dtype).removeprefix('torch.')} [B, {_shape(trained)}]"}
+    if module.takes_task:
+        described["task"] = "int64 [B], from 0"
+    return Exported(path, kind, described, difference, checked_with)
+
+
+def deployed(trained: Trained, task: int | None, kind: str) -> Deployed:
+    """The module to export. Raises `WrongUse` if what it computes depends on data in a way that a graph cannot have."""
+    if task is not None:
+        trained.reading(task)
+    by_task = any(isinstance(m, IncrementalNet) and m.selected is not None for m in trained.modules())
+    if by_task and task is None and kind != "safetensors":
+        raise WrongUse(
+            f"This network computes something else for each task, and a file of format `{kind}` holds one computation: "
+            "fix a task (`--task`)."
+        )
+    module = Deployed(trained, task)
+    if by_task and task is not None:  # its path is selected, and no task is left to find
+        net = next(m for m in module.modules() if isinstance(m, IncrementalNet) and m.selected is not None)
+        module.predictor, module.tells = ModelPredictor(net).eval(), False
+        for part in list(net.modules()):
+            _applied(part)
+    return module
+
+
+def _applied(part: nn.Module) -> None:
+    """Make weights under a mask what the mask makes of them.
+
+    Not by torch's `remove_parametrizations`, which changes the class, and that is also the original's of a copy.
+    """
+    if not parametrize.is_parametrized(part):
+        return
+    weights = {name: getattr(part, name).detach().clone() for name in part.parametrizations}  # type: ignore[union-attr]
+    part.__class__ = parametrize.type_before_parametrizations(part)
+    del part.parametrizations
+    for name, value in weights.items():
+        part.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def example(trained: Trained, module: Deployed, n: int) -> tuple[Tensor, ...]:
+    """`n` random raw images, and tasks where the module takes them."""
+    generator = torch.Generator().manual_seed(n)
+    scale, shape = trained.scenario.transform.scale, (n, *trained.scenario.input_shape)
+    if scale > 1:
+        images = torch.randint(int(min(scale, 255)) + 1, shape, generator=generator, dtype=torch.uint8)
+    else:
+        images = torch.rand(shape, generator=generator)
+    return (images, torch.arange(n) % len(trained.scenario)) if module.takes_task else (images,)
+
+
+Written = tuple[Callable[..., Tensor] | None, str | None]
+
+
+def about(trained: Trained) -> dict[str, str]:
+    """What a user of the file needs besides, as texts of JSON by name: the same in every format.
+
+    ``look`` is how image files become raw images (`clframe.data.decode.Look`); null where no files were learned from.
+    """
+    scenario = trained.scenario
+    look = scenario.transform.look
+    return {
+        "class_names": json.dumps(scenario.class_names),
+        "classes": json.dumps(scenario.classes),
+        "input_shape": json.dumps(scenario.input_shape),
+        "normalization": json.dumps(
+            {k: v for k, v in asdict(scenario.transform).items() if k in ("scale", "mean", "std")}
+        ),
+        "scores": trained.scores,
+        "temperature": json.dumps(trained.temperature),
+        "look": json.dumps(asdict(look) if look else None),
+    }
+
+
+def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
+    checkpoint.write_tensors(path, dict(module.state_dict()), about(trained))
+    empty = copy.deepcopy(module)
+    for value in empty.state_dict().values():
+        value.zero_()
+    empty.load_state_dict(checkpoint.read_tensors(path))
+    return empty, "clframe"
+
+
+def _torch_export(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
+    program = _traced(module, inputs[0])
+    content = BytesIO()  # torch's own writing ends the process where the system refuses it
+    extra = {"class_names.json": json.dumps(trained.class_names), "about.json": json.dumps(about(trained))}
+    torch.export.save(program, content, extra_files=extra)
+    with create(path) as file:
+        file.write(content.getbuffer())
+    return torch.export.load(path).module(), "torch"
+
+
+def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
+    if missing := [name for name in ONNX if importlib.util.find_spec(name) is None]:
+        raise WrongUse(
+            f"The format `onnx` needs {' and '.join(f'`{name}`' for name in missing)}: pip install 'clframe[onnx]'."
+        )
+    names = ["images", "task"][: len(inputs[0])]
+    traced = _traced(module, inputs[0])
+    try:
+        program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=["scores"], verbose=False)
+        assert program is not None
+        program.model.metadata_props.update(about(trained))
+        content = program.model_proto.SerializeToString()  # torch's own writing chooses the format by the file's name
+    except (RuntimeError, ValueError, TypeError) as error:
+        if of_the_system(error):
+            raise
+        raise WrongUse(_refused("torch.onnx", error.__cause__ or error)) from error
+    with create(path) as file:
+        file.write(content)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None, None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def answer(*given: Tensor) -> Tensor:
+        values = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+        return torch.from_numpy(session.run(None, values)[0])
+
+    return answer, "onnxruntime"
+
+
+def _traced(module: Deployed, given: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """The graph of the module for any number of images. Raises `WrongUse` if there is none."""
+    many = {0: torch.export.Dim("batch", min=1)}
+    try:
+        return torch.export.export(
+            module, given, dynamic_shapes=tuple(many for _ in given) if len(given) > 1 else (many,)
+        )
+    except Exception as error:  # what it raises has no common base
+        raise WrongUse(_refused("torch.export", error)) from error
+
+
+def _refused(what: str, error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return (
+        f"{what} cannot follow what this model computes ({type(error).__name__}: {text}); the format `safetensors` can "
+        "hold its weights."
+    )
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, relative to the largest score; infinite where one rules out what the other does not."""
+    ruled_out = expected.isinf()
+    if expected.shape != found.shape or not torch.equal(ruled_out, found.isinf()):
+        return float("inf")
+    a, b = expected[~ruled_out], found[~ruled_out]
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1))
+
+
+def _shape(trained: Trained) -> str:
+    return ", ".join(map(str, trained.scenario.input_shape))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch's exporters say of themselves is of no use to who exports a model."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

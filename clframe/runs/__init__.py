@@ -1,0 +1,1 @@
+"""Runs on the disk: the run folder, checkpoints, results, and runs that extend finished ones."""

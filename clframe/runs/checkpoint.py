@@ -1,0 +1,304 @@
+"""Checkpoints: a tree of plain values and tensors as JSON and safetensors, written whole or not at all.
+
+A checkpoint is a folder of three files: ``tree.json``, ``tensors.safetensors``, and ``manifest.json`` with the SHA-256
+of the other two, as neither format notices a flipped bit. It is written beside, synced and renamed into place; the two
+newest are kept. Nothing here reads or writes a pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clframe.data.batch import ImageData
+from clframe.errors import DataError, RunFailed, of_the_system, out_of_memory
+from clframe.model import IncrementalNet, snapshot
+from clframe.runs.sums import TEXT_LIMIT, digest
+from clframe.system.reading import open_regular, read_json
+from clframe.system.writing import create, save_file
+
+FORMAT = 1  # of the files and of the tree in them; docs/reference/compatibility.md has the rule for changes
+FILES = ("tree.json", "tensors.safetensors")
+KEPT = 2
+NAME = re.compile(r"[0-9]{1,18}")  # of a checkpoint
+
+
+class OtherFormat(DataError):
+    """A checkpoint is whole, and of another format than this clframe's."""
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """`value` as JSON-able data, its tensors moved to `tensors` under their paths.
+
+    Takes None, numbers, strings, tensors, lists, tuples, dicts with string or number keys, `ImageData`, modules and
+    optimizers (by their state dicts). Raises `TypeError` for anything else.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        while path in tensors:  # keys with a slash in them may lead to one path
+            path += "'"
+        tensors[path] = value
+        return {"tensor": path} if value.device.type == "cpu" else {"tensor": path, "device": value.device.type}
+    if isinstance(value, list | tuple):
+        return {
+            "tuple" if isinstance(value, tuple) else "list": [
+                pack(v, tensors, f"{path}/{i}") for i, v in enumerate(value)
+            ]
+        }
+    if isinstance(value, Mapping):
+        if strange := [k for k in value if not isinstance(k, str | int | float)]:
+            raise TypeError(f"`{path}` has the key {strange[0]!r}; keys in a checkpoint are strings or numbers")
+        return {"dict": [[k, pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]}
+    if isinstance(value, ImageData):
+        columns = {name: column for name, column in vars(value).items() if name != "images"}
+        return {"images": pack({"x": value.x, **columns}, tensors, path)}
+    if isinstance(value, IncrementalNet):
+        return {"net": pack(dict(value.state_dict()), tensors, path), "grown": value.grown}
+    if isinstance(value, nn.Module):
+        return {"module": pack(dict(value.state_dict()), tensors, path)}
+    if isinstance(value, torch.optim.Optimizer):
+        return {"optimizer": pack(value.state_dict(), tensors, path)}
+    raise TypeError(
+        f"`{path}` is a {type(value).__name__}; a checkpoint holds tensors, plain containers, modules, optimizers"
+    )
+
+
+def unpack(
+    data: Any,
+    tensors: Mapping[str, Tensor],
+    like: Any = None,
+    structures: Mapping[int, IncrementalNet] | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """The value that `pack` was given; tensors that were on a device go to `device`, those of the CPU stay there.
+
+    Modules and optimizers are loaded into the one that `like` is. A network of `IncrementalNet`'s kind, a teacher, is
+    loaded into a copy of the structure that stands in `structures` under the number of experiences it has grown for.
+    """
+    if not isinstance(data, dict):
+        return data
+    if "tensor" in data:
+        # a copy of its own: a view into the file's buffer is aligned otherwise, and another kernel might run on it
+        tensor = tensors[data["tensor"]].clone()
+        return tensor.to(device) if "device" in data else tensor
+    if "list" in data or "tuple" in data:
+        kind, given = next(iter(data.items()))
+        items = [unpack(v, tensors, _at(like, i), structures, device) for i, v in enumerate(given)]
+        return items if kind == "list" else tuple(items)
+    if "dict" in data:
+        return {k: unpack(v, tensors, _at(like, k), structures, device) for k, v in data["dict"]}
+    if "images" in data:
+        columns = unpack(data["images"], tensors, device=device)
+        return ImageData(columns.pop("x"), columns.pop("y"), **columns)
+    if "net" in data:
+        teacher = snapshot((structures or {})[data["grown"]])
+        teacher.load_state_dict(unpack(data["net"], tensors, device=device))
+        return teacher
+    if "module" in data:
+        like.load_state_dict(unpack(data["module"], tensors, device=device))
+        return like
+    like.load_state_dict(unpack(data["optimizer"], tensors, device=device))
+    return like
+
+
+def grown_in(data: Any) -> set[int]:
+    """For how many experiences the networks in packed `data` have grown: the keys `unpack` needs of `structures`."""
+    if isinstance(data, list):
+        return {grown for item in data for grown in grown_in(item)}
+    if isinstance(data, dict):
+        return {data["grown"]} if "grown" in data else grown_in(list(data.values()))
+    return set()
+
+
+def _at(container: Any, key: Any) -> Any:
+    if isinstance(container, Mapping):
+        return container.get(key)
+    if isinstance(container, list | tuple) and isinstance(key, int) and key < len(container):
+        return container[key]
+    return None
+
+
+def copied(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """`tree` packed, with copies of its tensors: what the run does next does not change them.
+
+    Raises `RunFailed` if something in it cannot be packed.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        packed = pack(tree, tensors)
+    except TypeError as error:
+        raise RunFailed(f"No checkpoint can be written: {error}.") from error
+    return packed, {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
+    """Write what `copied` gave as the newest checkpoint in `folder`, whole or not at all, and keep the one before it.
+
+    Raises `RunFailed` if the disk is full or cannot be written; the checkpoints that were there remain.
+    """
+    number = max((int(p.name) for p in _checkpoints(folder)), default=0) + 1
+    target, beside = folder / f"{number:06d}", folder / f".{number:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if beside.is_symlink():
+            beside.unlink()
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        with create(beside / FILES[0]) as file:
+            file.write(json.dumps({"format": FORMAT, "tree": packed}).encode("utf-8"))
+        _save(tensors, beside / FILES[1])
+        for name in FILES:
+            sync(beside / name)
+        write_text(beside / "manifest.json", json.dumps({name: digest(beside / name) for name in FILES}))
+        sync(beside)
+        beside.rename(target)
+        sync(folder)
+    except (OSError, DataError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        kept = newest(folder)
+        if kept == target:
+            raise RunFailed(
+                f"The checkpoint {target} is written, and its folder could not be brought to the disk ({error}): make "
+                "room and resume."
+            ) from error
+        raise RunFailed(
+            f"The checkpoint {target} could not be written ({error}); "
+            + (
+                f"{kept} is kept: make room and resume."
+                if kept
+                else "there is none yet: make room and resume, which begins the run again."
+            )
+        ) from error
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tensor]]:
+    """The packed tree and the tensors of the newest checkpoint in `folder` that is whole; `tell` hears of damaged ones.
+
+    Raises `DataError` if there is none.
+    """
+    problems = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            loaded = _read(path)
+        except OtherFormat:  # it is no damage, and the older one would take the run back
+            raise
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            tell(f"{problem} The older checkpoint {path.name} is used.")
+        return loaded
+    if problems:
+        raise DataError(" ".join(problems) + " No other checkpoint is left, and a resume never starts afresh.")
+    raise DataError(
+        f"There is no checkpoint in {folder}, so nothing to resume; start the run again with another folder."
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`, unverified."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    try:
+        strange = sorted(p.name for p in path.iterdir() if p.name not in (*FILES, "manifest.json"))
+        if strange:
+            raise DataError(
+                f"Checkpoint {path} is refused as untrusted: it holds `{strange[0]}`, which clframe did not write."
+            )
+        sums = read_json(path / "manifest.json")
+        for name in FILES:
+            if digest(path / name) != sums[name]:
+                raise DataError(f"Checkpoint {path} is damaged: {name} is not what was written.")
+        data = read_json(path / FILES[0], TEXT_LIMIT)
+        if data["format"] != FORMAT:
+            raise OtherFormat(
+                f"Checkpoint {path} has format {data['format']}, and this clframe reads format {FORMAT}: resume the "
+                "run with the clframe that wrote it (environment.json names it)."
+            )
+        return data["tree"], load_file(path / FILES[1])
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(f"Checkpoint {path} is damaged: {of_the_system(error) or error}.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        with create(beside) as file:
+            file.write(text.encode("utf-8"))
+        sync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write `tensors` as safetensors to `path` whole or not at all, with what it is `about` in its header.
+
+    Equal tensors are equal bytes. Raises `OSError` if that fails.
+    """
+    beside = path.with_name(f".{path.name}")
+    try:
+        _save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, about)
+        sync(beside)
+        beside.replace(path)
+    except SafetensorError as error:  # it stands for an error of the system, too
+        beside.unlink(missing_ok=True)
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `DataError` if it is missing or damaged."""
+    try:
+        with open_regular(path):  # safetensors' own words for what the system refuses are other ones
+            return load_file(path)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(f"{path} is missing or damaged: {of_the_system(error) or error}.") from error
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of its folder."""
+    save_file(tensors, path, about) if about else save_file(tensors, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), key=lambda p: int(p.name))

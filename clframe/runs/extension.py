@@ -1,0 +1,283 @@
+"""A finished run that learns on: its scenario followed by a new one, and what it takes over."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clframe import registry
+from clframe.data.batch import ImageData
+from clframe.data.files import image_files, look_of, read_image
+from clframe.data.listing import LeftOut, class_folders
+from clframe.data.scenario import Experience, Part, Scenario
+from clframe.engine import Engine
+from clframe.errors import DataError, WrongUse, did_you_mean
+from clframe.options import options_of
+from clframe.plugin import Plugin
+from clframe.runs import checkpoint
+from clframe.runs.folder import read_model
+from clframe.runs.record import described_in, scenario_of
+from clframe.runs.results import read_results
+from clframe.runs.state import position_of
+from clframe.settings import OBJECT, Config, TrainSettings
+from clframe.system.reading import expanded, held_by, reason, shown
+
+ANEW = ("experiences", "first", "order", "limit")  # options of a scenario that say nothing of the next one
+OF_OPTIMIZER = (  # with others, a kept optimizer is not taken over
+    *("optimizer", "lr", "head_lr", "momentum", "nesterov", "betas", "eps"),
+    *("weight_decay", "decay", "keep_optimizer"),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The finished run that another one extends.
+
+    Attributes:
+        path: its folder.
+        config: its configuration.
+        described: its scenario as `model.json` has it.
+        methods: the plugins that it learnt with.
+        temperature: for each reading the temperature of its confidence; empty if none was fitted.
+    """
+
+    path: Path
+    config: Config
+    described: Mapping[str, Any]
+    methods: Sequence[str]
+    temperature: Mapping[str, float]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the run that extends it must know of it, as `base.json` holds it."""
+        return {**self.described, "temperature": dict(self.temperature)}
+
+    @property
+    def scenario(self) -> Scenario:
+        """What it learnt, without images."""
+        return scenario_of(self.described)
+
+    def last_checkpoint(self) -> tuple[Any, dict[str, Tensor]]:
+        """The state in which it ended. Raises `DataError` if that is gone or damaged."""
+        problems: list[str] = []
+        try:
+            loaded = checkpoint.load(self.path / "checkpoints", problems.append)
+        except DataError as error:
+            raise DataError(f"The run in {self.path} cannot be extended: {error}") from error
+        with held_by(self.path / "checkpoints"):
+            position = position_of(loaded[0])
+        if position["experience"] != len(self.scenario):
+            gone = f"The run in {self.path} cannot be extended, as its last checkpoint is gone."
+            raise DataError(" ".join([gone, *problems]))
+        return loaded
+
+    def keeps_optimizer(self, train: TrainSettings) -> bool:
+        """Whether an optimizer that was kept suits the settings `train`."""
+        return all(getattr(train, name) == getattr(self.config.train, name) for name in OF_OPTIMIZER)
+
+    def check(self, config: Config, plugins: Sequence[Plugin]) -> None:
+        """Refuse a run that cannot take over the network and the state of this one."""
+        problems = []
+        methods = [plugin for plugin in plugins if not plugin.observer]
+        if missing := [name for name in self.methods if name not in [plugin.name for plugin in methods]]:
+            problems.append(
+                f"The run in {self.path} learned with {_listed(self.methods)}, and what extends it leaves "
+                f"{_listed(missing)} out: their state is taken over, so name the same."
+            )
+        joining = self.joining(methods)
+        if strangers := [plugin.name for plugin in joining if not plugin.joins]:
+            problems.append(
+                f"The run in {self.path} learned with {_listed(self.methods)}, and {_listed(strangers)} cannot join "
+                "it, as it needs what it would have kept from the start: leave it out, or run all experiences again."
+            )
+        needy = [plugin.name for plugin in joining if plugin.joins == "images"]
+        if needy and config.run.old_images is None:
+            problems.append(
+                f"{_listed(needy)} can join the run in {self.path} with images of the classes that it learned: name a "
+                "folder that has a folder of them for each class, with `run.old_images` (`clframe extend --images`)."
+            )
+        if config.run.old_images is not None and not needy:
+            problems.append(
+                "`run.old_images` is for methods that join the run and need images of old classes, and there is none: "
+                "leave it out."
+            )
+        if config.model != self.config.model:
+            problems.append(
+                f"The network of the run in {self.path} is `{self.config.model['name']}` with the options that it has "
+                "there; it learns on as it is: set no others."
+            )
+        problems += [
+            f"`{name}` trains on the images of earlier experiences, which a finished run does not keep: run it anew, "
+            "on all of them."
+            for name in [plugin.name for plugin in methods if plugin.keeps_experiences]
+        ]
+        if config.run.device != "auto" and self.config.run.device == "cpu" and config.run.device != "cpu":
+            problems.append(
+                f"The run in {self.path} was on the CPU, and what its methods keep is there: extend it with "
+                "`--device cpu`."
+            )
+        if problems:
+            raise WrongUse(*problems)
+
+    def joining(self, plugins: Sequence[Plugin]) -> list[Plugin]:
+        """The methods among `plugins` that this run learned without."""
+        return [plugin for plugin in plugins if not plugin.observer and plugin.name not in self.methods]
+
+
+def old_images(folder: Path, scenario: Scenario, experience: Experience, left: LeftOut | None = None) -> Experience:
+    """`experience`, whose training images are those in `folder`, of any class that `scenario` has had until then.
+
+    Args:
+        folder: one folder of image files for each class, named like it.
+        scenario: as far as it was learned.
+        experience: its last.
+        left: what the folder holds beside images is added.
+
+    Raises:
+        DataError: if there is no such folder, or an image cannot be read.
+        WrongUse: if a folder is not named like a class that was learned, or there is no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
+    learned = {_plain(scenario.class_names[c]): c for classes in scenario.classes for c in classes}
+    try:
+        found = class_folders(folder, left)
+    except OSError as error:
+        raise DataError(f"`run.old_images` is {shown(folder)}, which cannot be read: {reason(error)}.") from error
+    if strangers := [path.name for path in found if _plain(path.name) not in learned]:
+        raise WrongUse(
+            f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
+            "class that its images are of." + did_you_mean(strangers[0], learned)
+        )
+    look = scenario.transform.look or look_of(scenario.input_shape)
+    read, labels = [], []
+    for path in found:
+        files = image_files([path], left)
+        read += [read_image(file, look, scenario.transform.scale) for file in files]
+        labels += [learned[_plain(path.name)]] * len(files)
+    if not read:
+        raise WrongUse(f"{folder} has no folder of images; it needs one for each class, named like it.")
+    y = torch.tensor(labels)
+    first = {c: task for task, classes in reversed(list(enumerate(scenario.classes))) for c in classes}
+    task = torch.tensor([first[label] for label in labels])
+    data = ImageData(torch.stack(read), y, task=task)
+    return Experience(experience.index, experience.task, experience.classes, lambda part: data)
+
+
+def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
+    """Let plugins join the network of a run that learned without them, before the first experience to come.
+
+    Their ``after_experience`` is called as if the last old experience had just ended. It has the images in
+    ``run.old_images``, or none.
+    """
+    run = engine.run
+    experience = run.experience
+    if run.config.run.old_images is not None:
+        folder, left = expanded(run.config.run.old_images), LeftOut()
+        experience = old_images(folder, run.scenario, experience, left)
+        for note in left.told(shown(folder)):
+            run.emit("message", text=note)
+    for plugin in plugins:
+        for name, call in engine.callers["after_experience"]:
+            if name == plugin.name:
+                call(run=run, experience=experience)
+
+
+def finished(path: Path, config: Config) -> Base:
+    """The run in `path`, with this configuration, to be extended. Raises `DataError` if it is not finished."""
+    description, _, _ = read_model(path)
+    described_in(path, description)
+    temperature = description.get("temperature") or {}
+    return Base(path, config, description["scenario"], read_results(path).data["plugins"], temperature)
+
+
+def defaults(base: Base, scenario: str) -> dict[str, Any]:
+    """The options of the scenario of this name that `base` decides: its setting; one experience, unless told otherwise.
+
+    Where both are of one name it is the same again, with other classes: only how they come is its own.
+    """
+    known = {option.name for option in options_of(registry.builder("scenario", scenario), skip=registry.SUPPLIED)}
+    old = base.config.scenario
+    same = old["name"] == scenario and OBJECT not in old
+    carried = {name: value for name, value in old.items() if same and name in known and name not in ANEW}
+    own = {"setting": base.described["setting"], "experiences": 1}
+    return carried | {name: value for name, value in own.items() if name in known}
+
+
+def extended(old: Scenario, coming: Scenario) -> Scenario:
+    """What was learnt, without images, and then what comes.
+
+    A class of an old name is the old class, others get new columns. Images are normalised, and augmented, as the
+    network knows them.
+
+    Raises:
+        WrongUse: if the images, or the setting, are of another kind.
+    """
+    problems = []
+    if coming.setting != old.setting:
+        problems.append(f"`{coming.name}` is of the setting `{coming.setting}`, and the run learnt in `{old.setting}`.")
+    if coming.input_shape != old.input_shape:
+        problems.append(
+            f"The images of `{coming.name}` are {list(coming.input_shape)}, and the run learnt with "
+            f"{list(old.input_shape)}; bring them to that size."
+        )
+    if coming.transform.scale != old.transform.scale:
+        problems.append(
+            f"The values of the images of `{coming.name}` go up to {coming.transform.scale:g}, and the run learnt with "
+            f"{old.transform.scale:g}; bring them to that range."
+        )
+    if twice := sorted({n for n in coming.class_names if coming.class_names.count(n) > 1}):
+        problems.append(f"`{coming.name}` has two classes `{twice[0]}`; give each a name of its own.")
+    if problems:
+        raise WrongUse(*problems)
+    names = list(old.class_names[: _seen(old.classes)])
+    known = [_plain(name) for name in names]
+    table = torch.zeros(len(coming.class_names), dtype=torch.int64)
+    for label, name in enumerate(coming.class_names[: _seen(coming.classes)]):
+        if _plain(name) not in known:
+            names.append(name)
+            known.append(_plain(name))
+        table[label] = known.index(_plain(name))
+    n, shape = len(old), old.input_shape
+
+    def load(index: int, part: Part) -> ImageData:
+        if index < n:
+            return ImageData(torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), task=index)
+        data: ImageData = getattr(coming[index - n], part)
+        kept = {name: getattr(data, name) for name in ("index", "weight", "targets")}
+        return ImageData(data.x, table.to(data.y.device)[data.y], task=data.task + n, **kept)
+
+    new = [[int(table[label]) for label in classes] for classes in coming.classes]
+    joined = Scenario(
+        f"{old.name}+{coming.name}",
+        old.setting,
+        [*old.classes, *new],
+        names,
+        shape,
+        load,
+        transform=old.transform,
+        checksum=coming.checksum,
+        move=coming.to,
+        notes=coming.notes,
+    )
+    joined.known = (*old.known, len(joined))
+    return joined
+
+
+def _plain(name: str) -> str:
+    """Return the name of a class in one Unicode form (NFC), to compare it: systems write one name in several."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _seen(classes: Sequence[Sequence[int]]) -> int:
+    return max(map(max, classes)) + 1
+
+
+def _listed(methods: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in methods) or "no method"

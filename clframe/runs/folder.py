@@ -1,0 +1,422 @@
+"""The run folder: what a run leaves on the disk, and whose it is while the run lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor
+
+from clframe.data.pictures import png
+from clframe.errors import DataError, RunFailed, WrongUse
+from clframe.evaluate import Row
+from clframe.runs import checkpoint, sums
+from clframe.runs.results import FILE as RESULTS
+from clframe.runs.results import Results, check_format, to_json
+from clframe.system import writing
+from clframe.system.reading import held_by, parse_json, read_bytes, read_json, reason, shown
+
+PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
+BASE = "base.json"  # what a run that extends another one knows of it
+ENVIRONMENT = "environment.json"
+CONFIG = "config.yaml"
+CONFIG_LIMIT = 1_000_000  # bytes
+BEGIN = (BASE, ENVIRONMENT, "split.json", CONFIG)  # files of the beginning, in this order: the last makes a run folder
+# what a process leaves that was killed before that; sums.json is written first of all
+BEGUN = {".lock", *(name for file in (sums.FILE, *BEGIN) for name in (file, f".{file}"))}
+PART = re.compile(r"predictions/[0-9]+\.safetensors")
+WRITTEN = (  # all that clframe writes into a run folder
+    *(".lock", sums.FILE, *BEGIN, "metrics.jsonl", RESULTS, "timings.json", "model.json", "model.safetensors"),
+    *("predictions.safetensors", "predictions", "checkpoints", "pictures", "tensorboard"),
+)
+BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
+
+
+class RunFolder:
+    """One run's folder, locked for as long as this object is open.
+
+    Args:
+        path: of the folder.
+        new: make it; refuse one that is there already. Else open the folder of an earlier run.
+
+    Raises:
+        WrongUse: if `new` and the folder exists.
+        DataError: if it cannot be written, is no run folder, or another process works on it.
+    """
+
+    def __init__(self, path: Path, *, new: bool) -> None:
+        self.path = path
+        self._new = new
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+        self._sums: dict[str, str] = {}  # of the files that a command reads
+        try:
+            self._check(new)
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(path / ".lock")
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
+        except (OSError, ValueError) as error:  # ValueError: no file can be called so
+            remedy = "name another with `--output`" if new else "make it writable"
+            raise DataError(f"The run folder {shown(path)} cannot be written: {reason(error)}; {remedy}.") from error
+
+    def _check(self, new: bool) -> None:
+        path = self.path
+        if new and path.exists() and not path.is_dir():
+            raise WrongUse(f"The run folder {path} is a file: name another with `--output`.")
+        # a process that was killed before its run began leaves nothing that is needed
+        if new and path.exists() and not _nothing_begun(path):
+            a_run = (path / CONFIG).is_file()
+            raise WrongUse(
+                f"The run folder {path} exists already: name another with `--output`, or go on with "
+                f"`clframe resume {path}`."
+                if a_run
+                else f"The folder {path} is not empty, and no run folder: name another with `--output`."
+            )
+        if not new:
+            if not (path / CONFIG).is_file():
+                raise DataError(f"{shown(path)} is not a run folder: it has no config.yaml.")
+            writing.refuse_links(path, WRITTEN)
+
+    def close(self) -> None:
+        """Give the folder back, when nothing is written any more; one in which nothing was begun goes away."""
+        self._disk.shutdown()
+        self._lock.release()
+        if self._new and not (self.path / "config.yaml").exists():
+            self._clear()
+            with contextlib.suppress(OSError):  # something else is in it
+                self.path.rmdir()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def save(self, tree: Mapping[str, Any]) -> None:
+        """Write a checkpoint of `tree` as it is now, while the run goes on; first the one before must be written.
+
+        Raises `RunFailed` if that one could not be, or if something in `tree` cannot be kept.
+        """
+        self.settle()
+        self._writing = self._disk.submit(checkpoint.write, self.checkpoints, *checkpoint.copied(tree))
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written. Raises `RunFailed` if it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its results."""
+        return (self.path / RESULTS).is_file()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was learnt in it: there is no checkpoint, no record, no evaluation."""
+        return not (any(self.checkpoints.glob("[0-9]*")) or self.metrics_size() or (self.path / "predictions").exists())
+
+    def begin(
+        self,
+        config: str,
+        environment: Mapping[str, Any],
+        split: Mapping[str, Any],
+        base: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what is known before training: the resolved configuration, the environment, the split.
+
+        `base` describes what was learnt before, in the run that this one extends.
+        """
+        texts = {
+            **({BASE: to_json(base)} if base is not None else {}),
+            ENVIRONMENT: to_json(environment),
+            "split.json": to_json(split),
+            CONFIG: config,
+        }
+        try:
+            self._clear(but=".lock")
+            self._sums = {name: hashlib.sha256(text.encode("utf-8")).hexdigest() for name, text in texts.items()}
+            self._write_sums()
+            for name, text in texts.items():
+                checkpoint.write_text(self.path / name, text)
+        except OSError as error:
+            self._clear(but=".lock")
+            raise RunFailed(
+                f"The run folder {self.path} could not be written ({error}): make room, or name another with "
+                "`--output`."
+            ) from error
+
+    def _clear(self, but: str = "") -> None:
+        """Remove what `begin` writes, and what a process left that was killed there, but for the file `but`."""
+        for name in BEGUN - {but}:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink(missing_ok=True)
+
+    def check_sums(self, position: Mapping[str, Any], skip: Sequence[str], tell: Callable[[str], None]) -> None:
+        """Check the files that a resume goes on from, and remember their sums; `tell` hears of what is missing.
+
+        Args:
+            position: where the run goes on, as its checkpoint has it: parts of the predictions that are written again
+                are not looked at.
+            skip: files that are compared in another way.
+            tell: is given a sentence.
+
+        Raises:
+            DataError: if a file is not what was written.
+        """
+        found = sums.read(self.path)
+        if found is None:
+            tell(sums.missing(self.path) or "")
+            kept = [name for name in BEGIN if (self.path / name).exists()]
+            parts = [f"predictions/{p.name}" for p in sorted((self.path / "predictions").glob("*.safetensors"))]
+            self._sums = {name: sums.digest(self.path / name) for name in kept + list(filter(PART.fullmatch, parts))}
+            return
+        done = position["experience"] + (["evaluate", ""] in position["done"])
+        for name in sorted(found):
+            if not PART.fullmatch(name):
+                if name in BEGIN and name not in skip:
+                    sums.check(self.path, name)
+                continue
+            experience = int(Path(name).stem)
+            if experience >= done:
+                del found[name]
+            elif not (self.path / name).exists():
+                del found[name]
+                tell(_lost(self.path / name))
+            elif sums.digest(self.path / name) != found[name]:
+                raise DataError(
+                    f"{self.path / name} is damaged: it is not what was written. Put it back, or remove it to go on "
+                    f"without the scores of the test images after experience {experience + 1}."
+                )
+        self._sums = found
+
+    def _write_sums(self) -> None:
+        checkpoint.write_text(self.path / sums.FILE, sums.to_text(self._sums))
+
+    def config_sum(self) -> str:
+        """SHA-256 of `config.yaml`: a checkpoint remembers it, so that an edit is noticed."""
+        return hashlib.sha256(read_bytes(self.path / CONFIG, CONFIG_LIMIT)).hexdigest()
+
+    def check_config(self, written: str | None = None) -> None:
+        """Raise `DataError` unless `config.yaml` has the sum `written`, by default that in sums.json, if there is one.
+
+        It is called before anything is read from it: what a damaged one says would be blamed on the user.
+        """
+        if written is None:
+            written = (sums.read(self.path) or {}).get(CONFIG)
+        if written is not None and written != self.config_sum():
+            raise DataError(
+                f"{self.path / CONFIG} was edited, or damaged, since the run began; put it back, or start a new run."
+            )
+
+    def environment(self) -> dict[str, Any]:
+        """What `begin` wrote of the environment."""
+        return self._read(ENVIRONMENT)
+
+    def base(self) -> dict[str, Any] | None:
+        """What `begin` wrote of the run that this one extends; None if it extends none."""
+        return self._read(BASE) if (self.path / BASE).exists() or BASE in self._sums else None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            found = read_json(self.path / name)
+        except DataError as error:
+            raise DataError(f"{self.path} is not a whole run folder: {error}") from error
+        if not isinstance(found, dict):
+            raise DataError(f"{self.path} is not a whole run folder: {name} holds no mapping.")
+        return found
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`."""
+        writing.append(self.path / "metrics.jsonl", json.dumps(record) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes of `metrics.jsonl`."""
+        file = self.path / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Forget the lines that were written after the checkpoint that a resume starts from."""
+        if (self.path / "metrics.jsonl").exists():
+            writing.cut(self.path / "metrics.jsonl", size)
+
+    def keep_scores(self, after: int, row: Row) -> None:
+        """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N].
+
+        A reading that only masks another one's scores has none of its own there.
+        """
+        tensors: dict[str, Tensor] = {}
+        kept: set[int] = set()
+        for reading, given in row.scores.items():
+            for on, scores in enumerate(given):
+                if scores is not None and id(scores) not in kept:
+                    kept.add(id(scores))
+                    tensors[f"{reading}/{after}/{on}"] = scores
+        tensors |= {f"labels/{on}": labels for on, labels in enumerate(row.labels) if len(labels)}
+        (self.path / "predictions").mkdir(exist_ok=True)
+        name = f"predictions/{after:04d}.safetensors"
+        checkpoint.write_tensors(self.path / name, tensors)
+        self._sums[name] = sums.digest(self.path / name)
+        self._write_sums()
+
+    def keep_picture(self, name: str, experience: int, picture: Tensor) -> None:
+        """Write ``pictures/<name>-<experience>.png`` of a picture [H, W, 3] uint8; experiences count from 1."""
+        (self.path / "pictures").mkdir(exist_ok=True)
+        file = self.path / "pictures" / f"{name.replace('/', '-')}-{experience + 1}.png"
+        with writing.create(file) as stream:
+            stream.write(png(picture.numpy()))
+
+    def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> list[str]:
+        """Write the trained model, the predictions, the sums, and last the results: they say that it is finished.
+
+        Returns a sentence for each part of the predictions that is gone. Raises `DataError` if one is damaged.
+        """
+        self.settle()
+        lost = []
+        scores: dict[str, Tensor] = {}
+        parts = sorted(filter(PART.fullmatch, self._sums))
+        for name in parts:
+            if not (self.path / name).exists():
+                lost.append(_lost(self.path / name))
+                continue
+            sums.check(self.path, name)
+            scores |= checkpoint.read_tensors(self.path / name)
+        tensors: dict[str, Tensor] = {}
+        state = checkpoint.pack(model, tensors)
+        written = {name: sum_ for name, sum_ in self._sums.items() if name in BEGIN}
+        for name, values in (("model.safetensors", tensors), ("predictions.safetensors", scores)):
+            if values or name == "model.safetensors":
+                checkpoint.write_tensors(self.path / name, values)
+                written[name] = sums.digest(self.path / name)
+        texts = {
+            "model.json": to_json({**description, "state": json.dumps(state)}),
+            "timings.json": to_json(results.timings),
+            RESULTS: to_json(results.data),
+        }
+        self._sums = written | {n: hashlib.sha256(text.encode("utf-8")).hexdigest() for n, text in texts.items()}
+        results_text = texts.pop(RESULTS)
+        for name, text in texts.items():
+            checkpoint.write_text(self.path / name, text)
+        self._write_sums()
+        checkpoint.write_text(self.path / RESULTS, results_text)
+        with contextlib.suppress(OSError):  # what else is in the folder stays there, such as a file manager's
+            for name in parts:
+                (self.path / name).unlink(missing_ok=True)
+            for beside in self.path.glob("predictions/.*"):
+                if beside.name.startswith(".tmp") or beside.suffix == ".safetensors":  # of a write that was killed
+                    beside.unlink()
+            (self.path / "predictions").rmdir()
+        return lost
+
+
+def _nothing_begun(path: Path) -> bool:
+    """Whether `path` is empty, or holds only what `begin` had written when its process was killed."""
+    names = {p.name for p in path.iterdir()}
+    if CONFIG in names or names - BEGUN:
+        return False
+    if names <= {".lock", f".{sums.FILE}"}:
+        return True
+    try:
+        return sums.read(path) is not None
+    except DataError:
+        return False
+
+
+def _lost(file: Path) -> str:
+    return (
+        f"{file} is gone: predictions.safetensors will lack the scores of the test images after experience "
+        f"{int(file.stem) + 1}."
+    )
+
+
+def check_finished(path: Path) -> None:
+    """Raise `DataError` if `path` is not the folder of a run that is finished."""
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}; name the folder of a finished run.")
+    if not (path / "config.yaml").is_file():
+        raise DataError(f"{path} is not a run folder: it has no config.yaml.")
+    if not (path / RESULTS).is_file():
+        raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
+    """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
+    check_finished(path)
+    sums.check(path, CONFIG, "model.json", "model.safetensors")
+    try:
+        description = read_json(path / "model.json")
+        check_format(description, path / "model.json")
+        with held_by(path / "model.json"):
+            state = parse_json(description.pop("state"), path / "model.json")
+        return description, state, checkpoint.read_tensors(path / "model.safetensors")
+    except OSError as error:
+        raise DataError(f"{path} holds no trained model that can be read ({error}).") from error
+
+
+def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:
+    """Versions, device, threads, commit of the working folder's git repository, and the data's checksum."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # which of torch's kernels it runs
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        **{package: _version(package) for package in PACKAGES},
+        "torch": torch.__version__,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "data_sha256": checksum,
+        "git": _commit(),
+        "command": sys.argv,
+    }
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One phrase for each difference that can change the last bits of the figures."""
+    return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in BINDING if before.get(key) != now.get(key)]
+
+
+@cache
+def _version(package: str) -> str:
+    """Return the version of an installed package; reading it takes milliseconds, and a study asks in each run."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@cache
+def _processor() -> str:
+    """The CPU's model, by which speeds are compared."""
+    with contextlib.suppress(OSError, StopIteration), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Return the commit of the current folder's git repository; None where there is none.
+
+    Whether files differ from the commit is not looked up: `git status` runs what the configuration of the repository
+    names (`core.fsmonitor`, filters, hooks), and the folder may come from strangers. `git rev-parse` runs none of it.
+    """
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return found or None

@@ -1,0 +1,311 @@
+"""What a run says of itself: its split at the beginning, its results and its model's description at the end."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from clframe import metrics
+from clframe.context import Run
+from clframe.data.decode import Look
+from clframe.data.scenario import Scenario
+from clframe.data.transform import Transform
+from clframe.engine import Engine
+from clframe.errors import WrongUse
+from clframe.model import class_mask, masked
+from clframe.runs import checkpoint, state
+from clframe.runs.results import FORMAT, Results, read_results
+from clframe.system.reading import expanded, held_by
+
+Index = Annotated[int, Field(ge=0)]
+LARGEST_IMAGE = 2**28  # values
+
+
+def results_of(engine: Engine) -> Results:
+    """The results of a run that has learnt everything; written, with the trained model, if it has a folder."""
+    run, stream = engine.run, engine.stream
+    run.experience = stream[len(stream) - 1].for_training()
+    row = engine.row or engine.evaluated(keep_scores=True)
+    if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # it was not trained
+        row = row.emptied()
+    counts = [len(labels) for labels in row.labels]
+    methods = [plugin for plugin in run.plugins if not plugin.observer]
+    data = {
+        "format": FORMAT,
+        "scenario": stream.name,
+        "setting": stream.setting,
+        "plugins": [plugin.name for plugin in methods],
+        "forms": {plugin.name: plugin.form for plugin in methods if plugin.form},
+        "seed": run.config.run.seed,
+        **({"extends": stream.known[-2]} if len(stream.known) > 1 else {}),  # experiences learned in runs before
+        "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
+        "accuracy": run.accuracy,
+        **({"validation": run.validation} if stream.val_share else {}),
+        "measures": {
+            reading: {
+                name: asdict(measure)
+                for name, measure in metrics.measures(
+                    matrix, counts, _joint(run.config.run.joint, reading), engine.baseline.get(reading)
+                ).items()
+            }
+            for reading, matrix in run.accuracy.items()
+        },
+        "baseline": engine.baseline,
+        "classes": [list(classes) for classes in stream.classes],
+        "class_names": list(stream.class_names),
+        "test_images": counts,
+        "notes": list(stream.notes),
+        "calibration": {
+            reading: {
+                name: asdict(m) for name, m in _calibration(engine, reading, row.scores[reading], row.labels).items()
+            }
+            for reading in row.accuracy
+            if row.kind == "logits"
+        },
+        "model": _size(dict(run.model.state_dict())),
+        "storage": {plugin.name: _size(state.of_plugin(plugin, plugin.state)) for plugin in methods},
+    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    timings = {
+        "experiences": [
+            {**timing, "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None}
+            for timing in engine.timings
+        ],
+        "peak_memory_bytes": peak,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
+    }
+    results = Results(data, timings, run.folder)
+    if engine.folder:
+        trained = {
+            "model": dict(run.model.state_dict()),
+            "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
+        }
+        temperature, fitted = temperatures(engine)
+        description = {
+            "format": FORMAT,
+            "scenario": _described(stream, run),
+            "scores": row.kind,
+            "temperature": temperature,
+            "fitted": fitted,
+        }
+        for lost in engine.folder.finish(results, trained, description):
+            run.emit("message", text=lost)
+    return results
+
+
+def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
+    """For each reading the temperature that fits its logits on the validation images, and to what it was fitted.
+
+    A run that extends another one holds no images of the classes before out. On new classes alone, which it learned
+    last, it is right and sure of itself more often than on all, so that what fits them may only lower the confidence:
+    the temperature is not below that of the run before, or 1 if that had none.
+    """
+    stream, carried = engine.stream, engine.carried or {}
+    nothing = {"images": 0, "classes": [], "floor": None}
+    if not stream.val_share:
+        return carried, dict.fromkeys(carried, nothing)
+    row = engine.evaluated(keep_scores=True, part="val")
+    if row.kind != "logits":
+        return {}, {}
+    last = len(stream) - 1
+    found: dict[str, float] = {}
+    about: dict[str, Any] = {}
+    for reading, given in row.scores.items():
+        rows = [
+            _allowed(scores, engine.readings.choices(reading, last, on))
+            for on, scores in enumerate(given)
+            if scores is not None
+        ]
+        if rows:
+            labels = [row.labels[on] for on, scores in enumerate(given) if scores is not None]
+            temperature = metrics.fitted_temperature(torch.cat(rows), torch.cat(labels))
+            present = sorted(set(torch.cat(labels).tolist()))
+            floor = None
+            if engine.carried is not None and not {c for group in stream.classes for c in group} <= set(present):
+                floor = carried.get(reading, 1.0)
+                temperature = max(temperature, floor)
+            found[reading] = temperature
+            about[reading] = {"images": len(torch.cat(labels)), "classes": present, "floor": floor}
+    return found, about
+
+
+def _allowed(scores: Tensor, classes: Sequence[int]) -> Tensor:
+    """`scores` [N, C], -inf for all but `classes`."""
+    return masked(scores, class_mask(classes, scores.shape[1]))
+
+
+def _calibration(
+    engine: Engine, reading: Any, scores: Sequence[Tensor | None], labels: Sequence[Tensor]
+) -> dict[str, metrics.Measure]:
+    """Calibration over all experiences together, each image's choices being those of the reading."""
+    last = len(labels) - 1
+    rows = []
+    for on, given in enumerate(scores):
+        choices = engine.readings.choices(reading, last, on)
+        if given is None or len(choices) == 1:  # an answer that cannot be wrong says nothing of its confidence
+            return {}
+        rows.append(_allowed(given, choices))
+    found = metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
+    # a predictor may rule a true class out, whose NLL is infinite: no number that JSON knows
+    return {
+        name: m if m.value is None or math.isfinite(m.value) else replace(m, value=None) for name, m in found.items()
+    }
+
+
+def _joint(folder: str | None, reading: str) -> list[float | None] | None:
+    """Accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
+    return read_results(expanded(folder)).accuracy.get(reading, [None])[-1] if folder else None
+
+
+def _in_words(reading: str, logits: str) -> str:
+    if reading == "class":
+        return "class-incremental: no task is given, the answer is among all classes seen"
+    if reading == "domain":
+        return "domain-incremental: no task is given, all experiences share their classes"
+    head = "multi-head" if logits in ("own", "current") else "masked single head"
+    return f"task-incremental ({head}): the task is given, the answer is among its classes"
+
+
+def _size(kept: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes and numbers of what a method keeps between experiences, or of the trained network."""
+    tensors: dict[str, Tensor] = {}
+    checkpoint.pack(kept, tensors)
+    return {
+        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+    }
+
+
+def split_of(scenario: Scenario) -> dict[str, Any]:
+    """What `split.json` holds: who learns what, when; the validation images by their positions."""
+    return {
+        "class_order": list(scenario.class_order),
+        "class_names": list(scenario.class_names),
+        "data_sha256": scenario.checksum,
+        "experiences": [
+            {
+                "index": e.index,
+                "task": e.task,
+                "classes": list(e.classes),
+                "val": sorted(e.val.index.tolist()) if scenario.val_share else [],
+            }
+            for e in scenario
+        ],
+    }
+
+
+def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
+    """What `load` needs to know of the scenario."""
+    return {
+        "name": scenario.name,
+        "setting": scenario.setting,
+        "classes": [list(classes) for classes in scenario.classes],
+        "class_names": list(scenario.class_names),
+        "input_shape": list(scenario.input_shape),
+        "transform": asdict(scenario.transform),
+        "blocks": run.model.blocks,
+        "known": list(scenario.known),
+    }
+
+
+def scenario_of(described: Mapping[str, Any]) -> Scenario:
+    """Return the scenario that `model.json` describes, without images. Raises `ValueError` if there is no such one."""
+    try:
+        return _scenario_of(described)
+    except WrongUse as error:  # of what a user gives; a file is named by its reader
+        raise ValueError(str(error)) from error
+
+
+def _scenario_of(described: Mapping[str, Any]) -> Scenario:
+    transform = dict(described["transform"])
+    transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
+    transform["look"] = Look(**transform["look"]) if transform.get("look") else None
+    empty = Scenario(
+        described["name"],
+        described["setting"],
+        described["classes"],
+        described["class_names"],
+        described["input_shape"],
+        lambda index, part: _no_images(),
+        transform=Transform(**transform),
+    )
+    empty.known = tuple(described.get("known", empty.known))
+    return empty.described()
+
+
+def described_in(path: Path, description: Mapping[str, Any]) -> Scenario:
+    """The scenario that `description`, from model.json of the run folder `path`, holds. Raises `DataError`."""
+    with held_by(path / "model.json"):
+        _Described.model_validate(description)
+        return scenario_of(description["scenario"])
+
+
+class _Transform(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    mean: list[float | int]
+    std: list[float | int]
+    scale: float | int
+
+
+class _Scenario(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str
+    setting: Literal["class", "task", "domain"]
+    classes: Annotated[list[Annotated[list[Index], Field(min_length=1)]], Field(min_length=1)]
+    class_names: list[str]
+    input_shape: list[Annotated[int, Field(gt=0, lt=2**20)]]
+    transform: _Transform
+    known: list[Index] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if max(map(max, self.classes)) >= len(self.class_names):
+            raise ValueError("there are classes without a name")
+        if self.known is not None and max(self.known, default=0) != len(self.classes):
+            raise ValueError("what is known does not end with the last experience")
+        if not 0 < math.prod(self.input_shape) < LARGEST_IMAGE:
+            raise ValueError(f"images of the shape {self.input_shape} are too large")
+        return self
+
+
+class _Fitted(BaseModel):
+    """To what a temperature was fitted."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    images: Index
+    classes: list[Index]
+    floor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+
+
+class _Described(BaseModel):
+    """What model.json says beside the state."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    scenario: _Scenario
+    scores: Literal["logits", "distances"] = "logits"
+    temperature: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    fitted: dict[str, _Fitted] = {}
+
+    @model_validator(mode="after")
+    def _names_classes(self) -> Self:
+        named = [c for fitted in self.fitted.values() for c in fitted.classes]
+        if max(named, default=0) >= len(self.scenario.class_names):
+            raise ValueError("the confidence was fitted to a class without a name")
+        return self
+
+
+def _no_images() -> Any:
+    raise WrongUse("A loaded model has no images.")

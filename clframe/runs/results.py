@@ -1,0 +1,254 @@
+"""What a run ends with: accuracy matrices, the measures drawn from them, and their definitions."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from clframe.errors import DataError
+from clframe.runs import sums
+from clframe.system.reading import expanded, held_by, read_json
+
+if TYPE_CHECKING:
+    from clframe.deploy.trained import Trained
+
+FORMAT = 1  # of results.json and model.json; docs/reference/compatibility.md has the rule for changes
+FILE = "results.json"
+PREDICTIONS = "predictions.safetensors"
+Matrix = list[list[float | None]]
+
+
+class _Measure(BaseModel):
+    value: float | int | None
+
+
+@dataclass(frozen=True, repr=False)
+class Results:
+    """The figures of a finished run, as `results.json` has them.
+
+    Attributes:
+        data: the whole of `results.json`: only what a repeat of the run reproduces to the bit.
+        timings: the whole of `timings.json`: seconds, images per second, peak memory.
+        folder: of the run; None if it kept none.
+        answering: makes the trained model of a run of this process; None: it was another's, or the results are a copy.
+    """
+
+    data: Mapping[str, Any]
+    timings: Mapping[str, Any]
+    folder: Path | None = None
+    answering: Callable[[], Trained] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The trained model, as `clframe.load` gives it; made when it is first asked for.
+
+        Until then the results hold what the run held: the network, its plugins, the images. Raises `DataError` if
+        neither this process nor a run folder has it.
+        """
+        if self.answering is not None:
+            return self.answering()
+        if self.folder is None:
+            raise DataError(
+                "These results come from another process, and the run kept no folder: ask for `trained` there, or "
+                "give the run `output`."
+            )
+        from clframe.api import load  # which imports this module
+
+        return load(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: the figures, and the place of the folder."""
+        return {"data": self.data, "timings": self.timings, "folder": self.folder, "answering": None}
+
+    def __repr__(self) -> str:
+        return f"<Results of {self._title()}>"
+
+    def __str__(self) -> str:
+        """The accuracy matrices and the measures as a table, in percent."""
+
+        def percent(share: float | None) -> str:
+            return "-" if share is None else f"{100 * share:.1f}"
+
+        def table(rows: list[list[str]]) -> list[str]:
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+        lines = [self._title()]
+        of_held_out = {f"{reading}-incremental, images held out": m for reading, m in self.validation.items()}
+        of_test = {f"{reading}-incremental": m for reading, m in self.accuracy.items()}
+        for title, matrix in (of_test | of_held_out).items():
+            columns = [f"on {j}" for j in range(1, max(map(len, matrix), default=0) + 1)]
+            rows = [
+                [f"after {i}", *map(percent, row)]
+                for i, row in enumerate(matrix, start=1)
+                if any(share is not None for share in row)
+            ]
+            lines += ["", f"Accuracy in percent, {title}:", *table([["", *columns], *rows])]
+        of = self.measures
+        names = dict.fromkeys(name for values in of.values() for name, v in values.items() if v is not None)
+        measured = [[name.replace("_", " "), *(percent(values.get(name)) for values in of.values())] for name in names]
+        lines += ["", *table([["Measure, in percent", *(f"{reading}-incremental" for reading in of)], *measured])]
+        return "\n".join([*lines, *self.notes()])
+
+    def _title(self) -> str:
+        methods = "+".join(self.data["plugins"]) or "no method"
+        where = f", {self.folder}" if self.folder else ""
+        return f"{self.data['scenario']} with {methods}, seed {self.data.get('seed')}{where}"
+
+    @property
+    def accuracy(self) -> dict[str, Matrix]:
+        """For each reading `R[i][j]`, accuracy (0 to 1) on experience j after learning i; None where empty."""
+        return dict(self.data["accuracy"])
+
+    @property
+    def validation(self) -> dict[str, Matrix]:
+        """Return the matrices of `accuracy` on the training images that ``train.val`` held out; {} without it."""
+        return dict(self.data.get("validation", {}))
+
+    @property
+    def measures(self) -> dict[str, dict[str, float | None]]:
+        """For each reading its summary measures by name; formulas and sources are in `data`."""
+        return {
+            reading: {name: measure["value"] for name, measure in measures.items()}
+            for reading, measures in self.data["measures"].items()
+        }
+
+    def notes(self) -> list[str]:
+        """Sentences on the data, such as which images were left out, and on what the figures leave out."""
+        of_data = list(self.data.get("notes", []))
+        if not self.data.get("extends"):
+            return of_data
+        return [
+            *of_data,
+            "Classes learned before this extension were not measured, as a finished run keeps no images: how much of "
+            "them is forgotten is not known. To measure it, let `clframe predict` answer test images of old classes, "
+            "or run all experiences in one run.",
+        ]
+
+    def confusion_matrix(self, reading: str = "class") -> list[list[int]]:
+        """Of all test images after the last experience: row = label, column = answer, in the order of the head.
+
+        Read from `predictions.safetensors`. Raises `DataError` if the run kept no scores.
+        """
+        import torch
+
+        from clframe.metrics import confusion_matrix
+        from clframe.runs.checkpoint import read_tensors
+
+        last, n = len(self.accuracy[reading]) - 1, len(self.data["test_images"])
+        folder = self.folder or Path()
+        try:
+            if not (folder / PREDICTIONS).is_file():
+                raise FileNotFoundError(f"no {PREDICTIONS}")
+            sums.check(folder, PREDICTIONS)
+            saved = read_tensors(folder / PREDICTIONS)
+            labels = [saved[f"labels/{on}"] for on in range(n)]
+            scores = [saved.get(f"{reading}/{last}/{on}", saved.get(f"class/{last}/{on}")) for on in range(n)]
+        except (OSError, KeyError) as error:
+            raise DataError(
+                f"{self.folder} holds no scores of test images ({error}): `run.predictions` keeps them."
+            ) from error
+        answers = []
+        for on, given in enumerate(scores):
+            if given is None:
+                raise DataError(f"{self.folder} holds no scores of reading `{reading}` on experience {on + 1}.")
+            if reading == "task":
+                choices = torch.tensor(self.data["classes"][on])
+                answers.append(choices[given[:, choices].argmax(1)])
+            else:
+                answers.append(given.argmax(1))
+        n_classes = len(self.data["class_names"])
+        found: list[list[int]] = confusion_matrix(torch.cat(answers), torch.cat(labels), n_classes).tolist()
+        return found
+
+    def accuracy_per_class(self, reading: str = "class") -> dict[str, float | None]:
+        """Return the accuracy after the last experience on each class, by its name.
+
+        It is None without test images, and in the reading ``task`` where the class is the only one of its experience.
+        """
+        import torch
+
+        from clframe.metrics import accuracy_per_class
+
+        found = accuracy_per_class(torch.tensor(self.confusion_matrix(reading)))
+        if reading == "task":
+            choosing = {c for group in self.data["classes"] if len(group) > 1 for c in group}
+            found = [value if c in choosing else None for c, value in enumerate(found)]
+        return dict(zip(self.data["class_names"], found, strict=True))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Results:
+        """The results of the finished run in `folder`. Raises `DataError` if there are none."""
+        folder = expanded(folder)
+        results = read_results(folder)
+        if told := sums.missing(folder):
+            warnings.warn(told, stacklevel=2)
+        return results
+
+
+def read_results(folder: Path) -> Results:
+    """The results of the finished run in `folder`, without a warning where it has no sums. Raises `DataError`."""
+    try:
+        if not (folder / FILE).is_file():
+            raise DataError(f"there is no {FILE}")
+        sums.check(folder, FILE, "timings.json")
+        data, timings = read_json(folder / FILE), read_json(folder / "timings.json")
+    except DataError as error:
+        raise DataError(f"{folder} holds no results of a finished run that can be read ({error}).") from error
+    check_format(data, folder / FILE)
+    with held_by(folder / FILE):
+        _Shape.model_validate(data)
+    with held_by(folder / "timings.json"):
+        dict(timings)
+    return Results(data, timings, folder)
+
+
+class _Shape(BaseModel):
+    """What must stand in results.json for its figures to be read."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    scenario: str
+    plugins: list[str]
+    accuracy: dict[str, list[list[float | int | None]]]
+    validation: dict[str, list[list[float | int | None]]] = {}
+    measures: dict[str, dict[str, _Measure]]
+    classes: list[list[int]]
+    class_names: list[str]
+    test_images: list[int]
+
+
+def check_format(data: Any, file: Path) -> None:
+    """Raise `DataError` if `data`, which `file` holds, is of a format that this clframe does not read."""
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{file} has format {found}, and this clframe reads format {FORMAT}: use the clframe that wrote it "
+            "(environment.json names it), or run config.yaml again."
+        )
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """The text of a JSON file: stable order, exact floats, matrices one row to a line."""
+
+    def text(value: Any, indent: str) -> str:
+        deeper = indent + "  "
+        if isinstance(value, Mapping) and value:
+            items = ",\n".join(f"{deeper}{json.dumps(str(k))}: {text(v, deeper)}" for k, v in value.items())
+            return "{\n" + items + "\n" + indent + "}"
+        if (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and any(isinstance(v, list | dict) for v in value)
+        ):
+            return "[\n" + ",\n".join(deeper + text(v, deeper) for v in value) + "\n" + indent + "]"
+        return json.dumps(value, allow_nan=False)
+
+    return text(data, "") + "\n"

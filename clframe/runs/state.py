@@ -1,0 +1,249 @@
+"""The state of a run in progress, as one tree: taken for a checkpoint, and put back by a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from clframe.data.batch import ImageData
+from clframe.errors import DataError
+from clframe.model import IncrementalNet, snapshot
+from clframe.plugin import Plugin
+from clframe.runs.checkpoint import grown_in, unpack
+from clframe.training import Phase, optimizer_of
+
+if TYPE_CHECKING:
+    from clframe.context import Run
+    from clframe.engine import Engine
+
+
+Row = list[float | int | None]
+
+
+class _Kinds(BaseModel):
+    """What the plain entries of a checkpoint are: values of another kind would end a run in its middle."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    ticks: dict[str, int]
+    total_steps: int
+    model: dict[str, Tensor]
+    trainable: list[str]
+    sampler: _Order | None
+    extra_data: dict[str, ImageData]
+    phases: dict[str, list[_Fields]]
+    rng: dict[str, Tensor]
+    torch_rng: Tensor
+    accuracy: dict[str, list[Row]]
+    validation: dict[str, list[Row]] = {}  # not there without `train.val`, and before it was kept
+    baseline: dict[str, Row]
+    timings: list[dict[str, float | int]]
+
+
+class _Position(BaseModel):
+    model_config = _Kinds.model_config
+
+    experience: Annotated[int, Field(ge=0)]
+    entered: bool
+    done: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    phase: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)]
+    effective: dict[str, bool] = {}  # not there before it was kept
+
+
+class _Order(BaseModel):
+    model_config = _Kinds.model_config
+
+    step: int
+    order: Tensor
+
+
+class _Fields(BaseModel):
+    model_config = _Kinds.model_config
+
+    name: str
+    place: Literal["before", "after"]
+    epochs: int | None
+    iterations: int | None
+    lr: float | int | None
+    only: tuple[str, ...]
+    data: ImageData | None
+
+
+def take(engine: Engine) -> dict[str, Any]:
+    """Everything that decides how the run goes on."""
+    run = engine.run
+    trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    keep_nothing = {plugin.name for plugin in run.plugins if plugin.keeps_experiences}  # they are asked again
+    return {
+        "position": {
+            **asdict(engine.position),
+            "done": [d for d in engine.position.done if not (d[0] == "extra_data" and d[1] in keep_nothing)],
+        },
+        "ticks": dict(run.tick_done),
+        "total_steps": run.total_steps,
+        "model": dict(run.model.state_dict()),
+        "trainable": trainable if engine.trainable is None else engine.trainable,
+        "optimizer": run.optimizer,
+        "kept_optimizer": engine.kept_optimizer,
+        "sampler": run.sampler.state() if run.sampler else engine.resumed,  # which waits for its phase
+        "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
+        "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
+        "rng": {name: generator.get_state() for name, generator in run.generators.items()},
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+        "accuracy": run.accuracy,
+        **({"validation": run.validation} if engine.stream.val_share else {}),
+        "baseline": engine.baseline,
+        "timings": engine.timings,
+        "plugins": {plugin.name: of_plugin(plugin, plugin.state) for plugin in run.plugins},
+        "config": engine.folder.config_sum() if engine.folder else None,
+        "metrics": engine.folder.metrics_size() if engine.folder else 0,
+    }
+
+
+def position_of(packed: Any) -> dict[str, Any]:
+    """Where the run of a checkpoint stands: the fields of `Position`, of the right kinds. Raises as they are not."""
+    return dict(_Position.model_validate(unpack(dict(packed["dict"])["position"], {})))
+
+
+def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Bring a new engine to where `take` was called. ``before_run`` has been called, ``grow`` is replayed here.
+
+    Raises `DataError` if the configuration of its folder is not what it was.
+    """
+    entries = dict(packed["dict"])
+    if engine.folder:
+        engine.folder.check_config(entries["config"])
+        engine.folder.cut_metrics(entries["metrics"])
+    _put_back(engine, packed, tensors, keep_optimizer=True)
+
+
+def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, keep_optimizer: bool) -> None:
+    """Bring a new engine to where another run ended, which it extends; `keep_optimizer`, if that had one.
+
+    What was not measured then is empty: the later experiences' accuracy, and that of an untrained network.
+    """
+    _put_back(engine, packed, tensors, keep_optimizer)
+    n = len(engine.stream)
+    engine.baseline = {}
+    for rows in (*engine.run.accuracy.values(), *engine.run.validation.values()):
+        rows[:] = [[*row, *[None] * (n - len(row))] for row in rows]
+
+
+def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_optimizer: bool) -> None:
+    run, position = engine.run, engine.position
+    entries = dict(packed["dict"])
+
+    for name, item in position_of(packed).items():
+        setattr(position, name, item)
+    if not 0 <= position.experience <= len(engine.stream):
+        raise ValueError(f"the run is in experience {position.experience + 1} of {len(engine.stream)}")
+    structures = regrow(engine, position.experience + position.entered, packed)
+    values = {
+        name: unpack(entries[name], tensors, device=run.device) for name in _Kinds.model_fields if name in entries
+    }
+    _Kinds.model_validate(values)
+    run.tick_done.update(values["ticks"])
+    run.total_steps = values["total_steps"]
+    load_model(run.model, values["model"])
+    trainable = set(values["trainable"])
+    for name, parameter in run.model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    if keep_optimizer:
+        run.optimizer = _optimizer(run, entries["optimizer"], tensors)
+        engine.kept_optimizer = _optimizer(run, entries["kept_optimizer"], tensors)
+    engine.resumed = values["sampler"]
+    engine.collected = {
+        "extra_data": values["extra_data"],
+        "phases": {name: [Phase(**given) for given in phases] for name, phases in values["phases"].items()},
+    }
+    run.accuracy, engine.baseline, engine.timings = values["accuracy"], values["baseline"], values["timings"]
+    if engine.stream.val_share:
+        measured = values.get("validation", {})
+        not_measured = {reading: [[None] * len(row) for row in rows] for reading, rows in run.accuracy.items()}
+        run.validation = {reading: measured.get(reading, rows) for reading, rows in not_measured.items()}
+    saved = dict(entries["plugins"]["dict"])
+    for plugin in run.plugins:
+        if plugin.name in saved:  # an observer may have joined
+            into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
+    for name, generator_state in values["rng"].items():
+        run.rng(name).set_state(generator_state)
+    torch.set_rng_state(values["torch_rng"])
+    if run.device.type == "cuda" and entries["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(unpack(entries["cuda_rng"], tensors), run.device)
+
+
+def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
+    """Give the model these weights. Raises `DataError` if they are those of another network."""
+    try:
+        model.load_state_dict(values)
+    except RuntimeError as error:
+        what = " ".join(str(error).partition("\n")[2].split())
+        raise DataError(f"The saved weights do not fit this model; give the one of the run. ({what})") from error
+
+
+def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
+    """The attributes of `plugin` that it declares under `names`."""
+    return {name: getattr(plugin, name) for name in names}
+
+
+def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]:
+    """Replay the growth of the first `count` experiences; the structures on the way that teachers in `packed` have."""
+    structures = {}
+    needed = grown_in(packed)
+    for index in range(count):
+        engine.run.describe(engine.stream, index)
+        engine.run.experience = experience = engine.stream[index].for_training()
+        engine.grow(experience)
+        if engine.run.model.grown in needed:
+            structures[engine.run.model.grown] = snapshot(engine.run.model)
+    return structures
+
+
+def into_plugin(
+    plugin: Plugin,
+    packed: Any,
+    tensors: Mapping[str, Tensor],
+    structures: Mapping[int, IncrementalNet],
+    device: torch.device,
+) -> None:
+    """Set the attributes that `of_plugin` gave, those of a device on `device`; teachers are rebuilt in `structures`."""
+    for saved, data in packed["dict"]:
+        name = plugin.former_state.get(saved, saved)
+        before = getattr(plugin, name, None)
+        try:
+            after = unpack(data, tensors, before, structures, device)
+        except AttributeError as error:
+            raise DataError(
+                f"State `{name}` of plugin `{plugin.name}` is a module or an optimizer that does not exist yet; "
+                "a plugin builds those in `before_run` or `grow`."
+            ) from error
+        setattr(plugin, name, after)
+
+
+def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer | None:
+    if packed is None:
+        return None
+    parameters = dict(run.model.named_parameters())
+    saved = unpack(packed["optimizer"], tensors, device=run.device)
+    # a kept optimizer may still hold what `grow` has renamed or replaced since: its next phase would leave that out
+    for group in saved["param_groups"]:
+        held = [
+            (name, index) for name, index in zip(group["names"], group["params"], strict=True) if name in parameters
+        ]
+        for index in set(group["params"]) - {index for _, index in held}:
+            saved["state"].pop(index, None)
+        group["names"], group["params"] = [name for name, _ in held], [index for _, index in held]
+    groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
+    optimizer = optimizer_of(groups, run.settings)
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        if wrong := [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]:
+            raise ValueError(f"the optimizer's `{wrong[0]}` is not of its parameter's shape")
+    return optimizer

@@ -1,0 +1,69 @@
+"""The file sums.json of a run folder: SHA-256 of each file that a command reads, and of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+from clframe.errors import DataError
+from clframe.system.reading import open_regular, read_json
+
+FILE = "sums.json"
+FORMAT = 1
+TEXT_LIMIT = 2**28  # bytes of a text
+NONE = "holds no sums of its files, as an earlier clframe wrote it: a damaged file in it would not be noticed"
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of the file `path`. Raises `DataError` if it cannot be read, or is a text of absurd size."""
+    with open_regular(path, None if path.suffix == ".safetensors" else TEXT_LIMIT) as file:
+        try:
+            return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def to_text(sums: Mapping[str, str]) -> str:
+    """Return the content of sums.json for files `sums`, which maps their names to their SHA-256."""
+    files = dict(sorted(sums.items()))
+    return json.dumps({"format": FORMAT, "files": files, "sum": _own(files)}, indent=1) + "\n"
+
+
+def read(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of the files of `folder` by name; None if an earlier clframe wrote it, without sums.
+
+    Raises `DataError` if sums.json is damaged.
+    """
+    file = folder / FILE
+    if not file.exists() and not file.is_symlink():
+        return None
+    data = read_json(file)
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, dict) or data.get("format") != FORMAT or data.get("sum") != _own(files):
+        raise DataError(f"{file} is damaged: it is not what was written.")
+    return {str(name): str(found) for name, found in files.items()}
+
+
+def check(folder: Path, *names: str) -> None:
+    """Raise `DataError` if one of these files of `folder` is not what was written, as far as there are sums."""
+    sums = read(folder)
+    if sums is None:
+        return
+    for name in names:
+        if name not in sums:
+            raise DataError(f"{folder / name} is not in {FILE}: the run did not write it.")
+        if digest(folder / name) != sums[name]:
+            raise DataError(f"{folder / name} is damaged: it is not what was written.")
+
+
+def missing(folder: Path) -> str | None:
+    """Return a sentence if the run folder `folder` has no sums; None if it has."""
+    return None if (folder / FILE).exists() else f"The run folder {folder} {NONE}."
+
+
+def _own(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""A gated network for one task, without the channels that never open for it: the same answers at a lower cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from clframe.model import IncrementalNet, snapshot
+from clframe.toolkit.channel_gates import ConditionalConv, Gate
+from clframe.toolkit.norms import TaskNorm
+from clframe.toolkit.unit_gates import reached
+from clframe.toolkit.weight_masks import installed
+
+
+def compacted(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> IncrementalNet:
+    """A copy of a network with channel gates that answers for `task` alone, with the channels that may open for it.
+
+    Args:
+        model: has a gate for the channels of each convolution, as after training with channel gates.
+        task: one that is learnt.
+        input_shape: of one image.
+
+    Returns:
+        a network in eval mode whose logits are those of `model` for the task, up to rounding.
+    """
+    made = snapshot(model)
+    made.select(task)
+    net = made.backbone
+    convs = installed(net, ConditionalConv)
+    live = {name: conv.fired[task] for name, conv in convs.items()}
+    entering = reached(net, {name: open_.float() for name, open_ in live.items()}, input_shape)
+    chain = _is_chain(net)
+    for i, (name, conv) in enumerate(convs.items()):
+        into = None if conv.layer.groups > 1 else entering[name] > 0
+        small = CompactConv(conv, task, live[name] if conv.layer.groups == 1 else None, into)
+        small.gathers = not chain or i == 0
+        small.scatters = not chain or i == len(convs) - 1
+        net.set_submodule(name, small)
+    for name, norm in installed(net, TaskNorm).items():
+        net.set_submodule(name, norm.norms[task])
+    return made
+
+
+def _is_chain(net: nn.Module) -> bool:
+    """Whether one convolution after the other works on the maps of the one before, and on nothing else."""
+    line = getattr(net, "net", None)
+    return isinstance(line, nn.Sequential) and all(
+        layer in list(line) and layer.layer.groups == 1 for layer in net.modules() if isinstance(layer, ConditionalConv)
+    )
+
+
+class CompactConv(nn.Module):
+    """A convolution with its norm and gates, of some channels.
+
+    Args:
+        conv: that is made smaller.
+        task: that it is for.
+        out: [C] bool, the channels to compute; None: all.
+        into: [C_in] bool, the channels that can be other than 0; None: all.
+
+    Attributes:
+        gathers: whether the input has all channels, and not those of `into` alone.
+        scatters: whether the output shall have all channels, the others being 0.
+    """
+
+    def __init__(self, conv: ConditionalConv, task: int, out: Tensor | None, into: Tensor | None) -> None:
+        super().__init__()
+        layer, gate = copy.deepcopy(conv.layer), copy.deepcopy(cast(Gate, conv.gates[task]))
+        norm = copy.deepcopy(conv.norm.norms[task]) if isinstance(conv.norm, TaskNorm) else nn.Identity()
+        self.units, self.gathers, self.scatters = conv.units, True, True
+        self.out = None if out is None or out.all() else out.nonzero().flatten()
+        self.into = None if into is None or into.all() else into.nonzero().flatten()
+        if self.into is not None:
+            _keep(layer, 1, self.into, "weight")
+            layer.in_channels = len(self.into)
+            _keep(gate.inner, 1, self.into, "weight")
+        if self.out is not None:
+            _keep(layer, 0, self.out, "weight", "bias")
+            layer.out_channels = len(self.out)
+            _keep(gate.outer, 0, self.out, "weight", "bias")
+            _keep(norm, 0, self.out, "weight", "bias", "running_mean", "running_var")
+        self.layer: _ConvNd = layer
+        self.norm: _BatchNorm | nn.Identity = cast(_BatchNorm | nn.Identity, norm)
+        self.gate, self.active = gate, conv.active
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, ...], or of the live channels alone, to [B, C, ...], likewise."""
+        if self.gathers and self.into is not None:
+            x = x[:, self.into]
+        z: Tensor = self.norm(self.layer(x))
+        if self.active is not None:
+            z = self.active(z)
+        gates = (self.gate(x) > 0).to(z.dtype)
+        z = z * gates.view(*gates.shape, *[1] * (z.dim() - 2))
+        if self.scatters and self.out is not None:
+            return z.new_zeros(len(z), self.units, *z.shape[2:]).index_copy_(1, self.out, z)
+        return z
+
+
+def _keep(module: nn.Module, dim: int, where: Tensor, *names: str) -> None:
+    """Let the tensors of these names in `module` have the entries `where` along `dim` alone."""
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Parameter):
+            setattr(module, name, nn.Parameter(value.detach().index_select(dim, where), requires_grad=False))
+        elif isinstance(value, Tensor):
+            setattr(module, name, value.index_select(dim, where))

@@ -1,0 +1,355 @@
+"""Generative models of images scaled to [0, 1]: a variational autoencoder, and a Wasserstein GAN.
+
+Both have one interface, `GenerativeModel`: noise to images, `sample`, an optimizer, and a training step on a `Mixture`
+of images, in which new and replayed ones have their shares of the loss. With a class prior the autoencoder samples a
+class that it is asked for. `Rehearsal` trains either on one set of images after another."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clframe.data.batch import ImageData
+from clframe.errors import WrongUse
+from clframe.model import evaluating
+
+if TYPE_CHECKING:
+    pass
+
+
+Net = Literal["mlp", "conv"]
+HIDDEN: dict[Net, tuple[int, ...]] = {"mlp": (400, 400), "conv": (64, 128)}  # widths where none are given
+
+
+@dataclass(slots=True)
+class Mixture:
+    """Images of one step of training.
+
+    Attributes:
+        x: [B, ...] images from 0 to 1.
+        y: [B] int64 labels; None: for a model that needs none.
+        weight: [B] of each image in the loss; they sum to 1.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    weight: Tensor
+
+
+def mixture(*parts: tuple[Tensor, Tensor | None, float]) -> Mixture:
+    """One step's images from parts, each (images [n, ...], labels [n] or None, its share of the loss)."""
+    weights = [x.new_full((len(x),), share / len(x)) for x, _, share in parts]
+    labels = [y for _, y, _ in parts if y is not None]
+    return Mixture(torch.cat([x for x, _, _ in parts]), torch.cat(labels) if labels else None, torch.cat(weights))
+
+
+class GenerativeModel(nn.Module):
+    """What maps noise to images; called, it does that: (noise [n, z], labels [n] or None) to [n, *shape] in [0, 1].
+
+    Attributes:
+        shape: of one image.
+        z: number of latent variables.
+        classes: how many classes it can be asked for; None: it knows none.
+        lr: of Adam, as the source has it.
+        betas: likewise.
+    """
+
+    lr: ClassVar[float]
+    betas: ClassVar[tuple[float, float]]
+
+    def __init__(self, shape: Sequence[int], z: int, classes: int | None = None) -> None:
+        super().__init__()
+        self.shape, self.z, self.classes = tuple(shape), z, classes
+
+    @abstractmethod
+    def step(
+        self, optimizer: torch.optim.Optimizer, draw: Callable[[], Mixture], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """One iteration of training, in train mode; its losses, detached.
+
+        Args:
+            optimizer: as `optimizer` makes it.
+            draw: gives the images of a step; called as often as the iteration needs some.
+            generator: on the CPU, of all its noise.
+        """
+
+    def optimizer(self, lr: float | None = None) -> torch.optim.Optimizer:
+        """A new Adam over all parameters; None: at the source's rate."""
+        return torch.optim.Adam(self.parameters(), self.lr if lr is None else lr, self.betas, fused=True)
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise [n, z], where the model is; drawn on the CPU, so that all devices draw alike."""
+        return torch.randn(n, self.z, generator=generator).to(next(self.parameters()))
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """Know of so many classes from now on, if it knows any; `generator` decides where new ones begin."""
+
+    def draw_classes(self, n: int, among: int, generator: torch.Generator) -> Tensor | None:
+        """`n` labels, each of the first `among` classes with the same chance; None if it knows no classes."""
+        if self.classes is None:
+            return None
+        return torch.randint(among, (n,), generator=generator).to(next(self.parameters()).device)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
+        """`n` images [n, *shape] in [0, 1], of the classes `y` [n] where the model is conditional; in eval mode."""
+        with evaluating(self):
+            images: Tensor = self(self.noise(n, generator), y)
+        return images
+
+
+class VAE(GenerativeModel):
+    """A variational autoencoder (Kingma and Welling, ICLR 2014).
+
+    The loss of an image x of D pixels (van de Ven and Tolias, 2019): the binary cross-entropy of x and its
+    reconstruction, averaged over pixels, plus KL(q(z | x) || p(z)) / D, that is the negative ELBO by D. The
+    reconstruction is that of mean + exp(logvar / 2) * noise.
+
+    The prior p(z) is the standard normal, or one trainable Gaussian for each class (as in van de Ven, Siegelmann and
+    Tolias, Nature Communications 2020), so that a class can be sampled.
+
+    Args:
+        shape: of one image, [D] or [C, H, W].
+        net: fully connected or convolutional layers.
+        hidden: widths of the encoder's layers, channels if it is convolutional; the decoder mirrors them. None: 400 and
+            400, or 64 and 128.
+        z: number of latent variables.
+        classes: number of classes of the prior; None: the standard normal.
+
+    Raises:
+        WrongUse: if the shape does not suit a convolutional net, see `conv_problems`.
+    """
+
+    lr = 1e-3
+    betas = (0.9, 0.999)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        net: Net = "mlp",
+        hidden: Sequence[int] | None = None,
+        z: int = 100,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__(shape, z, classes)
+        hidden = hidden or HIDDEN[net]
+        self.encoder, width = _encoder(shape, net, hidden, nn.ReLU())
+        self.posterior = nn.Linear(width, 2 * z)
+        self.decoder = _decoder(shape, net, hidden, z, norm=False)
+        # apart from the start, as classes that share a place must first be driven from each other
+        self.prior_mean = nn.Parameter(torch.randn(classes, z)) if classes else None
+        self.prior_logvar = nn.Parameter(torch.zeros(classes, z)) if classes else None
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """New classes get Gaussians as the first ones had in the beginning."""
+        if self.prior_mean is None or self.prior_logvar is None or not self.classes or classes <= self.classes:
+            return
+        mean, logvar = self.prior_mean, self.prior_logvar
+        new = torch.randn(classes - self.classes, self.z, generator=generator).to(mean)
+        self.prior_mean = nn.Parameter(torch.cat([mean.detach(), new]), mean.requires_grad)
+        self.prior_logvar = nn.Parameter(torch.cat([logvar.detach(), torch.zeros_like(new)]), logvar.requires_grad)
+        self.classes = classes
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [B, z] of q(z | x)."""
+        mean, logvar = self.posterior(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar
+
+    def prior(self, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of p(z), [B, z] where it depends on the class, else such that they broadcast."""
+        if self.prior_mean is None or self.prior_logvar is None:
+            zero = next(self.parameters()).new_zeros(1)
+            return zero, zero
+        if y is None:
+            raise ValueError("a model with a class prior needs the labels `y`")
+        return self.prior_mean[y], self.prior_logvar[y]
+
+    def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images [B, *shape] in [0, 1] of standard normal noise [B, z]."""
+        images: Tensor = self.decoder(reparametrized(*self.prior(y), noise)).sigmoid()
+        return images
+
+    def losses(self, x: Tensor, y: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each image [B, *shape]: the reconstruction's loss [B], and the divergence by the number of pixels [B].
+
+        `noise` [B, z] is standard normal.
+        """
+        mean, logvar = self.encode(x)
+        logits = self.decoder(reparametrized(mean, logvar, noise))
+        apart = functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).mean(1)
+        return apart, divergence(mean, logvar, *self.prior(y)) / math.prod(self.shape)
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, draw: Callable[[], Mixture], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A step down the loss; ``reconstruction`` and ``divergence`` of its images."""
+        self.train()
+        batch = draw()
+        parts = self.losses(batch.x, batch.y, self.noise(len(batch.x), generator))
+        apart, divergent = (torch.dot(batch.weight, part) for part in parts)
+        descend(optimizer, apart + divergent, self.parameters())
+        return {"reconstruction": apart.detach(), "divergence": divergent.detach()}
+
+
+class WGAN(GenerativeModel):
+    """A Wasserstein GAN with gradient penalty (Gulrajani et al., NIPS 2017, algorithm 1): Adam at 1e-4, betas 0, 0.9.
+
+    The critic D goes down D(fake) - D(x) + lambda (||grad D(x^)||_2 - 1)^2 with x^ between x and fake at random, then
+    the generator down -D(fake). The critic has no batch norm, as the penalty is of each image by itself; the
+    convolutional generator has, as the paper's.
+
+    Args:
+        shape: as `VAE` has it.
+        net: likewise; the critic is built as its encoder, the generator as its decoder.
+        hidden: likewise.
+        z: likewise.
+        critic_steps: steps of the critic for one of the generator.
+        penalty: lambda.
+
+    Raises:
+        WrongUse: if the shape does not suit a convolutional net, see `conv_problems`.
+    """
+
+    lr = 1e-4
+    betas = (0.0, 0.9)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        net: Net = "mlp",
+        hidden: Sequence[int] | None = None,
+        z: int = 100,
+        critic_steps: int = 5,
+        penalty: float = 10.0,
+    ) -> None:
+        super().__init__(shape, z)
+        hidden = hidden or HIDDEN[net]
+        self.critic_steps, self.penalty = critic_steps, penalty
+        layers, width = _encoder(shape, net, hidden, nn.LeakyReLU(0.2))
+        self.critic = nn.Sequential(layers, nn.Linear(width, 1), nn.Flatten(0))
+        self.decoder = _decoder(shape, net, hidden, z, norm=True)
+
+    def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images [B, *shape] in [0, 1] of standard normal noise [B, z]; it knows no classes."""
+        images: Tensor = self.decoder(noise).sigmoid()
+        return images
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, draw: Callable[[], Mixture], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The critic's steps and one of the generator.
+
+        The latest ``distance``, the critic's estimate of Wasserstein's between images and fakes, and ``penalty``.
+        """
+        self.train()
+        for _ in range(self.critic_steps):
+            batch = draw()
+            n = len(batch.x)
+            with torch.no_grad():
+                fake = self(self.noise(n, generator))
+            place = torch.rand(n, generator=generator).to(fake)
+            distance = torch.dot(batch.weight, self.critic(batch.x) - self.critic(fake))
+            penalty = torch.dot(batch.weight, gradient_penalty(self.critic, batch.x, fake, place))
+            descend(optimizer, self.penalty * penalty - distance, self.critic.parameters())
+        descend(optimizer, -self.critic(self(self.noise(n, generator))).mean(), self.decoder.parameters())
+        return {"distance": distance.detach(), "penalty": penalty.detach()}
+
+
+def reparametrized(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A draw from a Gaussian by standard normal noise: its standard deviation is exp(logvar / 2)."""
+    return mean + (logvar / 2).exp() * noise
+
+
+def divergence(mean: Tensor, logvar: Tensor, prior_mean: Tensor, prior_logvar: Tensor) -> Tensor:
+    """KL(q || p) of two diagonal Gaussians q and p, summed over dimensions: [B, z] each, or less for p, to [B]."""
+    distance = (mean - prior_mean).square() / prior_logvar.exp()
+    return (prior_logvar - logvar + (logvar - prior_logvar).exp() + distance - 1).sum(1) / 2
+
+
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, place: Tensor) -> Tensor:
+    """(||grad D(x^)||_2 - 1)^2 at x^ = place * real + (1 - place) * fake, of each image by itself: [B].
+
+    Args:
+        critic: D, from images [B, ...] to [B].
+        real, fake: [B, ...] images.
+        place: [B] from 0 to 1.
+    """
+    place = place.view(-1, *[1] * (real.dim() - 1))
+    between = (place * real + (1 - place) * fake).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    length: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return (length - 1).square()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+    """A step of `optimizer` that moves `parameters` alone, whatever else it and the loss depend on."""
+    moved = list(parameters)
+    for parameter, gradient in zip(moved, torch.autograd.grad(loss, moved), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def check_range(data: ImageData, scale: float, owner: str) -> None:
+    """Raise `WrongUse`, naming `owner`, if images divided by `scale` are not from 0 to 1, as generated ones are."""
+    low, high = (float(end) / scale for end in data.images.aminmax()) if len(data) else (0.0, 1.0)
+    if low < 0 or high > 1:
+        raise WrongUse(
+            f"`{owner}` generates images from 0 to 1, and those given are from {low:g} to {high:g}, divided by the "
+            f"{scale:g} of the scenario's transform: give another scale, or other images."
+        )
+
+
+def conv_problems(shape: Sequence[int], stages: int, asked_by: str) -> list[str]:
+    """The sentence that refuses a convolutional net, which halves the image in each stage, for images of `shape`."""
+    if len(shape) != 3:
+        return [f"{asked_by} needs images [channels, height, width], and these have the shape {list(shape)}."]
+    if any(side % 2**stages for side in shape[1:]):
+        sides = "x".join(map(str, shape[1:]))
+        return [
+            f"{asked_by} halves images {stages} times and needs sides that are divisible by {2**stages}, and these "
+            f"have {sides} pixels."
+        ]
+    return []
+
+
+def _encoder(shape: Sequence[int], net: Net, hidden: Sequence[int], active: nn.Module) -> tuple[nn.Module, int]:
+    """From images [B, *shape] to features [B, width], and the width."""
+    layers: list[nn.Module] = []
+    if net == "mlp":
+        for fan_in, fan_out in pairwise([math.prod(shape), *hidden]):
+            layers += [nn.Linear(fan_in, fan_out), active]
+        return nn.Sequential(nn.Flatten(), *layers), hidden[-1]
+    if unsuitable := conv_problems(shape, len(hidden), "A convolutional generative model"):
+        raise WrongUse(*unsuitable)
+    for fan_in, fan_out in pairwise([shape[0], *hidden]):
+        layers += [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), active]
+    return nn.Sequential(*layers, nn.Flatten()), math.prod(_smallest(shape, hidden))
+
+
+def _decoder(shape: Sequence[int], net: Net, hidden: Sequence[int], z: int, norm: bool) -> nn.Module:
+    """From z [B, z] to images [B, *shape] before the sigmoid: the encoder's layers, mirrored."""
+    layers: list[nn.Module] = []
+    if net == "mlp":
+        for fan_in, fan_out in pairwise([z, *reversed(hidden)]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(hidden[0], math.prod(shape)), nn.Unflatten(1, tuple(shape)))
+    smallest = _smallest(shape, hidden)
+    layers += [nn.Linear(z, math.prod(smallest)), nn.Unflatten(1, smallest)]
+    for fan_in, fan_out in pairwise([*reversed(hidden), shape[0]]):
+        layers += [nn.BatchNorm2d(fan_in)] if norm else []
+        layers += [nn.ReLU(), nn.ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1)]
+    return nn.Sequential(*layers)
+
+
+def _smallest(shape: Sequence[int], hidden: Sequence[int]) -> tuple[int, int, int]:
+    """The shape of the smallest maps of a convolutional net."""
+    return hidden[-1], shape[1] // 2 ** len(hidden), shape[2] // 2 ** len(hidden)
