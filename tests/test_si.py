@@ -482,7 +482,7 @@ def test_wrong_options_are_refused(option: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", [SI, MAS])
-def test_state_under_its_former_name_is_read(cls: type[Plugin]) -> None:
+def test_state_under_its_former_name_is_read(cls: type[SI | MAS]) -> None:
     """Checkpoints of earlier versions call the penalty `springs`."""
     saved, read = cls(), cls()
     saved.penalties.replace({"w": torch.tensor([2.0, 3.0])}, {"w": torch.tensor([0.5, -1.0])})
