@@ -124,7 +124,7 @@ def cases() -> list[Case]:
     for name in registry.names("plugin"):
         cls = registry.plugin_class(name)
         if not cls.variants and cls.resumes:
-            found += [case(f"{name}, {setting}", f"{setting} {name}") for setting in cls.settings]
+            found += [case(f"{name}, {setting}", f"{setting} {name}") for setting in cls.serves]
     return found + [case(name, words, "harder") for name, words in HARDER.items()]
 
 

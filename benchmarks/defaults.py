@@ -26,7 +26,7 @@ Tried = tuple[str | None, list[float], int] | None
 def one(method: str, scenario: str, setting: str, network: str | None, seed: int) -> tuple[float, int] | None:
     """Return the final average accuracy in percent and the number of messages; None where the run is refused."""
     import clframe
-    from clframe.errors import WrongUse
+    from clframe.errors import UsageError
 
     messages: list[dict[str, Any]] = []
     try:
@@ -37,7 +37,7 @@ def one(method: str, scenario: str, setting: str, network: str | None, seed: int
             run={"seed": seed, "predictions": False},
             listeners=[lambda record: messages.append(record) if record["kind"] == "message" else None],
         )
-    except WrongUse:
+    except UsageError:
         return None
     value = results.measures[setting]["average_accuracy"]
     assert value is not None

@@ -3,7 +3,7 @@
     python benchmarks/gated_inference.py
 
 Networks with channel gates learn split-digits, task told. For each task the compacted copy
-(`clframe.toolkit.compaction.compacted`) is timed beside the gated network on the same images, in turns; the share of
+(`clframe.toolkit.compaction.compact`) is timed beside the gated network on the same images, in turns; the share of
 multiply-adds of convolutions that it lacks stands beside the share of the time.
 """
 
@@ -70,7 +70,7 @@ def measure(sparsities: Sequence[float] = SPARSITIES, width: int = 64) -> tuple[
     """A line for each sparsity and task, and notes."""
     import torch
 
-    from clframe.toolkit.compaction import compacted
+    from clframe.toolkit.compaction import compact
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def measure(sparsities: Sequence[float] = SPARSITIES, width: int = 64) -> tuple[
     for sparsity in sparsities:
         model = trained(sparsity, width)
         for task in range(5):
-            small = compacted(model, task, SHAPE)
+            small = compact(model, task, SHAPE)
             told = torch.full((IMAGES,), task)
             seconds: dict[bool, list[float]] = {True: [], False: []}
             with torch.no_grad():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from clframe.renamed import MODULES, PUBLIC, now_called
+
 if TYPE_CHECKING:
     from clframe.api import extend, load, resume, run
     from clframe.avalanche.adapter import as_avalanche
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from clframe.data.split_file import save_split
     from clframe.data.transform import Transform
     from clframe.deploy.trained import Answer, Prediction, Trained
-    from clframe.errors import ClframeError, DataError, Interrupted, RunFailed, WrongUse
+    from clframe.errors import ClframeError, DataError, Interrupted, RunError, UsageError
     from clframe.evaluate import Predictor
     from clframe.hooks import hookimpl
     from clframe.model import IncrementalNet, Outputs, snapshot
@@ -46,11 +48,11 @@ __all__ = [
     "Predictor",
     "Results",
     "Run",
-    "RunFailed",
+    "RunError",
     "Scenario",
     "Trained",
     "Transform",
-    "WrongUse",
+    "UsageError",
     "as_avalanche",
     "change_domains",
     "extend",
@@ -76,7 +78,7 @@ _HOMES = {
     "data.split_file": "save_split",
     "data.transform": "Transform",
     "deploy.trained": "Answer Prediction Trained",
-    "errors": "ClframeError DataError Interrupted RunFailed WrongUse",
+    "errors": "ClframeError DataError Interrupted RunError UsageError",
     "evaluate": "Predictor",
     "hooks": "hookimpl",
     "model": "IncrementalNet Outputs snapshot",
@@ -88,6 +90,10 @@ _HOME_OF = {name: f"clframe.{home}" for home, names in _HOMES.items() for name i
 
 
 def __getattr__(name: str) -> Any:
+    if name in PUBLIC:  # an AttributeError would lose its text in `from clframe import ...`
+        raise ImportError(now_called(f"clframe.{name}", f"clframe.{PUBLIC[name]}"))
+    if moved := MODULES.get(f"clframe.{name}"):
+        raise ImportError(now_called(f"clframe.{name}", moved))
     if name not in _HOME_OF:
         raise AttributeError(f"module 'clframe' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

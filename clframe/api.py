@@ -29,17 +29,17 @@ from clframe.errors import (
     OF_THE_DISK,
     ClframeError,
     DataError,
-    RunFailed,
-    WrongUse,
+    RunError,
+    UsageError,
     of_the_system,
     out_of_memory,
 )
 from clframe.model import IncrementalNet, seed_torch
-from clframe.networks import prepared, tried, uncompiled
+from clframe.networks import prepare, tried, uncompiled
 from clframe.options import explain
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint, state, sums
-from clframe.runs.extension import Base, defaults, extended, finished, join
+from clframe.runs.extension import Base, defaults, extend_scenario, join, load_base
 from clframe.runs.folder import (
     BASE,
     CONFIG_LIMIT,
@@ -86,20 +86,22 @@ def run(
         progress: show the course of the run on stderr, as the command line does; None: on a terminal and in a notebook.
 
     Raises:
-        WrongUse: with one sentence for each mistake, before any training; also if another run of this process is under
-            way, as torch's global random generator serves one.
+        UsageError: with one sentence for each mistake, before any training; also if another run of this process is
+            under way, as torch's global random generator serves one.
         DataError: if data or the run folder are missing, damaged or in use.
-        RunFailed: if a loss is not finite, memory or disk is full, or a plugin raised.
+        RunError: if a loss is not finite, memory or disk is full, or a plugin raised.
         Interrupted: after SIGINT or SIGTERM; the run is saved.
     """
     plugins = _each_plugin(plugins)
     if classes := [plugin.__name__ for plugin in plugins if isinstance(plugin, type)]:
-        raise WrongUse(*(f"`{name}` is a class; give a plugin built from it: `{name}()`." for name in classes))
+        raise UsageError(*(f"`{name}` is a class; give a plugin built from it: `{name}()`." for name in classes))
     if isinstance(model, type):
-        raise WrongUse(f"The model `{model.__name__}` is a class; give a network built from it: `{model.__name__}()`.")
+        raise UsageError(
+            f"The model `{model.__name__}` is a class; give a network built from it: `{model.__name__}()`."
+        )
     names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise WrongUse(*(f"The plugin `{name}` is named twice; name it once." for name in twice))
+        raise UsageError(*(f"The plugin `{name}` is named twice; name it once." for name in twice))
     run = _of_run(run)
     config, objects = _config_of(scenario, model, plugins, train, run)
     with _shown(progress, listeners) as everyone:
@@ -116,7 +118,7 @@ def run_config(
 ) -> Results:
     """The run that `config` defines; what it names as Python objects is given here. Errors are those of `run`."""
     if used := [plugin for plugin in plugins if plugin.state and plugin.has_run]:
-        raise WrongUse(
+        raise UsageError(
             *(
                 f"The plugin `{_name(plugin)}` has been in a run and holds what it learnt there; build a new one: "
                 f"`{plugin!r}`."
@@ -184,7 +186,7 @@ def resume(
 
     Raises:
         DataError: if there is nothing to resume, or the folder is damaged, edited or in use.
-        RunFailed: as `run`.
+        RunError: as `run`.
         Interrupted: as `run`.
     """
     with _shown(progress, listeners) as everyone:
@@ -284,8 +286,8 @@ def extend(
 
     Raises:
         DataError: if the run is not finished, or its last checkpoint is gone.
-        WrongUse: as `run`.
-        RunFailed: as `run`.
+        UsageError: as `run`.
+        RunError: as `run`.
         Interrupted: as `run`.
     """
     own = scenario if isinstance(scenario, Scenario) else None
@@ -323,7 +325,7 @@ def extension_config(
     `objects` names the plugins, and ``model``, that a program gives as objects. Raises as `extend`.
     """
     check_finished(path)
-    base = finished(path, _read_config(path))
+    base = load_base(path, _read_config(path))
     _check_resumes(base.config, (), path, "extended")
     old = base.config.model_dump()
     named = {name: values for name, values in old["plugins"].items() if name not in objects}
@@ -418,7 +420,7 @@ def _config_of(
     """The configuration of a run from Python, and the objects that it can only name."""
     built = [plugin for plugin in plugins if isinstance(plugin, Plugin)]
     if isinstance(scenario, Arrays):
-        raise WrongUse(
+        raise UsageError(
             f"`{scenario.name}` is `Arrays`, and no scenario yet: cut experiences from it with "
             "`clframe.split_classes`, or let them change with `clframe.change_domains`."
         )
@@ -471,9 +473,9 @@ def _in_notebook() -> bool:
 
 
 def _mapping(given: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """Return the settings `given` as the argument `name`. Raises `WrongUse` if they are no mapping."""
+    """Return the settings `given` as the argument `name`. Raises `UsageError` if they are no mapping."""
     if given is not None and not isinstance(given, Mapping):
-        raise WrongUse(f"`{name}` is {told(given)}; it must be a mapping of settings to values.")
+        raise UsageError(f"`{name}` is {told(given)}; it must be a mapping of settings to values.")
     return dict(given or {})
 
 
@@ -527,7 +529,7 @@ def _read_config(path: Path) -> Config:
     file = path / "config.yaml"
     try:
         return Config.model_validate(parse_yaml(read_text(file, CONFIG_LIMIT), str(file)))
-    except (DataError, WrongUse, ValidationError) as error:
+    except (DataError, UsageError, ValidationError) as error:
         problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
         raise DataError(f"{file} cannot be read, so the run cannot go on: {cut(' '.join(problems), 2000)}") from error
 
@@ -563,10 +565,10 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise WrongUse(f"`run.device` is {name!r}; choices: auto, cpu, cuda, cuda:N.")
+        raise UsageError(f"`run.device` is {name!r}; choices: auto, cpu, cuda, cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise WrongUse(
+        raise UsageError(
             f"`run.device` is {name!r}, but torch finds {count or 'no'} CUDA device(s) here; use `cpu` or `auto`."
         )
     return device
@@ -578,7 +580,7 @@ def _base_of(config: Config) -> Base | None:
         return None
     path = expanded(config.run.extends)
     check_finished(path)
-    return finished(path, _read_config(path))
+    return load_base(path, _read_config(path))
 
 
 def _build(
@@ -603,7 +605,7 @@ def _build(
     if base is not None:
         with held_by((folder.path if folder else Path(config.run.extends or "")) / BASE):
             before = scenario_of(base)
-        scenario = extended(before, scenario)
+        scenario = extend_scenario(before, scenario)
     given = {_name(plugin): plugin for plugin in plugins}
     members = [
         given[name] if name in given else registry.build_plugin(name, _by_name(options, "plugin", name))
@@ -617,7 +619,7 @@ def _build(
         model = registry.build_backbone(spec, scenario.input_shape).to(device)
         tried(model, scenario.input_shape, device)
     else:
-        model = prepared(model, scenario.input_shape, device, lambda text: _tell(listeners, text))
+        model = prepare(model, scenario.input_shape, device, lambda text: _tell(listeners, text))
     scenario.hold_out(config.train.val, config.run.seed)
     scenario.to(device)
     run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
@@ -649,10 +651,10 @@ def _check(engine: Engine) -> None:
     run.describe(scenario, len(scenario) - 1)  # all of it
     problems = [
         f"The plugin `{plugin.name}` cannot serve the setting `{scenario.setting}` of `{scenario.name}`; it serves "
-        + " and ".join(f"`{setting}`" for setting in plugin.settings)
+        + " and ".join(f"`{setting}`" for setting in plugin.serves)
         + ": choose with `--setting`."
         for plugin in run.plugins
-        if scenario.setting not in plugin.settings
+        if scenario.setting not in plugin.serves
     ]
     if run.config.train.logits == "own" and scenario.setting == "domain":
         problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
@@ -661,7 +663,7 @@ def _check(engine: Engine) -> None:
     problems += single_image_problems(run, scenario)
     problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
     if problems:
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     run.describe(scenario, 0)
 
 
@@ -714,19 +716,21 @@ def _go(engine: Engine, begin: Callable[[], None]) -> Results:
         raise
     except Exception as error:
         if out_of_memory(error):
-            raise RunFailed(
-                f"Out of memory on {run.device} in {run.where}: a run with a smaller `train.batch_size` or "
+            raise RunError(
+                f"Out of memory on {run.device} in {run.progress_label}: a run with a smaller `train.batch_size` or "
                 f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
             ) from error
         refused = of_the_system(error)
         if refused and getattr(error, "errno", None) in OF_THE_DISK:
-            raise RunFailed(
+            raise RunError(
                 f"{run.folder or 'A file'} could not be written: {refused}.{engine.how_to_go_on()}"
             ) from error
         if blamed := _blame(engine, error):
-            raise RunFailed(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
+            raise RunError(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
         if refused:
-            raise RunFailed(f"A file or the system failed in {run.where}: {refused}.{engine.how_to_go_on()}") from error
+            raise RunError(
+                f"A file or the system failed in {run.progress_label}: {refused}.{engine.how_to_go_on()}"
+            ) from error
         raise
     run.emit("end", folder=str(run.folder) if run.folder else None)
     run.optimizer = engine.kept_optimizer = None  # what the trained model does without

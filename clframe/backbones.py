@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clframe.errors import DataError, WrongUse, did_you_mean
+from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.options import Count
 
 
@@ -51,7 +51,7 @@ def mlp(input_shape: tuple[int, ...], *, hidden: list[Count] = [400, 400]) -> nn
         hidden: width of each layer.
     """
     if not hidden:
-        raise WrongUse("`model.hidden` is empty: `mlp` needs the width of one layer at least.")
+        raise UsageError("`model.hidden` is empty: `mlp` needs the width of one layer at least.")
     inputs = torch.Size(input_shape).numel()
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise([inputs, *hidden]):
@@ -73,7 +73,7 @@ def cnn_small(input_shape: tuple[int, ...], *, widths: list[Count] = [32, 32, 64
         widths: channels of each convolution.
     """
     if not widths:
-        raise WrongUse("`model.widths` is empty: `cnn-small` needs the width of one convolution at least.")
+        raise UsageError("`model.widths` is empty: `cnn-small` needs the width of one convolution at least.")
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise([_channels(input_shape, "cnn-small"), *widths])):
         layers += [_conv(fan_in, fan_out, 2 if i == 1 else 1), nn.BatchNorm2d(fan_out), nn.ReLU()]
@@ -211,7 +211,7 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
     """A classifier of torchvision without its last linear layer, named ``torchvision:resnet50``, for example.
 
     Raises:
-        WrongUse: if torchvision has no such classifier or weights, or it cannot take the scenario's images.
+        UsageError: if torchvision has no such classifier or weights, or it cannot take the scenario's images.
         DataError: if the weights cannot be downloaded, or their file is damaged.
 
     Options:
@@ -221,9 +221,9 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
 
     name = f"torchvision:{variant}"
     if variant not in (known := models.list_models(module=models)):
-        raise WrongUse(f"torchvision has no classifier `{variant}`.{did_you_mean(variant, known)}")
+        raise UsageError(f"torchvision has no classifier `{variant}`.{did_you_mean(variant, known)}")
     if _channels(input_shape, name) != 3:
-        raise WrongUse(
+        raise UsageError(
             f"`{name}` takes images of 3 channels, and the scenario's have {input_shape[0]}: choose another "
             "model, or a scenario with colour images."
         )
@@ -232,12 +232,12 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
         chosen = _weights(models.get_model_weights(variant), "DEFAULT" if weights is True else weights, name)
     net = models.get_model(variant, weights=chosen)
     if hasattr(net, "aux_logits"):
-        raise WrongUse(f"`{name}` has auxiliary classifiers, which a backbone cannot have: choose another model.")
+        raise UsageError(f"`{name}` has auxiliary classifiers, which a backbone cannot have: choose another model.")
     last, classifier = next(
         ((n, m) for n, m in reversed(list(net.named_modules())) if isinstance(m, nn.Linear)), ("", None)
     )
     if classifier is None:
-        raise WrongUse(f"`{name}` has no linear layer at its end that could be replaced: choose another model.")
+        raise UsageError(f"`{name}` has no linear layer at its end that could be replaced: choose another model.")
     net.set_submodule(last, nn.Identity())
     width = classifier.in_features
     _check(net, input_shape, width, name)
@@ -247,7 +247,9 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
 def _weights(enum: type, weights: str, name: str) -> object:
     """The member `weights` of torchvision's `enum`, after making sure that its file holds tensors only."""
     if weights not in (choices := list(getattr(enum, "__members__", {}))):
-        raise WrongUse(f"`model.weights` is {weights!r}, which `{name}` does not have.{did_you_mean(weights, choices)}")
+        raise UsageError(
+            f"`model.weights` is {weights!r}, which `{name}` does not have.{did_you_mean(weights, choices)}"
+        )
     chosen = getattr(enum, weights)
     try:
         # torchvision's own loading unpickles whatever a file holds; after this, the file is known to be safe
@@ -275,15 +277,15 @@ def _check(net: nn.Module, input_shape: tuple[int, ...], width: int, name: str) 
             out = net(torch.zeros(2, *input_shape))
     except Exception as error:  # what a network says of images that it cannot take is its own affair
         size = "x".join(map(str, input_shape[1:]))
-        raise WrongUse(f"`{name}` cannot take images of {size} pixels ({error}): choose another model.") from error
+        raise UsageError(f"`{name}` cannot take images of {size} pixels ({error}): choose another model.") from error
     net.train()
     if not isinstance(out, Tensor) or out.shape != (2, width):
-        raise WrongUse(f"`{name}` does not end in a linear layer on features [B, D]: choose another model.")
+        raise UsageError(f"`{name}` does not end in a linear layer on features [B, D]: choose another model.")
 
 
 def _channels(input_shape: tuple[int, ...], name: str) -> int:
     if len(input_shape) != 3:
-        raise WrongUse(f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}.")
+        raise UsageError(f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}.")
     return input_shape[0]
 
 

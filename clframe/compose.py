@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 
 from clframe.contract import _owns, _problems_of, hooks_of
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.hooks import HOOKS, Hooks
 from clframe.registry import RESERVED
 
@@ -37,7 +37,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
     """A manager of these plugins alone, which are called in the order of naming.
 
     Raises:
-        WrongUse: with one sentence for each reason why they cannot run, or cannot run together.
+        UsageError: with one sentence for each reason why they cannot run, or cannot run together.
     """
     from clframe.plugin import Plugin
 
@@ -68,7 +68,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
             if other in built:
                 problems.append(f"The plugin `{name}` cannot run beside `{other}`; leave out one of them.")
     if problems:
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     made = _Manager("clframe")
     made.add_hookspecs(Hooks)
     try:
@@ -76,7 +76,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
             made.register(plugin, name)
         made.check_pending()
     except pluggy.PluginValidationError as error:
-        raise WrongUse(f"A plugin does not fit the hooks: {error}") from error
+        raise UsageError(f"A plugin does not fit the hooks: {error}") from error
     return made
 
 

@@ -14,7 +14,7 @@ from pydantic import (
 
 from clframe import registry
 from clframe.data import split_file
-from clframe.errors import WrongUse, did_you_mean
+from clframe.errors import UsageError, did_you_mean
 from clframe.options import (
     STRANGERS,
     explain,
@@ -66,7 +66,7 @@ def resolve(
     named again keep their options. `base` stands in for what a file holds.
 
     Raises:
-        WrongUse: with one sentence for each mistake.
+        UsageError: with one sentence for each mistake.
     """
     problems: list[str] = []
     file = _read_file(expanded(yaml_file), problems) if yaml_file is not None else dict(base or {})
@@ -99,7 +99,7 @@ def resolve(
     run_layers = section("run", run)
     resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)
     if problems or resolved_train is None or resolved_run is None:
-        raise WrongUse(*dict.fromkeys(problems))
+        raise UsageError(*dict.fromkeys(problems))
     return Config(
         scenario=resolved_scenario,
         model=resolved_model,
@@ -123,7 +123,7 @@ def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tupl
     """The scenario with all its options, and the function that builds it (None if it is not known)."""
     try:
         layers = _with_split(layers)
-    except WrongUse as error:
+    except UsageError as error:
         problems += error.problems
         return {}, None
     name, options = _merge(layers, DEFAULT_SCENARIO)
@@ -134,7 +134,7 @@ def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tupl
         return {}, None
     try:
         build = registry.builder("scenario", name)
-    except WrongUse as error:
+    except UsageError as error:
         problems += error.problems
         return {}, None
     return {"name": name, **_checked(build, options, "scenario", name, problems), **pinned}, build
@@ -144,7 +144,7 @@ def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`layers`; if the strongest name is a file with a split, what that holds comes first, as the weakest of all.
 
     Raises:
-        WrongUse: if the file cannot be read, or a layer changes what it has settled.
+        UsageError: if the file cannot be read, or a layer changes what it has settled.
     """
     path = next((layer["name"] for layer in reversed(layers) if "name" in layer), "")
     if not path.endswith(split_file.SUFFIX):
@@ -152,7 +152,7 @@ def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     file = split_file.read_split(Path(path))
     layers = [{**layer, "name": file["name"]} if layer.get("name") == path else layer for layer in layers]
     if problems := split_file.settled(file, _merge(layers, file["name"])[1], path):
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     return [file, *layers]
 
 
@@ -166,7 +166,7 @@ def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[
         return {}
     try:
         build = registry.builder("model", name)
-    except WrongUse as error:
+    except UsageError as error:
         problems += error.problems
         return {}
     start = suited(str | None, options.get(START))
@@ -188,7 +188,7 @@ def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str,
         return {}
     try:
         resolved = registry.build_plugin(name, options).public_options()
-    except WrongUse as error:
+    except UsageError as error:
         problems += error.problems
         return {}
     if ":" in name:
@@ -206,7 +206,7 @@ def _only_in_python(section: str, name: str) -> str:
 def _checked(build: Any, options: Given, section: str, name: str, problems: list[str]) -> dict[str, Any]:
     try:
         values = validated(build, options, section, skip=registry.SUPPLIED, owner=f"the {section} `{name}`")
-    except WrongUse as error:
+    except UsageError as error:
         problems += error.problems
         return {}
     return {public_name(option): value for option, value in values.items()}
@@ -259,12 +259,12 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         text = read_bytes(path, LARGEST_FILE).decode("utf-8-sig")
     except Unreadable as error:
-        raise WrongUse(f"The configuration {shown(path)} cannot be read: {error.reason}.") from error
+        raise UsageError(f"The configuration {shown(path)} cannot be read: {error.reason}.") from error
     except UnicodeDecodeError as error:
-        raise WrongUse(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
+        raise UsageError(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise WrongUse(f"{path} must hold a mapping with some of: {', '.join(SECTIONS)}.")
+        raise UsageError(f"{path} must hold a mapping with some of: {', '.join(SECTIONS)}.")
     strangers = [name for name in data if name not in SECTIONS]
     problems += [
         f"{path}: there is no section `{cut(name)}`." + did_you_mean(name, SECTIONS) for name in strangers[:STRANGERS]
@@ -287,7 +287,7 @@ def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str,
             problems.append(f"`--set {section}.{public_name(option)}` is given twice.")
         try:
             changes.setdefault(section, {})[public_name(option)] = parse_yaml(value, f"`--set {cut(text)}`")
-        except WrongUse as error:
+        except UsageError as error:
             problems += error.problems
     return changes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from clframe.data.pictures import grid
 from clframe.data.scenario import Experience, Scenario
 from clframe.model import IncrementalNet, Outputs, class_mask, masked
 from clframe.plugin import Plugin
+from clframe.renamed import OF_RUNS, now_called
 from clframe.settings import Config, TrainSettings
 from clframe.training import Phase, Sampler
 
@@ -104,8 +105,15 @@ class Run:
         """Epoch of the step under way, from 0."""
         return self.step // self.sampler.batches_per_epoch if self.sampler else 0
 
+    if not TYPE_CHECKING:  # for type checkers, only what is defined exists
+
+        def __getattr__(self, name: str) -> Any:
+            if name in OF_RUNS:
+                raise AttributeError(now_called(f"run.{name}", f"run.{OF_RUNS[name]}"))
+            raise AttributeError(f"`Run` has no attribute {name!r}")
+
     @property
-    def where(self) -> str:
+    def progress_label(self) -> str:
         """The experience under way as people count: ``experience 1 of 5`` has index 0."""
         return f"experience {self.experience.index + 1} of {len(self.scenario)}"
 
@@ -115,12 +123,12 @@ class Run:
         return self._settings[min(self.experience.index, 1)]
 
     @property
-    def old_classes(self) -> list[int]:
+    def previous_classes(self) -> list[int]:
         """Labels of the experiences before the one under way; in the domain setting all, from the second one on."""
         return sorted({c for group in self.scenario.classes[: self.experience.index] for c in group})
 
     @property
-    def n_seen(self) -> int:
+    def n_seen_classes(self) -> int:
         """Classes of the experience under way and those before it: labels from 0 on, without a gap."""
         return max(c for group in self.scenario.classes[: self.experience.index + 1] for c in group) + 1
 
@@ -142,7 +150,7 @@ class Run:
         This is the one rule of which blocks an experience may train: a block trains if the experience has a class of
         it. Tasks of a plugin that isolates share no class, so that there every earlier task's block is an old one.
         """
-        return [k for k in self.model.blocks_of(self.old_classes) if k not in self.current_blocks]
+        return [k for k in self.model.blocks_of(self.previous_classes) if k not in self.current_blocks]
 
     @property
     def current_blocks(self) -> list[int]:
@@ -152,7 +160,7 @@ class Run:
     @property
     def new_blocks(self) -> list[int]:
         """Blocks of the head, by number, that have classes which no earlier experience had; none in domains."""
-        return self.model.blocks_of(set(self.experience.classes).difference(self.old_classes))
+        return self.model.blocks_of(set(self.experience.classes).difference(self.previous_classes))
 
     def labelled_columns(self, batch: Batch) -> Tensor | None:
         """Old columns in which the labels of `batch` are to be learnt, [B, old classes] bool; None: there are none.
@@ -160,7 +168,7 @@ class Run:
         They are those of earlier classes that come back with the experience under way, for rows whose label it has
         and which no plugin added to the batch. Every other old column is left to what an earlier network says.
         """
-        back = torch.tensor([c in self.experience.classes for c in self.old_classes], device=batch.y.device)
+        back = torch.tensor([c in self.experience.classes for c in self.previous_classes], device=batch.y.device)
         if not back.any():
             return None
         own = (batch.origin == 0) & torch.isin(batch.y, batch.y.new_tensor(list(self.experience.classes)))
@@ -171,7 +179,7 @@ class Run:
         """The names of the plugins that bring images of earlier classes back."""
         return [plugin.name for plugin in self.plugins if plugin.replays]
 
-    def of(self, plugin: Plugin, batch: Batch) -> Tensor:
+    def rows_from(self, plugin: Plugin, batch: Batch) -> Tensor:
         """The rows of `batch` that `plugin` added, [B] bool."""
         return batch.origin == self.plugins.index(plugin) + 1
 
@@ -219,7 +227,7 @@ class Run:
         """Record named values: in `metrics.jsonl`, in TensorBoard, with every other listener."""
         self.emit("log", experience=self.experience.index, total_step=self.total_steps, values=dict(values))
 
-    def show(self, name: str, images: Tensor) -> None:
+    def log_images(self, name: str, images: Tensor) -> None:
         """Let people see `images` [N, C, H, W], raw as those of the data set, of the experience under way.
 
         They are one picture, row by row, in the run folder and in TensorBoard. `name` begins with the plugin's.

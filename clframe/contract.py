@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.errors import did_you_mean
 from clframe.hooks import HOOK_API, HOOKS, Hooks
+from clframe.renamed import OF_PLUGINS, now_called
 
 if TYPE_CHECKING:
     from clframe.plugin import Plugin
@@ -76,7 +77,10 @@ def _problems_of(cls: type[Plugin]) -> list[str]:
                 )
             elif parameter.default is not parameter.empty:
                 problems.append(f"{method} gives its argument `{parameter.name}` a default; hooks have none.")
-    for attribute in ("state", "predictor_state", "settings", "conflicts"):
+    for old, new in OF_PLUGINS.items():
+        if any(old in vars(base) for base in cls.__mro__):
+            problems.append(now_called(f"{old}` of plugin `{cls.name}", new))
+    for attribute in ("state", "predictor_state", "serves", "conflicts"):
         if isinstance(getattr(cls, attribute), str):
             problems.append(f"`{attribute}` of plugin `{cls.name}` is a text; it must be a tuple of names.")
     return problems

@@ -20,8 +20,8 @@ from clframe.context import Run
 from clframe.data.batch import Batch, ImageData, join
 from clframe.data.files import READ_AHEAD
 from clframe.data.scenario import Experience, Scenario
-from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
-from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, answered, evaluate
+from clframe.errors import DataError, Interrupted, RunError, UsageError
+from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, evaluate, n_answerable
 from clframe.model import seed_torch
 from clframe.runs import checkpoint, state
 from clframe.runs.folder import RunFolder
@@ -209,7 +209,7 @@ class Engine:
         for plugin, phases in answers.items():
             for phase in phases:
                 if phase.name in owners:
-                    raise WrongUse(
+                    raise UsageError(
                         f"Both `{owners[phase.name]}` and `{plugin}` bring a phase `{phase.name}`; name one of them."
                     )
                 owners[phase.name] = plugin
@@ -225,7 +225,7 @@ class Engine:
         run = self.run
         data = data if phase.data is None else phase.data.to(run.device)
         if not len(data):
-            raise DataError(f"The scenario `{self.stream.name}` has no training images in {run.where}.")
+            raise DataError(f"The scenario `{self.stream.name}` has no training images in {run.progress_label}.")
         run.phase = phase
         self.trained = trained_by(phase, run.model)
         self.trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
@@ -234,8 +234,9 @@ class Engine:
         length = phase.length(run.settings)
         if not self.trained and any(phase.length(run.settings).values()):
             wanted = f" named like {', '.join(f'`{p}`' for p in phase.only)}" if phase.only else ""
-            raise WrongUse(
-                f"The phase `{phase.name}` of {run.where} trains nothing: no parameter{wanted} requires gradients."
+            raise UsageError(
+                f"The phase `{phase.name}` of {run.progress_label} trains nothing: no parameter{wanted} requires "
+                "gradients."
             )
         run.sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
         run.emit("phase", name=phase.name, steps=run.sampler.steps, experience=run.experience.index)
@@ -375,31 +376,33 @@ class Engine:
         n_classes = self.run.model.n_classes
         inside = (data.y >= 0) & (data.y < n_classes)
         if not inside.all():
-            raise WrongUse(
-                f"Label {int(data.y[~inside][0])} in {what} of {self.run.where} is no class of the head, which has "
-                f"0 to {n_classes - 1}: correct the labels, or the classes that the scenario declares."
+            raise UsageError(
+                f"Label {int(data.y[~inside][0])} in {what} of {self.run.progress_label} is no class of the head, "
+                f"which has 0 to {n_classes - 1}: correct the labels, or the classes that the scenario declares."
             )
         if mask is not None:
             inside = mask[data.y] if mask.dim() == 1 else mask.gather(1, data.y[:, None]).squeeze(1)
         if not inside.all():
             label = int(data.y[~inside][0])
-            raise WrongUse(
-                f"Label {label} in {what} of {self.run.where} is masked by "
+            raise UsageError(
+                f"Label {label} in {what} of {self.run.progress_label} is masked by "
                 f"`train.logits={self.run.logits}`: choose `seen` or `all`."
             )
 
     def check_terms(self, terms: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
         """Refuse an answer to ``penalty`` that is no dict of new names to scalars: it would replace another term."""
         if not isinstance(named, dict):
-            raise WrongUse(
-                f"A `penalty` hook gave a {type(named).__name__} in {self.run.where}; "
+            raise UsageError(
+                f"A `penalty` hook gave a {type(named).__name__} in {self.run.progress_label}; "
                 "it must give a dict of names to scalars, or None."
             )
         for name, term in named.items():
             if name in terms:
-                raise WrongUse(f"There are two loss terms `{name}` in {self.run.where}; name one by its plugin.")
+                raise UsageError(
+                    f"There are two loss terms `{name}` in {self.run.progress_label}; name one by its plugin."
+                )
             if term.dim():
-                raise WrongUse(f"The loss term `{name}` has the shape {list(term.shape)}; it must be a scalar.")
+                raise UsageError(f"The loss term `{name}` has the shape {list(term.shape)}; it must be a scalar.")
 
     def watch_finite(self, norm: Tensor) -> None:
         """Keep the step's loss terms and its gradient's norm, on the device, until `check_finite` looks at them."""
@@ -409,7 +412,7 @@ class Engine:
         self.unchecked.append((tuple(losses), values))
 
     def check_finite(self) -> None:
-        """Raise `RunFailed` naming what was the first not to be finite, and the step; note which terms are not 0."""
+        """Raise `RunError` naming what was the first not to be finite, and the step; note which terms are not 0."""
         steps, self.unchecked = self.unchecked, []
         if not steps:
             return
@@ -423,10 +426,10 @@ class Engine:
         first = next(i for i, (_, values) in enumerate(steps) if not values.isfinite().all())
         terms, values = steps[first]
         names = [*(f"loss term `{term}`" for term in terms), "gradient"]
-        raise RunFailed(
+        raise RunError(
             f"The {names[values.isfinite().tolist().index(False)]} became infinite or not a number in "
-            f"{self.run.where}, phase `{self.run.phase.name}`, at step {self.run.step + 2 - len(steps) + first} of "
-            f"{self.run.steps_in_phase}."
+            f"{self.run.progress_label}, phase `{self.run.phase.name}`, at step "
+            f"{self.run.step + 2 - len(steps) + first} of {self.run.steps_in_phase}."
             f"{self.how_to_go_on()} {' '.join(self.hints()) or GENERAL_HINT}"
         )
 
@@ -442,12 +445,12 @@ class Engine:
         """Emit which loss terms were 0 at every step of the experience, each once in a run."""
         run = self.run
         why = ""
-        if len(run.old_classes or run.experience.classes) == 1:
+        if len(run.previous_classes or run.experience.classes) == 1:
             why = " Only one class was known, and a softmax over one class is always 1: begin with two classes."
         for term, effective in self.position.effective.items():
             if not effective and self.position.steps > 1 and term not in self.silent:
                 self.silent.add(term)
-                run.emit("message", text=f"The loss term `{term}` was 0 at every step of {run.where}.{why}")
+                run.emit("message", text=f"The loss term `{term}` was 0 at every step of {run.progress_label}.{why}")
 
     def hints(self) -> list[str]:
         """What plugins know to keep the run from learning."""
@@ -457,7 +460,7 @@ class Engine:
         """A sentence on the checkpoint that is left, or nothing if there is none."""
         if self.folder is None:
             return ""
-        with suppress(RunFailed):  # an error is under way already
+        with suppress(RunError):  # an error is under way already
             self.folder.settle()
         if self.folder.finished:
             return f" All results were written before: {self.run.folder} is the folder of a finished run."
@@ -544,7 +547,7 @@ class Engine:
         last, n_classes = len(self.stream) - 1, self.run.model.n_classes
         if not last or not self.readings.covered(self.readings.last, 0, last, n_classes):
             return
-        n_classes = answered(self.predictor(), n_classes)
+        n_classes = n_answerable(self.predictor(), n_classes)
         if self.readings.covered(self.readings.last, 0, last, n_classes):
             accuracy = self.evaluated(keep_scores=False).accuracy
             self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
@@ -575,7 +578,7 @@ class Engine:
                 how = f"`clframe resume {self.folder.path}` goes on from here"
             else:
                 how = "this run keeps no folder"
-            raise Interrupted(f"Stopped by {name} in {self.run.where}; {how}.", self.signal)
+            raise Interrupted(f"Stopped by {name} in {self.run.progress_label}; {how}.", self.signal)
         if time.monotonic() - self.last_save >= self.run.config.run.checkpoint_every:
             self.save()
 

@@ -7,7 +7,9 @@ import errno
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from clframe.renamed import PUBLIC, now_called
 from clframe.system.texts import SENTENCE, bounded, cut
 
 # what torch, oneDNN, Python's threads and C++ say when memory, or room for a thread, ends: all are RuntimeErrors
@@ -37,13 +39,13 @@ class ClframeError(Exception):
         super().__init__(bounded(message))
 
 
-class RunFailed(ClframeError):
+class RunError(ClframeError):
     """The run failed: a loss that is not finite, memory or disk that is full, a plugin that raised."""
 
     code = 1
 
 
-class WrongUse(ClframeError):
+class UsageError(ClframeError):
     """A name, option or combination that clframe refuses. `problems` holds one sentence per mistake."""
 
     code = 2
@@ -94,8 +96,8 @@ def of_the_system(error: BaseException) -> str | None:
 def cannot_write(what: str, path: Path, error: OSError) -> ClframeError:
     """Return the refusal of a file that a user named: of the disk, as where a run fails, or of the name."""
     if error.errno in OF_THE_DISK:
-        return RunFailed(f"{what} could not be written to {path} ({error.strerror}); make room, or name another file.")
-    return WrongUse(f"{what} cannot be written to {path} ({error.strerror}); name another file.")
+        return RunError(f"{what} could not be written to {path} ({error.strerror}); make room, or name another file.")
+    return UsageError(f"{what} cannot be written to {path} ({error.strerror}); name another file.")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -105,3 +107,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if near:
         return f" Did you mean `{near[0]}`?"
     return f" Choices: {', '.join(known)}." if known else ""
+
+
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC:
+        raise ImportError(now_called(f"clframe.errors.{name}", f"clframe.errors.{PUBLIC[name]}"))
+    raise AttributeError(f"module 'clframe.errors' has no attribute {name!r}")

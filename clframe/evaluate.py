@@ -97,7 +97,7 @@ class NearestMean(Predictor):
         return functional.pad(-distances, (0, self.model.n_classes - len(self.means)), value=-torch.inf)
 
 
-def answered(predictor: nn.Module, n_classes: int) -> int:
+def n_answerable(predictor: nn.Module, n_classes: int) -> int:
     """How many of the `n_classes` of the head `predictor` can answer with."""
     limit: int | None = getattr(predictor, "n_classes", None)
     return n_classes if limit is None else limit
@@ -184,7 +184,7 @@ def evaluate(
     uses_task = getattr(predictor, "uses_task", True)
     # a later task may have classes that are known, and still nothing to compute with
     last = after if getattr(predictor, "needs_task", False) else len(scenario) - 1
-    n_classes = answered(predictor, n_classes)
+    n_classes = n_answerable(predictor, n_classes)
     with evaluating(predictor), torch.no_grad():
         for on, experience in enumerate(scenario):
             covered = [name for name in names if on <= last and readings.covered(name, after, on, n_classes)]

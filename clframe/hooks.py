@@ -44,7 +44,7 @@ class Hooks:
     def before_run(self, run: Run) -> None:
         """Once per process, before any state is loaded: check the model and the scenario, install forward hooks.
 
-        Raise `clframe.errors.WrongUse` to refuse the run. Called again by `clframe resume`.
+        Raise `clframe.errors.UsageError` to refuse the run. Called again by `clframe resume`.
         """
 
     @hookspec

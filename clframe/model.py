@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class IncrementalNet(nn.Module):
     def __init__(self, backbone: nn.Module, blocks: Sequence[int] = ()) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
-            raise WrongUse(
+            raise UsageError(
                 f"`{type(backbone).__name__}` cannot be a backbone: it needs a method `features(x)` that "
                 "returns [B, D] and an attribute `width` that is D."
             )
@@ -285,7 +285,7 @@ def normalizing_by_batch(model: nn.Module, like: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def initialised_by(generator: torch.Generator, device: torch.device | None = None) -> Iterator[None]:
+def initialized_by(generator: torch.Generator, device: torch.device | None = None) -> Iterator[None]:
     """Modules whose weights are drawn inside, on the CPU or `device`, have those that `generator` decides.
 
     Torch's own generators stay as they are.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from clframe.errors import WrongUse, of_the_system, out_of_memory
+from clframe.errors import UsageError, of_the_system, out_of_memory
 from clframe.model import Backbone, evaluating, memo_for
 from clframe.system.texts import cut
 from clframe.toolkit.per_sample import graph_of
@@ -27,7 +27,7 @@ def uncompiled(network: nn.Module) -> nn.Module:
     return network
 
 
-def prepared(network: Any, input_shape: Sequence[int], device: torch.device, tell: Callable[[str], None]) -> nn.Module:
+def prepare(network: Any, input_shape: Sequence[int], device: torch.device, tell: Callable[[str], None]) -> nn.Module:
     """Return a copy of the backbone `network` on `device`, with all parameters there; the given one stays as it is.
 
     Args:
@@ -37,11 +37,11 @@ def prepared(network: Any, input_shape: Sequence[int], device: torch.device, tel
         tell: is given a sentence on what is done otherwise than the user may expect.
 
     Raises:
-        WrongUse: if it is no backbone, cannot be copied, or `tried` refuses it.
+        UsageError: if it is no backbone, cannot be copied, or `tried` refuses it.
     """
     plain = uncompiled(network)
     if not isinstance(plain, nn.Module) or not isinstance(plain, Backbone):
-        raise WrongUse(
+        raise UsageError(
             f"`{type(plain).__name__}` cannot be a backbone: it needs to be a `torch.nn.Module` with a method "
             "`features(x)` that returns [B, D] and an attribute `width` that is D."
         )
@@ -52,7 +52,7 @@ def prepared(network: Any, input_shape: Sequence[int], device: torch.device, tel
     except Exception as error:
         if out_of_memory(error) or of_the_system(error):
             raise
-        raise WrongUse(
+        raise UsageError(
             f"`{type(plain).__name__}` cannot be copied ({_said(error)}), and a run trains a copy of the network that "
             "it is given: keep modules, tensors and plain values in it, and nothing else."
         ) from error
@@ -66,14 +66,14 @@ def tried(network: nn.Module, input_shape: Sequence[int], device: torch.device) 
     It is in eval mode meanwhile, and torch's random numbers stay as they are.
 
     Raises:
-        WrongUse: if it cannot take the images, gives something else than ``width`` features of each, is of half
+        UsageError: if it cannot take the images, gives something else than ``width`` features of each, is of half
             precision, or computes with what no optimizer would train.
     """
     name, problem = type(network).__name__, None
     for parameter in network.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             kind = str(parameter.dtype).removeprefix("torch.")
-            raise WrongUse(f"The parameters of `{name}` are {kind}, too coarse to train: call its method `float()`.")
+            raise UsageError(f"The parameters of `{name}` are {kind}, too coarse to train: call its method `float()`.")
     images = torch.zeros(2, *input_shape, device=device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(network):
@@ -81,7 +81,7 @@ def tried(network: nn.Module, input_shape: Sequence[int], device: torch.device) 
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise WrongUse(
+        raise UsageError(
             f"`{name}` cannot take images of {list(input_shape)} ({_said(error)}): choose another model, or bring the "
             "images to a shape that it takes."
         ) from error
@@ -105,7 +105,7 @@ def tried(network: nn.Module, input_shape: Sequence[int], device: torch.device) 
                 "method, not a function that holds another network"
             )
     if problem:
-        raise WrongUse(f"`{name}.features` {problem}.")
+        raise UsageError(f"`{name}.features` {problem}.")
 
 
 def as_in(network: nn.Module, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
-from clframe.errors import WrongUse, did_you_mean
+from clframe.errors import UsageError, did_you_mean
 from clframe.system.texts import cut, told
 
 # Types for the signatures of plugins, scenarios and backbones.
@@ -81,7 +81,7 @@ def validated(
     """`given` (by public or parameter name) checked against the signature of `factory`, by parameter name.
 
     Every parameter is present in the answer, defaults included. `owner` is how errors call the thing that has
-    the options, by default `where`. Raises `WrongUse` with one sentence for each problem, each naming the
+    the options, by default `where`. Raises `UsageError` with one sentence for each problem, each naming the
     option as ``where.option``.
     """
     parameters = {public_name(p.name): p for p in _parameters(factory, skip)}
@@ -101,7 +101,7 @@ def validated(
         else:
             values[parameter.name] = copy.deepcopy(parameter.default)
     if problems:
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     return values
 
 
@@ -156,7 +156,7 @@ def _hints(factory: Callable[..., object]) -> dict[str, Any]:
     try:
         return _read_hints(_constructor(factory))
     except NameError as error:
-        raise WrongUse(
+        raise UsageError(
             f"The options of `{factory.__name__}` cannot be read: {error}; "
             "the types of options must be imported when the module runs, not only for type checking."
         ) from error

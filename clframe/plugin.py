@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Validated(type):
-    """Validates the options before a class's ``__init__`` sees them, raising `clframe.errors.WrongUse`."""
+    """Validates the options before a class's ``__init__`` sees them, raising `clframe.errors.UsageError`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -39,7 +39,7 @@ class Plugin(metaclass=_Validated):
       afterwards; a teacher made by `clframe.model.snapshot` is rebuilt from its state.
     - ``predictor_state``: those of them that the plugin's ``predictor`` needs, so that a finished run can be loaded.
     - ``former_state``: former names of attributes in ``state``, as keys, that older checkpoints may hold, with today's.
-    - ``settings``: the scenario settings that it can serve.
+    - ``serves``: the evaluation settings that the plugin can serve: class-, task-, domain-incremental.
     - ``suited_train``: training settings (``train.*``) that suit it. A run uses them in place of the scenario's where
       the user set nothing else; where plugins differ, the first named decides.
     - ``conflicts``: names of plugins that it cannot run beside.
@@ -74,7 +74,7 @@ class Plugin(metaclass=_Validated):
     state: ClassVar[tuple[str, ...]] = ()
     predictor_state: ClassVar[tuple[str, ...]] = ()
     former_state: ClassVar[Mapping[str, str]] = {}
-    settings: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
+    serves: ClassVar[tuple[str, ...]] = ("class", "task", "domain")
     suited_train: ClassVar[Mapping[str, Any]] = {}
     conflicts: ClassVar[tuple[str, ...]] = ()
     needs_task_gradient: ClassVar[bool] = False
@@ -101,7 +101,7 @@ class Plugin(metaclass=_Validated):
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
-        """The class of ``name:variant``, for a plugin with ``variants``. Raises `clframe.errors.WrongUse`."""
+        """The class of ``name:variant``, for a plugin with ``variants``. Raises `clframe.errors.UsageError`."""
         return cls
 
     def public_options(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from clframe.contract import _problems_of
-from clframe.errors import ClframeError, RunFailed, WrongUse, did_you_mean
+from clframe.errors import ClframeError, RunError, UsageError, did_you_mean
+from clframe.renamed import MODULES, now_called
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,13 +64,15 @@ class Offer:
         return self.summary
 
     def load(self) -> Any:
-        """The object itself. Raises `WrongUse` if it cannot be imported."""
+        """The object itself. Raises `UsageError` if it cannot be imported."""
         try:
             return self.entry.load()
         except (Exception, SystemExit) as error:  # a broken package may raise anything
-            raise WrongUse(
+            missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+            moved = f"; {now_called(missing, MODULES[missing]).rstrip('.')}" if missing in MODULES else ""
+            raise UsageError(
                 f"The {self.kind} `{self.name}` of package `{self.package}` cannot be imported "
-                f"({type(error).__name__}: {error}); repair or uninstall `{self.package}`."
+                f"({type(error).__name__}: {error}{moved}); repair or uninstall `{self.package}`."
             ) from error
 
 
@@ -107,50 +110,50 @@ def find(kind: Kind, name: str) -> tuple[Offer, str | None]:
     """What is offered under `name`, which may be of the form ``name:variant``, and the variant.
 
     Raises:
-        WrongUse: if nothing is offered under that name, or two packages offer it, or the name is reserved.
+        UsageError: if nothing is offered under that name, or two packages offer it, or the name is reserved.
     """
     base, _, variant = name.partition(":")
     known = offers(kind)
     found = [offer for offer in known if offer.name == base]
     if kind == "plugin" and base in RESERVED:
-        raise WrongUse(f"A plugin cannot be called `{base}`: `--set {base}.x=...` means something else.")
+        raise UsageError(f"A plugin cannot be called `{base}`: `--set {base}.x=...` means something else.")
     if not found:
-        raise WrongUse(_not_found(kind, base, [offer.name for offer in known]))
+        raise UsageError(_not_found(kind, base, [offer.name for offer in known]))
     if len({offer.package for offer in found}) < len(found):
         values = " and ".join(f"`{offer.entry.value}`" for offer in found)
-        raise WrongUse(f"The package `{found[0].package}` offers the {kind} `{base}` twice, as {values}; repair it.")
+        raise UsageError(f"The package `{found[0].package}` offers the {kind} `{base}` twice, as {values}; repair it.")
     if len(found) > 1:
         packages = " and ".join(f"`{offer.package}`" for offer in found)
-        raise WrongUse(f"The {kind} `{base}` is offered by the packages {packages}; uninstall one of them.")
+        raise UsageError(f"The {kind} `{base}` is offered by the packages {packages}; uninstall one of them.")
     return found[0], variant or None
 
 
 def plugin_class(name: str) -> type[Plugin]:
-    """The class of the plugin `name`, checked; that of the variant, where `name` has one. Raises `WrongUse`."""
+    """The class of the plugin `name`, checked; that of the variant, where `name` has one. Raises `UsageError`."""
     from clframe.plugin import Plugin
 
     offer, variant = find("plugin", name)
     found = offer.load()
     of = f"The plugin `{offer.name}` of package `{offer.package}`"
     if not (inspect.isclass(found) and issubclass(found, Plugin)):
-        raise WrongUse(f"{of} is {found!r}, which is not a class that derives from `clframe.Plugin`.")
+        raise UsageError(f"{of} is {found!r}, which is not a class that derives from `clframe.Plugin`.")
     own = vars(found).get("name")
     if own and own != offer.name:
-        raise WrongUse(f"{of} calls itself `{own}` in its class; the two names must be the same.")
+        raise UsageError(f"{of} calls itself `{own}` in its class; the two names must be the same.")
     found.name = offer.name
     if problems := _problems_of(found):
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     return found.of_variant(variant) if found.variants and variant else found
 
 
 def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
-    """A new plugin with these options. Raises `WrongUse`."""
+    """A new plugin with these options. Raises `UsageError`."""
     from clframe.options import validated
 
     offer, variant = find("plugin", name)
     found = plugin_class(name)
     if found.variants:
-        raise WrongUse(
+        raise UsageError(
             f"The plugin `{name}` needs a variant: write `{name}:VARIANT`, one of {', '.join(found.variants)}."
         )
     # by parameter name: what is `lambda` outside is `lambda_` in the constructor
@@ -160,11 +163,13 @@ def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
 
 
 def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]:
-    """The function that builds the scenario, or the backbone, `name`. Raises `WrongUse`."""
+    """The function that builds the scenario, or the backbone, `name`. Raises `UsageError`."""
     offer, variant = find(kind, name)
     found = offer.load()
     if not callable(found):
-        raise WrongUse(f"The {kind} `{offer.name}` of package `{offer.package}` is {found!r}, which cannot be called.")
+        raise UsageError(
+            f"The {kind} `{offer.name}` of package `{offer.package}` is {found!r}, which cannot be called."
+        )
     _with_variant(offer, found, variant)
     return cast(Callable[..., Any], found)
 
@@ -196,7 +201,7 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
     Its parameters `data_root`, and `seed` where that is None, are filled with the run's.
 
     Raises:
-        WrongUse: if a name or an option is wrong.
+        UsageError: if a name or an option is wrong.
         DataError: if its data is missing or damaged, or differ from what the split's file that it comes from says.
     """
     from clframe.data import split_file
@@ -215,14 +220,14 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
     with _blamed_on(offer):
         built = build(**_with_variant(offer, build, variant), **options)
     if not isinstance(built, Scenario):
-        raise WrongUse(f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`.")
+        raise UsageError(f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`.")
     if pinned is not None:
         split_file.check(built, pinned)
     return built
 
 
 def build_backbone(spec: Mapping[str, Any], input_shape: Sequence[int]) -> nn.Module:
-    """A new backbone `spec` (its ``name`` and options) for images of `input_shape`. Raises `WrongUse`."""
+    """A new backbone `spec` (its ``name`` and options) for images of `input_shape`. Raises `UsageError`."""
     offer, variant = find("model", spec["name"])
     build = builder("model", spec["name"])
     options = _options(build, spec, "model", f"the model `{spec['name']}`")
@@ -277,10 +282,10 @@ def _with_variant(offer: Offer, factory: Callable[..., Any], variant: str | None
     parameter = signature.parameters.get("variant")
     if variant is None:
         if parameter is not None and parameter.default is parameter.empty:
-            raise WrongUse(f"The {offer.kind} `{offer.name}` needs a variant: write `{offer.name}:VARIANT`.")
+            raise UsageError(f"The {offer.kind} `{offer.name}` needs a variant: write `{offer.name}:VARIANT`.")
         return {}
     if parameter is None:
-        raise WrongUse(f"The {offer.kind} `{offer.name}` has no variants: leave out `:{variant}`.")
+        raise UsageError(f"The {offer.kind} `{offer.name}` has no variants: leave out `:{variant}`.")
     return {"variant": variant}
 
 
@@ -302,4 +307,4 @@ def _blamed_on(offer: Offer) -> Iterator[None]:
         if offer.package == "clframe":
             raise
         what = f"The {offer.kind} `{offer.name}` of package `{offer.package}`"
-        raise RunFailed(f"{what} failed: {type(error).__name__}: {error}") from error
+        raise RunError(f"{what} failed: {type(error).__name__}: {error}") from error

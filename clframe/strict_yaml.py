@@ -8,25 +8,25 @@ from typing import Any
 
 import yaml
 
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.system.texts import cut
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value that strict YAML `text` holds: no repeated key, anchor, alias or tag; ``1e-3`` is a number.
 
-    Raises `WrongUse` that names `where`, and the line and column.
+    Raises `UsageError` that names `where`, and the line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise WrongUse(f"{where}{place}: {error.problem or error.context}.") from error
+        raise UsageError(f"{where}{place}: {error.problem or error.context}.") from error
     except yaml.YAMLError as error:
-        raise WrongUse(f"{where}: not YAML: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}.") from error
     except RecursionError:
-        raise WrongUse(f"{where}: nested too deeply.") from None
+        raise UsageError(f"{where}: nested too deeply.") from None
 
 
 # -------------------------------------------------------------------------------------------- YAML

@@ -35,7 +35,7 @@ from clframe.data.scenario import Experience, Scenario, Setting
 from clframe.data.transform import Transform
 from clframe.deploy.trained import Trained
 from clframe.engine import Engine
-from clframe.errors import ClframeError, Interrupted, WrongUse
+from clframe.errors import ClframeError, Interrupted, UsageError
 from clframe.hooks import HOOKS, hookimpl
 from clframe.model import IncrementalNet, evaluating, snapshot
 from clframe.options import options_of
@@ -83,7 +83,7 @@ class Subject:
 
     @property
     def factory(self) -> Any:
-        """The class or function. Raises `WrongUse` if nothing of that name can be had."""
+        """The class or function. Raises `UsageError` if nothing of that name can be had."""
         if not isinstance(self.what, str):
             return self.what
         return registry.plugin_class(self.what) if self.kind == "plugin" else registry.builder(self.kind, self.what)
@@ -262,7 +262,7 @@ class Watching(Plugin):
 
 def serves(subject: Subject) -> Setting:
     """The setting that a plugin is checked in: the first that it serves."""
-    return cast(Setting, subject.factory.settings[0])
+    return cast(Setting, subject.factory.serves[0])
 
 
 def hold(truth: object, sentence: str) -> None:
@@ -375,19 +375,19 @@ def hooks_are_marked(subject: Subject, folder: Path) -> None:
     """Every hook is marked, spelt as the contract has it, and takes what the contract gives."""
     try:
         compose.manager([subject.plugin()])
-    except WrongUse as error:
+    except UsageError as error:
         raise Broken(str(error)) from error
 
 
 def it_learns(subject: Subject, folder: Path) -> None:
     """It takes part in a run in each setting that it declares in `settings`, and has the state that it declares."""
-    for setting in subject.factory.settings:
+    for setting in subject.factory.serves:
         built = subject.plugin()
         try:
             results = learn(tiny(setting), [built], subject.model)
         except Interrupted:
             raise
-        except WrongUse as error:
+        except UsageError as error:
             raise Broken(
                 f"A run in the setting `{setting}` is refused: {error} Declare the `settings` that it serves; or give "
                 "it, for these images of 8x8 in six classes, other options or another model."
@@ -406,13 +406,13 @@ def it_learns(subject: Subject, folder: Path) -> None:
 
 def other_settings_are_refused(subject: Subject, folder: Path) -> None:
     """A setting that it does not declare in `settings` is refused before training."""
-    others = [setting for setting in SETTINGS if setting not in subject.factory.settings]
+    others = [setting for setting in SETTINGS if setting not in subject.factory.serves]
     if not others:
         raise NotRun("It serves every setting.")
     for setting in others:
         try:
             learn(tiny(setting), [subject.plugin()], subject.model)
-        except WrongUse as error:
+        except UsageError as error:
             told = f"cannot serve the setting `{setting}`" in str(error)
             hold(told, f"The setting `{setting}` is refused for another reason: {error}")
         else:
@@ -480,7 +480,7 @@ def a_plugin_that_does_nothing_changes_nothing_beside_it(subject: Subject, folde
     hold(
         not changed,
         f"Beside a plugin that does nothing, `{changed and changed[0]}` is learnt otherwise: draw from `run.rng` only, "
-        "and ask for one's own rows by `run.of`.",
+        "and ask for one's own rows by `run.rows_from`.",
     )
 
 
@@ -566,7 +566,7 @@ def its_state_does_not_grow(subject: Subject, folder: Path) -> None:
         raise NotRun("It declares `grows`.")
     if not cls.state:
         raise NotRun("It has no state.")
-    if "domain" not in cls.settings:
+    if "domain" not in cls.serves:
         raise NotRun("It serves no domains, where alone the network stays as it is.")
     arrays = tiny_arrays(shape=SHAPE, per_class=2)
     scenario = change_domains("tiny", arrays, lambda i, x: x.roll(i, -1), experiences=4)

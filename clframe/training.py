@@ -187,7 +187,7 @@ def warm_up(run: Run, share: float) -> list[Phase] | None:
 def warm_up_problems(run: Run, plugin: Plugin) -> Iterator[str]:
     """Reasons why `plugin`, whose attribute ``warm_up`` asks for the phase, cannot have it."""
     asking = [p.name for p in run.plugins if getattr(p, "warm_up", 0)]
-    if plugin.name in asking and "domain" in plugin.settings:  # else that is refused already
+    if plugin.name in asking and "domain" in plugin.serves:  # else that is refused already
         yield from no_new_heads(run, f"`{plugin.name}.warm_up`")
     if plugin.name in asking[:-1]:
         yield f"Both `{plugin.name}` and `{asking[-1]}` bring a phase `warm-up`; name one of them."

@@ -27,7 +27,7 @@ def about_plugin(name: str, json: bool) -> None:
         "citation": cls.citation,
         "package": f"{offer.package} {offer.version}",
         "hooks": contract.hooks_of(cls),
-        "settings": list(cls.settings),
+        "settings": list(cls.serves),
         "state": list(cls.state),
         "conflicts": ["every method that changes what is learnt"] if cls.isolates else list(cls.conflicts),
         "keeps training images": cls.keeps_images,

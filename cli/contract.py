@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from clframe.cli import show
 from clframe.config import resolve
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 
 if TYPE_CHECKING:
     from clframe.testing import Subject
@@ -27,7 +27,7 @@ def check_backbone(name: str, sets: Sequence[str], model: str | None, json: bool
     from clframe import testing
 
     if model is not None:
-        raise WrongUse(f"`--model` is of plugins; `{name}` is the backbone to check: leave it out.")
+        raise UsageError(f"`--model` is of plugins; `{name}` is the backbone to check: leave it out.")
     _only(sets, "model")
     options = resolve(model=name, sets=sets).model
     del options["name"]
@@ -45,12 +45,12 @@ def check_scenario(name: str, sets: Sequence[str], json: bool) -> int:
 
 
 def _only(sets: Sequence[str], *sections: str) -> None:
-    """Raise `WrongUse` for a setting that no check would heed."""
+    """Raise `UsageError` for a setting that no check would heed."""
     places = [*sections, *(section.partition(":")[0] for section in sections)]
     strange = [given for given in sets if given.partition(".")[0] not in places]
     if strange:
         known = " and ".join(f"`{section}`" for section in sections)
-        raise WrongUse(
+        raise UsageError(
             *(f"`--set {given}` changes nothing here: a check takes options of {known}." for given in strange)
         )
 

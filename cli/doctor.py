@@ -12,7 +12,7 @@ from typing import Any
 
 from clframe import registry
 from clframe.cli import show
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.settings import data_root as data_folder
 
 PACKAGES = [
@@ -72,7 +72,7 @@ def _known_problems() -> list[str]:
     """What plugins tell of the packages that they stand on, which are not imported for it."""
     told: list[str] = []
     for name in registry.names("plugin"):
-        with suppress(WrongUse):  # told with the offers
+        with suppress(UsageError):  # told with the offers
             told += registry.plugin_class(name).known_problems
     return told
 
@@ -99,6 +99,6 @@ def _tried(offer: registry.Offer) -> dict[str, Any]:
             registry.plugin_class(offer.name)
         else:
             offer.load()
-    except WrongUse as error:
+    except UsageError as error:
         problem = str(error)
     return {"kind": offer.kind, "name": offer.name, "package": offer.package, "problem": problem}

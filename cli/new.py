@@ -9,7 +9,7 @@ from string import Template
 
 from clframe import __version__, registry
 from clframe.cli import show
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.hooks import HOOK_API, HOOKS
 from clframe.system.reading import expanded
 
@@ -260,13 +260,13 @@ SOURCES = {"plugin": (PLUGIN, PLUGIN_TEST), "scenario": (SCENARIO, SCENARIO_TEST
 def write(kind: registry.Kind, name: str, output: Path | None) -> None:
     """Write the package of a `kind` called `name` to the folder `output`, and say how to go on.
 
-    Raises `WrongUse` if the name or the folder cannot be used; nothing is written then.
+    Raises `UsageError` if the name or the folder cannot be used; nothing is written then.
     """
     folder = expanded(output or name)
     if problems := problems_of(kind, name):
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     if folder.exists():
-        raise WrongUse(f"{folder} exists already: name another folder with `--output`.")
+        raise UsageError(f"{folder} exists already: name another folder with `--output`.")
     for file, text in files(kind, name).items():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")

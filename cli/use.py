@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from clframe.cli import show
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 
 if TYPE_CHECKING:
     from clframe.deploy.export import Format
@@ -17,7 +17,7 @@ def predicted(folder: str, images: Sequence[str], top: int, task: int | None, sk
     from clframe.api import load
 
     if top < 1:
-        raise WrongUse(f"`--top` is {top}; it must be 1 at least.")
+        raise UsageError(f"`--top` is {top}; it must be 1 at least.")
     trained = load(folder, listeners=[lambda record: show.note(record["text"])])
     index = index_of(task, len(trained.scenario), trained.needs_task)
     skipped: list[str] | None = [] if skip else None
@@ -76,9 +76,9 @@ def exported(folder: str, kind: str, output: str, task: int | None, json: bool) 
 
 
 def index_of(task: int | None, tasks: int, needed: bool) -> int | None:
-    """The index of the task that people count from 1. Raises `WrongUse`."""
+    """The index of the task that people count from 1. Raises `UsageError`."""
     if task is None and needed:
-        raise WrongUse(f"This model answers within a task only: name it with `--task`, 1 to {tasks}.")
+        raise UsageError(f"This model answers within a task only: name it with `--task`, 1 to {tasks}.")
     if task is not None and not 1 <= task <= tasks:
-        raise WrongUse(f"`--task` is {task}, and this model has learnt the tasks 1 to {tasks}.")
+        raise UsageError(f"`--task` is {task}, and this model has learnt the tasks 1 to {tasks}.")
     return None if task is None else task - 1

@@ -218,7 +218,7 @@ def methods(family: str) -> str:
         ]
         lines += [*table(["hook", "what the method does there"], rows), ""]
         facts = {
-            "Settings": ", ".join(cls.settings),
+            "Settings": ", ".join(cls.serves),
             "State": ", ".join(map(code, cls.state)) or "none",
             "Keeps training images": "yes" if cls.keeps_images else "no",
             "Paper": prose(cls.citation) or "none",
@@ -249,10 +249,10 @@ def _pair(a: str, b: str) -> str:
     plugins = [registry.build_plugin(name, {}) for name in (a, b)]
     try:
         compose.manager(plugins)
-    except clframe.WrongUse:
+    except clframe.UsageError:
         return "p" if any(plugin.isolates for plugin in plugins) else "o"
-    served = [s for s in ("class", "task", "domain") if s in plugins[0].settings]
-    both = [s for s in served if s in plugins[1].settings]
+    served = [s for s in ("class", "task", "domain") if s in plugins[0].serves]
+    both = [s for s in served if s in plugins[1].serves]
     run = object.__new__(Run)  # of which nothing else is asked here
     run.plugins = plugins
     run.scenario = SimpleNamespace(setting=(both or served)[0])

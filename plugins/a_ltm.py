@@ -78,11 +78,11 @@ class ALTM(Plugin):
         with torch.no_grad():
             q = self.stable(batch.x, batch.task).logits
         if self.loss == "l2":
-            old = run.old_classes
+            old = run.previous_classes
             distances = half_squared_distance(q[:, old], outputs.logits[:, old])
         else:
             apart = run.scenario.setting == "task" and run.logits in ("own", "current")
-            groups = run.old_heads if apart else [run.old_classes]
+            groups = run.old_heads if apart else [run.previous_classes]
             distances = soft_cross_entropy_per_group(q, outputs.logits, groups, temperature=1.0)
         if self.on != "replay":
             return {self.name: self.lambda_ * batch.mean(distances, batch.origin == 0 if self.on == "new" else None)}

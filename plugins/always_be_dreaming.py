@@ -72,7 +72,7 @@ class AlwaysBeDreaming(Plugin):
     name = "always-be-dreaming"
     family = "generative and data-free replay"
     state = ("teacher", "dreamer")
-    settings = ("class",)
+    serves = ("class",)
     replays = True
     citation = "Smith et al., Always be dreaming: a new approach for data-free class-incremental learning, ICCV 2021"
 
@@ -122,7 +122,7 @@ class AlwaysBeDreaming(Plugin):
         if self.teacher is not None:
             self.dreamer.learn(run, self.name, self.teacher, self.terms, self.iterations, self.batch_size)
             dreams = self.dreamer.dreams(SHOWN, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
-            run.show(self.name, album(ImageData(to_raw(dreams.x, run.scenario.transform), dreams.y)))
+            run.log_images(self.name, album(ImageData(to_raw(dreams.x, run.scenario.transform), dreams.y)))
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:

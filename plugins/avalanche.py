@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clframe.avalanche.adapter import quiet
 from clframe.context import Run
 from clframe.data.batch import Batch
-from clframe.errors import WrongUse, did_you_mean
+from clframe.errors import UsageError, did_you_mean
 from clframe.hooks import hookimpl
 from clframe.model import IncrementalNet, Outputs, snapshot
 from clframe.options import Count, NonNegative, Positive, Share
@@ -91,7 +91,7 @@ class AvalanchePlugin(Plugin):
     name = "avalanche"
     family = "adapter"
     citation = "Carta et al., Avalanche: a PyTorch library for deep continual learning, JMLR 2023"
-    settings = ("class", "domain")
+    serves = ("class", "domain")
     variants = tuple(TESTED)
     resumes = False
     known_problems = (
@@ -112,9 +112,9 @@ class AvalanchePlugin(Plugin):
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
-        """Return the class of ``avalanche:variant``, and import Avalanche. Raises `WrongUse` for an unknown variant."""
+        """Import Avalanche and return the class of ``avalanche:variant``. Raises `UsageError` for an unknown one."""
         if variant not in TESTED:
-            raise WrongUse(
+            raise UsageError(
                 f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to give the same results "
                 f"in clframe.{did_you_mean(variant, TESTED)}"
             )
@@ -124,7 +124,7 @@ class AvalanchePlugin(Plugin):
         """Yield a sentence for a missing variant, and for masked logits, which no plugin of Avalanche supports."""
         if self.inner is None:
             yield f"`{self.name}` needs a variant: write `{self.name}:VARIANT`, one of {', '.join(self.variants)}."
-        if run.scenario.setting in self.settings and run.logits not in ("all", "seen"):
+        if run.scenario.setting in self.serves and run.logits not in ("all", "seen"):
             yield f"`{self.name}` does not support masked logits: leave `train.logits={run.logits}` out."
 
     def hints(self, run: Run) -> Iterable[str]:
@@ -409,7 +409,7 @@ def _class_of(variant: str) -> type[Plugin]:
         try:
             self.inner = theirs(**options)
         except (AssertionError, ValueError) as error:
-            raise WrongUse(
+            raise UsageError(
                 f"Avalanche refuses these options of `{self.name}`: {' '.join(str(error).split())}"
             ) from error
 
@@ -429,7 +429,7 @@ def _class_of(variant: str) -> type[Plugin]:
             "replays": variant == "Replay",
             "keeps_images": variant in KEEP_IMAGES,
             # LFL freezes the last layer once it is trained, so that no class can be added
-            "settings": ("domain",) if variant == "LFL" else AvalanchePlugin.settings,
+            "serves": ("domain",) if variant == "LFL" else AvalanchePlugin.serves,
         },
     )
 

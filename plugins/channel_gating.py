@@ -13,13 +13,20 @@ from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative, Share
-from clframe.toolkit.channel_gates import ConditionalConv, condition, convolutions_of, deaf, fixed, settle
+from clframe.toolkit.channel_gates import (
+    ConditionalConv,
+    add_channel_gates,
+    convolutions_of,
+    finish_task,
+    frozen_names,
+    unreachable_gates,
+)
 from clframe.toolkit.generators import Net
 from clframe.toolkit.norms import TaskNorm
 from clframe.toolkit.rehearsal import Recipe
 from clframe.toolkit.task_inference import PathPredictor, Recollection, TaskClassifier
 from clframe.toolkit.unit_gates import gate_problems
-from clframe.toolkit.weight_masks import Held, installed, weight_problems
+from clframe.toolkit.weight_masks import PinnedEntries, installed, weight_problems
 
 
 class ChannelGating(Plugin):
@@ -39,7 +46,7 @@ class ChannelGating(Plugin):
     remembered images are kept (`size` or `per_class`), or made by a Wasserstein GAN of each task (`memory=generative`).
 
     On a ResNet each convolution has gates of its own, 1x1 convolutions of shortcuts included, by the average pixel of
-    its own input. `clframe.toolkit.compaction.compacted` builds a network of one task's channels alone.
+    its own input. `clframe.toolkit.compaction.compact` builds a network of one task's channels alone.
 
     Noisy gates learn slowly: on MNIST, 1,000 steps a task of Adam at a rate of 0.001 end at 92.9 %, at a rate of 0.01
     that falls (`train.schedule=cosine`) at 99.1 %.
@@ -77,7 +84,7 @@ class ChannelGating(Plugin):
     family = "parameter isolation"
     state = ("past", "classifier", "frozen")
     predictor_state = ("classifier",)
-    settings = ("task", "class")
+    serves = ("task", "class")
     # noisy gates learn slowly: at a constant rate of 0.001, 300 steps a task end at 94 % on split-digits, with these
     # settings at 99.8 %
     suited_train: ClassVar[dict[str, Any]] = {"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}
@@ -108,7 +115,7 @@ class ChannelGating(Plugin):
         self.past = Recollection(size, per_class, recipe, generator_iterations)
         self.classifier = TaskClassifier()
         self.frozen: list[str] = []
-        self.held: Held | None = None
+        self.held: PinnedEntries | None = None
 
     def wanted_logits(self, run: Run) -> str:
         """Return `own`: a task's path is trained with the classes of the task."""
@@ -126,7 +133,7 @@ class ChannelGating(Plugin):
             yield f"`{self.name}` gates convolutions, and `{model}` has none: choose another `--model`."
         elif refused:
             yield from refused
-        elif silent := deaf(net, shape):
+        elif silent := unreachable_gates(net, shape):
             where = ", ".join(silent)
             yield f"`{self.name}` can never open shut gates of {where}: their activations should be `nn.ReLU` modules."
         if run.scenario.setting == "class":
@@ -145,7 +152,7 @@ class ChannelGating(Plugin):
         net = run.model.backbone
         rng = run.rng(self.name)
         if not experience.index:
-            condition(net, run.scenario.input_shape, len(run.scenario))
+            add_channel_gates(net, run.scenario.input_shape, len(run.scenario))
         for conv in installed(net, ConditionalConv).values():
             conv.add(self.bias, rng)
         for norm in installed(net, TaskNorm).values():
@@ -159,7 +166,7 @@ class ChannelGating(Plugin):
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Freeze everything that earlier tasks own; single kernels are held in each step."""
         heads = [f"head.{k}.*" for k in run.old_blocks]
-        self.frozen += freeze(run.model, [*fixed(run.model, experience.index), *heads])
+        self.frozen += freeze(run.model, [*frozen_names(run.model, experience.index), *heads])
         self.held = None
         if run.scenario.setting == "class":
             self.past.check(run, self.name, experience.train)
@@ -178,7 +185,7 @@ class ChannelGating(Plugin):
         """Clear the gradients of kernels that fired for earlier tasks."""
         if self.held is None:
             convs = installed(run.model.backbone, ConditionalConv).values()
-            self.held = Held(pair for conv in convs for pair in conv.entries(conv.used(run.experience.index)))
+            self.held = PinnedEntries(pair for conv in convs for pair in conv.entries(conv.used(run.experience.index)))
         self.held.clear_gradients()
 
     @hookimpl
@@ -195,7 +202,7 @@ class ChannelGating(Plugin):
         infers_task = run.scenario.setting == "class"
         if infers_task:  # first, as a checkpoint may be written before this hook ends
             self.past.keep(run, self.name, data)
-        curves = settle(run, experience.val.to(run.device) if len(experience.val) else data, rng, self.relevance)
+        curves = finish_task(run, experience.val.to(run.device) if len(experience.val) else data, rng, self.relevance)
         run.log({f"{self.name}/{curve}": value for curve, value in curves.items()})
         if infers_task:
             images = [*self.past.images(run, self.name), data]
@@ -205,7 +212,7 @@ class ChannelGating(Plugin):
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the path and head of the given task, or of the one that the classifier infers."""
         if run.scenario.setting == "task":
-            return TaskPredictor(run.model, run.n_seen)
+            return TaskPredictor(run.model, run.n_seen_classes)
         return PathPredictor(run.model, self.classifier, run.scenario.classes[: run.experience.index + 1])
 
     @hookimpl

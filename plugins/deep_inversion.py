@@ -129,7 +129,7 @@ class DeepInversion(Plugin):
         """Make dreams of the old classes, and log a sample of them; do nothing before the first experience."""
         if self.teacher is not None:
             self.images = self.dreaming.of(run, self.name, self.teacher, self.recipe)
-            run.show(self.name, album(self.images))
+            run.log_images(self.name, album(self.images))
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
@@ -159,7 +159,7 @@ class DeepInversion(Plugin):
             padded = functional.pad(q, (0, z.shape[1] - q.shape[1]), value=-torch.inf)  # new classes have the share 0
             known = kl_divergence(q, z[:, : q.shape[1]], t)
             dreamt = kl_divergence(padded, z, t)
-        mine = run.of(self, batch)
+        mine = run.rows_from(self, batch)
         return {
             f"{self.name}/dreams": self.dreams * torch.dot(dreamt, mine.to(dreamt.dtype)) / mine.sum(),
             f"{self.name}/distill": self.distill * batch.mean(known),

@@ -37,7 +37,7 @@ class Duplicate(Plugin):
     name = "duplicate"
     family = "parameter isolation"
     state = ("original", "frozen")
-    settings = ("task",)
+    serves = ("task",)
     isolates = True
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 
@@ -78,7 +78,7 @@ class Duplicate(Plugin):
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the network and head of each task."""
-        return TaskPredictor(run.model, run.n_seen)
+        return TaskPredictor(run.model, run.n_seen_classes)
 
     @hookimpl
     def after_run(self, run: Run) -> None:

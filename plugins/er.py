@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clframe import Batch, Experience, ImageData, Plugin, hookimpl
 from clframe.context import Run
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.options import Count
 from clframe.toolkit.memory import at_random, balanced, draw, quota, reservoir, ring, too_small
 
@@ -60,7 +60,7 @@ class ER(Plugin):
         weigh: Literal["images", "experiences"] = "images",
     ) -> None:
         if per_class is not None and memory == "reservoir":
-            raise WrongUse("`er.per_class` needs a memory by class: set `er.memory` to `balanced` or `ring`.")
+            raise UsageError("`er.per_class` needs a memory by class: set `er.memory` to `balanced` or `ring`.")
         self.size = size
         self.per_class = per_class
         self.memory = memory
@@ -102,7 +102,7 @@ class ER(Plugin):
         A class that only this experience has decides by itself; for a class that comes back, the row's task decides.
         """
         own = torch.tensor(run.experience.classes, device=rows.y.device)
-        old = torch.tensor(run.old_classes, device=rows.y.device)
+        old = torch.tensor(run.previous_classes, device=rows.y.device)
         return torch.isin(rows.y, own) & (~torch.isin(rows.y, old) | (rows.task == run.experience.task))
 
     @hookimpl

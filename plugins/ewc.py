@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clframe import Batch, Experience, Plugin, hookimpl
 from clframe.context import Run
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.options import Count, NonNegative, Share
 from clframe.toolkit.importance import ImportanceMean, Labels, Quadratic, label_cotangents, weighted_penalty
 from clframe.toolkit.per_sample import GradientSums
@@ -76,7 +76,7 @@ class EWC(Plugin):
         heads: bool = True,
     ) -> None:
         if gamma is not None and form == "offline":
-            raise WrongUse(
+            raise UsageError(
                 f"`ewc.gamma` is {gamma}, an option of the online form, but `ewc.form` is offline: set "
                 "`ewc.form=online`, or leave `ewc.gamma` out."
             )

@@ -139,7 +139,7 @@ class GenerativeReplay(Plugin):
         if self.solver is None:
             return None
         n = len(batch)
-        old = len(run.old_classes)
+        old = len(run.previous_classes)
         rng = run.rng(self.name)
         images, drawn = self.generator.recall(n, old, rng)
         share = run.experience.index * batch.weight.sum() / n  # all rows together weigh t - 1 times the batch
@@ -163,7 +163,7 @@ class GenerativeReplay(Plugin):
         # loss(x', H_{t-1}(x')), the mean over the old heads where each task has its own
         replayed = soft_cross_entropy_per_group(q, z, groups, self.temperature) / len(groups)
         others = functional.cross_entropy(masked(z, run.mask(batch.task)), batch.y, reduction="none")
-        return batch.mean(torch.where(run.of(self, batch), replayed, others))
+        return batch.mean(torch.where(run.rows_from(self, batch), replayed, others))
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
@@ -174,10 +174,10 @@ class GenerativeReplay(Plugin):
         values = self.generator.rehearse(run, self.name, data, share, iterations, fresh=self.fresh)
         self.solver = snapshot(run.model)
 
-        seen = len(set(run.old_classes).union(experience.classes))
+        seen = len(set(run.previous_classes).union(experience.classes))
         images, drawn = self.generator.recall(CHECKED, seen, run.rng(self.name))
         if images.dim() == 4:
-            run.show(self.name, images[:SHOWN])
+            run.log_images(self.name, images[:SHOWN])
         if drawn is not None:
             with torch.no_grad():
                 answers = self.solver(run.batch(ImageData(images, drawn)).x).logits[:, :seen].argmax(1)

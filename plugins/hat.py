@@ -14,7 +14,7 @@ from clframe.evaluate import TaskPredictor
 from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
 from clframe.toolkit.norms import TaskNorm, norms_by_task
-from clframe.toolkit.unit_gates import AttentionGate, gate_layers, gate_problems, reached
+from clframe.toolkit.unit_gates import AttentionGate, gate_layers, gate_problems, propagate_importance
 from clframe.toolkit.weight_masks import installed, layers_of, weight_problems
 
 LEAST_CLIP = 10_000.0  # the norm at which the paper clips gradients
@@ -57,7 +57,7 @@ class HAT(Plugin):
     name = "hat"
     family = "parameter isolation"
     state = ("frozen",)
-    settings = ("task",)
+    serves = ("task",)
     suited_train: ClassVar[dict[str, float]] = {"clip": LEAST_CLIP}
     isolates = True
     citation = (
@@ -150,7 +150,7 @@ class HAT(Plugin):
             gate.compensate()  # eq. 5
         if self.kept is None:
             used = {name: gate.used for name, gate in gates.items()}
-            entering = reached(run.model.backbone, used, run.scenario.input_shape)
+            entering = propagate_importance(run.model.backbone, used, run.scenario.input_shape)
             met = {gate: entering[name] for name, gate in gates.items() if name in entering}  # that lead to features
             self.kept = {p: k for gate, into in met.items() for p, k in gate.kept(into)}
         self.before = [p.detach().clone() for p in self.kept]
@@ -175,7 +175,7 @@ class HAT(Plugin):
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the attention and head of each task."""
-        return TaskPredictor(run.model, run.n_seen)
+        return TaskPredictor(run.model, run.n_seen_classes)
 
     @hookimpl
     def after_run(self, run: Run) -> None:

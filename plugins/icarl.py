@@ -61,7 +61,7 @@ class ICaRL(Plugin):
     family = "rehearsal"
     state = ("exemplars", "teacher", "means")
     predictor_state = ("means",)
-    settings = ("class",)
+    serves = ("class",)
     replays = True
     keeps_images = True
     citation = "Rebuffi, Kolesnikov, Sperl, Lampert, iCaRL: Incremental classifier and representation learning, 2017"
@@ -122,7 +122,7 @@ class ICaRL(Plugin):
         old = None
         if self.teacher is not None:
             with torch.no_grad():
-                old = self.teacher(batch.x, batch.task).logits[:, : len(run.old_classes)]
+                old = self.teacher(batch.x, batch.task).logits[:, : len(run.previous_classes)]
         hard = run.labelled_columns(batch)
         return batch.mean(incremental_bce(outputs.logits, batch.y, old, self.temperature, hard))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clframe import Experience, ImageData, Phase, Plugin, hookimpl
 from clframe.context import Run
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.training import Sampler
 
 
@@ -49,7 +49,7 @@ class Joint(Plugin):
 
     def __init__(self, form: Literal["once", "cumulative"] = "once", restart: bool = False) -> None:
         if restart and form == "once":
-            raise WrongUse("`joint.restart` needs `joint.form=cumulative`: the form `once` trains only once.")
+            raise UsageError("`joint.restart` needs `joint.form=cumulative`: the form `once` trains only once.")
         self.form = form
         self.restart = restart
         self.initial: dict[str, Tensor] = {}

@@ -87,7 +87,7 @@ class LFL(Plugin):
         if self.form != "paper":
             self.frozen = rest_old_blocks(run, self.frozen)
             return
-        old = set(run.model.blocks_of(run.old_classes)) - set(run.new_blocks)
+        old = set(run.model.blocks_of(run.previous_classes)) - set(run.new_blocks)
         self.frozen += freeze(run.model, [f"head.{k}.*" for k in old])
 
     @hookimpl

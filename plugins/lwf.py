@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import masked
 from clframe.options import NonNegative, Positive
 from clframe.toolkit.distill import incremental_bce, soft_cross_entropy_per_group
@@ -88,7 +88,7 @@ class LwF(Plugin):
         warm_up: NonNegative = 0.0,
     ) -> None:
         if form == "mc" and (lambda_ != 1 or temperature != 2 or balance):
-            raise WrongUse("`lwf.form=mc` is one loss: leave `lwf.lambda`, `lwf.temperature` and `lwf.balance` out.")
+            raise UsageError("`lwf.form=mc` is one loss: leave `lwf.lambda`, `lwf.temperature` and `lwf.balance` out.")
         self.lambda_ = lambda_
         self.temperature = temperature
         self.form = form
@@ -141,7 +141,7 @@ class LwF(Plugin):
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
         """Return the loss of LwF.MC, or the cross-entropy with its share of a balanced sum; None in other forms."""
         if self.form == "mc":
-            old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.old_classes)]
+            old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.previous_classes)]
             return batch.mean(incremental_bce(outputs.logits, batch.y, old, hard=run.labelled_columns(batch)))
         if self.balance:
             logits = masked(outputs.logits, run.mask(batch.task))
@@ -162,7 +162,7 @@ class LwF(Plugin):
         if self.form == "heads":
             groups: Sequence[Sequence[int]] = run.old_heads
         else:
-            groups = [range(q.shape[1]) if padded or self.form == "all" else run.old_classes]
+            groups = [range(q.shape[1]) if padded or self.form == "all" else run.previous_classes]
         share = run.experience.index / (run.experience.index + 1) if self.balance else 1.0  # 1 - 1/t
         if self.form == "padded-mean":
             share /= q.shape[1]

@@ -118,7 +118,7 @@ class LwM(Plugin):
         """Return the distillation of outputs and of attention; None in the first experience and for frozen features."""
         if self.teacher is None or not outputs.features.requires_grad:
             return None
-        old = run.old_classes
+        old = run.previous_classes
         q, old_maps = self._look(self.teacher, run, batch)
         z, maps = self._look(run.model, run, batch)
         q = q[:, old]

@@ -13,8 +13,15 @@ from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.model import freeze, thaw
 from clframe.options import NonNegative
-from clframe.toolkit.norms import rest_norms
-from clframe.toolkit.weight_masks import Held, WeightOwner, installed, layers_of, masked_weights, weight_problems
+from clframe.toolkit.norms import freeze_norm_stats
+from clframe.toolkit.weight_masks import (
+    PinnedEntries,
+    WeightOwner,
+    installed,
+    layers_of,
+    masked_weights,
+    weight_problems,
+)
 from clframe.training import restart
 
 MOST_TASKS = 255
@@ -50,7 +57,7 @@ class PackNet(Plugin):
     name = "packnet"
     family = "parameter isolation"
     state = ("frozen",)
-    settings = ("task",)
+    serves = ("task",)
     isolates = True
     citation = "Mallya and Lazebnik, PackNet: adding multiple tasks to a single network by iterative pruning, CVPR 2018"
 
@@ -65,7 +72,7 @@ class PackNet(Plugin):
         self.retrain = retrain
         self.pretrained = pretrained
         self.frozen: list[str] = []
-        self.held: Held | None = None
+        self.held: PinnedEntries | None = None
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for shared or computed weights, and for more than 255 tasks: owners are stored as uint8."""
@@ -90,7 +97,7 @@ class PackNet(Plugin):
         if not experience.index:
             masked_weights(run.model.backbone, WeightOwner)
         if experience.index == (0 if self.pretrained else 1):
-            rest_norms(run.model.backbone)
+            freeze_norm_stats(run.model.backbone)
         for part in installed(run.model.backbone, WeightOwner).values():
             part.latest = experience.index
         run.model.select(experience.task)
@@ -121,7 +128,7 @@ class PackNet(Plugin):
             # in `retrain`, and in phases of other plugins
             pruned = run.phase.name != "train" and run.phase.place == "after"
             mine = run.experience.index + 1 if pruned else 0
-            self.held = Held((weight, part.owner != mine) for weight, part in self.parts(run))
+            self.held = PinnedEntries((weight, part.owner != mine) for weight, part in self.parts(run))
         self.held.clear_gradients()
 
     @hookimpl
@@ -155,7 +162,7 @@ class PackNet(Plugin):
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the weights of the tasks up to the given one, and its head."""
-        return TaskPredictor(run.model, run.n_seen)
+        return TaskPredictor(run.model, run.n_seen_classes)
 
     @hookimpl
     def after_run(self, run: Run) -> None:

@@ -12,7 +12,7 @@ from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.model import freeze_others, thaw
 from clframe.options import Positive
-from clframe.toolkit.norms import TaskNorm, norms_by_task, rest_norms
+from clframe.toolkit.norms import TaskNorm, freeze_norm_stats, norms_by_task
 from clframe.toolkit.weight_masks import WeightMask, installed, layers_of, masked_weights, weight_problems
 
 
@@ -50,7 +50,7 @@ class Piggyback(Plugin):
     name = "piggyback"
     family = "parameter isolation"
     state = ("frozen",)
-    settings = ("task",)
+    serves = ("task",)
     isolates = True
     citation = "Mallya, Davis, Lazebnik, Piggyback: adapting a single network to multiple tasks, ECCV 2018"
 
@@ -91,7 +91,7 @@ class Piggyback(Plugin):
             if self.norm == "task":
                 norms_by_task(backbone, self.first)
             else:
-                rest_norms(backbone)
+                freeze_norm_stats(backbone)
         for name, mask in installed(backbone, WeightMask).items():
             mask.begin(backbone.get_submodule(name).parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
         for norm in installed(backbone, TaskNorm).values():
@@ -121,7 +121,7 @@ class Piggyback(Plugin):
     @hookimpl
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the mask and head of each task."""
-        return TaskPredictor(run.model, run.n_seen)
+        return TaskPredictor(run.model, run.n_seen_classes)
 
     @hookimpl
     def after_run(self, run: Run) -> None:

@@ -32,7 +32,7 @@ class WarmUp(Plugin):
 
     name = "warm-up"
     family = "baseline"
-    settings = ("class", "task")
+    serves = ("class", "task")
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 
     def __init__(self, *, length: Positive = 1.0) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from clframe.data.build import Arrays, change_domains, suits
-from clframe.data.files import joined
+from clframe.data.files import concat_images
 from clframe.data.scenario import Scenario, Setting
 from clframe.data.transform import Transform
-from clframe.errors import WrongUse, did_you_mean
+from clframe.errors import UsageError, did_you_mean
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import cifar, mnist, sources, streams
 
@@ -148,9 +148,9 @@ def _arrays(variant: str, data_root: Path, normalize: bool | None, augment: bool
     shift = len(parts[0].class_names)
     return Arrays(
         "cifar110",
-        joined([part.x_train for part in parts]),
+        concat_images([part.x_train for part in parts]),
         torch.cat([parts[0].y_train, parts[1].y_train + shift]),
-        joined([part.x_test for part in parts]),
+        concat_images([part.x_test for part in parts]),
         torch.cat([parts[0].y_test, parts[1].y_test + shift]),
         tuple(name for part in parts for name in part.class_names),
         transform,
@@ -168,12 +168,12 @@ def _check(
     """Refuse another benchmark, and options that this one does not have."""
     name = f"avalanche:{variant}"
     if variant in ELSEWHERE:
-        raise WrongUse(
+        raise UsageError(
             f"The data of `{name}` is not among those that clframe reads; build the benchmark with Avalanche in "
             "Python, and give it to `clframe.from_avalanche`."
         )
     if variant not in BENCHMARKS:
-        raise WrongUse(f"Avalanche has no classic benchmark `{variant}`.{did_you_mean(variant, BENCHMARKS)}")
+        raise UsageError(f"Avalanche has no classic benchmark `{variant}`.{did_you_mean(variant, BENCHMARKS)}")
     problems = []
     if first is not None and (variant in DOMAINS or variant == "SplitCIFAR110"):
         problems.append(f"`scenario.first` has no meaning in `{name}`: leave it out.")
@@ -192,4 +192,4 @@ def _check(
     if (seed or 0) >= SEEDS and variant in DOMAINS:
         problems.append(f"`scenario.seed` is {seed}; `{name}` takes seeds below {SEEDS}.")
     if problems:
-        raise WrongUse(*problems)
+        raise UsageError(*problems)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from clframe.data.build import Arrays
-from clframe.data.decode import LARGEST_FILE, Look, Mode
+from clframe.data.decode import LARGEST_FILE, ImageFormat, Mode
 from clframe.data.duplicates import Duplicates, settled
 from clframe.data.files import Files, Held, Images, LazyImages, bytes_of, cores
 from clframe.data.scenario import Part
@@ -116,7 +116,7 @@ def grouped(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, 
 def read_all(
     name: str,
     entries: Sequence[Entry],
-    look: Look,
+    look: ImageFormat,
     *,
     what: str,
     skip_broken: bool,

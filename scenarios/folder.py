@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from clframe.data.build import suits
-from clframe.data.decode import Crop, Look, Mode
+from clframe.data.decode import Crop, ImageFormat, Mode
 from clframe.data.duplicates import Duplicates
 from clframe.data.listing import SUFFIXES, LeftOut, class_folders, is_hidden, walk
 from clframe.data.scenario import Part, Scenario, Setting
@@ -71,7 +71,7 @@ def split_folder(
     folders `train` and `test` may be called `training` and `testing`, in any case; without `test`, the images in
     `val`, `valid` or `validation` are tested with.
     """
-    look = Look(size, crop, resize, mode)
+    look = ImageFormat(size, crop, resize, mode)
     root = expanded(path)
     entries, empty, notes = _listed(root)
     if empty and not skip_empty:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from clframe.data.build import suits
-from clframe.data.decode import LARGEST_FILE, Crop, Look, Mode
+from clframe.data.decode import LARGEST_FILE, Crop, ImageFormat, Mode
 from clframe.data.duplicates import Duplicates
 from clframe.data.listing import LeftOut, walk
 from clframe.data.scenario import Part, Scenario, Setting
-from clframe.errors import ClframeError, DataError, WrongUse
+from clframe.errors import ClframeError, DataError, UsageError
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
@@ -76,7 +76,7 @@ def huggingface(
     the order of a column of type ClassLabel, else they are sorted by their values. Data sets are kept where the library
     `datasets` keeps them (`HF_HOME`); where the Hub cannot be reached, what was kept last is taken.
     """
-    look = Look(size, crop, resize, mode)
+    look = ImageFormat(size, crop, resize, mode)
     found = _found(variant, config, revision)
     name = f"huggingface:{variant}"
     what = f"`{name}`"
@@ -152,7 +152,7 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
 
     Raises:
         DataError: if the library is missing, or the data set is not there, cannot be reached or cannot be read.
-        WrongUse: if `config` or `revision` is not of it.
+        UsageError: if `config` or `revision` is not of it.
     """
     try:
         import datasets
@@ -164,9 +164,9 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
     path = expanded(variant)
     local = path.exists() or variant.startswith((".", "/", "~")) or path.suffix.lower() == PARQUET
     if local and revision is not None:
-        raise WrongUse(f"`scenario.revision` is of data sets on the Hub, and {path} is here: leave it out.")
+        raise UsageError(f"`scenario.revision` is of data sets on the Hub, and {path} is here: leave it out.")
     if path.is_file() and config is not None:
-        raise WrongUse(f"`scenario.config` is of data sets and folders, and {path} is a file: leave it out.")
+        raise UsageError(f"`scenario.config` is of data sets and folders, and {path} is a file: leave it out.")
     if not local:
         with _quiet(datasets), _explained(datasets, variant):
             return _of_hub(datasets, variant, config, revision)
@@ -253,7 +253,7 @@ def _explained(datasets: Any, name: str) -> Iterator[None]:
                 "`huggingface:./FOLDER`."
             ) from error
         if isinstance(error, ValueError) and "onfig" in reason:
-            raise WrongUse(
+            raise UsageError(
                 f"`scenario.config` does not fit the data set `{name}` ({reason}): name one of its configurations with "
                 "`--set scenario.config=NAME`."
             ) from error

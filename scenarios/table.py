@@ -14,10 +14,10 @@ import torch
 
 from clframe.data.batch import ImageData
 from clframe.data.build import Arrays, suits
-from clframe.data.decode import Crop, Look, Mode
+from clframe.data.decode import Crop, ImageFormat, Mode
 from clframe.data.duplicates import Duplicates
 from clframe.data.scenario import Part, Scenario, Setting
-from clframe.errors import ClframeError, DataError, WrongUse, did_you_mean
+from clframe.errors import ClframeError, DataError, UsageError, did_you_mean
 from clframe.options import Count, CountOrZero
 from clframe.scenarios.files import (
     DEFAULTS,
@@ -77,7 +77,7 @@ def split_table(
     classes; in the setting `domain` each domain is one, and all share their classes. Without, classes are split.
     """
     table = expanded(path)
-    look = Look(size, crop, resize, mode)
+    look = ImageFormat(size, crop, resize, mode)
     names = {
         "path": path_column,
         "label": label_column,
@@ -92,7 +92,7 @@ def split_table(
     by_group = rows.has(kind)
     if by_group and (experiences is not None or first is not None):
         given = "experiences" if experiences is not None else "first"
-        raise WrongUse(f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` says it.")
+        raise UsageError(f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` says it.")
     what = str(table)
     entries = rows.entries(kind)
     if not rows.has("split"):
@@ -316,7 +316,7 @@ def _ordered(groups: Sequence[str], order: str | list[int], seed: int | None, ki
     if isinstance(order, str):
         order = random_of(seed).permutation(len(groups)).tolist() if order == "random" else list(range(len(groups)))
     if sorted(order) != list(range(len(groups))):
-        raise WrongUse(
+        raise UsageError(
             f"`scenario.order` is {order}; it must hold each of the numbers 0 to {len(groups) - 1} of the {kind}s once."
         )
     return [groups[i] for i in order]

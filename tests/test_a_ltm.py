@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Batch, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.a_ltm import ALTM
 from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.der import DER
@@ -239,7 +239,7 @@ def test_the_flexible_network_begins_as_the_stable_one(tiny) -> None:
 
 
 def test_replay_needs_somebody_who_brings_images(tiny) -> None:
-    with pytest.raises(WrongUse, match=r"`a-ltm\.on=replay` .* choose `new`") as caught:
+    with pytest.raises(UsageError, match=r"`a-ltm\.on=replay` .* choose `new`") as caught:
         learn(tiny(), ALTM(on="replay"))
     assert len(caught.value.problems) == 1
 
@@ -280,7 +280,7 @@ def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:
     ],
 )
 def test_wrong_options_are_refused(option: str, value: Any, sentence: str) -> None:
-    with pytest.raises(WrongUse, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         ALTM(**{option: value})
 
 

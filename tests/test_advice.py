@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import clframe
-from clframe import WrongUse, registry
+from clframe import UsageError, registry
 from clframe.cli import advice
 from clframe.cli import main as cli
 from clframe.cli.main import app, main
@@ -157,19 +157,19 @@ def test_several_plugins_in_one_name_are_no_advice_where_one_is_shown(capsys: py
         (MemoryError(), "predict r x.png", "Out of memory: end other programs that hold some of it."),
         (OSError(errno.ENOSPC, ""), "run", "The disk is full: free some space, or write elsewhere with `--output`."),
         (OSError(errno.ENOSPC, ""), "resume r", "The disk is full: free some space."),
-        (WrongUse("Choose `--setting task`."), "run", "Choose `--setting task`.\n"),
+        (UsageError("Choose `--setting task`."), "run", "Choose `--setting task`.\n"),
         (
-            WrongUse("Choose `--setting task`."),
+            UsageError("Choose `--setting task`."),
             "extend r -s x",
             "Choose `--setting task`. (`--setting` is an option of `clframe run`.)\n",
         ),
         (
-            WrongUse("Name `--data-root`, or `--set a.b=X`."),
+            UsageError("Name `--data-root`, or `--set a.b=X`."),
             "resume r",
             "Name `--data-root`, or `--set a.b=X`. (`--data-root` and `--set` are options of `clframe run`.)\n",
         ),
         (
-            WrongUse("See runs/--setting, a--set and `clframe run --set a.b=c`."),
+            UsageError("See runs/--setting, a--set and `clframe run --set a.b=c`."),
             "resume r",
             "`clframe run --set a.b=c`.\n",
         ),

@@ -16,7 +16,7 @@ import clframe
 from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot
 from clframe.backbones import cnn_small
 from clframe.engine import Engine
-from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.errors import Interrupted, RunError, UsageError
 from clframe.plugins.always_be_dreaming import AlwaysBeDreaming
 from clframe.toolkit import dreamer
 
@@ -138,7 +138,7 @@ class Watch(Plugin):
     @hookimpl
     def after_step(self, run, batch):
         if run.experience.index:
-            self.batches.append((batch, run.of(self.plugin, batch)))
+            self.batches.append((batch, run.rows_from(self.plugin, batch)))
             assert set(run.losses) == {"base", "always-be-dreaming/head", "always-be-dreaming/distill"}
         else:
             assert set(run.losses) == {"base"}
@@ -231,7 +231,7 @@ def test_where_memory_ends_the_run_fails_and_says_what_needs_less(tiny, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(dreamer, "generator_loss", loss)
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(RunError) as caught:
         learn(tiny(2, shape=(1, 8, 8)), AlwaysBeDreaming(**SHORT))
     assert str(caught.value) == (
         "Out of memory on cpu while dreaming for experience 2 of 2: a smaller `always-be-dreaming.batch_size` needs "
@@ -294,7 +294,7 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(
             self.steps += 1
 
     trained = Trained()
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(shape=shape) if shape else returning(tiny_arrays), AlwaysBeDreaming(**SHORT), trained, model=model)
     assert caught.value.problems == (sentence,)
     assert trained.steps == 0
@@ -309,6 +309,6 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(
     ],
 )
 def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         AlwaysBeDreaming(**{option: value})
     assert caught.value.problems == (sentence,)

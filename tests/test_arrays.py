@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clframe import Arrays, DataError, Transform, WrongUse, load, run, split_classes, testing
+from clframe import Arrays, DataError, Transform, UsageError, load, run, split_classes, testing
 
 X = torch.arange(6 * 16, dtype=torch.uint8).view(6, 1, 4, 4)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -79,7 +79,7 @@ def test_values_of_no_shape_or_kind_are_told(x: Any, y: Any, words: str):
     ],
 )
 def test_a_transform_that_is_none_is_told(options: dict[str, Any], words: str):
-    with pytest.raises(WrongUse, match=words):
+    with pytest.raises(UsageError, match=words):
         Transform(**options)
 
 
@@ -91,7 +91,7 @@ def test_a_transform_takes_arrays_and_one_number():
 
 def test_a_transform_for_other_channels_is_told_where_the_scenario_is_built():
     three = Transform(mean=(0.5,) * 3, std=(0.2,) * 3)
-    with pytest.raises(WrongUse, match=r"is for 3 channels, and the images, \[1, 4, 4\], have 1"):
+    with pytest.raises(UsageError, match=r"is for 3 channels, and the images, \[1, 4, 4\], have 1"):
         split_classes("shapes", arrays(X, Y, transform=three), experiences=3)
 
 
@@ -143,5 +143,5 @@ def test_a_turned_picture_is_turned_and_stays_as_it_is(trained: Any, tmp_path: P
     ],
 )
 def test_what_is_no_image_is_told(trained: Any, images: Any, words: str):
-    with pytest.raises((WrongUse, DataError), match=words):
+    with pytest.raises((UsageError, DataError), match=words):
         trained.predict(images)

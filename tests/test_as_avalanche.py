@@ -10,8 +10,8 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.avalanche.adapter import Around, as_avalanche
-from clframe.errors import WrongUse
+from clframe.avalanche.adapter import AvalancheModel, as_avalanche
+from clframe.errors import UsageError
 from clframe.plugins.ewc import EWC
 from clframe.plugins.icarl import ICaRL
 from clframe.plugins.lwf import LwF
@@ -196,11 +196,11 @@ def test_classes_may_be_numbered_in_any_order(make, tiny, monkeypatch):
 
 def test_around_gives_what_goes_into_the_last_layer_and_scores_by_label():
     net, x = Net(), torch.rand(5, 1, 4, 4)
-    around = Around(net, torch.tensor([2, 0, 1, 5]))
+    around = AvalancheModel(net, torch.tensor([2, 0, 1, 5]))
     outputs = around(x)
     assert torch.equal(outputs.features, net.features(x))
     assert torch.equal(outputs.logits, net(x)[:, [2, 0, 1, 5]])
-    assert (around.n_classes, Around(net, torch.arange(6)).order) == (4, None)
+    assert (around.n_classes, AvalancheModel(net, torch.arange(6)).order) == (4, None)
     assert [name for name, _ in around.named_parameters()] == [
         *("head.0.weight", "head.0.bias", "backbone.first.weight", "backbone.first.bias"),
     ]
@@ -214,7 +214,7 @@ def refusal(plugin, scenario, model=None, tasks=(0, 0, 0)):
 
     given = benchmark_of(scenario, tasks=tasks)
     model = model or Net()
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         Naive(
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),

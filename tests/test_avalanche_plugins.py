@@ -18,7 +18,7 @@ import clframe
 from clframe import Plugin, hookimpl, registry
 from clframe.avalanche.adapter import quiet
 from clframe.cli.main import main
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.hooks import HOOKS
 from clframe.model import IncrementalNet
 from clframe.options import options_of
@@ -191,7 +191,7 @@ def test_weights_are_those_of_avalanche(name, options, logits, tiny, in_order):
 
 def test_other_plugins_and_wrong_options_are_refused_in_a_sentence(tiny):
     def refusal(plugin, options, **settings):
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             clframe.run(tiny(**settings), "mlp-100", [{plugin: options}], run={"device": "cpu"})
         assert len(caught.value.problems) == 1
         return str(caught.value)
@@ -217,7 +217,7 @@ def test_other_plugins_and_wrong_options_are_refused_in_a_sentence(tiny):
 
 
 def test_masks_of_logits_are_refused(tiny):
-    with pytest.raises(WrongUse, match=r"`avalanche:LwF` .* `train\.logits=.*`"):
+    with pytest.raises(UsageError, match=r"`avalanche:LwF` .* `train\.logits=.*`"):
         clframe.run(tiny(), "mlp-100", ["avalanche:LwF"], train={"logits": "current"}, run={"device": "cpu"})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import clframe
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.options import options_of
 from clframe.registry import SUPPLIED, build_scenario, builder, suited
 from clframe.scenarios import sources
@@ -182,14 +182,14 @@ def test_normalisation_and_augmentation_are_those_of_the_data_unless_chosen(root
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(name, options, words, root):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         ours(name, root, **options)
     assert words in str(caught.value)
     assert len(caught.value.problems) == 1
 
 
 def test_the_name_alone_is_refused(root):
-    with pytest.raises(WrongUse, match="The scenario `avalanche` needs a variant"):
+    with pytest.raises(UsageError, match="The scenario `avalanche` needs a variant"):
         build_scenario({"name": "avalanche"}, clframe.settings.RunSettings())
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from clframe.backbones import cnn_small, from_torchvision, mlp, mlp_100, resnet18, resnet32
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.model import Backbone, IncrementalNet
 from clframe.options import options_of, validated
 
@@ -61,7 +61,7 @@ def test_the_mlp_is_the_formula():
 
 
 def test_an_mlp_without_layers_is_refused():
-    with pytest.raises(WrongUse, match=r"`model\.hidden` is empty"):
+    with pytest.raises(UsageError, match=r"`model\.hidden` is empty"):
         mlp((4,), hidden=[])
 
 
@@ -117,7 +117,7 @@ def test_building_twice_from_one_seed_gives_the_same_weights():
 
 @pytest.mark.parametrize("factory", [cnn_small, resnet32, resnet18])
 def test_a_convolutional_network_refuses_rows_of_a_table(factory):
-    with pytest.raises(WrongUse, match=r"takes images \[channels, height, width\], .* is \(20,\)"):
+    with pytest.raises(UsageError, match=r"takes images \[channels, height, width\], .* is \(20,\)"):
         factory((20,))
 
 
@@ -129,9 +129,9 @@ def test_options_are_documented_and_checked():
     assert options_of(mlp, skip=("input_shape",))[0].doc == "width of each layer."
     assert options_of(from_torchvision, skip=("input_shape", "variant"))[0].name == "weights"
     assert validated(mlp, {}, "model", skip=("input_shape",)) == {"hidden": [400, 400]}
-    with pytest.raises(WrongUse, match=r"`model\.form` is 'cifa'"):
+    with pytest.raises(UsageError, match=r"`model\.form` is 'cifa'"):
         validated(resnet18, {"form": "cifa"}, "model", skip=("input_shape",))
-    with pytest.raises(WrongUse, match=r"`model\.hidden\.1` is 0"):
+    with pytest.raises(UsageError, match=r"`model\.hidden\.1` is 0"):
         validated(mlp, {"hidden": [5, 0]}, "model", skip=("input_shape",))
 
 
@@ -162,22 +162,22 @@ def test_looking_at_a_network_of_torchvision_moves_no_running_statistics():
 
 
 def test_an_unknown_classifier_of_torchvision_is_refused_with_the_nearest():
-    with pytest.raises(WrongUse, match=r"torchvision has no classifier `resnet19`\. Did you mean `resnet1"):
+    with pytest.raises(UsageError, match=r"torchvision has no classifier `resnet19`\. Did you mean `resnet1"):
         from_torchvision((3, 32, 32), "resnet19")
 
 
 def test_a_grey_scenario_is_refused_before_anything_is_built():
-    with pytest.raises(WrongUse, match="`torchvision:vgg16` takes images of 3 channels, and the scenario's have 1"):
+    with pytest.raises(UsageError, match="`torchvision:vgg16` takes images of 3 channels, and the scenario's have 1"):
         from_torchvision((1, 28, 28), "vgg16")
 
 
 def test_networks_without_one_linear_layer_at_the_end_are_refused():
-    with pytest.raises(WrongUse, match="`torchvision:squeezenet1_1` has no linear layer at its end"):
+    with pytest.raises(UsageError, match="`torchvision:squeezenet1_1` has no linear layer at its end"):
         from_torchvision((3, 64, 64), "squeezenet1_1")
 
 
 def test_images_of_the_wrong_size_are_refused_in_the_networks_own_words():
-    with pytest.raises(WrongUse, match="`torchvision:alexnet` cannot take images of 16x16 pixels"):
+    with pytest.raises(UsageError, match="`torchvision:alexnet` cannot take images of 16x16 pixels"):
         from_torchvision((3, 16, 16), "alexnet")
 
 
@@ -207,7 +207,7 @@ def test_weights_that_are_there_are_loaded(hub, weights):
 
 
 def test_weights_that_do_not_exist_are_refused_with_the_nearest():
-    with pytest.raises(WrongUse, match=r"`model\.weights` is 'IMAGENET1K_V9'.* Did you mean `IMAGENET1K_V1`\?"):
+    with pytest.raises(UsageError, match=r"`model\.weights` is 'IMAGENET1K_V9'.* Did you mean `IMAGENET1K_V1`\?"):
         from_torchvision((3, 64, 64), VARIANT, weights="IMAGENET1K_V9")
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 import clframe
 from clframe import Plugin, hookimpl
 from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import Interrupted, UsageError
 from clframe.model import evaluating
 from clframe.plugins.channel_gating import ChannelGating
 from clframe.toolkit.channel_gates import ConditionalConv, firing
@@ -310,7 +310,7 @@ def test_where_no_kernel_is_left_it_names_the_layers(scenario) -> None:
 
 def test_it_is_refused_where_it_cannot_be_right(scenario, tiny) -> None:
     def problems(stream: Any, model: Any = None, **options: Any) -> tuple[str, ...]:
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             learn(stream, ChannelGating(**options), model=model)
         return caught.value.problems
 

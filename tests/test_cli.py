@@ -20,7 +20,7 @@ from clframe.cli import main as cli
 from clframe.cli.live import Live
 from clframe.cli.main import main, read_whole
 from clframe.engine import Engine
-from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
+from clframe.errors import DataError, Interrupted, RunError, UsageError
 
 SHORT = ["--limit", "6", "--iterations", "3", "--no-tensorboard", "--device", "cpu"]
 
@@ -263,9 +263,9 @@ def test_a_whole_number_after_a_flag_is_taken_as_set_takes_it(text: str, number:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (WrongUse("One.", "Two."), 2, ["clframe: One.\nclframe: Two."]),
+        (UsageError("One.", "Two."), 2, ["clframe: One.\nclframe: Two."]),
         (DataError("No data."), 3, ["clframe: No data."]),
-        (RunFailed("The loss term `ewc` is not finite."), 1, ["`ewc`"]),
+        (RunError("The loss term `ewc` is not finite."), 1, ["`ewc`"]),
         (Interrupted("Stopped by SIGINT.", 2), 130, ["Stopped by SIGINT."]),
         (Interrupted("Stopped by SIGTERM.", 15), 143, ["Stopped by SIGTERM."]),
         (KeyboardInterrupt(), 130, ["Interrupted."]),

@@ -10,7 +10,7 @@ from torch import nn
 
 from clframe import IncrementalNet, backbones
 from clframe.toolkit.channel_gates import ConditionalConv, convolutions_of, open_relus
-from clframe.toolkit.compaction import CompactConv, compacted
+from clframe.toolkit.compaction import CompactConv, compact
 from clframe.toolkit.norms import TaskNorm, norms_by_task
 from clframe.toolkit.unit_gates import gate_layers
 from clframe.toolkit.weight_masks import installed
@@ -47,7 +47,7 @@ def gated(backbone: Any, tasks: int = 2, open_share: float = 0.5) -> Incremental
 def test_its_answers_are_those_of_the_gated_network(name: str, task: int):
     torch.manual_seed(1)
     model = gated(getattr(backbones, name)(SHAPE))
-    small = compacted(model, task, SHAPE)
+    small = compact(model, task, SHAPE)
     x = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected, found = model(x, torch.full((4,), task)), small(x)
@@ -60,7 +60,7 @@ def test_its_answers_are_those_of_the_gated_network(name: str, task: int):
 def test_only_what_may_open_is_left_and_a_chain_passes_nothing_else_on():
     torch.manual_seed(1)
     model = gated(backbones.cnn_small(SHAPE))
-    small = compacted(model, 1, SHAPE)
+    small = compact(model, 1, SHAPE)
     before = [conv.fired[1] for conv in installed(model.backbone, ConditionalConv).values()]
     after = list(installed(small.backbone, CompactConv).values())
     assert [conv.layer.out_channels for conv in after] == [int(fired.sum()) for fired in before]
@@ -74,7 +74,7 @@ def test_the_gated_network_is_left_as_it_was():
     torch.manual_seed(1)
     model = gated(backbones.cnn_small(SHAPE))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    compacted(model, 0, SHAPE)
+    compact(model, 0, SHAPE)
     assert model.selected == 1
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

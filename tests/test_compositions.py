@@ -17,7 +17,7 @@ import clframe
 from clframe import Plugin, compose, contract, hookimpl, registry
 from clframe.context import Run
 from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import Interrupted, UsageError
 
 CLASSES = {name: registry.plugin_class(name) for name in registry.names("plugin")}
 METHODS = [name for name, cls in CLASSES.items() if not (cls.observer or cls.variants)]
@@ -93,7 +93,7 @@ def built(*names: str) -> list[Plugin]:
 
 def setting_of(*names: str) -> str:
     """A setting that all of them serve; if there is none, one that the first serves."""
-    served = [registry.plugin_class(n).settings for n in names]
+    served = [registry.plugin_class(n).serves for n in names]
     return next((s for s in ("class", "task", "domain") if all(s in given for given in served)), served[0][0])
 
 
@@ -157,7 +157,7 @@ def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: s
     setting = setting_of(a, b)
     sentences = refusal(context(setting, *built(a, b)), *built(a, b))
     if sentences:
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             learn(stream(tiny, setting), built(a, b))
         assert caught.value.problems == sentences
         return
@@ -209,7 +209,7 @@ def test_the_pairs_are_told_apart_as_they_should_be(context):
 
 
 def problems(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(scenario, list(plugins), train)
     return caught.value.problems
 

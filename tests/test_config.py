@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import clframe
-from clframe import Plugin, WrongUse, hookimpl, registry
+from clframe import Plugin, UsageError, hookimpl, registry
 from clframe.config import resolve, to_yaml
 from clframe.engine import Engine
 from clframe.errors import Interrupted
@@ -14,7 +14,7 @@ from clframe.strict_yaml import parse_yaml
 
 
 def problems(**given):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         resolve(**given)
     return list(caught.value.problems)
 
@@ -397,7 +397,7 @@ def test_a_mistake_in_the_first_experiences_settings_is_one_sentence(first, sent
 def test_the_first_experiences_settings_exclude_a_kept_optimizer(tiny):
     sentence = "`train.first` and `train.keep_optimizer` exclude each other; set one of them."
     assert problems(scenario="permuted-digits", train={"first": {"lr": 0.1}, "keep_optimizer": True}) == [sentence]
-    with pytest.raises(WrongUse, match="exclude each other"):
+    with pytest.raises(UsageError, match="exclude each other"):
         clframe.run(tiny(), train={"first": {"lr": 0.1}, "keep_optimizer": True})
 
 

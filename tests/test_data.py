@@ -10,7 +10,7 @@ from clframe.data.batch import Batch, ImageData, join
 from clframe.data.build import Arrays, change_domains, split_classes, suits
 from clframe.data.scenario import Scenario
 from clframe.data.transform import Transform
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 
 
 def arrays(classes: int = 4, train: int = 5, test: int = 2) -> Arrays:
@@ -248,7 +248,7 @@ def test_split_classes_with_an_order_and_a_larger_first_group():
     ],
 )
 def test_split_classes_refuses(options, sentence):
-    with pytest.raises(WrongUse, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         split_classes("s", arrays(6), **options)
 
 
@@ -302,12 +302,12 @@ def test_plugins_get_no_test_images():
     assert handed.train is experience.train
     assert len(handed.val) == 0
     assert (handed.index, handed.task, handed.classes) == (1, 1, (2, 3))
-    with pytest.raises(WrongUse, match="asked for test images"):
+    with pytest.raises(UsageError, match="asked for test images"):
         _ = handed.test
     described = scenario.described()
     assert (described.classes, described.class_names) == (scenario.classes, scenario.class_names)
     assert described.checksum == scenario.checksum
-    with pytest.raises(WrongUse, match="train images of experience 0 were asked for"):
+    with pytest.raises(UsageError, match="train images of experience 0 were asked for"):
         _ = described[0].train
 
 
@@ -321,7 +321,7 @@ def test_plugins_get_no_test_images():
     ],
 )
 def test_labels_must_be_contiguous_and_named(classes, names, sentence):
-    with pytest.raises(WrongUse, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         Scenario("s", "class", classes, names, (1,), lambda i, part: ImageData(torch.zeros(0, 1), torch.zeros(0)))
 
 

@@ -28,7 +28,7 @@ from clframe import (
 )
 from clframe.backbones import cnn_small
 from clframe.engine import Engine
-from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.errors import Interrupted, RunError, UsageError
 from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.lwf import LwF
 from clframe.toolkit import inversion
@@ -201,7 +201,7 @@ def test_in_a_run_the_student_sees_what_was_dreamt(setting: str, tiny_arrays) ->
         assert images.x.max() <= 255
         assert not images.x.frac().eq(0).all()  # no rounding to pixels
     for i, batch in enumerate(watch.batches):
-        mine = watch.run.of(deep, batch)
+        mine = watch.run.rows_from(deep, batch)
         assert mine.sum() == 5
         assert (batch.weight == (~mine).float()).all()
         images = watch.dreams[i // 6]
@@ -242,7 +242,7 @@ def test_dreams_are_augmented_as_images_are(tiny_arrays) -> None:
     learn(split_classes("tiny", arrays, experiences=2), deep, watch)
     views = functional.pad(arrays.transform.normalize(deep.images.x), (1,) * 4)
     windows = torch.stack([v[:, i : i + 8, j : j + 8] for v in views for i in range(3) for j in range(3)])
-    shown = torch.cat([batch.x[watch.run.of(deep, batch)] for batch in watch.batches])
+    shown = torch.cat([batch.x[watch.run.rows_from(deep, batch)] for batch in watch.batches])
     matches = [(windows == x).flatten(1).all(1).nonzero().flatten() for x in shown]
     assert all(len(found) for found in matches)
     assert len({int(found[0]) % 9 for found in matches}) > 4
@@ -330,7 +330,7 @@ def test_a_rival_comes_to_say_what_the_teacher_says_on_the_dreams(tiny, monkeypa
 
     rivals: list[IncrementalNet] = []
     fresh: list[IncrementalNet] = []
-    original, reborn = inversion.inversion_loss, inversion.reborn
+    original, reborn = inversion.inversion_loss, inversion.reinitialized_copy
 
     def loss(*given: Any) -> Tensor:
         rivals.extend(net for net in given[5:] if net is not None)
@@ -440,7 +440,7 @@ def test_where_memory_ends_the_run_fails_and_says_what_needs_less(
         raise error
 
     monkeypatch.setattr(inversion, "inversion_loss", loss)
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(RunError) as caught:
         learn(tiny(2, shape=(1, 8, 8)), DeepInversion(**SHORT))
     assert str(caught.value) == (
         "Out of memory on cpu while dreaming for experience 2 of 2: a smaller `deep-inversion.batch_size` needs less."
@@ -490,7 +490,7 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(
             self.steps += 1
 
     trained = Trained()
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(shape=shape), DeepInversion(), trained, model=model)
     assert caught.value.problems == (sentence,)
     assert trained.steps == 0
@@ -499,7 +499,7 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(
 @pytest.mark.parametrize("logits", ["all", "current"])
 def test_other_logits_are_refused(logits: str, tiny) -> None:
     """Dreams are of old classes, whose loss over the current ones would be infinite."""
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(shape=(1, 8, 8)), DeepInversion(), logits=logits)
     assert caught.value.problems == (
         f"`deep-inversion` is made for `train.logits=seen`, but `train.logits` is {logits}: leave that out, or choose "
@@ -518,6 +518,6 @@ def test_other_logits_are_refused(logits: str, tiny) -> None:
     ],
 )
 def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         DeepInversion(**{option: value})
     assert caught.value.problems == (sentence,)

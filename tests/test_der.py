@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.der import DER
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
@@ -101,7 +101,7 @@ def test_images_come_back_with_the_classes_of_their_time(tiny) -> None:
 
 
 def test_a_memory_without_room_for_each_class_is_refused(tiny) -> None:
-    with pytest.raises(WrongUse, match=r"`der\.size` is 5, and there are 6 classes to remember"):
+    with pytest.raises(UsageError, match=r"`der\.size` is 5, and there are 6 classes to remember"):
         learn(tiny(), DER(size=5))
 
 

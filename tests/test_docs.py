@@ -237,7 +237,7 @@ def command_problem(line):
             resolve(scenario=given["scenario"], model=given["model"], plugins=given["plugin"], sets=given["set_"] or ())
         elif path[2:] == ["show"]:
             registry.find(path[1].removesuffix("s"), given["name"])
-    except clframe.WrongUse as error:
+    except clframe.UsageError as error:
         return str(error)
     return None
 

@@ -18,7 +18,7 @@ from clframe.toolkit.dreamer import (
     Terms,
     balanced_cross_entropy,
     confidence,
-    described,
+    describe_dreams,
     gaussian_divergence,
     generator_loss,
     imbalance,
@@ -26,7 +26,7 @@ from clframe.toolkit.dreamer import (
     roughness,
     scores,
 )
-from clframe.toolkit.inversion import norms_of, observe_norms, reinitialise
+from clframe.toolkit.inversion import norms_of, observe_norms, reinitialize
 
 NOTHING = Terms(0.0, 1e3, 0.0, 0.0, 0.0)
 
@@ -138,7 +138,7 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
         found = generator_loss(model, x, Terms(**{**vars(NOTHING), name: 0.3})).item()
         assert found == pytest.approx(0.3 * term.item(), rel=1e-12)
         assert found != 0
-    told = described(model, x)
+    told = describe_dreams(model, x)
     assert told["confidence"] == pytest.approx(z.softmax(1).amax(1).mean().item(), rel=1e-12)
     assert told["imbalance"] == pytest.approx(terms["balance"].item(), rel=1e-12)
     assert told["divergence"] == pytest.approx(terms["statistics"].item(), rel=1e-12)
@@ -184,11 +184,11 @@ def test_training_lowers_the_divergence_and_leaves_the_teacher_as_it_is() -> Non
     teacher = network().float()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     dreamer = Dreamer((1, 8, 8), noise=10, width=16, lr=0.01)
-    reinitialise(dreamer.generator, seeded())
+    reinitialize(dreamer.generator, seeded())
     dreamer.generator.train()
-    first = described(teacher, dreamer.generator.draw(64, seeded()))
+    first = describe_dreams(teacher, dreamer.generator.draw(64, seeded()))
     steps(dreamer, teacher, seeded(), 40)
-    last = described(teacher, dreamer.generator.draw(64, seeded()))
+    last = describe_dreams(teacher, dreamer.generator.draw(64, seeded()))
     assert last["divergence"] < first["divergence"] / 2
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
@@ -199,7 +199,7 @@ def test_a_dreamer_goes_on_from_its_state_to_the_same_bits() -> None:
     teacher, ends = network().float(), []
     for stop in (False, True):
         dreamer, draws = Dreamer((1, 8, 8), 10, 8, 0.01), seeded()
-        reinitialise(dreamer.generator, seeded(5))
+        reinitialize(dreamer.generator, seeded(5))
         steps(dreamer, teacher, draws, 3)
         if stop:
             state = dreamer.state_dict()

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import clframe
 from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, hookimpl, split_classes
-from clframe.errors import DataError, RunFailed, WrongUse
+from clframe.errors import DataError, RunError, UsageError
 from clframe.plugins.ewc import EWC
 from clframe.strict_yaml import parse_yaml
 from clframe.system.writing import save_file
@@ -321,7 +321,7 @@ def test_a_model_and_arrays_of_ones_own(tmp_path: Path):
     )
     with pytest.raises(DataError, match="model `Doubling` of this run is an object"):
         clframe.load(tmp_path / "run")
-    with pytest.raises(WrongUse, match="cannot be a backbone"):
+    with pytest.raises(UsageError, match="cannot be a backbone"):
         clframe.run(scenario, nn.Linear(2, 2))
 
 
@@ -344,7 +344,7 @@ def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
             return rows(4) if experience.index else None
 
     with pytest.raises(
-        WrongUse, match=r"Label 0 in the training data of experience 2 of 3 is masked by `train.logits=current`"
+        UsageError, match=r"Label 0 in the training data of experience 2 of 3 is masked by `train.logits=current`"
     ):
         learn(tiny(), Exemplars(), train={"logits": "current"})
 
@@ -355,9 +355,9 @@ def test_a_label_that_the_logits_mask_is_an_error_before_training(tiny, rows):
         def extra_batch(self, run, batch):
             return run.batch(rows(2)) if run.experience.index else None
 
-    with pytest.raises(WrongUse, match="Label 0 in what `replay` adds to a batch of experience 2 of 3 is masked"):
+    with pytest.raises(UsageError, match="Label 0 in what `replay` adds to a batch of experience 2 of 3 is masked"):
         learn(tiny(), Replay(), train={"logits": "current"})
-    with pytest.raises(WrongUse, match=r"`train.logits=own` needs tasks"):
+    with pytest.raises(UsageError, match=r"`train.logits=own` needs tasks"):
         learn(tiny(setting="domain"), train={"logits": "own"})
 
 
@@ -372,7 +372,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny, tmp_path: Pa
             return {"exploding/term": outputs.logits.sum() * scale}
 
     with pytest.raises(
-        RunFailed, match=r"loss term `exploding/term` became infinite or not a number in experience 2 of 3"
+        RunError, match=r"loss term `exploding/term` became infinite or not a number in experience 2 of 3"
     ):
         learn(tiny(), Exploding(), train={"clip": clip}, output=str(tmp_path / "run"), tensorboard=False)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -393,7 +393,7 @@ def test_of_several_that_are_not_finite_the_first_and_its_step_are_named(tiny, l
                 if run.step >= step - 1  # the terms of a step are not those of every step
             }
 
-    with pytest.raises(RunFailed, match=r"loss term `late/second` became infinite .* at step 4 of "):
+    with pytest.raises(RunError, match=r"loss term `late/second` became infinite .* at step 4 of "):
         learn(tiny(), Late(), train={"epochs": 5}, log_every=log_every)
 
 
@@ -410,7 +410,7 @@ def test_losses_are_looked_at_before_many_are_kept(tiny, monkeypatch):
             return {"exploding": outputs.logits.sum() * math.nan}
 
     plugin = Exploding()
-    with pytest.raises(RunFailed, match=r"loss term `exploding` .* at step 1 of "):
+    with pytest.raises(RunError, match=r"loss term `exploding` .* at step 1 of "):
         learn(tiny(), plugin, log_every=1000)
     assert plugin.steps == 2
 
@@ -423,15 +423,15 @@ def test_an_infinite_gradient_is_named(tiny):
         def penalty(self, run, batch, outputs):
             return {"rooting": (outputs.logits.sum() * 0).sqrt()}
 
-    with pytest.raises(RunFailed, match="The gradient became infinite"):
+    with pytest.raises(RunError, match="The gradient became infinite"):
         learn(tiny(), Rooting(), train={"clip": 1.0})
 
 
 def test_a_device_that_is_not_there_is_refused(tiny):
     if not torch.cuda.is_available():
-        with pytest.raises(WrongUse, match=r"`run.device` is 'cuda', but torch finds no CUDA device"):
+        with pytest.raises(UsageError, match=r"`run.device` is 'cuda', but torch finds no CUDA device"):
             learn(tiny(), device="cuda")
-    with pytest.raises(WrongUse, match="choices: auto, cpu, cuda"):
+    with pytest.raises(UsageError, match="choices: auto, cpu, cuda"):
         learn(tiny(), device="abacus")
 
 
@@ -450,7 +450,7 @@ def test_memory_that_runs_out_is_told_in_one_sentence(tiny):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(
-        RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a run with a smaller `train.batch_size`"
+        RunError, match=r"Out of memory on cpu in experience 1 of 3: a run with a smaller `train.batch_size`"
     ):
         learn(tiny(), Hungry())
 
@@ -542,7 +542,7 @@ def test_every_plugin_hears_the_end_also_when_one_fails_there(tiny):
             self.closed = True
 
     plugin = Closing()
-    with pytest.raises(RunFailed, match="`failing` raised in its hook `after_run`"):
+    with pytest.raises(RunError, match="`failing` raised in its hook `after_run`"):
         learn(tiny(), Failing(), plugin)
     assert plugin.closed
 
@@ -555,7 +555,7 @@ def test_storage_is_what_the_method_keeps(tiny):
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tiny, tmp_path: Path):
-    with pytest.raises(WrongUse, match="cannot run beside"):
+    with pytest.raises(UsageError, match="cannot run beside"):
         clframe.run(tiny(), plugins=["joint", "ewc"], run={"output": str(tmp_path / "run")})
     assert not (tmp_path / "run").exists()
 
@@ -569,7 +569,7 @@ def test_a_gradient_that_is_not_finite_in_the_last_step_is_never_saved(tiny, tmp
             last = run.experience.index == 1 and run.step == run.steps_in_phase - 1
             return {"rooting": (outputs.logits.sum() * 0).sqrt()} if last else None
 
-    with pytest.raises(RunFailed, match=r"The gradient became infinite.*in experience 2 of 3"):
+    with pytest.raises(RunError, match=r"The gradient became infinite.*in experience 2 of 3"):
         learn(tiny(), Rooting(), train={"clip": 0.0}, output=str(tmp_path / "run"), tensorboard=False)
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["000001", "000002"]
 
@@ -596,7 +596,7 @@ def test_a_phase_that_trains_nothing_is_refused(tiny):
         def phases(self, run, experience):
             return [Phase("warm", iterations=1, only=("haed.*",))]
 
-    with pytest.raises(WrongUse, match=r"phase `warm` of experience 1 of 3 trains nothing: .* named like `haed.\*`"):
+    with pytest.raises(UsageError, match=r"phase `warm` of experience 1 of 3 trains nothing: .* named like `haed.\*`"):
         learn(tiny(), Lost())
 
 
@@ -609,7 +609,7 @@ def test_a_label_that_the_head_lacks_is_refused(tiny, label: int):
         def extra_data(self, run, experience):
             return clframe.ImageData(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.full((3,), label))
 
-    with pytest.raises(WrongUse, match=f"Label {label} in the training data of experience 1 of 3 is no class"):
+    with pytest.raises(UsageError, match=f"Label {label} in the training data of experience 1 of 3 is no class"):
         learn(tiny(), Strange())
 
 
@@ -638,7 +638,7 @@ def test_a_penalty_that_is_no_new_scalar_is_refused(tiny, answer: Any, sentence:
         def penalty(self, run, batch, outputs):
             return answer(outputs.logits)
 
-    with pytest.raises(WrongUse, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         learn(tiny(), Odd())
 
 
@@ -651,26 +651,26 @@ def test_plugins_may_be_one_mapping_as_in_yaml_and_keep_their_options(tiny, tmp_
 
 
 def test_plugin_objects_are_given_once_and_new(tiny):
-    with pytest.raises(WrongUse, match="The plugin `ewc` is named twice"):
+    with pytest.raises(UsageError, match="The plugin `ewc` is named twice"):
         clframe.run(tiny(), plugins=[EWC(lambda_=1.0), EWC(lambda_=2.0)])
-    with pytest.raises(WrongUse, match=r"`EWC` is a class; give a plugin built from it: `EWC\(\)`"):
+    with pytest.raises(UsageError, match=r"`EWC` is a class; give a plugin built from it: `EWC\(\)`"):
         clframe.run(tiny(), plugins=[EWC])
     ewc = EWC()
     learn(tiny(), ewc)
-    with pytest.raises(WrongUse, match="`ewc` has been in a run and holds what it learnt there"):
+    with pytest.raises(UsageError, match="`ewc` has been in a run and holds what it learnt there"):
         learn(tiny(), ewc)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tiny, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WrongUse, match="is a file"):
+    with pytest.raises(UsageError, match="is a file"):
         learn(tiny(), output=str(tmp_path / "file"))
 
 
 def test_a_folder_with_something_else_in_it_is_refused_and_kept(tiny, tmp_path: Path):
     """No word of resuming what is no run."""
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(), output=str(tmp_path))
     assert caught.value.problems == (
         f"The folder {tmp_path} is not empty, and no run folder: name another with `--output`.",
@@ -689,7 +689,7 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_nothing(tiny, tmp_path: P
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(clframe.runs.checkpoint, "sync", full)
-    with pytest.raises(RunFailed, match=r"could not be written .*No space left on device"):
+    with pytest.raises(RunError, match=r"could not be written .*No space left on device"):
         learn(tiny(), output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -703,7 +703,7 @@ def test_a_full_disk_while_predictions_are_kept_is_no_bug(tiny, tmp_path: Path, 
         original(tensors, path)
 
     monkeypatch.setattr(clframe.runs.checkpoint, "save_file", full)
-    with pytest.raises(RunFailed, match=r"could not be written: .*No space left on device.*predictions"):
+    with pytest.raises(RunError, match=r"could not be written: .*No space left on device.*predictions"):
         learn(tiny(), output=str(tmp_path / "run"), tensorboard=False)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import clframe
 from clframe import Plugin, change_domains, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.er import ER
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
@@ -138,7 +138,7 @@ def test_augmented_memory_is_augmented_anew(tiny_arrays) -> None:
 
 
 def refusal(scenario: clframe.Scenario, er: ER, **train: Any) -> tuple[str, ...]:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         clframe.run(scenario, "mlp-100", [er], train=TRAIN | train, run={"tensorboard": False})
     return caught.value.problems
 
@@ -154,12 +154,14 @@ def test_a_memory_without_room_for_each_class_is_refused(tiny, tiny_arrays) -> N
 
 
 def test_a_reservoir_has_no_classes() -> None:
-    with pytest.raises(WrongUse, match=r"`er\.per_class` needs a memory by class: set `er\.memory` to"):
+    with pytest.raises(UsageError, match=r"`er\.per_class` needs a memory by class: set `er\.memory` to"):
         ER(per_class=3)
 
 
 def test_logits_that_leave_old_classes_out_are_refused(tiny) -> None:
-    with pytest.raises(WrongUse, match=r"`er` brings old classes back, which `train.logits=current` leaves out of the"):
+    with pytest.raises(
+        UsageError, match=r"`er` brings old classes back, which `train.logits=current` leaves out of the"
+    ):
         learn(tiny(), ER(size=6), logits="current")
 
 

@@ -156,7 +156,7 @@ def test_another_value_runs_and_changes_what_is_learnt_or_answered(name: str, op
         value = tmp_path / "images.npy"
         np.save(value, np.arange(5 * 64, dtype=np.uint8).reshape(5, 1, 8, 8))
     assert value != default
-    setting = SETTINGS.get(known) or SETTINGS.get(name) or registry.plugin_class(name).settings[0]
+    setting = SETTINGS.get(known) or SETTINGS.get(name) or registry.plugin_class(name).serves[0]
     found = outcome(name, options | {option.name: value}, setting)
     compared = usual(name, known if known in BESIDE else "", setting)
     assert same(found, compared) == (known in WITHOUT_EFFECT)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clframe import Plugin, WrongUse, contract, registry, run, testing
+from clframe import Plugin, UsageError, contract, registry, run, testing
 from clframe.testing import Watching
 
 NAMES = [name for name in registry.names("plugin") if not registry.plugin_class(name).variants]
@@ -44,10 +44,10 @@ LIKE_FINETUNING_AT_FIRST = {
 }
 # what leaves a check nothing to look at: the plugin says so, or has none of it
 NOT_RUN = {
-    "other settings are refused": lambda cls: len(cls.settings) == 3,
+    "other settings are refused": lambda cls: len(cls.serves) == 3,
     "penalties pull": lambda cls: "penalty" not in contract.hooks_of(cls),
     "it keeps no image that it does not declare": lambda cls: cls.keeps_images,
-    "its state does not grow": lambda cls: not cls.state or "domain" not in cls.settings,
+    "its state does not grow": lambda cls: not cls.state or "domain" not in cls.serves,
 }
 
 
@@ -72,7 +72,7 @@ def test_it_is_built_without_options_and_cited_and_its_hooks_are_documented(name
     assert cls().name == name
     assert cls.observer or cls.citation
     assert all(getattr(cls, hook).__doc__ for hook in contract.hooks_of(cls))
-    with pytest.raises(WrongUse, match=f"`{name}.nonsense` is not an option"):
+    with pytest.raises(UsageError, match=f"`{name}.nonsense` is not an option"):
         cls(**{"nonsense": 1})
 
 
@@ -91,7 +91,7 @@ def test_the_first_experience_is_learnt_as_without_it(name: str, context):
 def test_a_plugin_that_serves_tasks_only_is_refused_elsewhere(tiny):
     class TaskOnly(Plugin):
         name = "task-only"
-        settings = ("task",)
+        serves = ("task",)
 
-    with pytest.raises(WrongUse, match="`task-only` cannot serve the setting `class` of `tiny`; it serves `task`"):
+    with pytest.raises(UsageError, match="`task-only` cannot serve the setting `class` of `tiny`; it serves `task`"):
         run(tiny(), plugins=[TaskOnly()])

@@ -23,7 +23,7 @@ from clframe import (
     Plugin,
     Scenario,
     Transform,
-    WrongUse,
+    UsageError,
     contract,
     extend,
     hookimpl,
@@ -149,7 +149,7 @@ class Watch(Plugin):
 
     @hookimpl
     def after_eval(self, run: Run, experience: Experience) -> None:
-        classes, seen = run.scenario.classes, sorted({*run.old_classes, *experience.classes})
+        classes, seen = run.scenario.classes, sorted({*run.previous_classes, *experience.classes})
         others = [type(plugin) for plugin in run.plugins if plugin is not self]
         if experience.index < len(classes) - 1 or any("predictor" in contract.hooks_of(cls) for cls in others):
             return
@@ -183,8 +183,8 @@ def learn(
 def refusal(which: str, name: str) -> str:
     """What a sentence says that refuses the method on the stream; empty: it works."""
     cls, asked = registry.plugin_class(name), STREAMS[which]
-    setting = asked.setting or cls.settings[0]
-    if setting not in cls.settings:
+    setting = asked.setting or cls.serves[0]
+    if setting not in cls.serves:
         return "cannot serve the setting"
     if first_return(asked.classes) and setting != "domain":
         if name == "always-be-dreaming":
@@ -204,14 +204,14 @@ def refusal(which: str, name: str) -> str:
 @pytest.mark.parametrize("which", STREAMS)
 def test_it_learns_from_the_labels_of_the_last_experience_or_is_refused(which: str, name: str) -> None:
     asked, last = STREAMS[which], len(STREAMS[which].classes) - 1
-    setting = asked.setting or registry.plugin_class(name).settings[0]
+    setting = asked.setting or registry.plugin_class(name).serves[0]
 
     def learned(reverse: int = -1) -> Watch:
         scenario = stream(setting, asked.classes, reverse, asked.without)
         return learn(name, scenario, asked.options.get(name, {}), double=asked.double, **asked.train)
 
     if sentence := refusal(which, name):
-        with pytest.raises(WrongUse, match=sentence) as caught:
+        with pytest.raises(UsageError, match=sentence) as caught:
             learned()
         if setting == "domain":  # in which classes come back as they should: that is no reason
             assert "share the class" not in str(caught.value)
@@ -251,7 +251,7 @@ def test_labels_of_classes_that_come_back_matter_to_sigmoid_losses(name: str, op
 
 
 def test_lwf_mc_is_refused_in_domains() -> None:
-    with pytest.raises(WrongUse, match=r"`lwf\.form=mc` .*: choose `all`, or `--setting class`"):
+    with pytest.raises(UsageError, match=r"`lwf\.form=mc` .*: choose `all`, or `--setting class`"):
         learn("lwf", stream("domain", [[0, 1], [0, 1]]), {"form": "mc"})
 
 
@@ -292,7 +292,7 @@ def test_an_experience_of_one_class_that_was_learned_does_not_count_in_an_extens
     results = extend(tmp_path / "first", coming, train={"logits": "current"}, run={"output": str(tmp_path / "second")})
     assert results.data["classes"] == [[0], [1, 2], [3, 4]]
     coming.classes = ((0,),)
-    with pytest.raises(WrongUse, match=r"Experience 3 of `odd\+odd` has one class, `new`"):
+    with pytest.raises(UsageError, match=r"Experience 3 of `odd\+odd` has one class, `new`"):
         extend(tmp_path / "first", coming, train={"logits": "current"}, run={"output": str(tmp_path / "third")})
 
 
@@ -626,13 +626,13 @@ def test_a_dream_is_of_its_class_among_all_classes_of_its_task(monkeypatch: pyte
 @pytest.mark.parametrize("name", ["always-be-dreaming", "deep-inversion", "der", "er", "generative-replay", "joint"])
 @pytest.mark.parametrize("setting", ["class", "domain"])
 def test_replayed_classes_must_take_part_in_the_loss(setting: Setting, name: str) -> None:
-    if setting not in registry.plugin_class(name).settings:
+    if setting not in registry.plugin_class(name).serves:
         return
     classes = [[0, 1], [2, 3]] if setting == "class" else [[0, 1, 2], [0, 1]]
     sentence = "is made for `train.logits=seen`" if name in ("always-be-dreaming", "deep-inversion") else "brings old"
     if name == "deep-inversion" and setting == "domain":
         sentence = "brings old"
-    with pytest.raises(WrongUse, match=f"`{name}` .*{sentence}"):
+    with pytest.raises(UsageError, match=f"`{name}` .*{sentence}"):
         learn(name, stream(setting, classes), logits="current")
     if setting == "domain":  # nothing is left out
         learn(name, stream(setting, [[0, 1], [0, 1]]), logits="current")

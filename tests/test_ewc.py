@@ -14,7 +14,7 @@ import clframe
 from clframe import Plugin
 from clframe.context import Run
 from clframe.data.scenario import Experience
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import Interrupted, UsageError
 from clframe.hooks import hookimpl
 from clframe.plugins.ewc import EWC
 from clframe.runs import checkpoint
@@ -328,11 +328,11 @@ def test_state_is_small_after_an_experience() -> None:
 
 
 def test_online_and_offline_asked_at_once_is_refused() -> None:
-    with pytest.raises(WrongUse, match=r"`ewc\.gamma` is .* but `ewc\.form` is offline"):
+    with pytest.raises(UsageError, match=r"`ewc\.gamma` is .* but `ewc\.form` is offline"):
         EWC(gamma=0.9)
-    with pytest.raises(WrongUse, match=r"ewc\.gamma"):
+    with pytest.raises(UsageError, match=r"ewc\.gamma"):
         EWC(form="online", gamma=1.5)
-    with pytest.raises(WrongUse, match=r"ewc\.lambda"):
+    with pytest.raises(UsageError, match=r"ewc\.lambda"):
         EWC(lambda_=-1.0)
-    with pytest.raises(WrongUse, match=r"ewc\.labels"):
+    with pytest.raises(UsageError, match=r"ewc\.labels"):
         EWC(labels="true")

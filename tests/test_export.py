@@ -19,9 +19,9 @@ from torch import nn
 import clframe
 from clframe import Plugin, Transform, hookimpl
 from clframe.cli.main import main
-from clframe.data.decode import Look
+from clframe.data.decode import ImageFormat
 from clframe.deploy import export
-from clframe.errors import RunFailed, WrongUse
+from clframe.errors import RunError, UsageError
 from clframe.evaluate import Predictor
 
 pytestmark = pytest.mark.xdist_group("export")  # on one worker: torch's exporters take 8 s to start
@@ -112,7 +112,7 @@ METHODS = {
 def test_a_network_of_a_computation_for_each_task_is_written_for_one(trained: Any, tmp_path: Path, name: str):
     model = trained({name: METHODS[name]}, setting="task")
     with pytest.raises(
-        WrongUse, match=r"a file of format `torch-export` holds one computation: fix a task \(`--task`\)"
+        UsageError, match=r"a file of format `torch-export` holds one computation: fix a task \(`--task`\)"
     ):
         model.export(tmp_path / "file", "torch-export")
     assert not (tmp_path / "file").exists()
@@ -143,7 +143,7 @@ def test_masks_kept_as_bits_are_applied_in_the_file(trained: Any, tmp_path: Path
 def test_where_the_task_is_found_the_weights_are_written_and_a_graph_for_a_task(trained: Any, tmp_path: Path):
     model = trained({"channel-gating": METHODS["channel-gating"]})
     assert model.export(tmp_path / "weights", "safetensors").difference == 0
-    with pytest.raises(WrongUse, match="fix a task"):
+    with pytest.raises(UsageError, match="fix a task"):
         model.export(tmp_path / "graph", "torch-export")
     assert model.export(tmp_path / "graph", "torch-export", task=1).difference < 1e-5
 
@@ -185,7 +185,9 @@ class Odd(Plugin):
 
 def test_what_no_graph_can_hold_is_refused_in_a_sentence(trained: Any, tmp_path: Path):
     model = trained(Odd(), objects=[Odd()])
-    with pytest.raises(WrongUse, match=r"torch.export cannot follow what this model computes.*`safetensors` can hold"):
+    with pytest.raises(
+        UsageError, match=r"torch.export cannot follow what this model computes.*`safetensors` can hold"
+    ):
         model.export(tmp_path / "file", "torch-export")
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
     assert model.export(tmp_path / "file", "safetensors").difference == 0
@@ -200,7 +202,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
         return original(self, images, task) * 1.01
 
     monkeypatch.setattr(export.Deployed, "forward", wrong)
-    with pytest.raises(RunFailed, match=r"does not answer as the run's does: its scores differ by 0\.0"):
+    with pytest.raises(RunError, match=r"does not answer as the run's does: its scores differ by 0\.0"):
         model.export(tmp_path / "file", "torch-export")
     assert not (tmp_path / "file").exists()
 
@@ -208,7 +210,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
 def test_packages_that_are_missing_are_named(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = trained()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(WrongUse, match=r"`onnx` needs `onnx` and `onnxscript`: pip install 'clframe\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"`onnx` needs `onnx` and `onnxscript`: pip install 'clframe\[onnx\]'"):
         model.export(tmp_path / "file", "onnx")
 
 
@@ -267,5 +269,5 @@ def test_the_page_s_recipe_reads_images_as_predict_does(kind, options, tmp_path)
     exec(recipe, names)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / f"image.{kind}")
-    look = Look(size=16, **options)
+    look = ImageFormat(size=16, **options)
     assert np.array_equal(names["raw"](tmp_path / f"image.{kind}", asdict(look)), look.read(tmp_path / f"image.{kind}"))

@@ -21,7 +21,7 @@ from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hook
 from clframe.cli.main import main
 from clframe.data.listing import BESIDE, HIDDEN, LeftOut
 from clframe.engine import Engine
-from clframe.errors import DataError, Interrupted, WrongUse
+from clframe.errors import DataError, Interrupted, UsageError
 from clframe.plugins.ewc import EWC
 from clframe.runs import checkpoint
 from clframe.runs.extension import old_images
@@ -95,7 +95,7 @@ def learnt_twice(whole: Scenario, folder: Path, plugins: list[Any], model: str =
 def test_a_run_that_is_extended_equals_the_uninterrupted_one_to_the_bit(
     name: str, keep: bool, tiny: Any, tmp_path: Path
 ):
-    setting = registry.plugin_class(name).settings[0] if name else "class"
+    setting = registry.plugin_class(name).serves[0] if name else "class"
     model = "mlp-100" if name == "finetune-fc" else "cnn-small"
     plugins = [{name: METHODS[name]}] if name else []
     whole = tiny(shape=(1, 8, 8), setting=setting)
@@ -112,7 +112,7 @@ def test_a_run_is_extended_again_and_again_and_stopped_on_the_way(
     name: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """One experience, two extensions by one each, the second stopped and resumed: as three in one run, to the bit."""
-    setting = registry.plugin_class(name).settings[0] if name else "class"
+    setting = registry.plugin_class(name).serves[0] if name else "class"
     model = "mlp-100" if name == "finetune-fc" else "cnn-small"
     plugins, whole = [{name: METHODS[name]}] if name else [], tiny(shape=(1, 8, 8), setting=setting)
     folders, train = [tmp_path / str(i) for i in range(3)], TRAIN | {"keep_optimizer": True}
@@ -271,7 +271,7 @@ def test_an_extension_is_refused_by_the_rules_of_a_run(
     whole = tiny(shape=(1, 8, 8))
     first = {"output": str(tmp_path / "first"), "tensorboard": False}
     clframe.run(part(whole, 0, 1), "cnn-small", [{name: options}], train=TRAIN | train, run=first)
-    with pytest.raises(WrongUse, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         clframe.extend(tmp_path / "first", part(whole, *coming), run={"output": str(tmp_path / "second")})
     assert not (tmp_path / "second").exists()
 
@@ -306,7 +306,7 @@ def test_a_method_that_isolates_tasks_is_extended_by_new_classes_alone(name: str
     results = clframe.extend(tmp_path / "first", part(whole, 1, 3), run={"output": str(tmp_path / "second")})
     assert [a is None for a in results.accuracy["task"][1]] == [True, False, True]
     assert None not in results.accuracy["task"][2][1:]
-    with pytest.raises(WrongUse, match=r"`class 0`") as caught:
+    with pytest.raises(UsageError, match=r"`class 0`") as caught:
         clframe.extend(tmp_path / "first", part(whole, 0, 1), run={"output": str(tmp_path / "third")})
     assert f"`{name}`" in str(caught.value)
     assert not (tmp_path / "third").exists()
@@ -388,23 +388,23 @@ def first(tiny: Any, tmp_path: Path) -> Path:
 
 def test_what_cannot_follow_is_refused_in_a_sentence_each(first: Path, tiny: Any, tiny_arrays: Any, tmp_path: Path):
     scenario = tiny()
-    with pytest.raises(WrongUse, match="`tiny` is of the setting `task`, and the run learnt in `class`"):
+    with pytest.raises(UsageError, match="`tiny` is of the setting `task`, and the run learnt in `class`"):
         clframe.extend(first, tiny(setting="task"))
-    with pytest.raises(WrongUse, match=r"The images of `tiny` are \[1, 8, 8\], and the run learnt with \[1, 4, 4\]"):
+    with pytest.raises(UsageError, match=r"The images of `tiny` are \[1, 8, 8\], and the run learnt with \[1, 4, 4\]"):
         clframe.extend(first, tiny(shape=(1, 8, 8)))
     scenario.transform = Transform(scale=16)
-    with pytest.raises(WrongUse, match="go up to 16, and the run learnt with 255"):
+    with pytest.raises(UsageError, match="go up to 16, and the run learnt with 255"):
         clframe.extend(first, scenario)
-    with pytest.raises(WrongUse, match="`named` has two classes `class 1`"):
+    with pytest.raises(UsageError, match="`named` has two classes `class 1`"):
         clframe.extend(first, named(tiny, ["class 1", "class 1"]))
-    with pytest.raises(WrongUse, match="`si` cannot join it, as it needs"):
+    with pytest.raises(UsageError, match="`si` cannot join it, as it needs"):
         clframe.extend(first, tiny(), plugins=[{"si": {}}])
-    with pytest.raises(WrongUse, match=r"learned with `ewc`, and what extends it leaves `ewc` out.*name the same"):
+    with pytest.raises(UsageError, match=r"learned with `ewc`, and what extends it leaves `ewc` out.*name the same"):
         clframe.run(tiny(), "mlp-100", run={"extends": str(first)})
-    with pytest.raises(WrongUse, match=r"The network of the run in .* is `mlp-100` with the options"):
+    with pytest.raises(UsageError, match=r"The network of the run in .* is `mlp-100` with the options"):
         clframe.run(tiny(), "mlp", ["ewc"], run={"extends": str(first)})
     clframe.run(tiny(), "mlp-100", ["joint"], train=TRAIN | {"epochs": 1}, run={"output": str(tmp_path / "joint")})
-    with pytest.raises(WrongUse, match="`joint` trains on the images of earlier experiences"):
+    with pytest.raises(UsageError, match="`joint` trains on the images of earlier experiences"):
         clframe.extend(tmp_path / "joint", tiny())
 
 
@@ -591,7 +591,7 @@ def test_a_method_that_needs_old_images_joins_with_a_folder_of_them(
     for first in ("with", "without"):
         settings = run | {"output": str(tmp_path / f"after-{first}")}
         if first == "without":
-            with pytest.raises(WrongUse, match=f"`{name}` can join the run in .* with images"):
+            with pytest.raises(UsageError, match=f"`{name}` can join the run in .* with images"):
                 clframe.extend(tmp_path / first, part(whole, 1, 2), plugins=plugins, run=settings)
             settings["old_images"] = str(tmp_path / "old")
         clframe.extend(tmp_path / first, part(whole, 1, 2), plugins=plugins, run=settings, train={"epochs": 1})
@@ -608,11 +608,11 @@ def test_a_folder_of_old_images_has_folders_named_like_learned_classes(tiny: Any
     clframe.run(part(whole, 0, 1), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first")})
     (tmp_path / "old" / "class 7").mkdir(parents=True)
     coming, run = part(whole, 1, 2), {"old_images": str(tmp_path / "old")}
-    with pytest.raises(WrongUse, match="a folder class 7, and no class of that name was learned"):
+    with pytest.raises(UsageError, match="a folder class 7, and no class of that name was learned"):
         clframe.extend(tmp_path / "first", coming, plugins="mas", run=run)
     with pytest.raises(DataError, match="which is no folder"):
         clframe.extend(tmp_path / "first", coming, plugins="mas", run={"old_images": str(tmp_path / "none")})
-    with pytest.raises(WrongUse, match="there is none: leave it out"):
+    with pytest.raises(UsageError, match="there is none: leave it out"):
         clframe.extend(tmp_path / "first", coming, plugins="lwf", run=run)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import clframe
 from clframe import Plugin, hookimpl, snapshot
 from clframe.engine import Engine
-from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.errors import Interrupted, RunError, UsageError
 from clframe.plugins.feature_extraction import FeatureExtraction, TwoLayers
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
@@ -296,7 +296,7 @@ def test_afterwards_the_model_is_as_trainable_as_before(tiny, fails: bool):
     witness = Witness()
     plugins = FeatureExtraction(), Failing(), witness
     if fails:
-        with pytest.raises(RunFailed, match="failing"):
+        with pytest.raises(RunError, match="failing"):
             learn(tiny(), *plugins)
     else:
         learn(tiny(), *plugins)
@@ -313,11 +313,11 @@ def test_its_warm_up_is_a_phase_of_the_new_head(tiny):
 
 @pytest.mark.parametrize(("option", "value"), [("warm_up", 0.5), ("hidden", 4)])
 def test_what_is_about_new_heads_is_refused_in_domains(tiny, option: str, value: float):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(setting="domain"), FeatureExtraction(**{option: value}))
     assert caught.value.problems == (
         f"`feature-extraction.{option}` trains the head of new classes, and in the domain setting no experience "
         "brings any: leave it out, or choose another `--setting`.",
     )
-    with pytest.raises(WrongUse, match=r"`feature-extraction.hidden` is 0: it should be greater than"):
+    with pytest.raises(UsageError, match=r"`feature-extraction.hidden` is 0: it should be greater than"):
         FeatureExtraction(hidden=0)

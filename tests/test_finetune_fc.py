@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import clframe
 from clframe import Plugin, hookimpl
 from clframe.engine import Engine
-from clframe.errors import Interrupted, WrongUse
+from clframe.errors import Interrupted, UsageError
 from clframe.plugins.finetune_fc import FinetuneFC
 
 MOVERS = {  # all that moves weights whose gradient is zero
@@ -213,7 +213,7 @@ def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, monkeypatch: pytes
 
 def test_a_backbone_that_lacks_the_layers_is_refused(tiny):
     def problems(plugin: Plugin, **given: Any) -> tuple[str, ...]:
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             learn(tiny(shape=(1, 8, 8), setting=given.pop("setting", "class")), plugin, **given)
         return caught.value.problems
 
@@ -228,5 +228,5 @@ def test_a_backbone_that_lacks_the_layers_is_refused(tiny):
         "`finetune-fc.warm_up` trains the head of new classes, and in the domain setting no experience brings any: "
         "leave it out, or choose another `--setting`.",
     )
-    with pytest.raises(WrongUse, match=r"`finetune-fc.last` is 0: it should be greater than"):
+    with pytest.raises(UsageError, match=r"`finetune-fc.last` is 0: it should be greater than"):
         FinetuneFC(last=0)

@@ -20,7 +20,7 @@ from clframe import Plugin, hookimpl
 from clframe.cli.main import main
 from clframe.data.files import Files, LazyImages
 from clframe.engine import Engine
-from clframe.errors import DataError, Interrupted, WrongUse
+from clframe.errors import DataError, Interrupted, UsageError
 from clframe.scenarios.digits import digits
 from clframe.scenarios.files import groups_for
 from clframe.scenarios.folder import split_folder
@@ -317,7 +317,7 @@ def test_a_class_all_of_whose_images_are_broken_is_named(small):
 
 
 def test_groups_that_do_not_divide_the_classes_are_refused(small):
-    with pytest.raises(WrongUse, match="4 classes of small cannot be divided so evenly"):
+    with pytest.raises(UsageError, match="4 classes of small cannot be divided so evenly"):
         split_folder(path=small, size=8, experiences=3)
 
 

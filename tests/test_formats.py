@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import clframe
-from clframe import DataError, Plugin, Results, WrongUse, compose, hookimpl, hooks
+from clframe import DataError, Plugin, Results, UsageError, compose, hookimpl, hooks
 from clframe.runs import checkpoint, results
 from clframe.scenarios.digits import split_digits
 
@@ -125,7 +125,7 @@ def test_a_plugin_of_another_version_of_the_hooks_is_refused_in_one_sentence(
         def before_everything(self, run):
             pass
 
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         compose.manager([Other()])
     assert caught.value.problems == (
         f"The plugin `versioned` was written for version {version} of the hooks, and this clframe has version 1: "

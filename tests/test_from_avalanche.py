@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import clframe
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 
 pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s
 
@@ -175,17 +175,17 @@ def refusal(error, given, **options):
 
 
 def test_what_cannot_be_read_is_refused():
-    assert refusal(WrongUse, object()) == (
+    assert refusal(UsageError, object()) == (
         "object cannot be read as a benchmark: it needs a `train_stream` of experiences, each with a `dataset`."
     )
-    assert "`test_stream`" in refusal(WrongUse, SimpleNamespace(train_stream=[SimpleNamespace(dataset=[])]))
+    assert "`test_stream`" in refusal(UsageError, SimpleNamespace(train_stream=[SimpleNamespace(dataset=[])]))
     two = [samples([0]), samples([1])]
-    assert "2 experiences to learn and 3 to test" in refusal(WrongUse, benchmark(two, [*two, samples([0])]))
+    assert "2 experiences to learn and 3 to test" in refusal(UsageError, benchmark(two, [*two, samples([0])]))
     assert "have the labels [5]" in refusal(DataError, benchmark(two, [samples([0]), samples([1, 5])]))
     assert "no test images of its classes" in refusal(DataError, benchmark(two, [samples([0])]))
     assert "no training images" in refusal(DataError, benchmark([samples([0]), Data()], two))
-    assert "have the tasks [1, 1]" in refusal(WrongUse, benchmark(two, tasks=[1, 1]), setting="task")
-    assert "there is a class 1" in refusal(WrongUse, benchmark(two), class_names=["a"])
+    assert "have the tasks [1, 1]" in refusal(UsageError, benchmark(two, tasks=[1, 1]), setting="task")
+    assert "there is a class 1" in refusal(UsageError, benchmark(two), class_names=["a"])
     assert "is of type object" in refusal(DataError, benchmark([Data([(object(), 0)])]))
     mixed = Data([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 3, 3), 0)])
     assert "of several shapes" in refusal(DataError, benchmark([mixed]))
@@ -200,4 +200,4 @@ def test_an_experience_of_several_tasks_is_refused():
             raise ValueError("several")
 
     given = SimpleNamespace(train_stream=[Experience()], test_stream=[Experience()])
-    assert refusal(WrongUse, given).startswith("There are images of several tasks in experience 0 of `avalanche`")
+    assert refusal(UsageError, given).startswith("There are images of several tasks in experience 0 of `avalanche`")

@@ -19,13 +19,13 @@ from clframe.toolkit.channel_gates import (
     ConditionalConv,
     Gate,
     OpenReLU,
-    condition,
-    deaf,
+    add_channel_gates,
+    finish_task,
     fire,
     firing,
-    fixed,
+    frozen_names,
     logistic,
-    settle,
+    unreachable_gates,
 )
 from clframe.toolkit.norms import TaskNorm
 from clframe.toolkit.weight_masks import installed
@@ -77,7 +77,7 @@ def lived(name: str, shape: tuple[int, ...]) -> nn.Module:
 def gated(tasks: int = 2, bias: float = 0.3, net: nn.Module | None = None) -> IncrementalNet:
     """A network with gates of the first of `tasks`."""
     model = IncrementalNet(net or lived("cnn-small", (1, 8, 8)), [2])
-    condition(model.backbone, (1, 8, 8), tasks)
+    add_channel_gates(model.backbone, (1, 8, 8), tasks)
     for k, conv in enumerate(convs_of(model).values()):
         conv.add(bias, generator(k))
     model.select(0)
@@ -193,7 +193,7 @@ def test_a_relu_that_stands_in_two_places_is_replaced_in_both() -> None:
     shared = nn.ReLU()
     net = nn.Sequential(nn.Conv2d(1, 2, 3), shared, nn.Conv2d(2, 3, 3), shared, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net.features, net.width = net.forward, 3
-    condition(net, (1, 8, 8), 1)
+    add_channel_gates(net, (1, 8, 8), 1)
     assert [type(net[k]) for k in (1, 3)] == [OpenReLU, OpenReLU]
     assert not any(type(m) is nn.ReLU for m in net.modules())
 
@@ -214,7 +214,7 @@ def test_with_all_gates_open_it_is_the_network_without_gates(name: str) -> None:
 
 def gated_like(net: nn.Module, shape: tuple[int, ...], bias: float) -> IncrementalNet:
     model = IncrementalNet(copy.deepcopy(net), [2])
-    condition(model.backbone, shape, 1)
+    add_channel_gates(model.backbone, shape, 1)
     for conv in convs_of(model).values():
         conv.add(bias, generator())
     model.select(0)
@@ -325,13 +325,13 @@ def test_a_convolution_that_the_network_does_not_use_never_fires() -> None:
     often = firing(context(model), images())
     assert often["spare"].tolist() == [0, 0, 0]
     assert often["convs.0"].tolist() == [1] * 4
-    assert "spare" not in deaf(Own(nn.ReLU(), nn.ReLU(), nn.ReLU()), (1, 8, 8))
+    assert "spare" not in unreachable_gates(Own(nn.ReLU(), nn.ReLU(), nn.ReLU()), (1, 8, 8))
 
 
 def test_what_fired_is_settled_and_the_rest_begins_anew() -> None:
     model, rows = gated(bias=0.0), images()
     often, before = by_hand(model, rows), copy.deepcopy(model.state_dict())
-    curves = settle(context(model), rows, generator(3))
+    curves = finish_task(context(model), rows, generator(3))
     for name, conv in convs_of(model.backbone).items():
         fired = [o > 0 for o in often[name]]
         assert conv.fired.tolist() == [fired, [True] * conv.units]
@@ -354,7 +354,7 @@ def test_kernels_that_begin_anew_begin_without_the_moments_of_a_kept_optimizer()
     assert all(state["exp_avg"].all() and state["exp_avg_sq"].all() for state in kept.values())
     run = context(model)
     run.optimizer = optimizer
-    settle(run, rows, generator(3))
+    finish_task(run, rows, generator(3))
     kernels = {p: name for name, conv in convs.items() for p in conv.layer.parameters()}
     for parameter, before in kept.items():
         stays = torch.ones(len(parameter), dtype=torch.bool)
@@ -376,12 +376,12 @@ def test_a_users_own_norms_and_gates_and_head_are_told_apart_by_what_they_are() 
     net.norms.append(nn.BatchNorm2d(3))  # one that follows no convolution
     model = gated(bias=1e4, net=net)
     assert isinstance(net.norms[3], TaskNorm)
-    assert fixed(model, 0) == []
+    assert frozen_names(model, 0) == []
     for conv in convs_of(model).values():
         conv.add(1.0, generator())
     for norm in installed(model, TaskNorm).values():
         norm.add()
-    trains = {name for name, _ in model.named_parameters()} - set(fixed(model, 1))
+    trains = {name for name, _ in model.named_parameters()} - set(frozen_names(model, 1))
     parts = [f"convs.{k}.{part}" for k in range(3) for part in ("layer", "norm.norms.1")] + ["norms.3.norms.1"]
     names = {f"backbone.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
     gates = {
@@ -398,7 +398,7 @@ def test_a_users_own_norms_and_gates_and_head_are_told_apart_by_what_they_are() 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_no_built_in_network_is_deaf(name: str) -> None:
-    assert deaf(registry.build_backbone({"name": name}, BUILT_IN[name]), BUILT_IN[name]) == []
+    assert unreachable_gates(registry.build_backbone({"name": name}, BUILT_IN[name]), BUILT_IN[name]) == []
 
 
 @pytest.mark.parametrize(
@@ -415,14 +415,14 @@ def test_no_built_in_network_is_deaf(name: str) -> None:
 )
 def test_convolutions_before_a_relu_that_is_no_module_are_deaf(relus: Any, expected: list[int]) -> None:
     net = Own(*relus)
-    assert deaf(net, (1, 8, 8)) == [f"convs.{k}" for k in expected]
+    assert unreachable_gates(net, (1, 8, 8)) == [f"convs.{k}" for k in expected]
 
 
 def test_to_ask_who_is_deaf_leaves_nothing_behind() -> None:
     net = lived("cnn-small", (1, 8, 8))
     net.net[1].eval()
     modes, before, state = [m.training for m in net.modules()], copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    deaf(net, (1, 8, 8))
+    unreachable_gates(net, (1, 8, 8))
     assert torch.equal(state, torch.get_rng_state())
     assert [m.training for m in net.modules()] == modes
     assert list(net.state_dict()) == list(before)

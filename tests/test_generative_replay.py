@@ -17,7 +17,7 @@ import clframe
 from clframe import Batch, ImageData, Plugin, Transform, hookimpl, registry, snapshot, split_classes
 from clframe.context import Run
 from clframe.engine import Engine
-from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.errors import Interrupted, RunError, UsageError
 from clframe.plugins import generative_replay
 from clframe.plugins.generative_replay import GenerativeReplay
 from clframe.toolkit.generators import GenerativeModel, Mixture
@@ -64,8 +64,8 @@ class Watch(Plugin):
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Any) -> None:
         """Sees what the loss is made of; adds nothing."""
-        mine, t = run.of(self.replay, batch), run.experience.index + 1
-        n = len(run.old_classes)
+        mine, t = run.rows_from(self.replay, batch), run.experience.index + 1
+        n = len(run.previous_classes)
         self.shares.append((t, float(batch.weight[mine].sum() / batch.weight.sum())))
         self.added.append(int(mine.sum()))
         z, y = outputs.logits.detach().double(), batch.y
@@ -164,7 +164,7 @@ def test_a_replayed_row_belongs_to_the_task_of_its_label(tiny) -> None:
 
         @hookimpl
         def penalty(self, run: Run, batch: Batch, outputs: Any) -> None:
-            mine = run.of(replay, batch)
+            mine = run.rows_from(replay, batch)
             tasks.update(zip(batch.y[mine].tolist(), batch.task[mine].tolist(), strict=True))
             assert (batch.index[mine] == -1).all()
 
@@ -198,7 +198,7 @@ def test_with_a_class_prior_old_classes_are_drawn_alike_and_the_drawn_one_is_the
         @hookimpl
         def penalty(self, run: Run, batch: Batch, outputs: Any) -> None:
             if run.experience.index == 2:
-                mine = run.of(replay, batch)
+                mine = run.rows_from(replay, batch)
                 labels.append(batch.y[mine])
                 z = outputs.logits.detach()
                 width = 2 if setting == "task" else z.shape[1]
@@ -408,7 +408,7 @@ def test_replayed_images_are_normalised_and_augmented_as_new_ones_are(pad: int, 
         @hookimpl
         def after_step(self, run: Run, batch: Batch) -> None:
             if replay.solver is not None:
-                given.append(batch.x[run.of(replay, batch)])
+                given.append(batch.x[run.rows_from(replay, batch)])
 
     learn(scenario, replay, Look())
     plain = [(images - 0.3) / 0.2 for images in drawn[: len(given)]]
@@ -661,7 +661,7 @@ def refusal(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
             self.steps += 1
 
     trained = Trained()
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(scenario, *plugins, trained, **train)
     assert trained.steps == 0
     return caught.value.problems
@@ -680,7 +680,7 @@ def test_options_that_contradict_each_other_are_refused(tiny) -> None:
         ({"temperature": 0.0}, "`generative-replay.temperature` is 0.0: it should be greater than 0."),
         ({"iterations": 0}, "`generative-replay.iterations` is 0: it should be greater than or equal to 1."),
     ):
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             GenerativeReplay(**options)
         assert caught.value.problems == (sentence,)
 
@@ -732,5 +732,5 @@ def test_values_that_no_sigmoid_gives_are_refused(tiny_arrays) -> None:
 
 
 def test_a_generator_that_diverges_stops_the_run(tiny) -> None:
-    with pytest.raises(RunFailed, match=r"The generator of `generative-replay` diverged, its losses are .*nan"):
+    with pytest.raises(RunError, match=r"The generator of `generative-replay` diverged, its losses are .*nan"):
         learn(tiny(), GenerativeReplay(lr=1e30, **SMALL))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from clframe import ImageData
-from clframe.errors import WrongUse
-from clframe.model import initialised_by
+from clframe.errors import UsageError
+from clframe.model import initialized_by
 from clframe.toolkit.generators import (
     VAE,
     WGAN,
@@ -40,7 +40,7 @@ def images(n: int = 5, shape: tuple[int, ...] = SHAPE, seed: int = 4) -> Tensor:
 
 
 def small(kind: type = VAE, **options: object) -> GenerativeModel:
-    with initialised_by(seeded()):
+    with initialized_by(seeded()):
         return kind(SHAPE, hidden=[4, 3], z=2, **options).double()
 
 
@@ -150,7 +150,7 @@ def test_the_decoder_mirrors_the_encoder() -> None:
 def test_the_prior_of_a_class_is_learnt_and_the_class_can_be_sampled() -> None:
     """Images of one bright pixel each, the pixel being the class: what is drawn of a class shows its pixel."""
     rng = seeded()
-    with initialised_by(rng):
+    with initialized_by(rng):
         vae = VAE((1, 3, 3), hidden=[32], z=4, classes=3)
     y = torch.arange(3).repeat(16)
     x = 0.2 * torch.rand(48, 1, 3, 3, generator=rng)
@@ -251,7 +251,7 @@ def test_a_step_of_the_gan_by_hand() -> None:
 def test_the_gan_learns_two_kinds_of_images() -> None:
     """Dark to the left and bright to the right, or the other way round, in shares of 1/4 and 3/4."""
     rng = seeded(5)
-    with initialised_by(rng):
+    with initialized_by(rng):
         gan = WGAN((1, 2, 2), hidden=[32], z=4, critic_steps=3)
     left = torch.tensor([0.9, 0.1, 0.9, 0.1]).view(1, 1, 2, 2) + 0.05 * torch.rand(16, 1, 2, 2, generator=rng)
     optimizer = gan.optimizer(2e-3)
@@ -307,7 +307,7 @@ def test_a_rehearsal_goes_on_from_its_state_in_the_middle_of_a_set(fresh: bool, 
         rng = seeded(8)
 
         def build() -> VAE:
-            with initialised_by(rng):
+            with initialized_by(rng):
                 return VAE((1, 2, 3), hidden=[5], z=2, classes=4)
 
         return Rehearsal(build, scale=16.0, lr=1e-2)
@@ -396,7 +396,7 @@ def test_flat_inputs_have_flat_samples() -> None:
 def test_what_does_not_suit_convolutions_is_refused(shape: tuple[int, ...], stages: int, sentence: str) -> None:
     assert conv_problems(shape, stages, "X") == [sentence]
     for build in (VAE, WGAN):
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             build(shape, "conv", [4] * stages)
         assert caught.value.problems == (sentence.replace("X", "A convolutional generative model"),)
     assert conv_problems((3, 32, 32), 2, "X") == []
@@ -408,7 +408,7 @@ def test_weights_are_the_generator_s_and_torch_s_own_randomness_stays() -> None:
     torch.manual_seed(1)
     models = []
     for seed in (3, 3, 4):
-        with initialised_by(seeded(seed)):
+        with initialized_by(seeded(seed)):
             models.append(VAE((4,), hidden=[5], z=2, classes=2).state_dict())
     assert torch.equal(torch.rand(3), wanted)
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl
 from clframe.backbones import mlp
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.hat import HAT
 from clframe.toolkit.norms import TaskNorm
 from clframe.toolkit.unit_gates import AttentionGate
@@ -301,5 +301,5 @@ def test_curves_tell_what_is_open_and_what_is_free(stream: Scenario):
 
 @pytest.mark.parametrize(("option", "value"), [("sparsity", -0.1), ("s_max", 0.0)])
 def test_wrong_options_are_refused(option: str, value: float):
-    with pytest.raises(WrongUse, match=rf"`hat\.{option}`"):
+    with pytest.raises(UsageError, match=rf"`hat\.{option}`"):
         HAT(**{option: value})

@@ -15,7 +15,7 @@ from torch.nn import functional
 import clframe
 from clframe import Batch, Phase, Plugin, hookimpl
 from clframe.context import Run
-from clframe.errors import Interrupted, RunFailed, WrongUse
+from clframe.errors import Interrupted, RunError, UsageError
 from clframe.evaluate import Predictor
 from clframe.hooks import HOOKS
 
@@ -117,9 +117,9 @@ def test_before_run_may_refuse_the_run(tiny):
 
         @hookimpl
         def before_run(self, run):
-            raise WrongUse("no layer `conv5` here")
+            raise UsageError("no layer `conv5` here")
 
-    with pytest.raises(WrongUse, match="conv5"):
+    with pytest.raises(UsageError, match="conv5"):
         learn(tiny(), Refusing())
 
 
@@ -151,9 +151,9 @@ def test_before_experience_sees_no_test_images_and_freezes(tiny):
 
         @hookimpl
         def before_experience(self, run, experience):
-            with pytest.raises(WrongUse, match="test images"):
+            with pytest.raises(UsageError, match="test images"):
                 _ = experience.test
-            with pytest.raises(WrongUse, match="only describes"):
+            with pytest.raises(UsageError, match="only describes"):
                 _ = run.scenario[0].train
             if experience.index == 1:
                 run.model.backbone.requires_grad_(False)
@@ -262,7 +262,7 @@ def test_two_plugins_may_not_bring_one_phase(tiny):
 
         return Bringing()
 
-    with pytest.raises(WrongUse, match=r"`one` and `two`.*`warm-up`"):
+    with pytest.raises(UsageError, match=r"`one` and `two`.*`warm-up`"):
         learn(tiny(), bringing("one"), bringing("two"))
 
 
@@ -454,7 +454,7 @@ def test_after_run_is_called_after_an_error_and_the_culprit_is_named(tiny):
             raise KeyError("lost")
 
     watching = Observing()
-    with pytest.raises(RunFailed, match="plugin `failing` raised in its hook `after_step`: KeyError: 'lost'") as caught:
+    with pytest.raises(RunError, match="plugin `failing` raised in its hook `after_step`: KeyError: 'lost'") as caught:
         learn(tiny(), watching, Failing())
     assert watching.calls[-1] == "after_run"
     assert "in plugin 'failing', hook 'after_step'" in caught.value.__cause__.__notes__
@@ -571,13 +571,13 @@ def test_a_plugin_whose_options_leave_a_hook_alone_does_not_own_it(tiny, one: bo
 
 
 def test_two_plugins_whose_options_make_them_owners_are_refused(tiny):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(), Owner(), Observing(), Another())
     # a plugin owns what it implements, unless it says otherwise
     assert caught.value.problems == (
         "`base_loss` is answered by `owner`, `observing` and `another`; a run can have only one of them.",
     )
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(), Another(), Owner())
     assert caught.value.problems == (
         "`base_loss` is answered by `another` and `owner`; a run can have only one of them.",
@@ -625,7 +625,7 @@ def test_the_logits_that_a_plugin_is_made_for_are_in_force_where_none_were_chose
 
 def test_logits_that_a_plugin_is_not_made_for_are_refused(tiny):
     def problems(*plugins: Plugin, **train: Any) -> tuple[str, ...]:
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             learn(tiny(), *plugins, train=train)
         return caught.value.problems
 
@@ -651,7 +651,7 @@ class Hinting(Plugin):
     name = "hinting"
 
     def hints(self, run):
-        return [f"`hinting.x` is too large for {run.where}."] if run.experience.index else []
+        return [f"`hinting.x` is too large for {run.progress_label}."] if run.experience.index else []
 
     @hookimpl
     def base_loss(self, run, batch, outputs):
@@ -680,7 +680,7 @@ def test_hints_are_told_once_as_an_experience_begins(tiny):
 def test_hints_take_the_place_of_general_advice_where_a_loss_diverges(tiny, at: int):
     plugin = Hinting()
     plugin.at = at
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(RunError) as caught:
         learn(tiny(), plugin)
     advice = "A run with a smaller `train.lr`, or a weaker method, may stay finite."
     hint = "`hinting.x` is too large for experience 3 of 3."

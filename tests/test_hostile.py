@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clframe import DataError, WrongUse
+from clframe import DataError, UsageError
 from clframe.cli import show
 from clframe.cli.live import Live
 from clframe.cli.main import main
 from clframe.config import resolve
-from clframe.data.decode import FORMATS, Look
+from clframe.data.decode import FORMATS, ImageFormat
 from clframe.runs.folder import _commit
 from clframe.scenarios import sources, table
 from clframe.scenarios.folder import split_folder
@@ -87,11 +87,11 @@ def test_only_the_kinds_of_images_that_are_named_are_opened(tmp_path, monkeypatc
         assert image.format == "EPS"  # the trap works
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
     with pytest.raises(DataError, match=r"^it is no image of a known kind$"):
-        Look(4).read(tmp_path / "photo.png")
+        ImageFormat(4).read(tmp_path / "photo.png")
     kinds = {"a.jpg", "a.png", "a.gif", "a.bmp", "a.webp", "a.tif", "a.ppm", "a.pgm", "a.pbm"}
     for name in kinds:
         Image.new("1" if name == "a.pbm" else "L", (4, 4)).save(tmp_path / name)
-        assert Look(4).read(tmp_path / name).shape == (3, 4, 4)
+        assert ImageFormat(4).read(tmp_path / name).shape == (3, 4, 4)
     assert len(FORMATS) == 7
 
 
@@ -112,19 +112,19 @@ def png_of(width: int, height: int) -> bytes:
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     (tmp_path / "large.png").write_bytes(png_of(13_000, 13_000))
     with pytest.raises(DataError, match=r"^it has 169,000,000 pixels, and 50,000,000 can be read$"):
-        Look(4).read(tmp_path / "large.png")
+        ImageFormat(4).read(tmp_path / "large.png")
     (tmp_path / "right.png").write_bytes(png_of(5_000, 10_000))
     with pytest.raises(DataError, match=r"truncated|broken"):  # only its pixels are missing
-        Look(4).read(tmp_path / "right.png")
+        ImageFormat(4).read(tmp_path / "right.png")
 
 
 def test_a_jpeg_counts_as_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("clframe.data.decode.LARGEST", 1_000)
     Image.new("L", (64, 64)).save(tmp_path / "a.jpg")  # decoded as 8 x 8
-    assert Look(4).read(tmp_path / "a.jpg").shape == (3, 4, 4)
+    assert ImageFormat(4).read(tmp_path / "a.jpg").shape == (3, 4, 4)
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="4,096 pixels"):
-        Look(4).read(tmp_path / "a.png")
+        ImageFormat(4).read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("what", ["pipe", "device"])
@@ -142,7 +142,7 @@ def test_pipes_and_devices_among_images_are_named_and_not_read(tmp_path, what):
     with pytest.raises(DataError, match=f"1 of the 7 images .*\n  {odd} \\(it is a {what}\\)"):
         split_folder(path=tmp_path, size=4)
     with pytest.raises(DataError, match=f"^it is a {what}$"):
-        Look(4).read(odd)
+        ImageFormat(4).read(odd)
 
 
 def write_npz(path: Path, content: bytes) -> None:
@@ -190,10 +190,10 @@ def test_the_size_of_a_table_is_limited(tmp_path, monkeypatch):
 
 
 def test_sentences_are_short_whatever_was_given():
-    with pytest.raises(WrongUse) as found:
+    with pytest.raises(UsageError) as found:
         resolve(sets=[f"train.lr={'x' * 200_000}", f"scenario={'y' * 9_000}"])
     assert len(str(found.value)) < 1_000
-    with pytest.raises(WrongUse) as found:
+    with pytest.raises(UsageError) as found:
         resolve(train={f"option{i}": 1 for i in range(70_000)})
     assert len(found.value.problems) == 21
     assert found.value.problems[-1] == "Nor are 69,980 more names in `train` options of `train`."

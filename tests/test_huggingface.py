@@ -17,7 +17,7 @@ from PIL import Image
 import clframe
 from clframe.cli.main import main
 from clframe.data.files import LazyImages
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.scenarios.folder import split_folder
 from clframe.scenarios.huggingface import huggingface
 
@@ -309,9 +309,9 @@ def test_what_is_named_wrongly_is_refused_in_one_sentence(both, tmp_path):
         ("none.parquet", {}, DataError, r"There is no file or folder /.*none\.parquet"),
         (tmp_path / "empty", {}, DataError, r"empty holds no Parquet files; for a folder of class folders there is"),
         (tmp_path / "bad.parquet", {}, DataError, r"The data set `.*bad\.parquet` cannot be read \(Parquet"),
-        (both, {"revision": "main"}, WrongUse, r"`scenario.revision` is of data sets on the Hub, and .* is here"),
-        (tmp_path / "bad.parquet", {"config": "x"}, WrongUse, r"`scenario.config` is of data sets and folders"),
-        (both, {"config": "x"}, WrongUse, r"`scenario.config` does not fit the data set .*Available: \['default'\]"),
+        (both, {"revision": "main"}, UsageError, r"`scenario.revision` is of data sets on the Hub, and .* is here"),
+        (tmp_path / "bad.parquet", {"config": "x"}, UsageError, r"`scenario.config` is of data sets and folders"),
+        (both, {"config": "x"}, UsageError, r"`scenario.config` does not fit the data set .*Available: \['default'\]"),
     ):
         with pytest.raises(error, match=told) as raised:
             huggingface(str(name), **options)
@@ -361,7 +361,9 @@ def test_a_configuration_of_a_folder_is_chosen_by_its_name(tmp_path):
     (root / "README.md").write_text(
         "---\nconfigs:\n- {config_name: a, data_files: a.parquet}\n- {config_name: b, data_files: b.parquet}\n---\n"
     )
-    with pytest.raises(WrongUse, match=r"`scenario.config` does not fit .*'a', 'b'.*: name one of its configurations"):
+    with pytest.raises(
+        UsageError, match=r"`scenario.config` does not fit .*'a', 'b'.*: name one of its configurations"
+    ):
         huggingface(str(root))
     assert huggingface(str(root), config="a", **SMALL).class_names == NAMES
     assert huggingface(str(root), config="b", **SMALL).class_names == tuple(sorted(NAMES))

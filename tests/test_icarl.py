@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import clframe
 from clframe import ImageData, Plugin, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.evaluate import NearestMean
 from clframe.model import evaluating
 from clframe.plugins.icarl import ICaRL
@@ -220,14 +220,14 @@ def test_it_is_refused_where_it_cannot_be_right(tiny) -> None:
         def predictor(self, run):
             return None
 
-    with pytest.raises(WrongUse, match="`predictor` is answered by `icarl` and `other`"):
+    with pytest.raises(UsageError, match="`predictor` is answered by `icarl` and `other`"):
         learn(tiny(shape=(1, 8, 8)), ICaRL(), Other())
     learn(tiny(shape=(1, 8, 8)), ICaRL(read_out="output"), Other())
-    with pytest.raises(WrongUse, match=r"`icarl\.size` is 5, and there are 6 classes to remember"):
+    with pytest.raises(UsageError, match=r"`icarl\.size` is 5, and there are 6 classes to remember"):
         learn(tiny(shape=(1, 8, 8)), ICaRL(size=5))
-    with pytest.raises(WrongUse, match=r"`icarl` \(form `nme`\) is made for `train\.logits=all`"):
+    with pytest.raises(UsageError, match=r"`icarl` \(form `nme`\) is made for `train\.logits=all`"):
         learn(tiny(shape=(1, 8, 8)), ICaRL(), train={"logits": "seen"})
-    with pytest.raises(WrongUse, match="`icarl` cannot serve the setting `task`"):
+    with pytest.raises(UsageError, match="`icarl` cannot serve the setting `task`"):
         learn(tiny(shape=(1, 8, 8), setting="task"), ICaRL())
 
 

@@ -19,10 +19,10 @@ from loky import get_reusable_executor
 from PIL import Image
 
 from clframe import ImageData
-from clframe.data.decode import Look, read_files
-from clframe.data.files import Files, LazyImages, image_files, joined
+from clframe.data.decode import ImageFormat, read_files
+from clframe.data.files import Files, LazyImages, concat_images, image_files
 from clframe.data.listing import LeftOut
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.training import Sampler
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -37,7 +37,7 @@ def halves(width: int, height: int) -> Image.Image:
 
 def looked(image: Image.Image, path: Path, **options) -> np.ndarray:
     image.save(path)
-    return Look(**options).read(path)
+    return ImageFormat(**options).read(path)
 
 
 def test_an_image_that_is_too_wide_is_cut_off_on_both_sides(tmp_path):
@@ -76,7 +76,7 @@ def test_a_photograph_is_turned_as_its_exif_data_says(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    assert (Look(16).read(tmp_path / "a.png") == np.asarray(upright).transpose(2, 0, 1)).all()
+    assert (ImageFormat(16).read(tmp_path / "a.png") == np.asarray(upright).transpose(2, 0, 1)).all()
 
 
 def test_images_of_all_modes_become_colour_or_grey(tmp_path):
@@ -94,9 +94,9 @@ def test_images_of_all_modes_become_colour_or_grey(tmp_path):
     }
     for name, (image, colour) in cases.items():
         image.save(tmp_path / name)
-        pixels = Look(4).read(tmp_path / name)
+        pixels = ImageFormat(4).read(tmp_path / name)
         assert (pixels == np.array(colour)[:, None, None]).all(), name
-        grey = Look(4, mode="grey").read(tmp_path / name)
+        grey = ImageFormat(4, mode="grey").read(tmp_path / name)
         assert grey.shape == (1, 4, 4)
         assert abs(int(grey[0, 0, 0]) - np.dot(colour, (0.299, 0.587, 0.114))) < 1, name
 
@@ -114,7 +114,7 @@ def test_grey_values_of_many_bits_become_8_bits_by_one_rule_for_each_kind(tmp_pa
     }
     for name, (kind, values, expected) in cases.items():
         Image.fromarray(np.array(values, dtype=kind).reshape(2, 2)).save(tmp_path / name)
-        assert Look(2, mode="grey").read(tmp_path / name).flatten().tolist() == expected, name
+        assert ImageFormat(2, mode="grey").read(tmp_path / name).flatten().tolist() == expected, name
 
 
 def test_a_folder_deeper_than_recursion_goes_is_read(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_why_a_file_is_no_image_is_said_in_a_few_words(tmp_path):
         ("missing.png", "No such file"),
     ):
         with pytest.raises(DataError, match=reason):
-            Look(4).read(tmp_path / name)
+            ImageFormat(4).read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_why_a_file_is_no_image_is_said_in_a_few_words(tmp_path):
     [({"size": 32, "resize": 16}, "give 32 at least"), ({"crop": "pad", "resize": 99}, "needs `scenario.crop=center`")],
 )
 def test_a_look_that_cannot_be_is_refused(options, told):
-    with pytest.raises(WrongUse, match=told):
-        Look(**options)
+    with pytest.raises(UsageError, match=told):
+        ImageFormat(**options)
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def files(tmp_path) -> Files:
     rng = np.random.default_rng(0)
     for i in range(12):
         Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    return Files([tmp_path / f"{i}.png" for i in range(12)], Look(8), workers=2)
+    return Files([tmp_path / f"{i}.png" for i in range(12)], ImageFormat(8), workers=2)
 
 
 def test_rows_of_files_are_picked_and_joined_as_those_of_a_tensor(files):
@@ -203,14 +203,14 @@ def test_rows_of_files_are_picked_and_joined_as_those_of_a_tensor(files):
         assert torch.equal(pick(lazy).read(), pick(x))
     for other in (x[:2] + 1, x[:2].float() / 3):
         parts = [lazy[5:], other, lazy[where], other[:1]]
-        together = joined(parts)
+        together = concat_images(parts)
         assert isinstance(together, LazyImages)
         expected = torch.cat([p.read() if isinstance(p, LazyImages) else p for p in parts])
         assert torch.equal(together.read(), expected)
         assert (together.shape, together.dtype) == (expected.shape, expected.dtype)
         order = torch.randperm(len(expected), generator=torch.Generator().manual_seed(0))
         assert torch.equal(together[order].read(), expected[order])
-        twice = joined([together, together[1:3]])
+        twice = concat_images([together, together[1:3]])
         assert torch.equal(twice.read(), torch.cat([expected, expected[1:3]]))
 
 
@@ -218,8 +218,8 @@ def test_rows_of_files_are_picked_and_joined_as_those_of_a_tensor(files):
 def read(monkeypatch) -> Iterator[list[str]]:
     """The names of the files that are read: in this process, so that they can be counted."""
     names: list[str] = []
-    plain = Look.read
-    monkeypatch.setattr(Look, "read", lambda self, path: names.append(Path(path).stem) or plain(self, path))
+    plain = ImageFormat.read
+    monkeypatch.setattr(ImageFormat, "read", lambda self, path: names.append(Path(path).stem) or plain(self, path))
     with ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr("clframe.data.files.get_reusable_executor", lambda *_, **__: pool)
         yield names
@@ -269,7 +269,7 @@ def test_what_reads_out_of_a_larger_file_may_fail_and_is_named_when_it_is_asked_
         def read_bytes(self) -> bytes:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    files = Files([Gone()], Look(4))
+    files = Files([Gone()], ImageFormat(4))
     files.expect([0])
     with pytest.raises(DataError, match=r"^The image row 1 could be read before, and cannot any more: No such file"):
         files.read([0])
@@ -281,7 +281,7 @@ def test_relative_paths_are_those_of_the_folder_that_was_the_current_one(tmp_pat
         folder.mkdir()
         Image.new("L", (4, 4), i).save(folder / "image.png")
         monkeypatch.chdir(folder)
-        images = Files(["image.png"], Look(4, mode="grey"), workers=1)  # whose process began in the first folder
+        images = Files(["image.png"], ImageFormat(4, mode="grey"), workers=1)  # whose process began in the first folder
         monkeypatch.chdir(tmp_path)
         assert images.read([0]).unique().tolist() == [i]
 
@@ -303,7 +303,7 @@ def test_an_image_out_of_a_larger_file_is_read_by_its_bytes_and_named(tmp_path):
     picture = Image.fromarray(np.full((4, 4), 7, dtype=np.uint8))
     picture.save(tmp_path / "7.png")
     held = ("row 7", (tmp_path / "7.png").read_bytes())
-    look = Look(4, mode="grey")
+    look = ImageFormat(4, mode="grey")
     assert read_files([held, str(tmp_path / "7.png")], look).tolist() == [[[[7] * 4] * 4]] * 2
     with pytest.raises(DataError, match=r"The image row 7 could be read before, and cannot any more: \w+"):
         read_files([("row 7", held[1][:20])], look)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from clframe.data.batch import Batch, ImageData
 from clframe.data.transform import Transform
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import IncrementalNet
 from clframe.settings import TrainSettings
 from clframe.toolkit import importance
@@ -486,7 +486,7 @@ def test_sums_are_float32_under_autocast() -> None:
 
 def test_batch_norm_without_running_statistics_is_refused() -> None:
     model = IncrementalNet(flat(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), width=4), [2])
-    with pytest.raises(WrongUse, match=r"backbone\.net\.1.*track_running_stats"):
+    with pytest.raises(UsageError, match=r"backbone\.net\.1.*track_running_stats"):
         GradientSums(model, zeros_for(dict(model.named_parameters())))
 
 
@@ -497,7 +497,7 @@ def test_a_network_that_mixes_images_is_refused() -> None:
         def features(self, x: Tensor) -> Tensor:
             return x - x.mean(0)
 
-    with pytest.raises(WrongUse, match="depend on the others"):
+    with pytest.raises(UsageError, match="depend on the others"):
         fisher(IncrementalNet(Centred(), [2]).double(), torch.randn(4, 5, dtype=torch.float64), "exact")
 
 
@@ -914,5 +914,5 @@ class Folded(nn.Module):
 def test_local_importance_of_a_layer_whose_rows_are_no_images_is_refused() -> None:
     model = IncrementalNet(Folded(), [CLASSES])
     sums = GradientSums(model, zeros_for(dict(model.named_parameters())), "abs")
-    with pytest.raises(WrongUse, match="A local importance cannot be computed"):
+    with pytest.raises(UsageError, match="A local importance cannot be computed"):
         sums.add_local(torch.randn(3, 10), None, torch.relu)

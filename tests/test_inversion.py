@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from clframe import ImageData, IncrementalNet, Transform, snapshot
 from clframe.backbones import cnn_small, resnet18, resnet32
-from clframe.errors import RunFailed
+from clframe.errors import RunError
 from clframe.scenarios.digits import digits
 from clframe.toolkit.inversion import (
     Dreaming,
@@ -26,7 +26,7 @@ from clframe.toolkit.inversion import (
     judged,
     norms_of,
     observe_norms,
-    reborn,
+    reinitialized_copy,
     targets_in_parts,
     to_raw,
     total_variation,
@@ -421,7 +421,7 @@ def test_targets_are_balanced_in_every_part(per_class: int, rounds: int, batch_s
 
 def test_a_rival_begins_anew_from_the_generator_alone() -> None:
     model, state = network(), torch.get_rng_state()
-    first, same, other = (reborn(model, generator(seed)) for seed in (1, 1, 2))
+    first, same, other = (reinitialized_copy(model, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert unchanged(same, bits(first))
     for name, value in first.named_parameters():
@@ -459,7 +459,7 @@ def test_an_album_shows_as_many_of_each_class() -> None:
 )
 def test_where_memory_ends_the_option_that_needs_less_is_named(error: Exception) -> None:
     run: Any = SimpleNamespace(device="cpu", where="experience 2 of 5")
-    with pytest.raises(RunFailed) as caught, within_memory(run, "some.batch_size"):
+    with pytest.raises(RunError) as caught, within_memory(run, "some.batch_size"):
         raise error
     assert str(caught.value) == (
         "Out of memory on cpu while dreaming for experience 2 of 5: a smaller `some.batch_size` needs less."

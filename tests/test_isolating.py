@@ -13,7 +13,7 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, Scenario, registry, testing
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import evaluating
 
 TRAIN = {"epochs": 1, "batch_size": 8, "optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "keep_optimizer": True}
@@ -79,15 +79,17 @@ def test_a_loaded_run_answers_each_task_as_the_run_did(
         scores = loaded(x, k)
         assert torch.equal(scores[:, list(experience.classes)], expected)
         assert scores.isfinite().sum(1).tolist() == [2] * len(x)
-    with pytest.raises(WrongUse, match="answers within a task only: give `task`"):
+    with pytest.raises(UsageError, match="answers within a task only: give `task`"):
         loaded(x)
 
 
-REFUSED = [(n, s) for n in METHODS for s in ("class", "domain") if s not in registry.plugin_class(n).settings]
+REFUSED = [(n, s) for n in METHODS for s in ("class", "domain") if s not in registry.plugin_class(n).serves]
 
 
 @pytest.mark.parametrize(("name", "setting"), REFUSED)
 def test_a_setting_that_it_does_not_serve_is_refused(tiny: Any, name: str, setting: str):
-    served = " and ".join(f"`{s}`" for s in registry.plugin_class(name).settings)
-    with pytest.raises(WrongUse, match=f"`{name}` cannot serve the setting `{setting}` .* it serves {served}: choose"):
+    served = " and ".join(f"`{s}`" for s in registry.plugin_class(name).serves)
+    with pytest.raises(
+        UsageError, match=f"`{name}` cannot serve the setting `{setting}` .* it serves {served}: choose"
+    ):
         learn(tiny(shape=SHAPE, setting=setting), [registry.build_plugin(name, {})], usual())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.joint import Joint
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
@@ -82,9 +82,9 @@ def test_cumulative_joint_trains_after_each_experience_on_all_so_far(tiny, resta
 
 
 def test_joint_refuses_a_method_beside_it(tiny):
-    with pytest.raises(WrongUse, match="`joint` trains on all data and cannot run beside `ewc`"):
+    with pytest.raises(UsageError, match="`joint` trains on all data and cannot run beside `ewc`"):
         clframe.run(tiny(), plugins=["joint", "ewc"])
-    with pytest.raises(WrongUse, match=r"`joint.restart` needs `joint.form=cumulative`"):
+    with pytest.raises(UsageError, match=r"`joint.restart` needs `joint.form=cumulative`"):
         clframe.run(tiny(), plugins=[{"joint": {"restart": True}}])
 
 

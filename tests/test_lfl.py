@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.lfl import LFL
 
 ADAM = {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True}
@@ -228,7 +228,7 @@ def test_while_the_features_cannot_move_there_is_no_pull(tiny):
 )
 def test_a_form_that_does_not_fit_the_setting_is_refused(tiny, form: str, setting: str, fits: str):
     sentence = rf"^`lfl\.form={form}` .* setting is `{setting}`: .* `--setting {fits}`\.$"
-    with pytest.raises(WrongUse, match=sentence) as caught:
+    with pytest.raises(UsageError, match=sentence) as caught:
         learn(tiny(setting=setting), LFL(form=form))
     assert len(caught.value.problems) == 1
 
@@ -242,7 +242,7 @@ def test_a_form_that_is_named_is_the_one_that_the_setting_means(tiny, form: str,
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(WrongUse, match=r"`lfl.lambda` is -1.0: it should be greater than or equal to 0"):
+    with pytest.raises(UsageError, match=r"`lfl.lambda` is -1.0: it should be greater than or equal to 0"):
         LFL(lambda_=-1.0)
-    with pytest.raises(WrongUse, match=r"`lfl.form` is 'both': it should be 'paper' or 'multi-head'"):
+    with pytest.raises(UsageError, match=r"`lfl.form` is 'both': it should be 'paper' or 'multi-head'"):
         LFL(form="both")

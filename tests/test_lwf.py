@@ -13,7 +13,7 @@ from torch import Tensor
 import clframe
 from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes
 from clframe.context import Run
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.lwf import LwF
 from clframe.toolkit.distill import incremental_bce, soft_cross_entropy
 
@@ -56,7 +56,7 @@ class Watch(Plugin):
         if self.old is not None:
             with torch.no_grad():
                 q = self.old(batch.x).logits
-            n = len(run.old_classes)
+            n = len(run.previous_classes)
             share = (1 - 1 / t) if self.lwf.balance else 1.0
             temperature = self.lwf.temperature
 
@@ -319,7 +319,7 @@ def test_distillation_holds_old_answers(tiny) -> None:
 
 
 def refusal(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(scenario, *plugins, **train)
     return caught.value.problems
 
@@ -377,7 +377,7 @@ def test_a_form_with_a_loss_of_its_own_owns_it(tiny) -> None:
 
 @pytest.mark.parametrize("options", [{"lambda_": 2.0}, {"temperature": 1.0}, {"balance": True}])
 def test_options_that_mc_does_not_have_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         LwF(form="mc", **options)
     assert caught.value.problems == (
         "`lwf.form=mc` is one loss: leave `lwf.lambda`, `lwf.temperature` and `lwf.balance` out.",
@@ -388,7 +388,7 @@ def test_options_that_mc_does_not_have_are_refused(options: dict[str, Any]) -> N
     ("option", "value"), [("lambda", -1.0), ("temperature", 0.0), ("form", "heads-on"), ("warm_up", -1)]
 )
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(WrongUse, match=rf"`lwf\.{option}`"):
+    with pytest.raises(UsageError, match=rf"`lwf\.{option}`"):
         LwF(**{option: value})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import clframe
 from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes
 from clframe.backbones import cnn_small, resnet32
-from clframe.errors import RunFailed, WrongUse
+from clframe.errors import RunError, UsageError
 from clframe.model import evaluating, normalizing_by_batch
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lwm import LwM
@@ -278,7 +278,7 @@ def test_attention_reaches_what_is_behind_frozen_convolutions(tiny) -> None:
     ("option", "value"), [("beta", -1.0), ("gamma", -0.1), ("temperature", 0.0), ("distill", "kd"), ("base", "both")]
 )
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(WrongUse, match=rf"`lwm\.{option}`"):
+    with pytest.raises(UsageError, match=rf"`lwm\.{option}`"):
         LwM(**{option: value})
 
 
@@ -552,7 +552,7 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(model: str, optio
             self.steps += 1
 
     trained = Trained()
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(shape=(1, 8, 8)), LwM(**options), trained, model=model)
     assert caught.value.problems == (sentence,)
     assert trained.steps == 0
@@ -567,7 +567,7 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(model: str, optio
     ],
 )
 def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         LwM(**{option: value})
     assert caught.value.problems == (sentence,)
 
@@ -598,7 +598,7 @@ def test_answers_by_hand() -> None:
     values = []
     for distill in ("sigmoid", "softmax"):
         bench = Bench(Maps(), distill=distill, temperature=1.0, beta=0.5)
-        bench.run.old_classes = [0, 1]
+        bench.run.previous_classes = [0, 1]
         bench.lwm.teacher = Fixed([0.0, math.log(3)]).double()
         with torch.no_grad():
             for block in bench.model.head:
@@ -761,7 +761,7 @@ def test_an_error_leaves_no_hook_either(tiny) -> None:
                 raise ZeroDivisionError
 
     lwm, fails = LwM(), Fails()
-    with pytest.raises(RunFailed, match="`fails`"):
+    with pytest.raises(RunError, match="`fails`"):
         learn(tiny(2, shape=(1, 8, 8)), lwm, fails)
     assert not any(m._forward_hooks for net in (fails.model, lwm.teacher) for m in net.modules())
     assert all(p.grad is None for p in lwm.teacher.parameters())

@@ -18,7 +18,7 @@ from clframe import Arrays, Plugin, Scenario, hookimpl, split_classes
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Experience
-from clframe.errors import DataError, Interrupted, WrongUse
+from clframe.errors import DataError, Interrupted, UsageError
 from clframe.plugins.mas import MAS
 from clframe.runs import checkpoint
 from clframe.toolkit import importance
@@ -432,7 +432,7 @@ def test_images_that_cannot_be_used_are_refused(wrong: str, tiny: Callable[..., 
         with file.open("wb") as stream:
             np.savez(stream, x=np.zeros((3, 1, 4, 4)))
     steps: list[Any] = []
-    with pytest.raises((DataError, WrongUse)) as refused:
+    with pytest.raises((DataError, UsageError)) as refused:
         run(tiny(2), MAS(images=file), listeners=[steps.append])
     assert steps == []
     text = str(refused.value)
@@ -611,7 +611,7 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(momentum: float, ti
     ],
 )
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(WrongUse, match=rf"`mas\.{option}`"):
+    with pytest.raises(UsageError, match=rf"`mas\.{option}`"):
         MAS(**{option: value})
 
 

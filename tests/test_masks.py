@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from clframe.backbones import FeatureNet, cnn_small, mlp, resnet18, resnet32
 from clframe.toolkit.norms import TaskNorm, norms_by_task
-from clframe.toolkit.unit_gates import AttentionGate, followed_by, gate_layers, reached
+from clframe.toolkit.unit_gates import AttentionGate, followed_by, gate_layers, propagate_importance
 from clframe.toolkit.weight_masks import (
-    Held,
+    PinnedEntries,
     WeightMask,
     WeightOwner,
     installed,
     layers_of,
     masked_weights,
-    packed,
+    pack_bits,
     threshold,
-    unpacked,
+    unpack_bits,
 )
 
 
@@ -91,10 +91,10 @@ def test_the_real_mask_of_a_layer_gets_the_gradient_of_the_masked_weight_times_t
 @pytest.mark.parametrize("n", range(1, 21))
 def test_bits_are_packed_by_eight_and_come_back(n: int):
     bits = torch.rand(n, generator=generator(n)) < 0.5
-    data = packed(bits)
+    data = pack_bits(bits)
     assert (data.dtype, data.shape) == (torch.uint8, (-(-n // 8),))
-    assert torch.equal(unpacked(data, n), bits)
-    assert torch.equal(unpacked(packed(torch.ones(n, dtype=torch.bool)), n), torch.ones(n, dtype=torch.bool))
+    assert torch.equal(unpack_bits(data, n), bits)
+    assert torch.equal(unpack_bits(pack_bits(torch.ones(n, dtype=torch.bool)), n), torch.ones(n, dtype=torch.bool))
 
 
 def weight_mask(first: int = 1, ternary: bool = False, shape: tuple[int, ...] = (3, 5)) -> tuple[Tensor, WeightMask]:
@@ -235,7 +235,7 @@ def test_held_entries_stay_to_the_bit_and_the_others_move(optimizer: str):
     }
     stepper = steps[optimizer]([weight, bias])
 
-    def step(held: Held | None) -> None:
+    def step(held: PinnedEntries | None) -> None:
         stepper.zero_grad()
         (weight.sin().sum() + bias.square().sum()).backward()
         if held:
@@ -248,7 +248,7 @@ def test_held_entries_stay_to_the_bit_and_the_others_move(optimizer: str):
     rows = torch.tensor([True, False, True, False])
     step(None)
     before = weight.detach().clone(), bias.detach().clone()
-    held = Held([(weight, rows[:, None]), (bias, rows)])
+    held = PinnedEntries([(weight, rows[:, None]), (bias, rows)])
     for _ in range(3):
         step(held)
     for parameter, old in zip((weight, bias), before, strict=True):
@@ -258,7 +258,7 @@ def test_held_entries_stay_to_the_bit_and_the_others_move(optimizer: str):
 
 def test_what_has_no_gradient_is_held_too():
     weight = nn.Parameter(torch.ones(2))
-    held = Held([(weight, torch.tensor([True, False]))])
+    held = PinnedEntries([(weight, torch.tensor([True, False]))])
     held.clear_gradients()
     with torch.no_grad():
         weight.fill_(5)
@@ -430,7 +430,7 @@ def test_units_of_a_linear_layer_are_the_last_dimension():
         x = torch.randn(3, 1, 4, 4, generator=generator())
         expected = plain.two(plain.one(x.view(-1, 4, 4)).relu() * values).mean(1)
         torch.testing.assert_close(net.eval().features(x), expected)
-    found = reached(net, used(one=[1.0, 0.5, 0.25, 0.0], two=[0.0] * 4), (1, 4, 4))
+    found = propagate_importance(net, used(one=[1.0, 0.5, 0.25, 0.0], two=[0.0] * 4), (1, 4, 4))
     assert {name: value.tolist() for name, value in found.items()} == {"one": [1] * 4, "two": [1, 0.5, 0.25, 0]}
 
 
@@ -459,7 +459,7 @@ def gated(net: nn.Module, shape: tuple[int, ...]) -> nn.Module:
 
 def test_what_enters_a_layer_of_a_chain_is_what_the_layer_before_gives():
     net = gated(seeded(mlp, (1, 2, 2), hidden=[3, 2]), (1, 2, 2))
-    found = reached(net, used(**{"net.1": [1.0, 0.25, 0.0], "net.3": [1.0, 0.0]}), (1, 2, 2))
+    found = propagate_importance(net, used(**{"net.1": [1.0, 0.25, 0.0], "net.3": [1.0, 0.0]}), (1, 2, 2))
     assert {name: value.tolist() for name, value in found.items()} == {
         "net.1": [1, 1, 1, 1],  # pixels
         "net.3": [1, 0.25, 0],
@@ -469,7 +469,7 @@ def test_what_enters_a_layer_of_a_chain_is_what_the_layer_before_gives():
 def test_a_flattened_map_brings_each_channel_as_often_as_it_has_pixels():
     layers = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sigmoid(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 2)]
     net = gated(seeded(lambda: FeatureNet(nn.Sequential(*layers), 2)), (1, 6, 6))
-    found = reached(net, used(**{"net.0": [0.0, 0.5], "net.5": [0.0, 1.0]}), (1, 6, 6))
+    found = propagate_importance(net, used(**{"net.0": [0.0, 0.5], "net.5": [0.0, 1.0]}), (1, 6, 6))
     assert found["net.0"].tolist() == [1]
     assert found["net.5"].tolist() == [0] * 4 + [0.5] * 4
 
@@ -482,7 +482,7 @@ def test_a_shortcut_of_option_a_adds_its_units_to_those_in_the_middle():
     units["layer1.2.conv2"][3] = 0.25
     units["layer1.1.conv1"][2] = 1.0
     units["layer2.0.conv2"][0] = 1.0
-    found = reached(net, units, (3, 8, 8))
+    found = propagate_importance(net, units, (3, 8, 8))
     assert found.keys() == units.keys()
     assert found["conv1"].tolist() == [1, 1, 1]
 
@@ -502,7 +502,7 @@ def test_what_passes_another_norm_counts_as_used(norm: nn.Module):
     """A norm of constant maps would give zeros: no protection at all."""
     layers = [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AvgPool2d(2), norm, nn.Conv2d(2, 1, 3), nn.Flatten()]
     net = gated(seeded(lambda: FeatureNet(nn.Sequential(*layers), 4)), (1, 8, 8))
-    found = reached(net, used(**{"net.0": [0.5, 0.0], "net.4": [0.0]}), (1, 8, 8))
+    found = propagate_importance(net, used(**{"net.0": [0.5, 0.0], "net.4": [0.0]}), (1, 8, 8))
     assert found["net.4"].tolist() == [1, 1]
 
 
@@ -521,14 +521,14 @@ def test_parameters_that_are_in_no_layer_pass_on_what_they_take():
 
     net = gated(seeded(Branch), (1, 2, 2))
     before = copy.deepcopy(net.state_dict())
-    assert reached(net, used(one=[0.5, 1.0], two=[0.0, 0.0]), (1, 2, 2))["two"].tolist() == [0.5, 1.0]
+    assert propagate_importance(net, used(one=[0.5, 1.0], two=[0.0, 0.0]), (1, 2, 2))["two"].tolist() == [0.5, 1.0]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_looking_for_what_is_reached_changes_nothing():
     net = gated(NETS["cnn-small"][0](), (1, 8, 8)).train()
     before = copy.deepcopy(net.state_dict())
-    reached(net, {name: gate.used for name, gate in installed(net, AttentionGate).items()}, (1, 8, 8))
+    propagate_importance(net, {name: gate.used for name, gate in installed(net, AttentionGate).items()}, (1, 8, 8))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import IncrementalNet, PerTask, class_mask, evaluating, freeze, masked, snapshot, thaw
 
 
@@ -61,7 +61,7 @@ def test_a_backbone_that_lacks_something_is_refused_by_name(missing):
         else:
             width = 3
 
-    with pytest.raises(WrongUse, match=r"`Half` cannot be a backbone: .*`features\(x\)`.*`width`"):
+    with pytest.raises(UsageError, match=r"`Half` cannot be a backbone: .*`features\(x\)`.*`width`"):
         IncrementalNet(Half())
 
 

@@ -208,7 +208,7 @@ def test_a_teacher_is_a_frozen_network_in_evaluation_mode(name: str) -> None:
                     assert not any(p.requires_grad for p in value.parameters())
                     seen.append(run.experience.index)
 
-    learn(testing.tiny(type(plugin).settings[0]), plugin, Look(), epochs=1)
+    learn(testing.tiny(type(plugin).serves[0]), plugin, Look(), epochs=1)
     assert set(seen) == {1}
 
 

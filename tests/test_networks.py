@@ -14,7 +14,7 @@ from isolating import Answers
 from networks_table import NETWORKS, SHAPE
 from torch import Tensor, nn
 
-from clframe import Results, WrongUse, load, registry, run, testing
+from clframe import Results, UsageError, load, registry, run, testing
 from clframe.deploy.trained import Trained
 from clframe.model import IncrementalNet, snapshot
 from clframe.toolkit.importance import label_cotangents, norm_cotangents
@@ -116,7 +116,7 @@ STILL = ["feature-extraction", "finetune-fc"]  # which train the head, or the en
 def learned(name: str, net: nn.Module, folder: Path | None = None, **settings: Any) -> tuple[Results, Answers]:
     """What the plugin `name` learns of two tasks, or classes of two experiences, and each task's answers over time."""
     plugin = registry.build_plugin(name, SMALL.get(name, {}))
-    setting: Any = "task" if "task" in plugin.settings else plugin.settings[0]
+    setting: Any = "task" if "task" in plugin.serves else plugin.serves[0]
     answers, output = Answers(), str(folder) if folder else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,8 +147,8 @@ def test_in_place_activations_change_nothing_and_the_given_network_stays(name: s
     before = {key: value.clone() for key, value in net.state_dict().items()}
     try:
         results, _ = learned(name, net, tmp_path / "run")
-    except WrongUse as refused:
-        with pytest.raises(WrongUse, match=re.escape(str(refused))):
+    except UsageError as refused:
+        with pytest.raises(UsageError, match=re.escape(str(refused))):
             learned(name, given("convolutions"))
         return
     assert net.state_dict().keys() == before.keys()
@@ -172,7 +172,7 @@ def test_shared_parameters_learn_or_are_refused(kind: str, name: str):
     plugin = registry.plugin_class(name)
     try:
         results, answers = learned(name, given(kind))
-    except WrongUse as refused:
+    except UsageError as refused:
         assert plugin.isolates or name in NEED_MORE
         sentence = str(refused)
         assert any(why in sentence for why in ("weight of another module", "used elsewhere", "choose a", "has none"))
@@ -193,8 +193,8 @@ def test_float64_networks_learn_as_float32_ones(name: str):
     plain = {"optimizer": "sgd", "lr": 0.02}  # Adam divides by the size of the gradient, and so enlarges rounding
     try:
         results, _ = learned(name, given("convolutions").double(), **plain)
-    except WrongUse as refused:
-        with pytest.raises(WrongUse, match=re.escape(str(refused))):
+    except UsageError as refused:
+        with pytest.raises(UsageError, match=re.escape(str(refused))):
             learned(name, given("convolutions"), **plain)
         return
     found, wanted = scores(results.trained), scores(learned(name, given("convolutions"), **plain)[0].trained)

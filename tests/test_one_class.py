@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Outputs, Plugin, Scenario, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.evaluate import NearestMean
 from clframe.model import IncrementalNet
 
@@ -42,7 +42,7 @@ def test_one_class_among_its_own_is_refused_with_what_serves(
     tiny, setting: str, plugin: Any, train: dict[str, Any], advice: str
 ) -> None:
     scenario = tiny(experiences=6, setting=setting, shape=(1, 8, 8))
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(scenario, *([plugin] if plugin else []), model="cnn-small", **train)
     (problem,) = caught.value.problems
     assert problem.startswith("Experience 1 of `tiny` (and 5 more) has one class, `")
@@ -50,7 +50,7 @@ def test_one_class_among_its_own_is_refused_with_what_serves(
 
 
 def test_always_be_dreaming_needs_two_new_classes_after_the_first_experience(tiny) -> None:
-    with pytest.raises(WrongUse, match="experience 2 of `tiny` has one class"):
+    with pytest.raises(UsageError, match="experience 2 of `tiny` has one class"):
         learn(tiny(experiences=2, first=5, shape=(1, 8, 8)), "always-be-dreaming", model="cnn-small")
 
 
@@ -101,7 +101,7 @@ def test_an_extension_has_the_same_rule(tiny, tmp_path, first: int, rest: int) -
     if rest > 1:
         assert clframe.extend(tmp_path / "run", coming).accuracy["task"][-1][-1] is not None
         return
-    with pytest.raises(WrongUse, match=r"Experience 3 of `old\+new` has one class, `new 5`"):
+    with pytest.raises(UsageError, match=r"Experience 3 of `old\+new` has one class, `new 5`"):
         clframe.extend(tmp_path / "run", coming)
 
 

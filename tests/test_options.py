@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from clframe import Plugin, WrongUse
+from clframe import Plugin, UsageError
 from clframe.options import REQUIRED, Count, NonNegative, Option, Positive, Share, options_of, validated
 
 
@@ -33,7 +33,7 @@ def factory(
 
 
 def problems(**given):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         validated(factory, given, "ewc", skip=("input_shape",))
     return list(caught.value.problems)
 
@@ -110,12 +110,12 @@ def test_several_wrong_options_are_all_told():
 
 
 def test_a_required_option_is_asked_for():
-    with pytest.raises(WrongUse, match=r"`x\.input_shape` is required"):
+    with pytest.raises(UsageError, match=r"`x\.input_shape` is required"):
         validated(factory, {}, "x")
 
 
 def test_what_has_no_options_says_so():
-    with pytest.raises(WrongUse, match=r"`none\.a` is not an option of `none`\. It has no options\."):
+    with pytest.raises(UsageError, match=r"`none\.a` is not an option of `none`\. It has no options\."):
         validated(lambda: None, {"a": 1}, "none")
 
 
@@ -128,7 +128,7 @@ def test_option_names_may_be_those_of_pydantic():
 def test_types_that_exist_for_type_checkers_only_are_explained():
     def build(x: "Missing" = 1) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
-    with pytest.raises(WrongUse, match="The options of `build` cannot be read"):
+    with pytest.raises(UsageError, match="The options of `build` cannot be read"):
         validated(build, {}, "x")
 
 
@@ -140,7 +140,7 @@ class Small(Plugin):
 
 
 def test_a_plugin_built_in_python_is_validated_and_its_repr_rebuilds_it():
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         Small(lambda_=-1, n=7)
     assert caught.value.problems == (
         "`small.lambda` is -1: it should be greater than 0.",

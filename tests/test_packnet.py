@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.packnet import PackNet
 from clframe.toolkit.weight_masks import WeightOwner, installed
 
@@ -267,17 +267,17 @@ def test_more_tasks_than_a_byte_tells_apart_are_refused(n: int):
         "many", "task", [[2 * k, 2 * k + 1] for k in range(n)], [str(k) for k in range(2 * n)], (1, 4, 4), load
     )
     refused = n > 255
-    with pytest.raises(WrongUse if refused else Exception) as caught:
+    with pytest.raises(UsageError if refused else Exception) as caught:
         clframe.run(scenario, Tiny(), [PackNet()], train={"epochs": 1})
     if refused:
-        assert isinstance(caught.value, WrongUse)
+        assert isinstance(caught.value, UsageError)
         (problem,) = caught.value.problems
         assert problem.startswith("`packnet` can distinguish 255 tasks, and the scenario has 256 experiences")
     else:
-        assert not isinstance(caught.value, WrongUse)
+        assert not isinstance(caught.value, UsageError)
 
 
 @pytest.mark.parametrize("prune", [0, 1, -0.5])
 def test_a_share_that_prunes_nothing_or_all_is_refused(prune: float):
-    with pytest.raises(WrongUse, match=r"`packnet\.prune`"):
+    with pytest.raises(UsageError, match=r"`packnet\.prune`"):
         PackNet(prune=prune)

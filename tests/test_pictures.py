@@ -40,7 +40,7 @@ def test_a_run_keeps_what_a_plugin_shows(tiny, tmp_path: Path):
 
         @hookimpl
         def after_experience(self, run, experience):
-            run.show("showing/first", experience.train.x[:4])
+            run.log_images("showing/first", experience.train.x[:4])
 
     scenario = tiny(shape=(1, 8, 8))
     clframe.run(scenario, "mlp-100", [Showing()], run={"output": str(tmp_path / "run"), "tensorboard": True})

@@ -17,7 +17,7 @@ from torch import Tensor
 import clframe
 from clframe import IncrementalNet, Plugin, Scenario, hookimpl, split_classes
 from clframe.backbones import cnn_small, mlp
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import evaluating
 from clframe.plugins.piggyback import Piggyback
 from clframe.toolkit.norms import TaskNorm
@@ -258,6 +258,6 @@ def test_a_task_costs_a_bit_for_each_weight_and_its_head(tiny_arrays, tmp_path: 
 @pytest.mark.parametrize("threshold", [0.02, 0.03])
 def test_a_threshold_that_no_mask_exceeds_is_refused(tiny, threshold: float):
     sentence = rf"^`piggyback\.threshold` is {threshold:g}, .* `piggyback\.init`, 0\.02: choose a lower threshold\.$"
-    with pytest.raises(WrongUse, match=sentence) as caught:
+    with pytest.raises(UsageError, match=sentence) as caught:
         learn(tiny(shape=SHAPE, setting="task"), Piggyback(init=0.02, threshold=threshold))
     assert len(caught.value.problems) == 1

@@ -15,8 +15,8 @@ from PIL import Image
 
 import clframe
 from clframe.cli.main import main
-from clframe.data.files import image_files, look_of, read_image
-from clframe.errors import DataError, WrongUse
+from clframe.data.files import image_files, image_format_of, read_image
+from clframe.errors import DataError, UsageError
 from clframe.metrics import fitted_temperature, negative_log_likelihood
 
 TRAIN = {"epochs": 4, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
@@ -128,7 +128,7 @@ def test_an_image_of_any_mode_gives_the_same_values(tmp_path: Path, mode: str, c
     else:
         image = Image.fromarray(values).convert("RGB" if mode == "CMYK" else "L").convert(mode)
     image.save(tmp_path / "image.tif")
-    found = read_image(tmp_path / "image.tif", look_of((channels, 2, 3)), 255)
+    found = read_image(tmp_path / "image.tif", image_format_of((channels, 2, 3)), 255)
     assert found.dtype == torch.uint8
     assert found.tolist() == [values.tolist()] * channels
 
@@ -137,11 +137,11 @@ def test_an_image_of_another_size_covers_the_models_and_is_cut_around_its_centre
     values = np.zeros((4, 12), dtype=np.uint8)
     values[:, 4:8] = 200
     Image.fromarray(values).save(tmp_path / "wide.png")
-    assert read_image(tmp_path / "wide.png", look_of((1, 4, 4)), 255).tolist() == [[[200] * 4] * 4]
+    assert read_image(tmp_path / "wide.png", image_format_of((1, 4, 4)), 255).tolist() == [[[200] * 4] * 4]
     assert torch.allclose(
-        read_image(tmp_path / "wide.png", look_of((1, 4, 4)), 16), torch.full((1, 4, 4), 200 * 16 / 255)
+        read_image(tmp_path / "wide.png", image_format_of((1, 4, 4)), 16), torch.full((1, 4, 4), 200 * 16 / 255)
     )
-    assert read_image(tmp_path / "wide.png", look_of((3, 2, 2)), 255).shape == (3, 2, 2)
+    assert read_image(tmp_path / "wide.png", image_format_of((3, 2, 2)), 255).shape == (3, 2, 2)
 
 
 def test_an_image_is_turned_as_its_camera_says(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
-    assert read_image(tmp_path / "turned.png", look_of((1, 2, 2)), 255).tolist() == [[[0, 0], [0, 255]]]
+    assert read_image(tmp_path / "turned.png", image_format_of((1, 2, 2)), 255).tolist() == [[[0, 0], [0, 255]]]
 
 
 def test_folders_are_searched_for_images_and_named_files_are_taken_as_they_are(tmp_path: Path):
@@ -178,7 +178,7 @@ def test_a_task_leaves_its_classes_alone(run: Any, tiny: Any):
     trained = clframe.load(run(setting="task"))
     x = tiny()[1].test.x
     assert trained.needs_task
-    with pytest.raises(WrongUse, match="answers within a task only"):
+    with pytest.raises(UsageError, match="answers within a task only"):
         trained.predict(x)
     found = trained.predict(x, task=1, top=6)
     assert {a.name for p in found for a in p.answers} == {"class 2", "class 3"}
@@ -194,7 +194,7 @@ def test_arrays_are_taken_as_one_or_as_a_list(run: Any, tiny: Any):
     for given in (x.numpy(), list(x), list(x.numpy())):
         assert trained.predict(given) == expected
     assert trained.predict([]) == []
-    with pytest.raises(WrongUse, match=r"several shapes, such as \[1, 4, 4\] and \[1, 5, 5\]"):
+    with pytest.raises(UsageError, match=r"several shapes, such as \[1, 4, 4\] and \[1, 5, 5\]"):
         trained.predict([x[0], torch.zeros(1, 5, 5)])
 
 
@@ -217,15 +217,15 @@ def test_wrong_input_is_told_in_a_sentence_each(run: Any, tmp_path: Path):
         trained.predict(tmp_path / "empty")
     with pytest.raises(DataError, match=r"There is no file or folder .*nothing"):
         trained.predict(tmp_path / "nothing")
-    with pytest.raises(WrongUse, match="There is no task 3: this model has learnt the tasks 0 to 2"):
+    with pytest.raises(UsageError, match="There is no task 3: this model has learnt the tasks 0 to 2"):
         trained.predict(image, task=3)
-    with pytest.raises(WrongUse, match="`top` is 0"):
+    with pytest.raises(UsageError, match="`top` is 0"):
         trained.predict(image, top=0)
-    with pytest.raises(WrongUse, match=r"The images are \[3, 4, 4\], and this model takes \[1, 4, 4\]"):
+    with pytest.raises(UsageError, match=r"The images are \[3, 4, 4\], and this model takes \[1, 4, 4\]"):
         trained.predict(torch.zeros(2, 3, 4, 4))
-    with pytest.raises(WrongUse, match="There are 2 images and 3 tasks"):
+    with pytest.raises(UsageError, match="There are 2 images and 3 tasks"):
         trained.predict(torch.zeros(2, 1, 4, 4), task=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(WrongUse, match=r"takes arrays of shape \[5, 4, 4\], which no image file has"):
+    with pytest.raises(UsageError, match=r"takes arrays of shape \[5, 4, 4\], which no image file has"):
         clframe.load(run(name="odd", shape=(5, 4, 4))).predict(image)
 
 

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from clframe import Plugin, RunFailed, WrongUse, compose, contract, hookimpl, registry
+from clframe import Plugin, RunError, UsageError, compose, contract, hookimpl, registry
 from clframe.config import resolve
 from clframe.hooks import HOOKS
 from clframe.settings import RunSettings
@@ -59,7 +59,7 @@ instance = Noise()
 
 
 def refusal(call, *arguments):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         call(*arguments)
     return "\n".join(caught.value.problems)
 
@@ -213,7 +213,7 @@ def test_a_class_with_another_name_than_its_entry_point_is_refused(install):
 def test_a_third_party_that_raises_is_blamed(install):
     source = "def build(x: int = 1):\n    return 1 / 0\ndef other():\n    return 5\nthing = 5"
     install("acme", source, scenarios={"bad": "acme:build", "odd": "acme:other", "thing": "acme:thing"})
-    with pytest.raises(RunFailed, match="scenario `bad` of package `acme` failed: ZeroDivisionError"):
+    with pytest.raises(RunError, match="scenario `bad` of package `acme` failed: ZeroDivisionError"):
         registry.build_scenario({"name": "bad"}, RunSettings())
     assert "built 5, not a `Scenario`" in refusal(registry.build_scenario, {"name": "odd"}, RunSettings())
     assert "is 5, which cannot be called" in refusal(registry.builder, "scenario", "thing")
@@ -425,7 +425,7 @@ def test_two_that_isolate_tasks_are_refused_in_one_sentence():
     """Not in one for each, nor in another for the hook that both answer."""
     sentence = "`apart` and `isolating` each decide what of the network a task may use; leave out one of them."
     for plugins in ([Isolating(), Apart()], [Apart(), Isolating()]):
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             compose.manager(plugins)
         assert caught.value.problems == (sentence,)
 
@@ -440,7 +440,7 @@ def test_the_methods_that_isolate_tasks_say_so():
     isolating = {n for n in registry.names("plugin") if registry.plugin_class(n).isolates}
     assert isolating == {"channel-gating", "duplicate", "hat", "packnet", "piggyback"}
     for name in isolating - {"channel-gating"}:
-        assert registry.plugin_class(name).settings == ("task",)
+        assert registry.plugin_class(name).serves == ("task",)
 
 
 def test_what_is_no_plugin_instance_is_refused():

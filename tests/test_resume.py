@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import clframe
 from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, hookimpl, snapshot
 from clframe.engine import Engine
-from clframe.errors import DataError, Interrupted, RunFailed, WrongUse
+from clframe.errors import DataError, Interrupted, RunError, UsageError
 from clframe.evaluate import ModelPredictor
 from clframe.runs import checkpoint
 from clframe.runs.folder import RunFolder
@@ -375,7 +375,7 @@ def test_two_processes_cannot_work_on_one_folder(stopped: Path):
 
 def test_a_run_folder_that_exists_is_refused_and_left_alone(stopped: Path):
     before = sorted(stopped.rglob("*"))
-    with pytest.raises(WrongUse, match=f"clframe resume {stopped}"):
+    with pytest.raises(UsageError, match=f"clframe resume {stopped}"):
         clframe.run("split-digits", run={"output": str(stopped)})
     assert sorted(stopped.rglob("*")) == before
 
@@ -386,7 +386,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(stopped: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(RunFailed, match=r"No space left on device.*last good checkpoint is kept"):
+        with pytest.raises(RunError, match=r"No space left on device.*last good checkpoint is kept"):
             clframe.resume(stopped)
     assert [p.name for p in sorted((stopped / "checkpoints").iterdir())] == ["000002", "000003"]
     clframe.resume(stopped)
@@ -526,12 +526,12 @@ def test_what_kept_a_checkpoint_from_being_written_is_told_once_and_stops_the_ru
     folder = opened(tmp_path / "alone")
     for number in range(2):
         folder.save({"number": number})
-    with pytest.raises(RunFailed, match=r"000002 could not be written \(.*No space left.*000001 is kept"):
+    with pytest.raises(RunError, match=r"000002 could not be written \(.*No space left.*000001 is kept"):
         folder.save({"number": 2})
     folder.settle()
     folder.close()
     written.clear()
-    with pytest.raises(RunFailed, match=r"000002 could not be written \(.*No space left.*000001 is kept: make room"):
+    with pytest.raises(RunError, match=r"000002 could not be written \(.*No space left.*000001 is kept: make room"):
         clframe.run(tiny(), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "run"), "predictions": False})
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000001"]
     assert not (tmp_path / "run" / "results.json").exists()
@@ -549,7 +549,7 @@ def test_a_run_whose_first_checkpoint_fails_is_resumed_from_the_beginning(tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "sync", lambda path: full(path) if "checkpoints" in str(path) else None)
-        with pytest.raises(RunFailed, match="there is none yet: make room and resume, which begins the run again"):
+        with pytest.raises(RunError, match="there is none yet: make room and resume, which begins the run again"):
             clframe.run(**given, train={"iterations": 2}, run={**settings, "output": str(tmp_path / "run")})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert clframe.resume(tmp_path / "run").data == whole.data

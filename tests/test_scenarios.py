@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from clframe.data.build import Arrays
 from clframe.data.transform import Transform
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.options import options_of, validated
 from clframe.scenarios import cifar, digits, mnist, sources, streams
 from clframe.settings import TrainSettings
@@ -73,7 +73,7 @@ def test_every_option_is_documented_and_has_a_default(build):
     assert build.__doc__.count("Options:") == 1
     for option, value in (("experiences", 0), ("limit", 0), ("setting", "both"), ("seed", -1)):
         if option in {o.name for o in options}:
-            with pytest.raises(WrongUse, match=f"`scenario.{option}` is {value!r}"):
+            with pytest.raises(UsageError, match=f"`scenario.{option}` is {value!r}"):
                 validated(build, {option: value}, "scenario", skip=("data_root",))
 
 
@@ -137,7 +137,7 @@ def test_orders(build, root):
     assert reversed_.class_order == tuple(chosen)
     assert reversed_.class_names == natural.class_names[::-1]
     assert built(build, root, order="random").class_order == built(build, root, order="random", seed=0).class_order
-    with pytest.raises(WrongUse, match=r"`scenario.order` is \[0, 1\]"):
+    with pytest.raises(UsageError, match=r"`scenario.order` is \[0, 1\]"):
         built(build, root, order=[0, 1])
 
 
@@ -154,7 +154,7 @@ def test_icarl_order(root):
     order = built(cifar.split_cifar100, root, order="icarl").class_order
     assert order[:16] == (68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9)
     assert sorted(order) == list(range(100))
-    with pytest.raises(WrongUse, match=r"`scenario\.order` is 'icarl'"):
+    with pytest.raises(UsageError, match=r"`scenario\.order` is 'icarl'"):
         validated(cifar.split_cifar10, {"order": "icarl"}, "scenario", skip=("data_root",))
 
 

@@ -13,7 +13,7 @@ from clframe import Plugin, Scenario, hookimpl
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Experience
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import IncrementalNet
 from clframe.plugins.lwf import LwF
 from clframe.plugins.mas import MAS
@@ -477,7 +477,7 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(tiny: Callable[...,
     ("option", "value"), [("c", -1.0), ("c", float("inf")), ("xi", 0.0), ("xi", -0.1), ("heads", 2), ("lambda", 1.0)]
 )
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(WrongUse, match=rf"`si\.{option}`"):
+    with pytest.raises(UsageError, match=rf"`si\.{option}`"):
         SI(**{option: value})
 
 

@@ -20,7 +20,7 @@ from clframe.cli.main import main
 from clframe.config import resolve
 from clframe.data import split_file
 from clframe.data.pictures import CAPTION, GAP, png, sheet
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.settings import RunSettings
 
 
@@ -97,7 +97,7 @@ def test_other_data_and_other_splits_are_refused_in_one_sentence(saved):
 def test_what_the_file_settles_cannot_be_given_anew(saved, option, value):
     told = rf"`scenario.{option}` is \"?{value}\"?, and split.json settles it as \"?(5|random|20)\"?: leave it out"
     for where in ({"scenario": {"name": "split.json", option: value}}, {"sets": [f"scenario.{option}={value}"]}):
-        with pytest.raises(WrongUse, match=told):
+        with pytest.raises(UsageError, match=told):
             resolve(**{"scenario": "split.json", **where})
 
 
@@ -126,11 +126,11 @@ def test_a_file_that_holds_no_scenario_is_refused(saved, tmp_path):
             os.mkfifo(name)
         elif text is not None:
             (tmp_path / name).write_text(text)
-        with pytest.raises(WrongUse, match=told) as caught:
+        with pytest.raises(UsageError, match=told) as caught:
             resolve(scenario=name)
         assert len(caught.value.problems) == 1
     for pinned in (3, {"data": "x"}, {"data": "x", "split": 1}):
-        with pytest.raises(WrongUse, match=r"`scenario.pinned` is .* it must hold the checksums `data` and `split`"):
+        with pytest.raises(UsageError, match=r"`scenario.pinned` is .* it must hold the checksums `data` and `split`"):
             resolve(scenario={"name": "split-digits", "pinned": pinned})
 
 
@@ -193,7 +193,7 @@ def test_a_sheet_has_a_row_for_each_experience_with_its_classes_in_turn(tiny):
 
 
 def test_there_is_no_sheet_of_what_is_no_image(tiny):
-    with pytest.raises(WrongUse, match=r"The data of `tiny` are \[16\], no images"):
+    with pytest.raises(UsageError, match=r"The data of `tiny` are \[16\], no images"):
         sheet(tiny(shape=(16,)))
 
 
@@ -203,7 +203,7 @@ def test_sums_are_those_of_the_numbers_written_out():
     scenario = registry.build_scenario({"name": "split-digits", "limit": 2}, RunSettings())
     data = scenario[0].train
     numbers = np.array([*data.index.tolist(), *data.y.tolist()], dtype="<i8")
-    assert split_file.described({"name": "split-digits"}, scenario, 0)["experiences"][0]["train"] == {
+    assert split_file.describe_split({"name": "split-digits"}, scenario, 0)["experiences"][0]["train"] == {
         "images": 4,
         "sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
     }

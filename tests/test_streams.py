@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clframe import DataError, Plugin, RunFailed, errors, hookimpl
+from clframe import DataError, Plugin, RunError, errors, hookimpl
 from clframe.api import run as learn
 from clframe.cli import main as cli
 from clframe.cli import show
@@ -157,7 +157,7 @@ def test_out_of_memory_has_many_words_and_is_no_bug(tiny, monkeypatch, capsys, s
     assert capsys.readouterr().err.startswith("clframe: Out of memory: ")
     monkeypatch.setattr("clframe.engine.step", fails)
     with pytest.raises(
-        RunFailed, match=r"Out of memory on cpu in experience 1 of 3: a run with a smaller `train.batch_size`"
+        RunError, match=r"Out of memory on cpu in experience 1 of 3: a run with a smaller `train.batch_size`"
     ):
         learn(tiny(), "mlp-100", train={"iterations": 1})
 
@@ -204,7 +204,7 @@ class Careless(Plugin):
 
 
 def test_a_plugin_that_misses_a_file_is_named(tiny):
-    with pytest.raises(RunFailed, match=r"plugin `careless` raised in its hook `after_step`: FileNotFoundError"):
+    with pytest.raises(RunError, match=r"plugin `careless` raised in its hook `after_step`: FileNotFoundError"):
         learn(tiny(), "mlp-100", [Careless()], train={"iterations": 1})
 
 
@@ -213,7 +213,7 @@ def test_an_error_of_the_system_in_the_loop_says_where(tiny, tmp_path: Path, mon
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a/file")
 
     monkeypatch.setattr("clframe.engine.step", fails)
-    with pytest.raises(RunFailed, match=r"in experience 1 of 3: Too many open files \(a/file\)\. The last good check"):
+    with pytest.raises(RunError, match=r"in experience 1 of 3: Too many open files \(a/file\)\. The last good check"):
         learn(tiny(), "mlp-100", train={"iterations": 1}, run={"output": str(tmp_path / "run"), "tensorboard": False})
 
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 import clframe
-from clframe import WrongUse, registry
+from clframe import UsageError, registry
 from clframe.config import resolve
 from clframe.options import suited, validated
 from clframe.plugins.ewc import EWC
@@ -75,7 +75,7 @@ def of_settings(kind: type[TrainSettings] | type[RunSettings], name: str, beside
         try:
             return getattr(kind(**beside, **{name: value}), name)
         except ValidationError as error:
-            raise WrongUse(str(error)) from error
+            raise UsageError(str(error)) from error
 
     return put
 
@@ -110,7 +110,7 @@ def test_the_same_in_another_type_is_taken_and_what_is_not_the_same_is_refused(n
             for other in others:
                 assert same(put(other), expected), other
             for wrong in (value for value in refused if type(value) not in kinds):
-                with pytest.raises(WrongUse):
+                with pytest.raises(UsageError):
                     put(wrong)
         elif get_origin(kind) is list:
             [of] = members(get_args(kind)[0])
@@ -118,11 +118,11 @@ def test_the_same_in_another_type_is_taken_and_what_is_not_the_same_is_refused(n
             for other in (expected, tuple(expected), np.array(expected), [typed(value) for value in expected]):
                 assert same(put(other), expected), other
             for wrong in ([2.5, "x"], [True, True], ["abc"], np.array([[1, 2], [3, 4]])):
-                with pytest.raises(WrongUse):
+                with pytest.raises(UsageError):
                     put(wrong)
         elif get_origin(kind) is Literal:
             assert same(put(np.str_(get_args(kind)[0])), get_args(kind)[0])
-            with pytest.raises(WrongUse):
+            with pytest.raises(UsageError):
                 put(PurePosixPath(get_args(kind)[0]))
         else:
             assert name == "train.first"
@@ -185,11 +185,11 @@ def test_a_run_takes_them_and_its_record_holds_numbers_that_yaml_has(tmp_path: P
 
 def test_a_setting_of_the_command_line_takes_a_whole_float_alone():
     assert resolve(sets=["train.batch_size=2e1"]).train.batch_size == 20
-    with pytest.raises(WrongUse, match=r"`train\.batch_size` is 2.5: it should be a valid integer"):
+    with pytest.raises(UsageError, match=r"`train\.batch_size` is 2.5: it should be a valid integer"):
         resolve(sets=["train.batch_size=25e-1"])
 
 
 def test_a_path_names_a_scenario_and_the_run_to_start_from(tmp_path: Path):
-    with pytest.raises(WrongUse, match="There is no scenario `somewhere"):
+    with pytest.raises(UsageError, match="There is no scenario `somewhere"):
         resolve(scenario=Path("somewhere"))
     assert resolve(model={"name": "mlp", "start": tmp_path}).model["start"] == str(tmp_path)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clframe
-from clframe import DataError, Results, WrongUse, registry
+from clframe import DataError, Results, UsageError, registry
 from clframe.api import extension_config
 from clframe.cli.main import main
 from clframe.engine import Engine
@@ -396,7 +396,7 @@ def test_a_folder_with_a_users_own_files_is_never_taken(tmp_path: Path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "split.json").write_text("{}")
-    with pytest.raises(WrongUse, match="not empty, and no run folder"):
+    with pytest.raises(UsageError, match="not empty, and no run folder"):
         begin(folder)
     assert (folder / "split.json").read_text() == "{}"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clframe import ImageData, Scenario, Transform
 from clframe.config import resolve
 from clframe.context import Run
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import IncrementalNet, PerTask
 from clframe.runs.checkpoint import pack, unpack
 from clframe.toolkit.rehearsal import Recipe
@@ -271,5 +271,5 @@ def test_what_cannot_be_remembered_is_refused(tiny) -> None:
     ]
     bright = ImageData(torch.full((2, 1, 4, 4), 300.0), torch.zeros(2))
     Recollection(6, None, None, 1).check(run_of(tiny()), "me", bright)
-    with pytest.raises(WrongUse, match="`me` generates images from 0 to 1, and those given"):
+    with pytest.raises(UsageError, match="`me` generates images from 0 to 1, and those given"):
         Recollection(6, None, SMALL, 1).check(run_of(tiny()), "me", bright)

@@ -364,7 +364,7 @@ def test_a_writer_that_fails_ends_the_run_in_a_sentence_and_prints_nothing(tmp_p
     monkeypatch.setattr(threading, "excepthook", reported.append)
     mine = threading.excepthook
     monkeypatch.setattr(RecordWriter, "write", full)
-    with pytest.raises(clframe.errors.RunFailed, match="No space left"):
+    with pytest.raises(clframe.errors.RunError, match="No space left"):
         clframe.run("split-digits", "mlp", train={"iterations": 2}, run={"output": str(tmp_path / "run")})
     assert reported == []
     assert threading.excepthook is mine

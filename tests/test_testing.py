@@ -79,7 +79,7 @@ class Anything(Plugin):
     """Declares that it serves tasks, and its own refusal is about something else."""
 
     name = "bad"
-    settings = ("task",)
+    serves = ("task",)
 
     def problems(self, run):
         raise ValueError("nothing to do with settings")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import clframe
-from clframe import Arrays, DataError, ImageData, Scenario, Transform, WrongUse, change_domains, split_classes
+from clframe import Arrays, DataError, ImageData, Scenario, Transform, UsageError, change_domains, split_classes
 
 N = 24
 RAW = torch.randint(256, (2 * N, 3, 6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_trained_model_takes_raw_images_alone(kind: str, trained: Any):
     x = torch.as_tensor(WRONG[kind][0]())[:N]
     for ask in (trained, trained.predict):
-        with pytest.raises(WrongUse, match=r"^The images (have values|are \[6, 8)"):
+        with pytest.raises(UsageError, match=r"^The images (have values|are \[6, 8)"):
             ask(x)
     expected = trained(RAW[:N])
     assert torch.equal(trained(RAW[:N].float()), expected)
@@ -189,7 +189,7 @@ def test_domains_follow_the_same_rule():
     with pytest.raises(DataError, match="19 of the 24 test images of `shapes`"):
         change_domains("d", both, same, experiences=2)
     assert len(change_domains("d", both, same, experiences=2, duplicates="drop")[1].train) == 5
-    with pytest.raises(WrongUse, match=r"`scenario.duplicates`"):
+    with pytest.raises(UsageError, match=r"`scenario.duplicates`"):
         change_domains("d", both, same, experiences=2, duplicates="dorp")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lfl import LFL
 from clframe.plugins.lwf import LwF
@@ -137,20 +137,20 @@ def test_the_phase_of_another_plugin_is_not_brought_unless_asked_for(tiny):
     ],
 )
 def test_two_that_ask_for_it_are_refused_by_name(tiny, plugins: Any, names: str):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(setting="task"), *plugins())
     assert caught.value.problems == (f"Both {names} bring a phase `warm-up`; name one of them.",)
 
 
 def test_in_domains_there_is_no_new_head(tiny):
-    with pytest.raises(WrongUse) as caught:
+    with pytest.raises(UsageError) as caught:
         learn(tiny(setting="domain"), WarmUp())
     assert caught.value.problems == (
         "The plugin `warm-up` cannot serve the setting `domain` of `tiny`; it serves `class` and `task`: choose with "
         "`--setting`.",
     )
     for plugin in (LwF(warm_up=1.0), LFL(warm_up=1.0)):
-        with pytest.raises(WrongUse) as caught:
+        with pytest.raises(UsageError) as caught:
             learn(tiny(setting="domain"), plugin)
         assert caught.value.problems == (
             f"`{plugin.name}.warm_up` trains the head of new classes, and in the domain setting no experience brings "
@@ -160,5 +160,5 @@ def test_in_domains_there_is_no_new_head(tiny):
 
 @pytest.mark.parametrize("length", [0, -1.0, float("inf")])
 def test_a_length_that_is_none_is_refused(length: float):
-    with pytest.raises(WrongUse, match=r"`warm-up.length` is "):
+    with pytest.raises(UsageError, match=r"`warm-up.length` is "):
         WarmUp(length=length)

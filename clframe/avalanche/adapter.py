@@ -16,7 +16,7 @@ from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Scenario
 from clframe.data.streams import stream_problems
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import IncrementalNet, Outputs
 from clframe.plugin import Plugin
 from clframe.settings import Config, RunSettings, TrainSettings
@@ -39,7 +39,7 @@ def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "d
         An instance of a class that derives from Avalanche's `SupervisedPlugin`.
 
     Raises:
-        WrongUse: if the plugin needs what a strategy of Avalanche has no place for.
+        UsageError: if the plugin needs what a strategy of Avalanche has no place for.
     """
     with quiet(Warning):
         from avalanche.training.plugins import SupervisedPlugin
@@ -51,12 +51,12 @@ def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "d
         if hook not in ADAPTED and not (hook == "base_loss" and not plugin.owns(hook))
     ]
     if needed:
-        raise WrongUse(
+        raise UsageError(
             f"`{plugin.name}` cannot run inside Avalanche, whose strategies have no place for its hook `{needed[0]}`: "
             "run it in clframe."
         )
     if scenario.setting == "task":
-        raise WrongUse(
+        raise UsageError(
             f"`{plugin.name}` cannot run inside Avalanche on a benchmark of several tasks, only with one head for all "
             "classes: give `setting='class'` or `setting='domain'`."
         )
@@ -64,7 +64,7 @@ def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "d
     return adapted(plugin, scenario)
 
 
-class Around(IncrementalNet):
+class AvalancheModel(IncrementalNet):
     """A network of Avalanche as clframe's plugins see one: its last linear layer is the head, all of it the backbone.
 
     Args:
@@ -76,7 +76,7 @@ class Around(IncrementalNet):
         nn.Module.__init__(self)
         last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1:]
         if not last or last[0].out_features <= int(order.max()):
-            raise WrongUse(
+            raise UsageError(
                 f"The model must end in a linear layer of at least {int(order.max()) + 1} scores, one for each class "
                 "of the benchmark, from the start."
             )
@@ -130,7 +130,7 @@ class _Adapted:
         self.hook.before_experience(run=run, experience=run.experience)
         phases: Any = self.hook.phases(run=run, experience=run.experience)
         if any(phases):
-            raise WrongUse(
+            raise UsageError(
                 f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of "
                 "Avalanche has no place."
             )
@@ -186,10 +186,10 @@ class _Adapted:
 
         plugin, scenario = self.plugin, self.scenario
         if any(isinstance(module, DynamicModule) for module in strategy.model.modules()):
-            raise WrongUse(
+            raise UsageError(
                 f"`{plugin.name}` cannot run inside Avalanche with a model that grows: give it all its classes."
             )
-        self.model = Around(strategy.model, torch.tensor(scenario.class_order))
+        self.model = AvalancheModel(strategy.model, torch.tensor(scenario.class_order))
         train = {"batch_size": strategy.train_mb_size, "logits": "all", "clip": 0.0}
         if isinstance(strategy.optimizer, torch.optim.SGD):  # its rate limits quadratic penalties
             group = strategy.optimizer.param_groups[0]
@@ -203,7 +203,7 @@ class _Adapted:
         )
         self.run = Run(config, scenario, self.model, [plugin], strategy.device)
         problems = [*stream_problems(self.run), *plugin.problems(self.run)]
-        if scenario.setting not in plugin.settings:
+        if scenario.setting not in plugin.serves:
             problems.append(f"`{plugin.name}` cannot serve the setting `{scenario.setting}`.")
         if (wanted := plugin.wanted_logits(self.run)) not in (None, "all"):
             problems.append(
@@ -211,7 +211,7 @@ class _Adapted:
                 "of Avalanche is over all classes: choose another form."
             )
         if problems:
-            raise WrongUse(*problems)
+            raise UsageError(*problems)
         plugin.has_run = True
         self.hook.before_run(run=self.run)
 

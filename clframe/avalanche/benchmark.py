@@ -16,7 +16,7 @@ from torch import Tensor
 from clframe.data.batch import ImageData
 from clframe.data.scenario import Part, Scenario, Setting
 from clframe.data.transform import Transform
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 
 
 def from_avalanche(
@@ -49,7 +49,7 @@ def from_avalanche(
             stay as they are.
 
     Raises:
-        WrongUse: if the object is no such benchmark, or cannot be learnt in this setting.
+        UsageError: if the object is no such benchmark, or cannot be learnt in this setting.
         DataError: if its data does not fit together.
     """
     parts = {part: _stream(benchmark, part) for part in ("train", "test")}
@@ -58,7 +58,7 @@ def from_avalanche(
     tasks = [i if task is None else task for i, task in enumerate(told)]
     setting = setting or _setting(data, told)
     if setting == "task" and len(set(tasks)) < len(tasks):
-        raise WrongUse(
+        raise UsageError(
             f"The experiences of `{name}` have the tasks {tasks}; in the task setting each must have one of its own: "
             "give `setting='class'` or `setting='domain'`."
         )
@@ -94,7 +94,7 @@ class _Data:
 
     def __init__(self, train: Sequence[Any], test: Sequence[Any], name: str) -> None:
         if len(test) not in (1, len(train)):
-            raise WrongUse(
+            raise UsageError(
                 f"`{name}` has {len(train)} experiences to learn and {len(test)} to test; there must be one test "
                 "experience for each, or one for all."
             )
@@ -154,7 +154,7 @@ def _stream(benchmark: Any, part: str) -> list[Any]:
     stream = getattr(benchmark, f"{part}_stream", None)
     experiences = list(stream) if isinstance(stream, Iterable) else []
     if not experiences or not all(hasattr(experience, "dataset") for experience in experiences):
-        raise WrongUse(
+        raise UsageError(
             f"{type(benchmark).__name__} cannot be read as a benchmark: it needs a `{part}_stream` of experiences, "
             "each with a `dataset`."
         )
@@ -178,7 +178,7 @@ def _task(experience: Any, where: str) -> int | None:
     try:
         label = getattr(experience, "task_label", None)
     except ValueError:  # Avalanche's property, where there are several
-        raise WrongUse(f"There are images of several tasks in {where}; there must be one task for each.") from None
+        raise UsageError(f"There are images of several tasks in {where}; there must be one task for each.") from None
     if label is None and len(sample := experience.dataset[0]) > 2:
         label = sample[2]
     return None if label is None else int(label)
@@ -197,7 +197,7 @@ def _names(columns: dict[tuple[int, int], int], given: Any, name: str) -> list[s
         words = [str(c) if given is None else str(given[c]) for _, c in columns]
     except (IndexError, KeyError):
         most = max(c for _, c in columns)
-        raise WrongUse(f"`class_names` of `{name}` has {len(given)} names, but there is a class {most}.") from None
+        raise UsageError(f"`class_names` of `{name}` has {len(given)} names, but there is a class {most}.") from None
     return [f"{word} ({task})" if repeated else word for word, (task, _) in zip(words, columns, strict=True)]
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clframe.data.files import Images, LazyImages, joined
+from clframe.data.files import Images, LazyImages, concat_images
 from clframe.errors import DataError
 
 Column = TypeVar("Column", Tensor, LazyImages, Images)
@@ -183,7 +183,7 @@ class ImageData:
         if len(parts) == 1:
             return parts[0]
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[1:]}
-        return ImageData(joined([part.images for part in parts]), **columns, targets=_join_targets(parts))
+        return ImageData(concat_images([part.images for part in parts]), **columns, targets=_join_targets(parts))
 
 
 def _pick(column: Column, where: Tensor | slice) -> Column:
@@ -194,9 +194,9 @@ def _pick(column: Column, where: Tensor | slice) -> Column:
 
 
 def _join_targets(parts: Sequence[Batch] | Sequence[ImageData]) -> dict[str, Tensor]:
-    joined = {}
+    concat_images = {}
     for name in dict.fromkeys(name for part in parts for name in part.targets):
         like = next(part.targets[name] for part in parts if name in part.targets)
         rows = [part.targets.get(name, like.new_zeros(len(part), *like.shape[1:])) for part in parts]
-        joined[name] = torch.cat(rows)
-    return joined
+        concat_images[name] = torch.cat(rows)
+    return concat_images

@@ -21,7 +21,7 @@ from clframe.data.files import Images, LazyImages
 from clframe.data.scenario import Part, Scenario, Setting, names_of
 from clframe.data.transform import Transform, check_transform
 from clframe.data.values import check_images
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.options import validated
 from clframe.system.reading import expanded
 from clframe.system.texts import told
@@ -76,7 +76,7 @@ class Arrays:
     Raises:
         DataError: if images and labels do not fit each other or the class names, or the images are not as `transform`
             and a network take them (`clframe.data.values`).
-        WrongUse: if the transform is none of clframe's.
+        UsageError: if the transform is none of clframe's.
     """
 
     name: str
@@ -281,7 +281,7 @@ def split_classes(
             ``keep`` them (`Arrays.without_duplicates`); None: they are not looked for, as in published data sets.
 
     Raises:
-        WrongUse: if the classes cannot be divided so, or `order` is no permutation.
+        UsageError: if the classes cannot be divided so, or `order` is no permutation.
         DataError: if training and test share images, and `duplicates` is ``refuse``.
     """
     _check_arrays(name, arrays)
@@ -298,18 +298,18 @@ def split_classes(
     total = len(arrays.class_names)
     order = list(order) if order is not None else list(range(total))
     if sorted(order) != list(range(total)):
-        raise WrongUse(f"`scenario.order` is {order}; it must hold each of the class numbers 0 to {total - 1} once.")
+        raise UsageError(f"`scenario.order` is {order}; it must hold each of the class numbers 0 to {total - 1} once.")
     rest = experiences - (first is not None)
     left = total - (first or 0)
     if experiences < 1 or left < rest or (rest and left % rest) or (not rest and left):
-        raise WrongUse(
+        raise UsageError(
             f"`scenario.experiences` is {experiences}"
             + (f" with `scenario.first` {first}" if first is not None else "")
             + f": {total} classes of {arrays.name} cannot be divided so evenly."
         )
     sizes = ([first] if first is not None else []) + [left // max(rest, 1)] * rest
     if setting == "domain" and sizes[0] < max(sizes):
-        raise WrongUse(
+        raise UsageError(
             f"`scenario.first` is {first}; in the domain setting it must be at least {max(sizes)}, "
             "the number of classes of the other groups."
         )
@@ -352,20 +352,20 @@ def split_classes(
 
 
 def _check_arrays(name: str, arrays: object) -> None:
-    """Raise `WrongUse` unless `arrays`, that a scenario `name` is cut from, are `Arrays`."""
+    """Raise `UsageError` unless `arrays`, that a scenario `name` is cut from, are `Arrays`."""
     if not isinstance(arrays, Arrays):
         kind = type(arrays).__name__
-        raise WrongUse(f"The images of `{name}` are given as a `{kind}`: put them into `clframe.Arrays`.")
+        raise UsageError(f"The images of `{name}` are given as a `{kind}`: put them into `clframe.Arrays`.")
 
 
 def _check_change(name: str, change: object) -> None:
-    """Raise `WrongUse` unless `change` can be called as ``change(i, x)``; transforms of torchvision take `x` alone."""
+    """Raise `UsageError` unless `change` takes ``change(i, x)``; transforms of torchvision take `x` alone."""
     if not callable(change):
-        raise WrongUse(f"`change` of `{name}` is {told(change)}: give a function `change(i, x)`.")
+        raise UsageError(f"`change` of `{name}` is {told(change)}: give a function `change(i, x)`.")
     try:
         inspect.signature(change.forward if isinstance(change, nn.Module) else change).bind(0, None)
     except TypeError:
-        raise WrongUse(
+        raise UsageError(
             f"`change` of `{name}`, a `{type(change).__name__}`, cannot be called as `change(i, x)`, with the number "
             "of the experience and its raw images: give a function of both, such as `lambda i, x: change(x)`."
         ) from None
@@ -394,7 +394,7 @@ def change_domains(
 
     Raises:
         DataError: if training and test share images, and `duplicates` is ``refuse``.
-        WrongUse: if `change` is no function of two arguments, or does not give images of the same number and shape.
+        UsageError: if `change` is no function of two arguments, or does not give images of the same number and shape.
     """
     _check_arrays(name, arrays)
     asked = {"experiences": experiences, "setting": setting, "duplicates": duplicates}
@@ -412,7 +412,7 @@ def change_domains(
             changed = _taken(changed, f"images that `change` of `{name}` gives")
         if not isinstance(changed, Tensor) or changed.shape != raw.shape:
             got = f"{list(changed.shape)}" if isinstance(changed, Tensor) else f"a `{type(changed).__name__}`"
-            raise WrongUse(
+            raise UsageError(
                 f"`change` of `{name}` gives {got} for images {list(raw.shape)}: it must give as many of that shape."
             )
         return ImageData(changed, y + total * i * apart, index=torch.arange(len(y)), task=i)

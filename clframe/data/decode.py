@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.system.reading import Unreadable, open_regular
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFormat:
     """How an image of any size and kind becomes one of a fixed shape.
 
     It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts. Grey
@@ -49,7 +49,7 @@ class Look:
         width: in pixels; None: as the height.
 
     Raises:
-        WrongUse: if `resize` is less than `size`, or has no meaning.
+        UsageError: if `resize` is less than `size`, or has no meaning.
     """
 
     size: int = 64
@@ -60,9 +60,9 @@ class Look:
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.crop != "center":
-            raise WrongUse(f"`scenario.resize` needs `scenario.crop=center`: with `{self.crop}` nothing is cut off.")
+            raise UsageError(f"`scenario.resize` needs `scenario.crop=center`: with `{self.crop}` nothing is cut off.")
         if self.resize is not None and self.resize < self.size:
-            raise WrongUse(
+            raise UsageError(
                 f"`scenario.resize` is {self.resize}, and {self.size} pixels (`scenario.size`) cannot be cut out of "
                 f"it: give {self.size} at least."
             )
@@ -205,7 +205,7 @@ def lost(name: str, reason: str) -> DataError:
     return DataError(f"The image {name} could be read before, and cannot any more: {reason}.")
 
 
-def read_files(files: Sequence[str | tuple[str, bytes]], look: Look) -> Pixels:
+def read_files(files: Sequence[str | tuple[str, bytes]], look: ImageFormat) -> Pixels:
     """The images in the files, [N, C, H, W] uint8, each given by its path, or by its name and its bytes.
 
     Raises:

@@ -18,9 +18,9 @@ import torch
 from loky import get_reusable_executor
 from torch import Tensor
 
-from clframe.data.decode import Look, Pixels, begin_reading, lost, read_files
+from clframe.data.decode import ImageFormat, Pixels, begin_reading, lost, read_files
 from clframe.data.listing import SHOWN, LeftOut, walk
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.system.reading import expanded
 
 if TYPE_CHECKING:
@@ -60,20 +60,20 @@ def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> lis
     return found
 
 
-def look_of(shape: Sequence[int]) -> Look:
+def image_format_of(shape: Sequence[int]) -> ImageFormat:
     """The look of image files for a network of arrays of `shape`: the middle of an image, in its channels.
 
     Raises:
-        WrongUse: if these are not images of one or three channels.
+        UsageError: if these are not images of one or three channels.
     """
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise WrongUse(
+        raise UsageError(
             f"This model takes arrays of shape {list(shape)}, which no image file has: give it arrays from Python."
         )
-    return Look(shape[1], mode="grey" if shape[0] == 1 else "colour", width=shape[2])
+    return ImageFormat(shape[1], mode="grey" if shape[0] == 1 else "colour", width=shape[2])
 
 
-def read_image(path: str | Path, look: Look, scale: float = 255) -> Tensor:
+def read_image(path: str | Path, look: ImageFormat, scale: float = 255) -> Tensor:
     """The image in a file as raw values [C, H, W]: uint8, or float32 where `scale`, what 255 becomes, is another.
 
     Raises:
@@ -86,7 +86,7 @@ def read_image(path: str | Path, look: Look, scale: float = 255) -> Tensor:
     return _scaled(values, scale)
 
 
-def picture(image: Image.Image, look: Look, scale: float = 255) -> Tensor:
+def picture(image: Image.Image, look: ImageFormat, scale: float = 255) -> Tensor:
     """Return an image that Pillow holds as `read_image` would from its file. Raises `DataError` likewise."""
     try:
         values = torch.from_numpy(np.array(look.of(image)))
@@ -120,7 +120,7 @@ class Files:
         workers: processes, which all files of this process share; None: one for each core that it may use.
     """
 
-    def __init__(self, paths: Sequence[str | Path | Held], look: Look, workers: int | None = None) -> None:
+    def __init__(self, paths: Sequence[str | Path | Held], look: ImageFormat, workers: int | None = None) -> None:
         # whole paths: the processes stay in the folder that was the current one when they began
         self.paths = [os.path.abspath(path) if isinstance(path, str | Path) else path for path in paths]
         self.look = look
@@ -282,7 +282,7 @@ class LazyImages:
 Images = Tensor | LazyImages
 
 
-def joined(parts: Sequence[Images]) -> Images:
+def concat_images(parts: Sequence[Images]) -> Images:
     """The rows of all `parts`, in their order; read later if one of them is."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
@@ -305,6 +305,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def bytes_of(count: int, look: Look) -> int:
+def bytes_of(count: int, look: ImageFormat) -> int:
     """Bytes that so many images take in memory."""
     return count * math.prod(look.shape)

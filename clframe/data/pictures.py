@@ -6,7 +6,7 @@ import math
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,14 +48,14 @@ def sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
     A row has `columns` images, shared among the classes in their order, as far as there are so many.
 
     Raises:
-        WrongUse: if its data are no images.
+        UsageError: if its data are no images.
     """
     import numpy as np
     import torch
     from PIL import Image, ImageDraw
 
     if len(scenario.input_shape) != 3:
-        raise WrongUse(
+        raise UsageError(
             f"The data of `{scenario.name}` are {list(scenario.input_shape)}, no images [channels, height, width]: "
             "there is nothing to draw."
         )

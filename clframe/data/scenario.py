@@ -12,7 +12,7 @@ from torch import Tensor
 from clframe.data.batch import ImageData
 from clframe.data.transform import Transform, check_transform
 from clframe.data.values import check_images
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.system.texts import told
 
 Setting = Literal["class", "task", "domain"]
@@ -20,9 +20,9 @@ Part = Literal["train", "test"]
 
 
 def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
-    """Return the names of the classes of the scenario `name` as texts. Raises `WrongUse` if they are no list."""
+    """Return the names of the classes of the scenario `name` as texts. Raises `UsageError` if they are no list."""
     if not isinstance(class_names, Iterable):
-        raise WrongUse(f"The class names of `{name}` are {told(class_names)}: give a list with one for each label.")
+        raise UsageError(f"The class names of `{name}` are {told(class_names)}: give a list with one for each label.")
     return tuple(map(str, class_names))
 
 
@@ -60,11 +60,11 @@ class Experience:
         return self._load("test")
 
     def for_training(self) -> Experience:
-        """This experience as plugins get it: asking for its test images raises `WrongUse`."""
+        """This experience as plugins get it: asking for its test images raises `UsageError`."""
 
         def load(part: str) -> ImageData:
             if part == "test":
-                raise WrongUse("A plugin asked for test images; a run hands it training and validation data only.")
+                raise UsageError("A plugin asked for test images; a run hands it training and validation data only.")
             loaded: ImageData = getattr(self, part)
             return loaded
 
@@ -132,13 +132,13 @@ class Scenario:
         for i, group in enumerate(self.classes):
             new = [label for label in group if label >= seen]
             if new != list(range(seen, seen + len(new))):
-                raise WrongUse(
+                raise UsageError(
                     f"Experience {i} of scenario `{name}` brings the labels {new}; "
                     f"new labels must continue from {seen}."
                 )
             seen += len(new)
         if not self.classes or seen > len(self.class_names):
-            raise WrongUse(f"Scenario `{name}` has {seen} labels, but {len(self.class_names)} class names.")
+            raise UsageError(f"Scenario `{name}` has {seen} labels, but {len(self.class_names)} class names.")
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -168,7 +168,7 @@ class Scenario:
         self.val_share, self._val_seed = share, seed
 
     def described(self, index: int | None = None) -> Scenario:
-        """This scenario as plugins and a loaded model get it: asking for any images raises `WrongUse`.
+        """This scenario as plugins and a loaded model get it: asking for any images raises `UsageError`.
 
         With an `index`, as far as it was known when the experience of that index came.
         """
@@ -176,7 +176,7 @@ class Scenario:
         n_classes = len(self.class_names) if known == len(self) else max(map(max, self.classes[:known])) + 1
 
         def load(index: int, part: Part) -> ImageData:
-            raise WrongUse(
+            raise UsageError(
                 f"The {part} images of experience {index} were asked for; `run.scenario` only describes them."
             )
 

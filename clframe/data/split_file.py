@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.errors import DataError, WrongUse, cannot_write
+from clframe.errors import DataError, UsageError, cannot_write
 from clframe.system.reading import Unreadable, expanded, parse_json, read_bytes, shown
 from clframe.system.texts import cut, told
 
@@ -45,8 +45,8 @@ def save_split(
         the scenario.
 
     Raises:
-        WrongUse: if a name or option is wrong, or the file cannot be written.
-        RunFailed: if the disk is full, or fails.
+        UsageError: if a name or option is wrong, or the file cannot be written.
+        RunError: if the disk is full, or fails.
         DataError: if its data is missing or damaged.
     """
     from clframe import registry
@@ -64,14 +64,16 @@ def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: i
     from clframe.runs.results import to_json
 
     if path.suffix != SUFFIX:
-        raise WrongUse(f"The split would be written to {path}: give it a name that ends in `{SUFFIX}`, to run from it.")
+        raise UsageError(
+            f"The split would be written to {path}: give it a name that ends in `{SUFFIX}`, to run from it."
+        )
     try:
-        write_text(path, to_json(described(spec, scenario, seed)))
+        write_text(path, to_json(describe_split(spec, scenario, seed)))
     except OSError as error:
         raise cannot_write("The split", path, error) from error
 
 
-def described(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> dict[str, Any]:
+def describe_split(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> dict[str, Any]:
     """What the file holds of `scenario`, which was built from `spec` in a run of that seed."""
     options = {name: str(o) if isinstance(o, Path) else o for name, o in spec.items() if name != PINNED}
     if "seed" in options and options["seed"] is None:
@@ -109,12 +111,12 @@ def read_split(path: Path) -> dict[str, Any]:
     """The ``name`` and options of the scenario that a file holds, with its checksums as the option ``pinned``.
 
     Raises:
-        WrongUse: if there is no such file, or it holds something else.
+        UsageError: if there is no such file, or it holds something else.
     """
     try:
         data = parse_json(read_bytes(expanded(path), LARGEST), path)
     except Unreadable as error:
-        raise WrongUse(f"The scenario {shown(path)} cannot be read: {error.reason}.") from error
+        raise UsageError(f"The scenario {shown(path)} cannot be read: {error.reason}.") from error
     spec = data.get("scenario") if isinstance(data, dict) else None
     if not (
         isinstance(data, dict)
@@ -122,12 +124,12 @@ def read_split(path: Path) -> dict[str, Any]:
         and isinstance(spec, dict)
         and isinstance(spec.get("name"), str)
     ):
-        raise WrongUse(
+        raise UsageError(
             f"{path} holds no scenario: write one with `clframe scenarios show NAME --save FILE.json`; a "
             "configuration is run by `clframe run --config FILE.yaml`."
         )
     if data.get("format") != FORMAT:
-        raise WrongUse(
+        raise UsageError(
             f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {FORMAT}."
         )
     return {**spec, PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}

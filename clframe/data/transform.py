@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clframe.data.batch import Batch, ImageData
-from clframe.data.decode import Look
-from clframe.errors import WrongUse
+from clframe.data.decode import ImageFormat
+from clframe.errors import UsageError
 from clframe.options import CountOrZero, validated
 from clframe.system.texts import told
 
@@ -31,7 +31,7 @@ class Transform:
         look: how image files became the raw images; None: they came from none.
 
     Raises:
-        WrongUse: if `mean` and `std` do not belong together, or a value cannot be divided by.
+        UsageError: if `mean` and `std` do not belong together, or a value cannot be divided by.
     """
 
     scale: float = 255.0
@@ -39,7 +39,7 @@ class Transform:
     std: tuple[float, ...] = ()
     pad: CountOrZero = 0
     flip: bool = False
-    look: Look | None = None
+    look: ImageFormat | None = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("scale", "pad", "flip")}
@@ -49,24 +49,24 @@ class Transform:
             try:  # in double precision numbers of Python keep all their digits
                 values = torch.as_tensor(getattr(self, name), dtype=torch.float64).flatten().tolist()
             except (TypeError, ValueError, RuntimeError) as error:
-                raise WrongUse(
+                raise UsageError(
                     f"`Transform.{name}` is {told(getattr(self, name))}: give a number for each channel, or one."
                 ) from error
             object.__setattr__(self, name, tuple(values))
         if len(self.mean) != len(self.std):
-            raise WrongUse(
+            raise UsageError(
                 f"`Transform` has {len(self.mean)} values of `mean` and {len(self.std)} of `std`: give one of each for "
                 "each channel, or neither."
             )
         if not (math.isfinite(self.scale) and self.scale > 0 and all(map(math.isfinite, self.mean))):
-            raise WrongUse(f"`Transform` has `scale` {self.scale} and `mean` {self.mean}: `scale` must be above 0.")
+            raise UsageError(f"`Transform` has `scale` {self.scale} and `mean` {self.mean}: `scale` must be above 0.")
         if not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise WrongUse(f"`Transform` has `std` {self.std}, by which values are divided: each must be above 0.")
+            raise UsageError(f"`Transform` has `std` {self.std}, by which values are divided: each must be above 0.")
 
     def check(self, name: str, input_shape: Sequence[int]) -> None:
-        """Raise `WrongUse` if the images of the scenario `name`, of this shape, have other channels."""
+        """Raise `UsageError` if the images of the scenario `name`, of this shape, have other channels."""
         if len(self.mean) > 1 and len(self.mean) != input_shape[0]:
-            raise WrongUse(
+            raise UsageError(
                 f"The `Transform` of `{name}` is for {len(self.mean)} channels, and the images, {list(input_shape)}, "
                 f"have {input_shape[0]}: give `mean` and `std` {input_shape[0]} values each, or one."
             )
@@ -123,9 +123,9 @@ class Transform:
 
 
 def check_transform(transform: object, name: str) -> None:
-    """Raise `WrongUse` if `transform`, that of the scenario `name`, is neither a `Transform` nor None."""
+    """Raise `UsageError` if `transform`, that of the scenario `name`, is neither a `Transform` nor None."""
     if not isinstance(transform, Transform | None):
-        raise WrongUse(
+        raise UsageError(
             f"The transform of `{name}` is a `{type(transform).__name__}`, and only a `clframe.Transform` (scale, "
             "mean, std, pad, flip) can be kept with a run: give that, and call other functions on the images before."
         )

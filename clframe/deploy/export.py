@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clframe.data.transform import Transform, affine
-from clframe.errors import ClframeError, RunFailed, WrongUse, did_you_mean, of_the_system
+from clframe.errors import ClframeError, RunError, UsageError, did_you_mean, of_the_system
 from clframe.evaluate import ModelPredictor
 from clframe.model import IncrementalNet, masked
 from clframe.runs import checkpoint
@@ -103,11 +103,11 @@ def constants(transform: Transform, dims: int) -> tuple[Tensor, Tensor]:
 def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exported:
     """Write `trained` to the file `path`, and check that what is read from it answers alike; see `Trained.export`."""
     if kind not in FORMATS:
-        raise WrongUse(f"There is no format `{kind}`." + did_you_mean(kind, FORMATS))
+        raise UsageError(f"There is no format `{kind}`." + did_you_mean(kind, FORMATS))
     if path.exists():
-        raise WrongUse(f"{path} exists already: name another file.")
+        raise UsageError(f"{path} exists already: name another file.")
     if not path.parent.is_dir():
-        raise WrongUse(f"There is no folder {path.parent} to write {path.name} into.")
+        raise UsageError(f"There is no folder {path.parent} to write {path.name} into.")
     module = deployed(trained, task, kind)
     inputs = [example(trained, module, n) for n in BATCHES]
     write = {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[kind]
@@ -121,7 +121,7 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
                 differences += [_difference(expected, loaded(*given))] if loaded else []
         difference = max(differences, default=None)
         if difference is not None and difference > TOLERANCE:
-            raise RunFailed(
+            raise RunError(
                 f"The exported model does not answer as the run's does: its scores differ by {difference:.2g} of the "
                 "largest; nothing was written."
             )
@@ -130,7 +130,7 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
     except Exception as error:
         if isinstance(error, ClframeError) or not (refused := of_the_system(error)):
             raise
-        raise RunFailed(f"{path} could not be written: {refused}.") from error
+        raise RunError(f"{path} could not be written: {refused}.") from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -141,12 +141,12 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
 
 
 def deployed(trained: Trained, task: int | None, kind: str) -> Deployed:
-    """The module to export. Raises `WrongUse` if what it computes depends on data in a way that a graph cannot have."""
+    """Return the module to export. Raises `UsageError` if its computation depends on data as no graph can."""
     if task is not None:
         trained.reading(task)
     by_task = any(isinstance(m, IncrementalNet) and m.selected is not None for m in trained.modules())
     if by_task and task is None and kind != "safetensors":
-        raise WrongUse(
+        raise UsageError(
             f"This network computes something else for each task, and a file of format `{kind}` holds one computation: "
             "fix a task (`--task`)."
         )
@@ -190,7 +190,8 @@ Written = tuple[Callable[..., Tensor] | None, str | None]
 def about(trained: Trained) -> dict[str, str]:
     """What a user of the file needs besides, as texts of JSON by name: the same in every format.
 
-    ``look`` is how image files become raw images (`clframe.data.decode.Look`); null where no files were learned from.
+    ``look`` is how image files become raw images (`clframe.data.decode.ImageFormat`); null where no files were learned
+    from.
     """
     scenario = trained.scenario
     look = scenario.transform.look
@@ -228,7 +229,7 @@ def _torch_export(trained: Trained, module: Deployed, inputs: Any, path: Path) -
 
 def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
     if missing := [name for name in ONNX if importlib.util.find_spec(name) is None]:
-        raise WrongUse(
+        raise UsageError(
             f"The format `onnx` needs {' and '.join(f'`{name}`' for name in missing)}: pip install 'clframe[onnx]'."
         )
     names = ["images", "task"][: len(inputs[0])]
@@ -241,7 +242,7 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
     except (RuntimeError, ValueError, TypeError) as error:
         if of_the_system(error):
             raise
-        raise WrongUse(_refused("torch.onnx", error.__cause__ or error)) from error
+        raise UsageError(_refused("torch.onnx", error.__cause__ or error)) from error
     with create(path) as file:
         file.write(content)
     if importlib.util.find_spec("onnxruntime") is None:
@@ -258,14 +259,14 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
 
 
 def _traced(module: Deployed, given: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The graph of the module for any number of images. Raises `WrongUse` if there is none."""
+    """The graph of the module for any number of images. Raises `UsageError` if there is none."""
     many = {0: torch.export.Dim("batch", min=1)}
     try:
         return torch.export.export(
             module, given, dynamic_shapes=tuple(many for _ in given) if len(given) > 1 else (many,)
         )
     except Exception as error:  # what it raises has no common base
-        raise WrongUse(_refused("torch.export", error)) from error
+        raise UsageError(_refused("torch.export", error)) from error
 
 
 def _refused(what: str, error: BaseException) -> str:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clframe.data import files
-from clframe.data.decode import Look
+from clframe.data.decode import ImageFormat
 from clframe.data.listing import LeftOut
 from clframe.data.scenario import Scenario
 from clframe.data.values import check_values
-from clframe.errors import DataError, WrongUse
+from clframe.errors import DataError, UsageError
 from clframe.evaluate import Reading, Readings
 from clframe.model import IncrementalNet, evaluating, masked
 from clframe.options import suited
@@ -125,19 +125,19 @@ class Trained(nn.Module):
         return self._names == ["task"]
 
     def reading(self, task: Tensor | int | None) -> Reading:
-        """How a question with this task is answered. Raises `WrongUse` if it needs one, or there is no such task."""
+        """How a question with this task is answered. Raises `UsageError` if it needs one, or there is no such task."""
         if task is None and self.needs_task:
-            raise WrongUse("This model answers within a task only: give `task`, one number or one for each image.")
+            raise UsageError("This model answers within a task only: give `task`, one number or one for each image.")
         n = len(self.scenario)
         given = torch.as_tensor([] if task is None else task).flatten()
         if outside := [int(t) for t in given.tolist() if not 0 <= t < n]:
-            raise WrongUse(f"There is no task {outside[0]}: this model has learnt the tasks 0 to {n - 1}.")
+            raise UsageError(f"There is no task {outside[0]}: this model has learnt the tasks 0 to {n - 1}.")
         return self._names[-1 if task is not None else 0]
 
     def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
         """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
 
-        Raises `WrongUse` if the run has no reading without a task and none is given, or has not learnt that task; if
+        Raises `UsageError` if the run has no reading without a task and none is given, or has not learnt that task; if
         the images are of another shape, or their values are not raw ones.
         """
         task = _asked(task)
@@ -205,13 +205,13 @@ class Trained(nn.Module):
 
         Raises:
             DataError: if a file is missing or no image, or a folder has none.
-            WrongUse: if a task is missing or is not known, or the images do not suit the model.
+            UsageError: if a task is missing or is not known, or the images do not suit the model.
         """
         task = _asked(task)
         self.reading(task)
         top = suited(int, top)
         if type(top) is not int or top < 1:
-            raise WrongUse(f"`top` is {told(top)}; it must be a whole number, 1 at least.")
+            raise UsageError(f"`top` is {told(top)}; it must be a whole number, 1 at least.")
         paths: Sequence[Path | None]
         raw = self._stacked(images)
         if raw is None:
@@ -224,7 +224,7 @@ class Trained(nn.Module):
         else:
             paths = [None] * len(raw)
         if isinstance(task, Tensor) and task.dim() and len(task) != len(paths):
-            raise WrongUse(f"There are {len(paths)} images and {len(task)} tasks; give one for each image.")
+            raise UsageError(f"There are {len(paths)} images and {len(task)} tasks; give one for each image.")
         problems: list[str] = []
         found: list[Prediction] = []
         for start in range(0, len(paths), BATCH):
@@ -241,9 +241,9 @@ class Trained(nn.Module):
             skipped += problems
         return found
 
-    def _look(self) -> Look:
+    def _look(self) -> ImageFormat:
         """How image files become raw images: as those that were learnt."""
-        return self.scenario.transform.look or files.look_of(self.scenario.input_shape)
+        return self.scenario.transform.look or files.image_format_of(self.scenario.input_shape)
 
     def export(self, path: str | Path, format: Format, *, task: int | None = None) -> Exported:
         """Write the model to a file that takes raw images [B, ...] and gives scores [B, C]; normalisation is inside.
@@ -259,16 +259,16 @@ class Trained(nn.Module):
                 ``safetensors``.
 
         Raises:
-            WrongUse: if there is no such format, the file is there, packages are missing, or no graph can hold what
+            UsageError: if there is no such format, the file is there, packages are missing, or no graph can hold what
                 the model computes.
-            RunFailed: if the file does not answer as the model does.
+            RunError: if the file does not answer as the model does.
         """
         from clframe.deploy.export import export  # it is needed by few
 
         return export(self, expanded(path), format, cast("int | None", _asked(task)))
 
     def _stacked(self, images: Files | Images | Image.Image | Sequence[Image.Image]) -> Tensor | None:
-        """Arrays as one [B, ...]; None of files. Raises `WrongUse` if they are not as the model takes them."""
+        """Arrays as one [B, ...]; None of files. Raises `UsageError` if they are not as the model takes them."""
         if isinstance(images, str | Path):
             return None
         if not isinstance(images, Tensor | np.ndarray):
@@ -278,7 +278,7 @@ class Trained(nn.Module):
                 return None
             if None in kinds or len(kinds) > 1:
                 stranger = next((type(image).__name__ for image in given if _kind(image) is None), None)
-                raise WrongUse(
+                raise UsageError(
                     f"`predict` was given {f'a `{stranger}`' if stranger else ' and '.join(sorted(map(str, kinds)))}: "
                     "give files and folders, or arrays, or images of Pillow, and all of one kind."
                 )
@@ -289,21 +289,21 @@ class Trained(nn.Module):
                 return torch.stack([files.picture(image, look, scale) for image in given])
             shapes = sorted({tuple(image.shape) for image in given})
             if len(shapes) > 1:
-                raise WrongUse(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
+                raise UsageError(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
             images = torch.stack([torch.as_tensor(image) for image in given])
         try:
             raw = torch.as_tensor(images)
         except TypeError as error:
-            raise WrongUse(f"The images cannot become a tensor ({error}): give an array of numbers.") from error
+            raise UsageError(f"The images cannot become a tensor ({error}): give an array of numbers.") from error
         self._check(raw)
         return raw
 
     def _check(self, images: Tensor) -> None:
-        """Raise `WrongUse` if raw `images` are not as the model takes them."""
+        """Raise `UsageError` if raw `images` are not as the model takes them."""
         shape, scale = self.scenario.input_shape, self.scenario.transform.scale
         if images.shape[1:] != shape:
             last = images.dim() == 4 and (images.shape[3], *images.shape[1:3]) == tuple(shape)
-            raise WrongUse(
+            raise UsageError(
                 f"The images are {list(images.shape[1:])}, and this model takes {list(shape)}"
                 + (": channels come first, as `x.permute(0, 3, 1, 2)` of a tensor gives them." if last else ".")
             )
@@ -312,7 +312,7 @@ class Trained(nn.Module):
         try:
             check_values(images, scale, "images", f"give raw values as those that were learned, from 0 to {scale:g}")
         except DataError as error:
-            raise WrongUse(str(error)) from error
+            raise UsageError(str(error)) from error
 
     def _read(self, paths: Sequence[Path | None], part: range, problems: list[str]) -> dict[int, Tensor]:
         """The images of `part` by position; a sentence in `problems` on each that cannot be read."""
@@ -342,7 +342,7 @@ class Trained(nn.Module):
 
 
 def _asked(task: Any) -> Tensor | int | None:
-    """Return `task`, one or one for each image, as a number or a tensor of whole numbers. Raises `WrongUse`."""
+    """Return `task`, one or one for each image, as a number or a tensor of whole numbers. Raises `UsageError`."""
     if task is None or isinstance(task, Tensor):
         whole = task
     elif type(whole := suited(int, task)) is not int:
@@ -351,7 +351,7 @@ def _asked(task: Any) -> Tensor | int | None:
         except (TypeError, ValueError, RuntimeError):
             whole = torch.empty(0)
     if isinstance(whole, Tensor) and (whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool):
-        raise WrongUse(f"`task` is {told(task)}; it must be one whole number, or one for each image.")
+        raise UsageError(f"`task` is {told(task)}; it must be one whole number, or one for each image.")
     return cast("Tensor | int | None", whole)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clframe.data.batch import ImageData
-from clframe.errors import DataError, RunFailed, of_the_system, out_of_memory
+from clframe.errors import DataError, RunError, of_the_system, out_of_memory
 from clframe.model import IncrementalNet, snapshot
 from clframe.runs.sums import TEXT_LIMIT, digest
 from clframe.system.reading import open_regular, read_json
@@ -130,23 +130,23 @@ def _at(container: Any, key: Any) -> Any:
     return None
 
 
-def copied(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+def detach_copy(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """`tree` packed, with copies of its tensors: what the run does next does not change them.
 
-    Raises `RunFailed` if something in it cannot be packed.
+    Raises `RunError` if something in it cannot be packed.
     """
     tensors: dict[str, Tensor] = {}
     try:
         packed = pack(tree, tensors)
     except TypeError as error:
-        raise RunFailed(f"No checkpoint can be written: {error}.") from error
+        raise RunError(f"No checkpoint can be written: {error}.") from error
     return packed, {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
-    """Write what `copied` gave as the newest checkpoint in `folder`, whole or not at all, and keep the one before it.
+    """Write the copy of `detach_copy` as the newest checkpoint in `folder`, whole or not at all; keep the one before.
 
-    Raises `RunFailed` if the disk is full or cannot be written; the checkpoints that were there remain.
+    Raises `RunError` if the disk is full or cannot be written; the checkpoints that were there remain.
     """
     number = max((int(p.name) for p in _checkpoints(folder)), default=0) + 1
     target, beside = folder / f"{number:06d}", folder / f".{number:06d}"
@@ -169,11 +169,11 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         kept = newest(folder)
         if kept == target:
-            raise RunFailed(
+            raise RunError(
                 f"The checkpoint {target} is written, and its folder could not be brought to the disk ({error}): make "
                 "room and resume."
             ) from error
-        raise RunFailed(
+        raise RunError(
             f"The checkpoint {target} could not be written ({error}); "
             + (
                 f"{kept} is kept: make room and resume."

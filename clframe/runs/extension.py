@@ -13,11 +13,11 @@ from torch import Tensor
 
 from clframe import registry
 from clframe.data.batch import ImageData
-from clframe.data.files import image_files, look_of, read_image
+from clframe.data.files import image_files, image_format_of, read_image
 from clframe.data.listing import LeftOut, class_folders
 from clframe.data.scenario import Experience, Part, Scenario
 from clframe.engine import Engine
-from clframe.errors import DataError, WrongUse, did_you_mean
+from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.options import options_of
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint
@@ -123,7 +123,7 @@ class Base:
                 "`--device cpu`."
             )
         if problems:
-            raise WrongUse(*problems)
+            raise UsageError(*problems)
 
     def joining(self, plugins: Sequence[Plugin]) -> list[Plugin]:
         """The methods among `plugins` that this run learned without."""
@@ -141,7 +141,7 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
 
     Raises:
         DataError: if there is no such folder, or an image cannot be read.
-        WrongUse: if a folder is not named like a class that was learned, or there is no image.
+        UsageError: if a folder is not named like a class that was learned, or there is no image.
     """
     if not folder.is_dir():
         raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
@@ -151,18 +151,18 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
     except OSError as error:
         raise DataError(f"`run.old_images` is {shown(folder)}, which cannot be read: {reason(error)}.") from error
     if strangers := [path.name for path in found if _plain(path.name) not in learned]:
-        raise WrongUse(
+        raise UsageError(
             f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
             "class that its images are of." + did_you_mean(strangers[0], learned)
         )
-    look = scenario.transform.look or look_of(scenario.input_shape)
+    look = scenario.transform.look or image_format_of(scenario.input_shape)
     read, labels = [], []
     for path in found:
         files = image_files([path], left)
         read += [read_image(file, look, scenario.transform.scale) for file in files]
         labels += [learned[_plain(path.name)]] * len(files)
     if not read:
-        raise WrongUse(f"{folder} has no folder of images; it needs one for each class, named like it.")
+        raise UsageError(f"{folder} has no folder of images; it needs one for each class, named like it.")
     y = torch.tensor(labels)
     first = {c: task for task, classes in reversed(list(enumerate(scenario.classes))) for c in classes}
     task = torch.tensor([first[label] for label in labels])
@@ -189,7 +189,7 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
                 call(run=run, experience=experience)
 
 
-def finished(path: Path, config: Config) -> Base:
+def load_base(path: Path, config: Config) -> Base:
     """The run in `path`, with this configuration, to be extended. Raises `DataError` if it is not finished."""
     description, _, _ = read_model(path)
     described_in(path, description)
@@ -210,14 +210,14 @@ def defaults(base: Base, scenario: str) -> dict[str, Any]:
     return carried | {name: value for name, value in own.items() if name in known}
 
 
-def extended(old: Scenario, coming: Scenario) -> Scenario:
+def extend_scenario(old: Scenario, coming: Scenario) -> Scenario:
     """What was learnt, without images, and then what comes.
 
     A class of an old name is the old class, others get new columns. Images are normalised, and augmented, as the
     network knows them.
 
     Raises:
-        WrongUse: if the images, or the setting, are of another kind.
+        UsageError: if the images, or the setting, are of another kind.
     """
     problems = []
     if coming.setting != old.setting:
@@ -235,7 +235,7 @@ def extended(old: Scenario, coming: Scenario) -> Scenario:
     if twice := sorted({n for n in coming.class_names if coming.class_names.count(n) > 1}):
         problems.append(f"`{coming.name}` has two classes `{twice[0]}`; give each a name of its own.")
     if problems:
-        raise WrongUse(*problems)
+        raise UsageError(*problems)
     names = list(old.class_names[: _seen(old.classes)])
     known = [_plain(name) for name in names]
     table = torch.zeros(len(coming.class_names), dtype=torch.int64)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clframe.data.pictures import png
-from clframe.errors import DataError, RunFailed, WrongUse
+from clframe.errors import DataError, RunError, UsageError
 from clframe.evaluate import Row
 from clframe.runs import checkpoint, sums
 from clframe.runs.results import FILE as RESULTS
@@ -53,7 +53,7 @@ class RunFolder:
         new: make it; refuse one that is there already. Else open the folder of an earlier run.
 
     Raises:
-        WrongUse: if `new` and the folder exists.
+        UsageError: if `new` and the folder exists.
         DataError: if it cannot be written, is no run folder, or another process works on it.
     """
 
@@ -77,11 +77,11 @@ class RunFolder:
     def _check(self, new: bool) -> None:
         path = self.path
         if new and path.exists() and not path.is_dir():
-            raise WrongUse(f"The run folder {path} is a file: name another with `--output`.")
+            raise UsageError(f"The run folder {path} is a file: name another with `--output`.")
         # a process that was killed before its run began leaves nothing that is needed
         if new and path.exists() and not _nothing_begun(path):
             a_run = (path / CONFIG).is_file()
-            raise WrongUse(
+            raise UsageError(
                 f"The run folder {path} exists already: name another with `--output`, or go on with "
                 f"`clframe resume {path}`."
                 if a_run
@@ -109,13 +109,13 @@ class RunFolder:
     def save(self, tree: Mapping[str, Any]) -> None:
         """Write a checkpoint of `tree` as it is now, while the run goes on; first the one before must be written.
 
-        Raises `RunFailed` if that one could not be, or if something in `tree` cannot be kept.
+        Raises `RunError` if that one could not be, or if something in `tree` cannot be kept.
         """
         self.settle()
-        self._writing = self._disk.submit(checkpoint.write, self.checkpoints, *checkpoint.copied(tree))
+        self._writing = self._disk.submit(checkpoint.write, self.checkpoints, *checkpoint.detach_copy(tree))
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written. Raises `RunFailed` if it could not be."""
+        """Wait for the checkpoint that is being written. Raises `RunError` if it could not be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -155,7 +155,7 @@ class RunFolder:
                 checkpoint.write_text(self.path / name, text)
         except OSError as error:
             self._clear(but=".lock")
-            raise RunFailed(
+            raise RunError(
                 f"The run folder {self.path} could not be written ({error}): make room, or name another with "
                 "`--output`."
             ) from error

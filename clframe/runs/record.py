@@ -16,11 +16,11 @@ from torch import Tensor
 
 from clframe import metrics
 from clframe.context import Run
-from clframe.data.decode import Look
+from clframe.data.decode import ImageFormat
 from clframe.data.scenario import Scenario
 from clframe.data.transform import Transform
 from clframe.engine import Engine
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import class_mask, masked
 from clframe.runs import checkpoint, state
 from clframe.runs.results import FORMAT, Results, read_results
@@ -221,14 +221,14 @@ def scenario_of(described: Mapping[str, Any]) -> Scenario:
     """Return the scenario that `model.json` describes, without images. Raises `ValueError` if there is no such one."""
     try:
         return _scenario_of(described)
-    except WrongUse as error:  # of what a user gives; a file is named by its reader
+    except UsageError as error:  # of what a user gives; a file is named by its reader
         raise ValueError(str(error)) from error
 
 
 def _scenario_of(described: Mapping[str, Any]) -> Scenario:
     transform = dict(described["transform"])
     transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
-    transform["look"] = Look(**transform["look"]) if transform.get("look") else None
+    transform["look"] = ImageFormat(**transform["look"]) if transform.get("look") else None
     empty = Scenario(
         described["name"],
         described["setting"],
@@ -308,4 +308,4 @@ class _Described(BaseModel):
 
 
 def _no_images() -> Any:
-    raise WrongUse("A loaded model has no images.")
+    raise UsageError("A loaded model has no images.")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from clframe.errors import ClframeError, DataError, WrongUse, of_the_system, out_of_memory
+from clframe.errors import ClframeError, DataError, UsageError, of_the_system, out_of_memory
 from clframe.system.texts import cut, printable, told
 
 JSON_LIMIT = 32 * 2**20  # bytes; parsed, the worst JSON of this size takes 0.7 GB
@@ -36,12 +36,12 @@ def expanded(path: str | Path) -> Path:
 
     Raises:
         DataError: if there is no such user.
-        WrongUse: if `path` is no path.
+        UsageError: if `path` is no path.
     """
     try:
         return Path(path).expanduser()
     except TypeError as error:
-        raise WrongUse(f"{told(path)} is a `{type(path).__name__}`: give the path of a file or folder.") from error
+        raise UsageError(f"{told(path)} is a `{type(path).__name__}`: give the path of a file or folder.") from error
     except RuntimeError as error:
         raise DataError(
             f"{shown(path)} begins with `~` and names no user of this machine: write the folder out."

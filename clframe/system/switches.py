@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 
 WRITERS = "tensorboard.summary.writer.event_file_writer"  # the module of the threads that write event files
 
@@ -33,12 +33,12 @@ def alone() -> Iterator[None]:
     """Inside, this is the only run of the process.
 
     Raises:
-        WrongUse: if another one is under way, in whichever thread: the two would draw from one generator.
+        UsageError: if another one is under way, in whichever thread: the two would draw from one generator.
     """
     with _turn.load:  # a model that is being loaded is loaded first: that takes a moment
         free = _turn.run.acquire(blocking=False)
     if not free:
-        raise WrongUse(
+        raise UsageError(
             f"Another run of this process is under way ({_where()}), and torch's global random generator serves one "
             "at a time: begin this one when that has ended, or in a process of its own "
             "(`concurrent.futures.ProcessPoolExecutor`)."
@@ -56,11 +56,11 @@ def beside_no_run() -> Iterator[None]:
     """Inside, no other thread begins a run; the thread of a run may come here, such as in a listener.
 
     Raises:
-        WrongUse: if another thread's run is under way.
+        UsageError: if another thread's run is under way.
     """
     with _turn.load:
         if _turn.owner not in (None, threading.current_thread()):
-            raise WrongUse(
+            raise UsageError(
                 f"A run of this process is under way ({_where()}), and torch's global random generator serves one at "
                 "a time: load the model before or after it, or in a process of its own."
             )

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from clframe.model import IncrementalNet, evaluating, initialised_by
+from clframe.model import IncrementalNet, evaluating, initialized_by
 from clframe.toolkit.norms import TaskNorm, norms_by_task
 from clframe.toolkit.unit_gates import Gated, gate_layers
 from clframe.toolkit.weight_masks import installed
@@ -114,7 +114,7 @@ class ConditionalConv(Gated):
 
     def add(self, bias: float, generator: torch.Generator) -> None:
         """A task comes, with new gates."""
-        with initialised_by(generator):
+        with initialized_by(generator):
             gate = Gate(self.layer.in_channels, self.units, bias)
         self.gates.append(gate.to(self.layer.weight))
         if len(self.gates) > len(self.fired):  # a run that is extended has more tasks than it began with
@@ -132,12 +132,12 @@ class ConditionalConv(Gated):
         return self.fired[:learnt].any(0)
 
     def entries(self, channels: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """The kernels, and biases, of `channels` [C] bool, as `clframe.toolkit.weight_masks.Held` takes them."""
+        """Return the kernels and biases of `channels` [C] bool, as `PinnedEntries` takes them."""
         return [(p, channels.view(-1, *[1] * (p.dim() - 1))) for p in self.layer.parameters()]
 
     def renew(self, free: Tensor, generator: torch.Generator) -> None:
         """New kernels, and biases, for the `free` [C] channels."""
-        with initialised_by(generator, self.layer.weight.device):
+        with initialized_by(generator, self.layer.weight.device):
             new = copy.deepcopy(self.layer)
             new.reset_parameters()
         with torch.no_grad():
@@ -170,7 +170,7 @@ def convolutions_of(net: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in net.named_modules() if isinstance(m, _ConvNd) and not m.transposed}
 
 
-def condition(net: nn.Module, input_shape: Sequence[int], tasks: int) -> None:
+def add_channel_gates(net: nn.Module, input_shape: Sequence[int], tasks: int) -> None:
     """Make a `ConditionalConv` of each convolution of `net`, and all its norms those of tasks, of which none has come.
 
     Shut gates get their gradient through `OpenReLU`.
@@ -180,7 +180,7 @@ def condition(net: nn.Module, input_shape: Sequence[int], tasks: int) -> None:
     open_relus(net)
 
 
-def fixed(model: IncrementalNet, task: int) -> list[str]:
+def frozen_names(model: IncrementalNet, task: int) -> list[str]:
     """The parameters of the backbone, by name, that do not train in `task`, the latest.
 
     Those are the gates and the norms of tasks before it and, in all but the first, what is neither a task's own nor a
@@ -194,7 +194,7 @@ def fixed(model: IncrementalNet, task: int) -> list[str]:
     return [f"backbone.{name}" for name, p in model.backbone.named_parameters() if id(p) not in ids]
 
 
-def deaf(net: nn.Module, input_shape: Sequence[int]) -> list[str]:
+def unreachable_gates(net: nn.Module, input_shape: Sequence[int]) -> list[str]:
     """The convolutions of `net`, a backbone as built, whose gates would never learn to open once they are shut.
 
     Half of the gates are shut, at random, in a copy of `net` in eval mode, but for batch norms, which have learnt
@@ -202,7 +202,7 @@ def deaf(net: nn.Module, input_shape: Sequence[int]) -> list[str]:
     With half of the gates open, no layer hides those before it.
     """
     net, generator = copy.deepcopy(net), torch.Generator().manual_seed(0)
-    condition(net, input_shape, tasks=1)
+    add_channel_gates(net, input_shape, tasks=1)
     like = next(net.parameters())
     gates: list[Tensor] = []
     names: list[str] = []
@@ -245,7 +245,7 @@ def firing(run: Run, rows: ImageData) -> dict[str, Tensor]:
     return {name: total / max(1, len(rows)) for name, total in sums.items()}
 
 
-def settle(run: Run, rows: ImageData, generator: torch.Generator, relevant: float = 0.0) -> dict[str, float]:
+def finish_task(run: Run, rows: ImageData, generator: torch.Generator, relevant: float = 0.0) -> dict[str, float]:
     """The experience is learnt: kernels that fire for more than a share of `rows` are its path; the others begin anew.
 
     Returns:

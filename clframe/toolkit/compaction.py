@@ -13,11 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from clframe.model import IncrementalNet, snapshot
 from clframe.toolkit.channel_gates import ConditionalConv, Gate
 from clframe.toolkit.norms import TaskNorm
-from clframe.toolkit.unit_gates import reached
+from clframe.toolkit.unit_gates import propagate_importance
 from clframe.toolkit.weight_masks import installed
 
 
-def compacted(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> IncrementalNet:
+def compact(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> IncrementalNet:
     """A copy of a network with channel gates that answers for `task` alone, with the channels that may open for it.
 
     Args:
@@ -33,7 +33,7 @@ def compacted(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> I
     net = made.backbone
     convs = installed(net, ConditionalConv)
     live = {name: conv.fired[task] for name, conv in convs.items()}
-    entering = reached(net, {name: open_.float() for name, open_ in live.items()}, input_shape)
+    entering = propagate_importance(net, {name: open_.float() for name, open_ in live.items()}, input_shape)
     chain = _is_chain(net)
     for i, (name, conv) in enumerate(convs.items()):
         into = None if conv.layer.groups > 1 else entering[name] > 0

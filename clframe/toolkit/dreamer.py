@@ -18,7 +18,7 @@ from torch.nn import functional
 from clframe.data.batch import Batch
 from clframe.data.streams import learned
 from clframe.model import IncrementalNet
-from clframe.toolkit.inversion import Statistics, dreaming_problems, observe_norms, reinitialise, within_memory
+from clframe.toolkit.inversion import Statistics, dreaming_problems, observe_norms, reinitialize, within_memory
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -169,21 +169,21 @@ class Dreamer(nn.Module):
 
         Args:
             run: the run, in a hook that is called once an experience.
-            name: of the plugin: for its randomness, for progress and for what is logged, see `described`.
+            name: of the plugin: for its randomness, for progress and for what is logged, see `describe_dreams`.
             teacher: the frozen network.
             terms: of the loss.
             iterations: how many steps.
             batch_size: images of each.
 
         Raises:
-            RunFailed: if memory ends; the sentence names the plugin's option ``batch_size``.
+            RunError: if memory ends; the sentence names the plugin's option ``batch_size``.
         """
         rng = run.rng(name)
         self.generator.train()
         with within_memory(run, f"{name}.batch_size"):
             for i in run.ticks(name, iterations, resumable=True):
                 if i == 0:
-                    reinitialise(self.generator, rng)
+                    reinitialize(self.generator, rng)
                     self._begin()
                 x = self.generator.draw(batch_size, rng)
                 self.adam.zero_grad()
@@ -191,7 +191,7 @@ class Dreamer(nn.Module):
                 self.adam.step()
         self.generator.eval()
         with torch.no_grad():
-            told = described(teacher, self.generator.draw(batch_size, rng))
+            told = describe_dreams(teacher, self.generator.draw(batch_size, rng))
         run.log({f"{name}/{what}": value for what, value in told.items()})
 
     @torch.no_grad()
@@ -214,7 +214,7 @@ class Dreamer(nn.Module):
 
 
 @torch.no_grad()
-def described(teacher: IncrementalNet, x: Tensor) -> dict[str, float]:
+def describe_dreams(teacher: IncrementalNet, x: Tensor) -> dict[str, float]:
     """Of the normalised images `x`: the mean of the teacher's highest share, their imbalance and their divergence."""
     with observe_norms(teacher) as seen:
         logits = teacher(x).logits

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe.data.batch import ImageData
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import evaluating
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class VAE(GenerativeModel):
         classes: number of classes of the prior; None: the standard normal.
 
     Raises:
-        WrongUse: if the shape does not suit a convolutional net, see `conv_problems`.
+        UsageError: if the shape does not suit a convolutional net, see `conv_problems`.
     """
 
     lr = 1e-3
@@ -215,7 +215,7 @@ class WGAN(GenerativeModel):
         penalty: lambda.
 
     Raises:
-        WrongUse: if the shape does not suit a convolutional net, see `conv_problems`.
+        UsageError: if the shape does not suit a convolutional net, see `conv_problems`.
     """
 
     lr = 1e-4
@@ -299,10 +299,10 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable
 
 
 def check_range(data: ImageData, scale: float, owner: str) -> None:
-    """Raise `WrongUse`, naming `owner`, if images divided by `scale` are not from 0 to 1, as generated ones are."""
+    """Raise `UsageError`, naming `owner`, if images divided by `scale` are not from 0 to 1, as generated ones are."""
     low, high = (float(end) / scale for end in data.images.aminmax()) if len(data) else (0.0, 1.0)
     if low < 0 or high > 1:
-        raise WrongUse(
+        raise UsageError(
             f"`{owner}` generates images from 0 to 1, and those given are from {low:g} to {high:g}, divided by the "
             f"{scale:g} of the scenario's transform: give another scale, or other images."
         )
@@ -329,7 +329,7 @@ def _encoder(shape: Sequence[int], net: Net, hidden: Sequence[int], active: nn.M
             layers += [nn.Linear(fan_in, fan_out), active]
         return nn.Sequential(nn.Flatten(), *layers), hidden[-1]
     if unsuitable := conv_problems(shape, len(hidden), "A convolutional generative model"):
-        raise WrongUse(*unsuitable)
+        raise UsageError(*unsuitable)
     for fan_in, fan_out in pairwise([shape[0], *hidden]):
         layers += [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), active]
     return nn.Sequential(*layers, nn.Flatten()), math.prod(_smallest(shape, hidden))

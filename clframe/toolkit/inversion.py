@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clframe.data.batch import ImageData
 from clframe.data.files import Images
 from clframe.data.transform import Transform
-from clframe.errors import RunFailed
-from clframe.model import IncrementalNet, class_mask, initialised_by, masked, snapshot
+from clframe.errors import RunError
+from clframe.model import IncrementalNet, class_mask, initialized_by, masked, snapshot
 from clframe.toolkit.distill import kl_divergence
 from clframe.training import make_optimizer
 
@@ -256,9 +256,9 @@ class Dreaming(nn.Module):
             recipe: how.
 
         Raises:
-            RunFailed: if memory ends; the sentence names the plugin's option ``batch_size``.
+            RunError: if memory ends; the sentence names the plugin's option ``batch_size``.
         """
-        rounds = targets_in_parts(run.old_classes, recipe.per_class, recipe.rounds, recipe.batch_size)
+        rounds = targets_in_parts(run.previous_classes, recipe.per_class, recipe.rounds, recipe.batch_size)
         with within_memory(run, f"{name}.batch_size"):
             for k, parts in enumerate(rounds):
                 if k:
@@ -327,7 +327,7 @@ class Dreaming(nn.Module):
         assert self.images is not None
         generator = run.rng(name)
         ticks = run.ticks(f"{name}: rival {k}", recipe.iterations, resumable=True)
-        rival = reborn(teacher, generator) if self.rival is None else self._rival(teacher)
+        rival = reinitialized_copy(teacher, generator) if self.rival is None else self._rival(teacher)
         rival.train().requires_grad_(True)
         optimizer = make_optimizer(dict(rival.named_parameters()), run.settings)
         if ticks.start and self.rival_optimizer is not None:
@@ -405,18 +405,18 @@ def targets_in_parts(classes: Sequence[int], per_class: int, rounds: int, batch_
     ]
 
 
-def reinitialise(model: nn.Module, generator: torch.Generator) -> None:
+def reinitialize(model: nn.Module, generator: torch.Generator) -> None:
     """Give the layers of `model` the weights that they begin with, from a seed that `generator`, on the CPU, draws."""
-    with initialised_by(generator, next(model.parameters()).device):
+    with initialized_by(generator, next(model.parameters()).device):
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
 
 
-def reborn(model: IncrementalNet, generator: torch.Generator) -> IncrementalNet:
-    """A copy of `model` that has learnt nothing; see `reinitialise`."""
+def reinitialized_copy(model: IncrementalNet, generator: torch.Generator) -> IncrementalNet:
+    """A copy of `model` that has learnt nothing; see `reinitialize`."""
     copied = snapshot(model)
-    reinitialise(copied, generator)
+    reinitialize(copied, generator)
     return copied
 
 
@@ -445,13 +445,13 @@ def dreaming_problems(run: Run, plugin: Plugin) -> Iterator[str]:
 
 @contextmanager
 def within_memory(run: Run, option: str) -> Iterator[None]:
-    """Raises `RunFailed`, which says that a smaller `option` needs less, where memory ends inside."""
+    """Raises `RunError`, which says that a smaller `option` needs less, where memory ends inside."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not full and not re.search("out of memory|allocate memory|enough memory", str(error)):  # as the CPU says it
             raise
-        raise RunFailed(
-            f"Out of memory on {run.device} while dreaming for {run.where}: a smaller `{option}` needs less."
+        raise RunError(
+            f"Out of memory on {run.device} while dreaming for {run.progress_label}: a smaller `{option}` needs less."
         ) from error

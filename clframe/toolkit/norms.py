@@ -48,14 +48,14 @@ def norms_by_task(net: nn.Module, first: int = 1) -> None:
             net.set_submodule(name, TaskNorm(module, first))
 
 
-class Resting(nn.Module):
+class FrozenNorm(nn.Module):
     """A norm that keeps its statistics, and normalises by them in train mode, too."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
         self.norm = norm
 
-    def train(self, mode: bool = True) -> Resting:
+    def train(self, mode: bool = True) -> FrozenNorm:
         """Nothing to train."""
         return super().train(False)
 
@@ -65,8 +65,8 @@ class Resting(nn.Module):
         return normalised
 
 
-def rest_norms(net: nn.Module) -> None:
+def freeze_norm_stats(net: nn.Module) -> None:
     """Keep the statistics of the batch norms of `net` that learn nothing; those that do rest when they are frozen."""
     for name, module in list(net.named_modules()):
         if isinstance(module, _BatchNorm) and module.track_running_stats and not list(module.parameters()):
-            net.set_submodule(name, Resting(module).train())
+            net.set_submodule(name, FrozenNorm(module).train())

@@ -16,7 +16,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional
 from torch.nn.modules import batchnorm
 
-from clframe.errors import WrongUse
+from clframe.errors import UsageError
 from clframe.model import IncrementalNet, evaluating
 
 Reduce = Literal["square", "abs"]
@@ -50,7 +50,7 @@ class GradientSums:
             elsewhere.
 
     Raises:
-        WrongUse: if samples depend on each other, by a batch norm without running statistics or otherwise.
+        UsageError: if samples depend on each other, by a batch norm without running statistics or otherwise.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class GradientSums:
         self._vmap_works: bool | None = None  # not known yet
         for name, module in model.named_modules():
             if isinstance(module, batchnorm._BatchNorm) and module.running_mean is None:
-                raise WrongUse(
+                raise UsageError(
                     f"Importance cannot be computed: the layer `{name}` normalises by the statistics of the batch "
                     "(`track_running_stats=False`), so one image's gradient depends on the others; let it track them."
                 )
@@ -117,7 +117,7 @@ class GradientSums:
         for call in calls:
             if isinstance(call.module, nn.Linear | nn.Conv2d):
                 if call.rows != len(x) or call.module not in (self._row_is_sample or ()):
-                    raise WrongUse(
+                    raise UsageError(
                         "A local importance cannot be computed: a layer of the backbone is given something else than a "
                         "row for each image; choose a backbone that treats images so, or another form."
                     )
@@ -137,7 +137,7 @@ class GradientSums:
         self._row_is_sample = {call.module for call in calls if call.rows == 1}
         # far above what rounding (TF32 included) makes of a batch of another size
         if (alone - among_others).abs().max() > 0.01 * alone.abs().max() + 1e-6:
-            raise WrongUse(
+            raise UsageError(
                 "Importance cannot be computed: in eval mode the network's logits of one image depend on the others of "
                 "its batch, so one image has no gradient of its own; make the backbone treat each image by itself."
             )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from clframe.data.batch import ImageData
-from clframe.errors import RunFailed
-from clframe.model import initialised_by
+from clframe.errors import RunError
+from clframe.model import initialized_by
 from clframe.toolkit.generators import HIDDEN, VAE, WGAN, GenerativeModel, Mixture, Net, conv_problems, mixture
 
 if TYPE_CHECKING:
@@ -105,23 +105,23 @@ class Rehearsal(nn.Module):
     ) -> dict[str, float]:
         """A whole set, in so many ticks of the plugin `owner`, between which the run can be saved; the latest losses.
 
-        Raises `RunFailed`, naming `owner`, if these are not finite.
+        Raises `RunError`, naming `owner`, if these are not finite.
         """
         ticks = run.ticks(owner, iterations, resumable=True)
         if ticks.start == 0:
             self.begin(fresh, run.settings.keep_optimizer)
         for _ in ticks:
-            self.learn(data, share, run.settings.batch_size, len(run.old_classes), run.rng(owner))
+            self.learn(data, share, run.settings.batch_size, len(run.previous_classes), run.rng(owner))
         if self.met is not None:
             self.met = sorted({*self.met, *data.y.tolist()})
         return self.end(owner)
 
     def end(self, owner: str) -> dict[str, float]:
-        """The set is learnt: the latest losses. Raises `RunFailed`, naming `owner`, if they are not finite."""
+        """The set is learnt: the latest losses. Raises `RunError`, naming `owner`, if they are not finite."""
         self.left = self.left[:0]
         losses = {name: value.item() for name, value in self.losses.items()}
         if not all(map(math.isfinite, losses.values())):
-            raise RunFailed(
+            raise RunError(
                 f"The generator of `{owner}` diverged, its losses are {losses}: a smaller learning rate, "
                 "or another net, may keep them finite."
             )
@@ -162,7 +162,7 @@ class Recipe:
 
     def build(self, shape: Sequence[int], classes: int, generator: torch.Generator) -> GenerativeModel:
         """A model for images of `shape` and so many classes, on the CPU, with weights that `generator` decides."""
-        with initialised_by(generator):
+        with initialized_by(generator):
             if self.generator == "wgan":
                 return WGAN(shape, self.net, self.hidden, self.z, self.critic_steps)
             return VAE(shape, self.net, self.hidden, self.z, classes if self.prior == "class" else None)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from clframe.data.batch import ImageData
 from clframe.evaluate import Predictor
-from clframe.model import IncrementalNet, class_mask, evaluating, initialised_by, masked
+from clframe.model import IncrementalNet, class_mask, evaluating, initialized_by, masked
 from clframe.toolkit.generators import HIDDEN as WIDTHS
 from clframe.toolkit.generators import check_range, conv_problems
 from clframe.toolkit.memory import at_random, balanced, quota, too_small
@@ -43,7 +43,7 @@ class TaskClassifier(nn.Module):
 
     def begin(self, tasks: int, width: int, generator: torch.Generator, like: Tensor) -> None:
         """Replace the network by a new one, for `tasks` and `width` features a path, in the precision of `like`."""
-        with initialised_by(generator):
+        with initialized_by(generator):
             self._build(tasks * width, tasks)
         self.net.to(like)
 
@@ -126,7 +126,7 @@ class Recollection(nn.Module):
             self.generators.append(Rehearsal(build, run.scenario.transform.scale).to(run.device))
 
     def check(self, run: Run, owner: str, data: ImageData) -> None:
-        """Raise `WrongUse` if these images of a task are not such as its generator can make."""
+        """Raise `UsageError` if these images of a task are not such as its generator can make."""
         if self.recipe:
             check_range(data, run.scenario.transform.scale, owner)
 
@@ -145,10 +145,10 @@ class Recollection(nn.Module):
         if self.recipe:
             made = self._made()[-1]
             losses = made.rehearse(run, owner, data, 1.0, self.iterations)
-            run.show(owner, made.recall(SHOWN, 1, run.rng(owner))[0])
+            run.log_images(owner, made.recall(SHOWN, 1, run.rng(owner))[0])
             run.log({f"{owner}/{name}": value for name, value in losses.items()})
         else:
-            count = self.per_class or quota(self.size, run.n_seen)
+            count = self.per_class or quota(self.size, run.n_seen_classes)
             self.memory = balanced(self.memory, data, count, at_random(run.rng(owner)))
 
     def _made(self) -> list[Rehearsal]:

@@ -217,7 +217,7 @@ def gate_layers(
     return made
 
 
-def reached(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
+def propagate_importance(net: nn.Module, units: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
     """How much of what enters each gated layer comes from units that count, by the layer's name.
 
     `units` gives for each layer how much its units count, [C] from 0 to 1. They are sent through the backbone as if

@@ -1,8 +1,8 @@
 """Binary masks on the weights of a network, a set for each task, and single entries that no optimizer may move.
 
 `WeightMask` and `WeightOwner` are `clframe.model.PerTask` modules, installed in the hook ``grow`` as parametrizations
-of a layer's weight, in a backbone of any kind. `Held` keeps single entries of parameters as they are, whatever the
-optimizer.
+of a layer's weight, in a backbone of any kind. `PinnedEntries` keeps single entries of parameters as they are, whatever
+the optimizer.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def threshold(real: Tensor, at: float, ternary: bool = False) -> Tensor:
     return mask
 
 
-def packed(bits: Tensor) -> Tensor:
+def pack_bits(bits: Tensor) -> Tensor:
     """The values [n] bool as bits of [ceil(n / 8)] uint8."""
     padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.uint8, device=bits.device)
     padded[: len(bits)] = bits
     return (padded.view(-1, 8) << _places(bits)).sum(1).to(torch.uint8)
 
 
-def unpacked(data: Tensor, n: int) -> Tensor:
-    """The first `n` bits of what `packed` gave, [n] bool."""
+def unpack_bits(data: Tensor, n: int) -> Tensor:
+    """The first `n` bits of what `pack_bits` gave, [n] bool."""
     return ((data[:, None] >> _places(data)) & 1).flatten()[:n].bool()
 
 
@@ -105,7 +105,7 @@ class WeightMask(PerTask):
         self.first, self.init, self.at, self.ternary = first, init, at, ternary
         self.shape = weight.shape
         self.register_parameter("real", None)
-        self.register_buffer("bits", packed(weight.new_zeros(weight.numel(), dtype=torch.bool)).expand(0, 2, -1))
+        self.register_buffer("bits", pack_bits(weight.new_zeros(weight.numel(), dtype=torch.bool)).expand(0, 2, -1))
 
     def begin(self, weight: Tensor) -> None:
         """A task comes; also replayed before its mask is loaded."""
@@ -118,7 +118,7 @@ class WeightMask(PerTask):
         with torch.no_grad():
             mask = self.mask()
         signs = (mask > 0, mask < 0) if self.ternary else (mask > 0,)
-        self.bits[-1] = torch.stack([packed(sign.flatten()) for sign in signs])
+        self.bits[-1] = torch.stack([pack_bits(sign.flatten()) for sign in signs])
         self.real = None
         return (mask != 0).float().mean().item()
 
@@ -127,7 +127,7 @@ class WeightMask(PerTask):
         k = self.task - self.first
         if self.real is not None and k >= len(self.bits) - 1:
             return threshold(self.real, self.at, self.ternary)
-        signs = [unpacked(row, self.shape.numel()).view(self.shape).float() for row in self.bits[k]]
+        signs = [unpack_bits(row, self.shape.numel()).view(self.shape).float() for row in self.bits[k]]
         return signs[0] - signs[1] if self.ternary else signs[0]
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class WeightOwner(PerTask):
         return weight * ((self.owner > 0) & (self.owner <= self.task + 1))
 
 
-class Held:
+class PinnedEntries:
     """Entries of parameters that stay exactly as they are now, whatever the optimizer, its momentum or its decay do.
 
     Args:

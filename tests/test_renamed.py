@@ -1,0 +1,50 @@
+"""Names of earlier versions: each is refused in a sentence that says the new one."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import clframe
+from clframe import Plugin, UsageError, compose, hookimpl, renamed
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.PUBLIC.items())
+def test_an_old_public_name_names_its_successor(old: str, new: str) -> None:
+    for module in (clframe, clframe.errors):
+        with pytest.raises(ImportError, match=f"{old}` is now called `.*{new}`"):
+            getattr(module, old)
+        assert getattr(module, new)
+    with pytest.raises(ImportError, match=f"`clframe.{old}` is now called `clframe.{new}`"):
+        exec(f"from clframe import {old}")
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.MODULES.items())
+def test_a_module_that_moved_names_its_new_place(old: str, new: str) -> None:
+    importlib.import_module(new)
+    with pytest.raises(ImportError, match=f"`{old}` is now called `{new}`"):
+        exec(f"from clframe import {old.partition('.')[2]}")
+
+
+def test_an_old_attribute_of_a_plugin_is_refused_before_training() -> None:
+    class Old(Plugin):
+        name = "old"
+        settings = ("class",)
+
+    with pytest.raises(UsageError, match="`settings` of plugin `old` is now called `serves`"):
+        compose.manager([Old()])
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.OF_RUNS.items())
+def test_an_old_attribute_of_a_run_names_its_successor(tiny, old: str, new: str) -> None:
+    class Old(Plugin):
+        name = "old"
+
+        @hookimpl
+        def before_experience(self, run) -> None:
+            getattr(run, new)
+            getattr(run, old)
+
+    with pytest.raises(clframe.RunError, match=f"`run.{old}` is now called `run.{new}`"):
+        clframe.run(tiny(experiences=1), "mlp-100", [Old()], train={"iterations": 1})
