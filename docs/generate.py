@@ -128,7 +128,7 @@ TOOLS = {  # modules of the core that methods share: what of them is of use to a
 
 
 def hook(name: str) -> str:
-    """A hook: signature, contract, place in the loop, arguments and answers."""
+    """Return the part on a hook: signature, contract, place in the loop, arguments and answers."""
     spec = getattr(Hooks, name)
     signature = inspect.signature(spec)
     lines = ["```python", "@hookimpl", signature_of(name), "```", ""]
@@ -158,7 +158,7 @@ def hook(name: str) -> str:
 
 
 def users(name: str) -> str:
-    """The built-in methods that use a hook."""
+    """Return the table of built-in methods that use a hook."""
     found = [(n, cls) for n, cls in _plugins() if name in contract.hooks_of(cls)]
     rows = [
         [_method_link(n, "../methods.md"), prose(_first_line(getattr(cls, name)))]
@@ -169,7 +169,7 @@ def users(name: str) -> str:
 
 
 def all_hooks(_: str) -> str:
-    """The table of hooks in the order of calling."""
+    """Return the table of hooks in the order of calling."""
     rows = []
     for name in HOOKS:
         spec = getattr(Hooks, name)
@@ -185,7 +185,7 @@ def all_hooks(_: str) -> str:
 
 
 def all_methods(_: str) -> str:
-    """The table of all plugins, by family."""
+    """Return the table of all plugins, by family."""
     rows = [
         [_method_link(n, ""), prose(_first_line(cls)), cls.family, prose(cls.citation)]
         for family in FAMILIES
@@ -195,7 +195,7 @@ def all_methods(_: str) -> str:
 
 
 def methods(family: str) -> str:
-    """The plugins of a family: a section for each, out of the docstring of its class."""
+    """Return a section for each plugin of a family, out of the docstring of its class."""
     lines = []
     for name, cls in _of_family(family):
         parts = sections_of(cls)
@@ -228,7 +228,7 @@ def methods(family: str) -> str:
 
 
 def pairs(_: str) -> str:
-    """The matrix of pairs of methods: which run together, and why others are refused."""
+    """Return the matrix of pairs of methods: which run together, and why others are refused."""
     found = [n for n, cls in _plugins() if not (cls.observer or cls.variants)]
     rows = [
         [
@@ -245,7 +245,7 @@ def pairs(_: str) -> str:
 
 
 def _pair(a: str, b: str) -> str:
-    """``+`` if two methods with their default options may run together, else the letter of the reason."""
+    """Return ``+`` if two methods with their default options may run together, else the letter of the reason."""
     plugins = [registry.build_plugin(name, {}) for name in (a, b)]
     try:
         compose.manager(plugins)
@@ -264,7 +264,7 @@ def _pair(a: str, b: str) -> str:
 
 
 def scenarios(_: str) -> str:
-    """All scenarios with their options and what suits them."""
+    """Return a section for each scenario: its options, and what suits it."""
     lines = []
     for name in names("scenario"):
         build = registry.find("scenario", name)[0].load()
@@ -284,7 +284,7 @@ def scenarios(_: str) -> str:
 
 
 def _suits(what: str, model: Any, train: dict[str, Any]) -> list[str]:
-    """Two items of a list, on the model and the training settings that suit a scenario."""
+    """Return two items of a list, on the model and the training settings that suit a scenario."""
     settings = ", ".join(
         code(f"train.{key}={value(given)}") for key, given in train.items()
     )
@@ -295,7 +295,7 @@ def _suits(what: str, model: Any, train: dict[str, Any]) -> list[str]:
 
 
 def backbones(_: str) -> str:
-    """All backbones with their options."""
+    """Return a section for each backbone with its options."""
     lines = []
     for name in names("model"):
         build = registry.find("model", name)[0].load()
@@ -311,13 +311,13 @@ def backbones(_: str) -> str:
 
 
 def settings(section: str) -> str:
-    """The table of ``train`` or ``run`` settings."""
+    """Return the table of ``train`` or ``run`` settings."""
     model = {"train": TrainSettings, "run": RunSettings}[section]
     return "\n".join(options(fields_of(model), section))
 
 
 def measures(_: str) -> str:
-    """All measures of a run with formula and source."""
+    """Return the table of all measures of a run with formula and source."""
     import torch
 
     found = metrics.measures([[1.0]], [1]) | metrics.calibration(
@@ -330,7 +330,7 @@ def measures(_: str) -> str:
 
 
 def commands(_: str) -> str:
-    """All commands with their arguments and options, as the command line has them."""
+    """Return a section for each command with its arguments and options, as the command line has them."""
     lines = []
     for path, command in _commands():
         arguments = " ".join(
@@ -564,28 +564,28 @@ PARTS: dict[str, Callable[[str], str]] = {
 
 
 def code(text: str) -> str:
-    """`text` as code."""
+    """Return `text` as code."""
     return f"`{text}`"
 
 
 def value(given: object) -> str:
-    """A value as YAML and ``--set`` write it."""
+    """Return a value as YAML and ``--set`` write it."""
     return given if isinstance(given, str) else json.dumps(given, default=str)
 
 
 def words(kind: str) -> str:
-    """The type of an option for readers: its choices one by one."""
+    """Return the type of an option for readers: its choices one by one."""
     return " or ".join(code(choice) for choice in kind.split(" | "))
 
 
 def prose(text: str) -> str:
-    """A docstring as Markdown: all but code and lists is taken word for word."""
+    """Return a docstring as Markdown: all but code and lists is taken word for word."""
     paragraphs = text.split("\n\n")
     return "\n\n".join(p if p.startswith("    ") else _escaped(p) for p in paragraphs)
 
 
 def table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """The lines of a table."""
+    """Return the lines of a table."""
     cells = [
         headers,
         ["---"] * len(headers),
@@ -598,7 +598,7 @@ def table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def options(found: list[Option], section: str) -> list[str]:
-    """The table of the options of a plugin, a scenario or a model."""
+    """Return the table of the options of a plugin, a scenario or a model."""
     rows = []
     for option in found:
         default = (
@@ -620,7 +620,7 @@ def options(found: list[Option], section: str) -> list[str]:
 
 
 def signature_of(hook: str) -> str:
-    """The definition of a hook as a plugin may write it, in lines that fit a page."""
+    """Return the definition of a hook as a plugin may write it, in lines that fit a page."""
     text = f"def {hook}{inspect.signature(getattr(Hooks, hook))}: ...".replace("'", "")
     return (
         text if len(text) <= WIDTH else re.sub(r"\((.*)\) ->", r"(\n    \1\n) ->", text)
@@ -640,7 +640,7 @@ def _outside_code(pattern: str, new: str, text: str) -> str:
 
 
 def names(kind: registry.Kind) -> list[str]:
-    """What clframe itself brings of this kind; other packages may be installed beside it."""
+    """Return the names of this kind that clframe itself offers; other packages may be installed beside it."""
     return [offer.name for offer in registry.offers(kind) if offer.package == "clframe"]
 
 
@@ -686,7 +686,7 @@ def _flags(parameter: Any) -> list[str]:
 
 
 def _loop(name: str) -> str:
-    """The order of calling, out of the docstring of `clframe.hooks`, with an arrow at the line of this hook."""
+    """Return the order of calling, out of the docstring of `clframe.hooks`, with an arrow at the line of this hook."""
     block = inspect.cleandoc(hooks.__doc__ or "").split("\n\n")[1]
     lines = [line[4:] for line in block.splitlines()]
     return "\n".join(
@@ -733,7 +733,7 @@ def _variant(factory: Callable[..., object]) -> str:
 
 
 def _before_options(documented: object) -> str:
-    """The docstring up to what is told elsewhere on the page, or by the command itself."""
+    """Return the docstring without the sections that the page shows elsewhere, or the command itself."""
     return sections_of(documented)[""].partition("\nRaises:\n")[0].strip()
 
 
