@@ -112,15 +112,17 @@ DOC_SECTIONS = (
     "Raises",
     "Options",
 )  # of docstrings
-TOOLS = {  # modules of the core that methods share: what of them is of use to a method's author
-    "memory": "quota groups_of balanced at_random herding reservoir ring draw",
-    "distill": "soft_cross_entropy kl_divergence hard_cross_entropy sigmoid_cross_entropy grad_cam",
-    "importance": "Quadratic ImportanceMean label_cotangents path_importance",
+TOOLS = {  # modules that methods share: what of them is of use to a method's author
+    "toolkit.memory": "quota groups_of balanced at_random herding reservoir ring draw",
+    "toolkit.distill": "soft_cross_entropy kl_divergence hard_cross_entropy sigmoid_cross_entropy grad_cam",
+    "toolkit.importance": "Quadratic ImportanceMean label_cotangents path_importance",
+    "toolkit.generators": "GenerativeModel VAE WGAN",
+    "toolkit.rehearsal": "Rehearsal",
+    "toolkit.weight_masks": "WeightMask WeightOwner",
+    "toolkit.norms": "TaskNorm",
     "evaluate": "ModelPredictor TaskPredictor NearestMean",
     "model": "PerTask masked class_mask",
     "training": "warm_up",
-    "generators": "GenerativeModel VAE WGAN Rehearsal",
-    "masks": "WeightMask WeightOwner TaskNorm",
 }
 
 
