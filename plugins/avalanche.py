@@ -118,7 +118,7 @@ class AvalanchePlugin(Plugin):
                 f"`avalanche:{variant}` is not among the plugins of Avalanche that are known to give the same results "
                 f"in clframe.{did_you_mean(variant, TESTED)}"
             )
-        return _class_of(variant)
+        return _make_class(variant)
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for a missing variant, and for masked logits, which no plugin of Avalanche supports."""
@@ -229,7 +229,7 @@ class Strategy:
         from avalanche.training.plugins.clock import Clock
 
         self.clock = Clock()
-        self.model: Any = _view(run.model)
+        self.model: Any = _wrap_network(run.model)
         self.device = run.device
         self.is_training = True
         self.is_eval = False
@@ -272,7 +272,7 @@ class Strategy:
     def enter(self, run: Run, experience: Experience) -> None:
         """Set the attributes that describe an experience."""
         data = experience.train
-        dataset = _dataset(Rows(run, data), data.y.tolist())
+        dataset = _make_dataset(Rows(run, data), data.y.tolist())
         classes = sorted(set(data.y.tolist()))
         self.experience = SimpleNamespace(
             dataset=dataset,
@@ -282,7 +282,7 @@ class Strategy:
             task_labels=[0],
         )
         self.train_mb_size = self.eval_mb_size = run.settings.batch_size
-        self.adapted_dataset = _dataset(Blanks(run, len(data)), [BLANK] * len(data))
+        self.adapted_dataset = _make_dataset(Blanks(run, len(data)), [BLANK] * len(data))
         self.dataloader: Any = []
 
     def see(self, *parts: Batch) -> None:
@@ -379,7 +379,7 @@ class Randomness:
         random.setstate(states[2])
 
 
-def _dataset(rows: torch.utils.data.Dataset[Any], targets: list[int]) -> Any:
+def _make_dataset(rows: torch.utils.data.Dataset[Any], targets: list[int]) -> Any:
     """Return `rows` as a data set of Avalanche, all of one task."""
     from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
 
@@ -392,7 +392,7 @@ def _repeat(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 @lru_cache(maxsize=len(TESTED))
-def _class_of(variant: str) -> type[Plugin]:
+def _make_class(variant: str) -> type[Plugin]:
     """Return the class of ``avalanche:variant``, whose options are those of Avalanche's constructor."""
     with quiet(Warning):
         from avalanche.training import plugins
@@ -413,6 +413,7 @@ def _class_of(variant: str) -> type[Plugin]:
                 f"Avalanche refuses these options of `{self.name}`: {' '.join(str(error).split())}"
             ) from error
 
+    summary = f"The `{theirs.__name__}` of Avalanche, run inside clframe."
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     build.__signature__ = inspect.Signature([own, *given])  # type: ignore[attr-defined]
     build.__annotations__ = {parameter.name: parameter.annotation for parameter in given}
@@ -421,7 +422,7 @@ def _class_of(variant: str) -> type[Plugin]:
         (AvalanchePlugin,),
         {
             "__init__": build,
-            "__doc__": f"The `{theirs.__name__}` of Avalanche, run inside clframe.\n\nOptions:\n{_options_of(theirs)}",
+            "__doc__": f"{summary}\n\nOptions:\n{_document_options(theirs)}",
             "__module__": __name__,
             "name": f"avalanche:{variant}",
             "citation": TESTED[variant][1],
@@ -434,7 +435,7 @@ def _class_of(variant: str) -> type[Plugin]:
     )
 
 
-def _options_of(theirs: Any) -> str:
+def _document_options(theirs: Any) -> str:
     """Return what Avalanche's own documentation says about each option, in the form that clframe reads."""
     text = f"{inspect.getdoc(theirs)}\n{inspect.getdoc(theirs.__init__)}"
     docs = dict(UNDOCUMENTED)
@@ -445,7 +446,7 @@ def _options_of(theirs: Any) -> str:
     return "".join(f"    {name}: {docs[name]}\n" for name in names)
 
 
-def _view(net: IncrementalNet) -> nn.Module:
+def _wrap_network(net: IncrementalNet) -> nn.Module:
     """Return `net` as a network of Avalanche, from images to logits."""
     from avalanche.models.base_model import BaseModel
 

@@ -34,7 +34,8 @@ class DeepInversion(Plugin):
     Then L = loss(x_new) + dreams KL(p_old(x^) || p(x^)) + distill KL(p_old(x_new) || p(x_new)), where x^ are dreams
     that join each batch and count in no other loss. The first KL gives new classes no share in p_old, the second is
     over old classes alone. In task-incremental learning the first is over the head of the dream's class, and the second
-    is the sum over the old heads. Dreams are augmented as images are.
+    is the sum over the old heads. Dreams are augmented as images are. `jitter`, `flip` and `clip` keep them close to
+    natural images.
 
     The paper's settings are, for CIFAR-10 and ResNet-34: iterations 2000, lr 0.1, tv 2.5e-5, feature 100; for ImageNet
     and ResNet-50: iterations 20000, lr 0.05, tv 1e-4, l2 0 or 0.01, feature 0.01, compete 0.2, jitter 30, flip true.

@@ -73,10 +73,10 @@ class ER(Plugin):
         """Yield a sentence if the memory has no room for an image of each class."""
         if self.per_class is None:
             by_class = self.memory != "reservoir"
-            groups = self.groups(run) if by_class else max(map(max, run.scenario.classes)) + 1
+            groups = self.count_groups(run) if by_class else max(map(max, run.scenario.classes)) + 1
             yield from too_small(self.size, groups, "er.size")
 
-    def groups(self, run: Run, experiences: int | None = None) -> int:
+    def count_groups(self, run: Run, experiences: int | None = None) -> int:
         """Count the classes of the first `experiences` experiences (or all); a class that comes twice counts twice."""
         return sum(map(len, run.scenario.classes[:experiences]))
 
@@ -90,13 +90,13 @@ class ER(Plugin):
         rows = draw(self.kept, self.batch_size or len(batch), rng)
         drawn = run.batch(rows, rng)
         if self.weigh == "experiences":
-            new = self.of_experience(run, drawn)
+            new = self.belongs_to_experience(run, drawn)
             n_new = len(batch) + new.sum()
             n_old = (~new).sum()
             drawn.weight[~new] = index * n_new / n_old.clamp(min=1)  # old rows together: t - 1 times all new ones
         return drawn
 
-    def of_experience(self, run: Run, rows: Batch) -> Tensor:
+    def belongs_to_experience(self, run: Run, rows: Batch) -> Tensor:
         """Return which rows of the memory, [B] bool, belong to the experience under way, as some of a reservoir do.
 
         A class that only this experience has decides by itself; for a class that comes back, the row's task decides.
@@ -112,7 +112,7 @@ class ER(Plugin):
             return
         rows = batch.fresh()
         if self.memory == "ring":
-            self.kept = ring(self.kept, rows, self.per_class or quota(self.size, self.groups(run)))
+            self.kept = ring(self.kept, rows, self.per_class or quota(self.size, self.count_groups(run)))
         else:
             self.kept = reservoir(self.kept, rows, self.seen, self.size, run.rng(self.name))
             self.seen += len(rows)
@@ -121,5 +121,5 @@ class ER(Plugin):
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Draw the images of this experience that stay, in the form `balanced`."""
         if self.memory == "balanced":
-            count = self.per_class or quota(self.size, self.groups(run, experience.index + 1))
+            count = self.per_class or quota(self.size, self.count_groups(run, experience.index + 1))
             self.kept = balanced(self.kept, experience.train.to(run.device), count, at_random(run.rng(self.name)))

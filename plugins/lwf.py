@@ -100,19 +100,19 @@ class LwF(Plugin):
         """Return whether the base loss is replaced: in the form `mc`, and in a balanced sum."""
         return hook != "base_loss" or self.form == "mc" or self.balance
 
-    def form_in(self, run: Run) -> str:
+    def choose_form(self, run: Run) -> str:
         """Return the form, or the form that null stands for in this run."""
         among_classes = "seen" if run.replaying else "local"
         return self.form or {"task": "heads", "class": among_classes, "domain": "all"}[run.scenario.setting]
 
     def wanted_logits(self, run: Run) -> str:
         """Return the setting of `train.logits` that the form is made for."""
-        return LOGITS[self.form_in(run)]
+        return LOGITS[self.choose_form(run)]
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence if the form does not fit the scenario's setting."""
         setting = run.scenario.setting
-        form = self.form_in(run)
+        form = self.choose_form(run)
         if form == "heads" and setting != "task":
             yield (
                 f"`lwf.form=heads` needs the task-incremental setting, and the setting is `{setting}`: choose another "
@@ -130,7 +130,7 @@ class LwF(Plugin):
     @hookimpl
     def before_run(self, run: Run) -> None:
         """Choose the form that fits the setting, where none was given."""
-        self.form = self.form_in(run)
+        self.form = self.choose_form(run)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:

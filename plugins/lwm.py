@@ -88,7 +88,7 @@ class LwM(Plugin):
         """Yield a sentence if the layer gives no maps of several pixels, or torch cannot differentiate them twice."""
         layers = dict(run.model.backbone.named_modules())
         convolutions = [f"`{name}`" for name, module in layers.items() if isinstance(module, nn.Conv2d)]
-        maps = self._maps(run)
+        maps = self._find_map_layers(run)
         if self.layer is not None and self.layer not in layers:
             names = [name for name in layers if name]
             yield f"`lwm.layer` is {self.layer}, which the backbone does not have.{did_you_mean(self.layer, names)}"
@@ -102,7 +102,7 @@ class LwM(Plugin):
                 f"The output of `lwm.layer={self.layer}` is no map [B, K, H, W] of several pixels; choose one of the "
                 f"convolutions, {', '.join(convolutions) or 'of which this backbone has none'}."
             )
-        elif why := self._not_twice(run, self.layer or maps[-1]):
+        elif why := self._why_not_twice(run, self.layer or maps[-1]):
             yield (
                 f"`lwm` differentiates the network's answers twice, and torch cannot do that here ({why}): choose "
                 "another `--model`, or an `lwm.layer` that the answers depend on."
@@ -111,7 +111,7 @@ class LwM(Plugin):
     @hookimpl
     def before_run(self, run: Run) -> None:
         """Choose the layer of the attention maps, where none was given."""
-        self.layer = self.layer or self._maps(run)[-1]
+        self.layer = self.layer or self._find_map_layers(run)[-1]
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
@@ -119,20 +119,20 @@ class LwM(Plugin):
         if self.teacher is None or not outputs.features.requires_grad:
             return None
         old = run.previous_classes
-        q, old_maps = self._look(self.teacher, run, batch)
-        z, maps = self._look(run.model, run, batch)
+        q, old_maps = self._logits_and_maps(self.teacher, run, batch)
+        z, maps = self._logits_and_maps(run.model, run, batch)
         q = q[:, old]
         z = z[:, old]
         answers = outputs.logits[:, old]
         b = (z if self.base == "student" else q).argmax(1, keepdim=True)
-        looked = grad_cam(q.gather(1, b).squeeze(1), old_maps)
-        looks = grad_cam(z.gather(1, b).squeeze(1), maps, create_graph=True)
+        old_attention = grad_cam(q.gather(1, b).squeeze(1), old_maps)
+        attention = grad_cam(z.gather(1, b).squeeze(1), maps, create_graph=True)
         soft = self.distill == "softmax"
         distilled = soft_cross_entropy(q, answers, self.temperature) if soft else sigmoid_cross_entropy(q, answers)
         # beta L_D + gamma L_AD
         return {
             f"{self.name}/distill": self.beta * batch.mean(distilled),
-            f"{self.name}/attend": self.gamma * batch.mean(attention_distance(looked, looks)),
+            f"{self.name}/attend": self.gamma * batch.mean(attention_distance(old_attention, attention)),
         }
 
     @hookimpl
@@ -140,7 +140,7 @@ class LwM(Plugin):
         """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
 
-    def _look(self, model: IncrementalNet, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _logits_and_maps(self, model: IncrementalNet, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits [B, C] and maps [B, K, H, W] of `model`, with a graph from the maps to the logits."""
         layer = model.backbone.get_submodule(self.layer)  # type: ignore[arg-type]  # chosen before the run
         # a teacher is in evaluation mode: with itself as the model to follow, its batch norms use running statistics
@@ -150,22 +150,22 @@ class LwM(Plugin):
             return model(batch.x, batch.task).logits, maps[-1]
 
     @staticmethod
-    def _not_twice(run: Run, layer: str) -> str:
+    def _why_not_twice(run: Run, layer: str) -> str:
         """Return why torch cannot differentiate twice from the maps of `layer` to the features; '' if it can."""
         net = run.model
         images = torch.zeros(2, *run.scenario.input_shape, device=run.device)
         try:
             with observe(net.backbone.get_submodule(layer)) as maps, evaluating(net), sdpa_kernel(SDPBackend.MATH):
                 score = net.features(images).sum(1)
-            looks = grad_cam(score, maps[-1], create_graph=True)
-            if looks.requires_grad:
-                torch.autograd.grad(looks.sum(), list(net.backbone.parameters()), allow_unused=True)
+            attention = grad_cam(score, maps[-1], create_graph=True)
+            if attention.requires_grad:
+                torch.autograd.grad(attention.sum(), list(net.backbone.parameters()), allow_unused=True)
         except RuntimeError as error:
             return " ".join(str(error).split())[:200].rstrip(".")
         return ""
 
     @staticmethod
-    def _maps(run: Run) -> list[str]:
+    def _find_map_layers(run: Run) -> list[str]:
         """Return the layers of the backbone that give maps of several pixels, in the order in which they end.
 
         A layer that is called in several places counts if its last call gives such a map: its maps are taken there.

@@ -78,12 +78,12 @@ class SI(Plugin):
     @hookimpl
     def after_backward(self, run: Run) -> None:
         """Keep the weights as they are before the step."""
-        self.before = [p.detach().clone() for _, p, _ in self._moving(run)]
+        self.before = [p.detach().clone() for _, p, _ in self._find_moving(run)]
 
     @hookimpl
     def after_step(self, run: Run) -> None:
         """Add what the step took off the loss to the path integral omega."""
-        moving = self._moving(run)
+        moving = self._find_moving(run)
         if moving:
             names, weights, gradients = map(list, zip(*moving, strict=True))
             # omega += -g (theta_after - theta_before)
@@ -102,7 +102,7 @@ class SI(Plugin):
         self.omega = {}
         self.start = {}
 
-    def _moving(self, run: Run) -> list[tuple[str, Tensor, Tensor]]:
+    def _find_moving(self, run: Run) -> list[tuple[str, Tensor, Tensor]]:
         """Return name, weight and gradient of the task's loss of each parameter of the path that this step moves."""
         weights = dict(run.model.named_parameters())
         return [(name, weights[name], g) for name, g in run.task_gradients.items() if name in self.omega]

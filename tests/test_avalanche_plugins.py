@@ -123,7 +123,7 @@ def in_avalanche(name, options, tiny, before, **train):
     scenario = scenario_of(name, tiny)
     train = {**TRAIN, **train}
     net = IncrementalNet(registry.build_backbone({"name": "mlp", "hidden": [16]}, scenario.input_shape))
-    model = adapter._view(net)
+    model = adapter._wrap_network(net)
     inner = getattr(plugins, adapter.TESTED[name][0])(**options)
     seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed_of(name))))
 
