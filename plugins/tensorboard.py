@@ -34,10 +34,10 @@ class TensorBoard(Plugin):
     (1, 2, ...), so that the curves of methods that take unequal numbers of steps can be laid over each other:
     ``accuracy_<reading>/experience_<j>`` (all in one chart under Custom Scalars), ``average_accuracy/<reading>``,
     ``forgetting/<reading>``, the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops, and the images
-    that a method shows (`Run.show`), under its name. With ``train.val``, the accuracies on the held-out images are
-    likewise ``validation_<reading>/experience_<j>``. Everything else stands at the step of the run: ``loss/<term>``,
-    ``learning_rate``, ``log/<name>``, and ``within_<reading>/experience_<j>``, the accuracies between the epochs of an
-    experience (``validation_within_...`` on held-out images).
+    that a method shows (`Run.log_images`), under its name. With ``train.val``, the accuracies on the held-out images
+    are likewise ``validation_<reading>/experience_<j>``. Everything else stands at the step of the run:
+    ``loss/<term>``, ``learning_rate``, ``log/<name>``, and ``within_<reading>/experience_<j>``, the accuracies between
+    the epochs of an experience (``validation_within_...`` on held-out images).
 
     After a resume, everything written beyond the checkpoint's step is purged; an accuracy may be written twice, with
     the same value at the same place. Nothing is written if the run keeps no folder.

@@ -40,7 +40,7 @@ def term(
     weights = torch.ones(n) if weight is None else torch.tensor(weight)
     batch = Batch(torch.zeros(n, 1), columns, columns, columns, weights, torch.tensor(origin or [0] * n))
     scenario = SimpleNamespace(setting=setting, classes=((0, 1), (2, 3), (4, 5)))
-    old = {"old_classes": [0, 1, 2, 3], "old_heads": [(0, 1), (2, 3)]}
+    old = {"previous_classes": [0, 1, 2, 3], "old_heads": [(0, 1), (2, 3)]}
     logits = "own" if setting == "task" else "seen"
     run: Any = SimpleNamespace(scenario=scenario, experience=SimpleNamespace(index=2), logits=logits, **old)
     terms = a_ltm.penalty(run=run, batch=batch, outputs=Outputs(z, z, [2, 4, 6]))

@@ -63,7 +63,7 @@ class Bench:
             scenario=scenario,
             experience=SimpleNamespace(index=2),
             old_heads=[(0, 1), (2, 3)],
-            of=lambda plugin, batch: batch.origin == 1,
+            rows_from=lambda plugin, batch: batch.origin == 1,
         )
         x = torch.randn(5, 1, 8, 8, dtype=torch.float64)
         y, task = torch.tensor([4, 5, 4, 3, 0]), torch.tensor([2, 2, 2, 1, 0])
@@ -342,7 +342,7 @@ def test_a_rival_comes_to_say_what_the_teacher_says_on_the_dreams(tiny, monkeypa
         return net
 
     monkeypatch.setattr(inversion, "inversion_loss", loss)
-    monkeypatch.setattr(inversion, "reborn", anew)
+    monkeypatch.setattr(inversion, "reinitialized_copy", anew)
     learn(tiny(2, shape=(1, 8, 8)), DeepInversion(per_class=16, iterations=40, compete=1.0, rounds=2), Judge())
     untaught, taught = apart
     assert len(fresh) == 1

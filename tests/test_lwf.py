@@ -480,7 +480,7 @@ def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float])
     run = SimpleNamespace(
         scenario=scenario,
         experience=experience,
-        old_classes=[0, 1],
+        previous_classes=[0, 1],
         old_heads=[(0, 1)],
         labelled_columns=lambda batch: None,
     )

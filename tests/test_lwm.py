@@ -72,7 +72,9 @@ class Bench:
         self.lwm.teacher = snapshot(self.model)
         perturbed(self.model, move)
         scenario = SimpleNamespace(input_shape=(1, 8, 8))
-        self.run: Any = SimpleNamespace(model=self.model, old_classes=[0, 1, 2, 3], scenario=scenario, device="cpu")
+        self.run: Any = SimpleNamespace(
+            model=self.model, previous_classes=[0, 1, 2, 3], scenario=scenario, device="cpu"
+        )
         self.model.float()
         self.lwm.before_run(self.run)
         self.model.double()
