@@ -244,35 +244,20 @@ class Reference:
 
 def reference(one: Case, folder: Path) -> Reference:
     """Return the run of a case in the new folder `folder`, left alone."""
-    from clframe.engine import Engine
-
-    original, pauses = Engine.pause, 0
-
-    def pause(engine: Engine) -> None:
-        nonlocal pauses
-        pauses += 1
-        original(engine)
+    from clframe.testing import stop_at
 
     began = time.monotonic()
-    with Calls(folder.parent) as calls, mock.patch.object(Engine, "pause", pause):
+    with Calls(folder.parent) as calls, stop_at() as pauses:
         code, said = command([*one.arguments, "--output", str(folder)])
     assert code == 0, (one, code, said)
-    return Reference(bits(folder), calls.made, pauses, time.monotonic() - began)
+    return Reference(bits(folder), calls.made, len(pauses), time.monotonic() - began)
 
 
 def stopped(one: Case, folder: Path, at: int) -> None:
     """Begin the run of a case in `folder`, and stop it by SIGINT at its pause of number `at`."""
-    from clframe.engine import Engine
+    from clframe.testing import stop_at
 
-    original, count = Engine.pause, 0
-
-    def pause(engine: Engine) -> None:
-        nonlocal count
-        count += 1
-        engine.signal = signal.SIGINT if count == at else 0
-        original(engine)
-
-    with mock.patch.object(Engine, "pause", pause):
+    with stop_at(at, by=signal.SIGINT):
         code, said = command([*one.arguments, "--output", str(folder)])
     assert code == 130, (code, said)
 

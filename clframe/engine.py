@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -47,6 +47,7 @@ ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not o
 GENERAL_HINT = "A run with a smaller `train.lr`, or a weaker method, may stay finite."
 PULSE = 0.25  # seconds between two records of progress
 UNCHECKED = 256  # steps at most whose losses are kept before they are looked at
+AT_PAUSE: list[Callable[[Engine], None]] = []  # called at each pause of a run; see `clframe.testing.stop_at`
 
 
 def learn(engine: Engine) -> None:
@@ -567,6 +568,8 @@ class Engine:
 
     def pause(self) -> None:
         """Between two pieces of work: stop if a signal asked for it, save if it is time."""
+        for look in AT_PAUSE:
+            look(self)
         if self.signal:
             self.save()
             if self.folder:

@@ -34,7 +34,7 @@ from clframe.data.build import Arrays, change_domains, split_classes
 from clframe.data.scenario import Experience, Scenario, Setting
 from clframe.data.transform import Transform
 from clframe.deploy.trained import Trained
-from clframe.engine import Engine
+from clframe.engine import AT_PAUSE, Engine
 from clframe.errors import ClframeError, Interrupted, UsageError
 from clframe.hooks import HOOKS, hookimpl
 from clframe.model import IncrementalNet, evaluating, snapshot
@@ -287,19 +287,48 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Pauses:
+    """The places where runs could have been stopped, in the order in which they came.
+
+    Attributes:
+        calls: for each pause the hook, the plugin and the tick under way, as in ``before_experience/icarl/``; empty
+            between two hooks and between two steps.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def within(self, call: str) -> list[int]:
+        """Return the numbers, from 1, of the pauses in calls that begin with `call`."""
+        return [k for k, name in enumerate(self.calls, start=1) if name.startswith(call)]
+
+
 @contextmanager
-def pauses(stop: int = 0) -> Iterator[list[int]]:
-    """Counts, in a list of one, the places where a run may be stopped, and stops it at the one of that number."""
-    original, count = Engine.pause, [0]
+def stop_at(place: int | Callable[[Engine], bool] = 0, by: signal.Signals = signal.SIGTERM) -> Iterator[Pauses]:
+    """Stop the runs inside the context as a signal does, and count the places where they can be stopped.
 
-    def pause(engine: Engine) -> None:
-        count[0] += 1
-        if count[0] == stop:
-            engine.signal = signal.SIGTERM
-        original(engine)
+    Args:
+        place: the number, from 1, of the pause at which to stop, counted over all runs inside the context (0: count
+            only), or a function that is given the engine at each pause and returns whether to stop there.
+        by: the signal.
 
-    with mock.patch.object(Engine, "pause", pause):
-        yield count
+    Yields the pauses that came. A run that is stopped raises `Interrupted`.
+    """
+    pauses = Pauses()
+
+    def look(engine: Engine) -> None:
+        pauses.calls.append(engine.run.hook_call)
+        if place(engine) if callable(place) else len(pauses) == place:
+            engine.signal = by
+
+    AT_PAUSE.append(look)
+    try:
+        yield pauses
+    finally:
+        AT_PAUSE.remove(look)
 
 
 def same_after_a_stop(
@@ -309,13 +338,14 @@ def same_after_a_stop(
 
     All but the first and the last resume are stopped again at once, before a step was taken, and resumed once more.
     """
-    with pauses() as count:
+    with stop_at() as pauses:
         begin(str(folder / "whole"))
-    for place in sorted({1, count[0] // 4, count[0] // 2, count[0] - 2, count[0]} - {0, -1}):
-        where = f"stopped at pause {place} of {count[0]}"
+    last = len(pauses)
+    for place in sorted({1, last // 4, last // 2, last - 2, last} - {0, -1}):
+        where = f"stopped at pause {place} of {last}"
         stopped = folder / str(place)
         try:
-            with pauses(place):
+            with stop_at(place):
                 begin(str(stopped))
         except Interrupted as error:
             if error.signal != signal.SIGTERM:
@@ -323,7 +353,7 @@ def same_after_a_stop(
         else:
             raise Broken(f"A run {where} was not stopped: two runs of one seed take other courses. {blame}")
         try:
-            if place in (1, count[0]) or not _stopped_at_once(go_on, stopped):
+            if place in (1, last) or not _stopped_at_once(go_on, stopped):
                 go_on(stopped)
         except Interrupted:
             raise
@@ -337,7 +367,7 @@ def same_after_a_stop(
 def _stopped_at_once(go_on: Callable[[Path], Results], folder: Path) -> bool:
     """Resume the run in `folder` and stop it at its first pause; return whether it finished, as there was none."""
     try:
-        with pauses(1):
+        with stop_at(1):
             go_on(folder)
     except Interrupted as error:
         if error.signal != signal.SIGTERM:
