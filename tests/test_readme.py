@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+import clframe
 from clframe import Plugin, compose, registry
 from clframe.cli.main import main
 
@@ -34,6 +37,34 @@ def test_links_lead_somewhere():
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target
+
+
+def test_the_picture_shows_the_figures_of_the_table():
+    picture = ROOT / "docs" / "images" / "demo.svg"
+    assert picture.stat().st_size < 40_000
+    shown = ElementTree.parse(picture).getroot().itertext()
+    labels = {text for text in shown if re.fullmatch(r"\d+\.\d", text)}
+    rows = [line.split() for line in code("text")[0].splitlines() if line.startswith(("finetuning", "ewc"))]
+    assert labels == {row[i] for row in rows for i in (1, -1)}  # on the first experience, and on average
+
+
+def test_the_picture_is_drawn_from_two_runs(tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("draw_demo", ROOT / "docs" / "draw_demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    scenario = {"name": "permuted-digits", "experiences": 2, "limit": 20}
+    for name in ("none", "ewc"):
+        plugins = [] if name == "none" else [name]
+        run = {"output": str(tmp_path / name), "tensorboard": False}
+        found = clframe.run(scenario, plugins=plugins, train={"iterations": 5}, run=run)
+    draw.main(str(tmp_path / "none"), str(tmp_path / "ewc"), str(tmp_path / "demo.svg"))
+    text = "".join(ElementTree.parse(tmp_path / "demo.svg").getroot().itertext())
+    first = found.accuracy["domain"][-1][0]
+    assert first is not None
+    assert f"{100 * first:.1f} EWC" in text
+    assert "fine-tuning" in text
 
 
 def test_the_methods_by_family_are_all_there_are():
