@@ -412,7 +412,9 @@ def definition(name: str, found: Any) -> list[str]:
     parameters = [
         p for p in signature.parameters.values() if p.name not in ("self", "cls")
     ]
-    if parameters and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    if parameters and all(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    ):
         return []  # a metaclass takes whatever the constructor of a subclass does
     pieces = []
     for before, parameter in zip([None, *parameters], parameters, strict=False):
