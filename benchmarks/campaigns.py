@@ -657,7 +657,7 @@ def quick_reader(run: Path, name: str) -> Callable[[], Any]:
     """Return what reads the JSON file `name` of a run folder and checks it, as every command does first."""
     from clframe.runs import checkpoint, sums
 
-    if name == sums.FILE:
+    if name == sums.SUMS_FILE:
         return lambda: sums.read(run)
     if not name.startswith("checkpoints/"):
         return lambda: sums.check(run, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,16 +138,11 @@ def about_scenario(
 
 def _draw(path: Path, scenario: Scenario) -> None:
     from clframe.data.pictures import png, sheet
-    from clframe.system.writing import create
+    from clframe.system.writing import write_bytes
 
-    beside = path.with_name(f".{path.name}")
     try:
-        with create(beside) as file:
-            file.write(png(sheet(scenario)))
-        beside.replace(path)
+        write_bytes(path, png(sheet(scenario)))
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise cannot_write("The sheet", path, error) from error
 
 

@@ -18,6 +18,7 @@ from clframe import Arrays, Phase, Plugin, Scenario, Transform, change_domains, 
 from clframe.errors import DataError, RunError, UsageError
 from clframe.plugins.ewc import EWC
 from clframe.strict_yaml import parse_yaml
+from clframe.system import writing
 from clframe.system.writing import save_file
 from clframe.training import training_only
 
@@ -688,7 +689,7 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_nothing(tiny, tmp_path: P
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(clframe.runs.checkpoint, "sync", full)
+    monkeypatch.setattr(writing, "sync", full)
     with pytest.raises(RunError, match=r"could not be written .*No space left on device"):
         learn(tiny(), output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ def set_format(file: Path, number: object) -> None:
 
 def test_the_formats_of_today_are_kept():
     assert [folder.name for folder in KEPT.iterdir()] == ["1"]
-    assert (results.FORMAT, checkpoint.FORMAT, hooks.HOOK_API) == (1, 1, 1)
+    assert (results.RESULTS_FORMAT, checkpoint.CHECKPOINT_FORMAT, hooks.HOOK_API) == (1, 1, 1)
 
 
 def test_a_finished_run_of_format_1_is_read_and_answers_as_it_did(kept: Path):
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_a_damaged_o
     newest = kept / "stopped" / "checkpoints" / "000009"
     shutil.copytree(kept / "stopped" / "checkpoints" / "000004", newest)
     set_format(newest / "tree.json", 2)
-    sums = {name: hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in checkpoint.FILES}
+    sums = {name: hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in checkpoint.CHECKPOINT_FILES}
     (newest / "manifest.json").write_text(json.dumps(sums))
     with pytest.raises(DataError) as caught:
         clframe.resume(kept / "stopped", allow_env_change=True)

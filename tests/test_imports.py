@@ -111,18 +111,10 @@ UPWARD = {
     ("data.single_image", "context"),
     ("data.split_file", "config"),
     ("data.split_file", "registry"),
-    ("data.split_file", "runs.checkpoint"),
-    ("data.split_file", "runs.results"),
     ("data.streams", "compose"),
     ("networks", "toolkit.per_sample"),
-    ("runs.extension", "engine"),
-    ("runs.record", "engine"),
-    ("runs.results", "api"),
 }
-CIRCLE = (
-    "api compose config data.single_image data.split_file data.streams engine registry "
-    "runs.extension runs.folder runs.record runs.results"
-)
+CIRCLE = "config data.split_file registry"
 IMPORTS_AVALANCHE = {"avalanche.adapter"}  # in the core; the plugin and the scenarios of that name import it, too
 # Texts in the core that equal the name of a plugin, but stand for something else.
 HOMONYMS = {

@@ -21,6 +21,7 @@ from clframe.errors import DataError, Interrupted, RunError, UsageError
 from clframe.evaluate import ModelPredictor
 from clframe.runs import checkpoint
 from clframe.runs.folder import RunFolder
+from clframe.system import writing
 from clframe.system.writing import save_file
 
 TRAIN = {
@@ -548,7 +549,7 @@ def test_a_run_whose_first_checkpoint_fails_is_resumed_from_the_beginning(tmp_pa
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "sync", lambda path: full(path) if "checkpoints" in str(path) else None)
+        patch.setattr(writing, "sync", lambda path: full(path) if "checkpoints" in str(path) else None)
         with pytest.raises(RunError, match="there is none yet: make room and resume, which begins the run again"):
             clframe.run(**given, train={"iterations": 2}, run={**settings, "output": str(tmp_path / "run")})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -167,8 +167,7 @@ def test_a_full_disk_is_no_wrong_use(
     def refuse(path: Path) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    for module in ("system.writing", "runs.checkpoint"):
-        monkeypatch.setattr(f"clframe.{module}.create", refuse)
+    monkeypatch.setattr("clframe.system.writing.create", refuse)
     path = tmp_path / "s.json"
     assert main(["scenarios", "show", "split-digits", "--set", "scenario.limit=4", flag, str(path)]) == code
     assert f"{what} {told} be written to {path} ({os.strerror(number)})" in capsys.readouterr().err

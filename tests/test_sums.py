@@ -142,7 +142,7 @@ def test_a_configuration_without_a_sum_is_refused_in_a_sentence(stopped: Path):
 
 
 def test_bits_of_the_sums_is_refused_or_means_the_same(finished: Path):
-    file = finished / sums.FILE
+    file = finished / sums.SUMS_FILE
     content, expected = file.read_bytes(), sums.read(finished)
     for bit in range(0, 8 * len(content), 7):
         flipped(file, bit)
@@ -362,7 +362,7 @@ def test_values_of_another_kind_in_a_checkpoint_are_refused(stopped: Path):
     for _ in range(60):
         data = changed(tree["tree"], dice.choice(places), dice.choice(NEW))
         (newest / "tree.json").write_text(json.dumps({"format": 1, "tree": data}))
-        files = {name: sums.digest(newest / name) for name in checkpoint.FILES}
+        files = {name: sums.digest(newest / name) for name in checkpoint.CHECKPOINT_FILES}
         (newest / "manifest.json").write_text(json.dumps(files))
         refused += bool(refusal(lambda: clframe.resume(stopped))[1])
         shutil.rmtree(stopped)
@@ -477,7 +477,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing_and_says_so(finished: P
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "sync", full)
+        patch.setattr(writing, "sync", full)
         call = ["export", str(finished), "--format", kind, "--output", str(tmp_path / "out" / "model")]
         assert main(call) == 1
     assert "could not be written: No space left on device" in capsys.readouterr().err

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clframe.data.batch import ImageData
     from clframe.data.scenario import Scenario
 
-FORMAT = 1
+SPLIT_FORMAT = 1
 KIND = "clframe scenario"
 PINNED = "pinned"  # of any scenario: the checksums that its data and its split must have
 SUMS = ("data", "split")
@@ -60,8 +60,7 @@ def save_split(
 
 def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: int) -> None:
     """Write `scenario`, which was built from `spec` in a run of that seed. Raises as `save_split`."""
-    from clframe.runs.checkpoint import write_text
-    from clframe.runs.results import to_json
+    from clframe.system.writing import to_json, write_text  # here, as that imports torch
 
     if path.suffix != SUFFIX:
         raise UsageError(
@@ -80,7 +79,7 @@ def describe_split(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> di
         options["seed"] = seed
     return {
         "kind": KIND,
-        "format": FORMAT,
+        "format": SPLIT_FORMAT,
         "scenario": options,
         "setting": scenario.setting,
         "class_order": list(scenario.class_order),
@@ -128,9 +127,9 @@ def read_split(path: Path) -> dict[str, Any]:
             f"{path} holds no scenario: write one with `clframe scenarios show NAME --save FILE.json`; a "
             "configuration is run by `clframe run --config FILE.yaml`."
         )
-    if data.get("format") != FORMAT:
+    if data.get("format") != SPLIT_FORMAT:
         raise UsageError(
-            f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {FORMAT}."
+            f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {SPLIT_FORMAT}."
         )
     return {**spec, PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
 

@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +23,7 @@ from clframe.errors import ClframeError, RunError, UsageError, did_you_mean, of_
 from clframe.evaluate import ModelPredictor
 from clframe.model import IncrementalNet, masked
 from clframe.runs import checkpoint
-from clframe.system.writing import create
+from clframe.system.writing import create, write_beside
 
 if TYPE_CHECKING:
     from clframe.deploy.trained import Trained
@@ -111,29 +111,23 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
     module = deployed(trained, task, kind)
     inputs = [example(trained, module, n) for n in BATCHES]
     write = {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[kind]
-    beside = path.with_name(f".{path.name}")  # a process that is killed leaves no part under the final name
     try:
-        with torch.no_grad(), _quiet():
+        with write_beside(path) as beside, torch.no_grad(), _quiet():
             loaded, checked_with = write(trained, module, inputs, beside)
             differences = []
             for given in inputs:
                 expected = trained(*given) if task is None else trained(*given, task)
                 differences += [_difference(expected, loaded(*given))] if loaded else []
-        difference = max(differences, default=None)
-        if difference is not None and difference > TOLERANCE:
-            raise RunError(
-                f"The exported model does not answer as the run's does: its scores differ by {difference:.2g} of the "
-                "largest; nothing was written."
-            )
-        checkpoint.sync(beside)
-        beside.replace(path)
+            difference = max(differences, default=None)
+            if difference is not None and difference > TOLERANCE:
+                raise RunError(
+                    f"The exported model does not answer as the run's does: its scores differ by {difference:.2g} of "
+                    "the largest; nothing was written."
+                )
     except Exception as error:
         if isinstance(error, ClframeError) or not (refused := of_the_system(error)):
             raise
         raise RunError(f"{path} could not be written: {refused}.") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
     described = {"images": f"{str(inputs[0][0].dtype).removeprefix('torch.')} [B, {_shape(trained)}]"}
     if module.takes_task:
         described["task"] = "int64 [B], from 0"

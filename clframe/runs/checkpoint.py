@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,11 +24,12 @@ from clframe.data.batch import ImageData
 from clframe.errors import DataError, RunError, of_the_system, out_of_memory
 from clframe.model import IncrementalNet, snapshot
 from clframe.runs.sums import TEXT_LIMIT, digest
+from clframe.system import writing
 from clframe.system.reading import open_regular, read_json
-from clframe.system.writing import create, save_file
+from clframe.system.writing import save_file
 
-FORMAT = 1  # of the files and of the tree in them; docs/reference/compatibility.md has the rule for changes
-FILES = ("tree.json", "tensors.safetensors")
+CHECKPOINT_FORMAT = 1  # of the files and of the tree in them; docs/reference/compatibility.md has the rule for changes
+CHECKPOINT_FILES = ("tree.json", "tensors.safetensors")
 KEPT = 2
 NAME = re.compile(r"[0-9]{1,18}")  # of a checkpoint
 
@@ -156,15 +156,16 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
             beside.unlink()
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        with create(beside / FILES[0]) as file:
-            file.write(json.dumps({"format": FORMAT, "tree": packed}).encode("utf-8"))
-        _save(tensors, beside / FILES[1])
-        for name in FILES:
-            sync(beside / name)
-        write_text(beside / "manifest.json", json.dumps({name: digest(beside / name) for name in FILES}))
-        sync(beside)
+        with writing.create(beside / CHECKPOINT_FILES[0]) as file:
+            file.write(json.dumps({"format": CHECKPOINT_FORMAT, "tree": packed}).encode("utf-8"))
+        _save(tensors, beside / CHECKPOINT_FILES[1])
+        for name in CHECKPOINT_FILES:
+            writing.sync(beside / name)
+        sums = {name: digest(beside / name) for name in CHECKPOINT_FILES}
+        writing.write_text(beside / "manifest.json", json.dumps(sums))
+        writing.sync(beside)
         beside.rename(target)
-        sync(folder)
+        writing.sync(folder)
     except (OSError, DataError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         kept = newest(folder)
@@ -217,22 +218,22 @@ def newest(folder: Path) -> Path | None:
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
-        strange = sorted(p.name for p in path.iterdir() if p.name not in (*FILES, "manifest.json"))
+        strange = sorted(p.name for p in path.iterdir() if p.name not in (*CHECKPOINT_FILES, "manifest.json"))
         if strange:
             raise DataError(
                 f"Checkpoint {path} is refused as untrusted: it holds `{strange[0]}`, which clframe did not write."
             )
         sums = read_json(path / "manifest.json")
-        for name in FILES:
+        for name in CHECKPOINT_FILES:
             if digest(path / name) != sums[name]:
                 raise DataError(f"Checkpoint {path} is damaged: {name} is not what was written.")
-        data = read_json(path / FILES[0], TEXT_LIMIT)
-        if data["format"] != FORMAT:
+        data = read_json(path / CHECKPOINT_FILES[0], TEXT_LIMIT)
+        if data["format"] != CHECKPOINT_FORMAT:
             raise OtherFormat(
-                f"Checkpoint {path} has format {data['format']}, and this clframe reads format {FORMAT}: resume the "
-                "run with the clframe that wrote it (environment.json names it)."
+                f"Checkpoint {path} has format {data['format']}, and this clframe reads format {CHECKPOINT_FORMAT}: "
+                "resume the run with the clframe that wrote it (environment.json names it)."
             )
-        return data["tree"], load_file(path / FILES[1])
+        return data["tree"], load_file(path / CHECKPOINT_FILES[1])
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -241,35 +242,16 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise DataError(f"Checkpoint {path} is damaged: {of_the_system(error) or error}.") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
-    beside = path.with_name(f".{path.name}")
-    try:
-        with create(beside) as file:
-            file.write(text.encode("utf-8"))
-        sync(beside)
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Write `tensors` as safetensors to `path` whole or not at all, with what it is `about` in its header.
 
     Equal tensors are equal bytes. Raises `OSError` if that fails.
     """
-    beside = path.with_name(f".{path.name}")
     try:
-        _save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, about)
-        sync(beside)
-        beside.replace(path)
+        with writing.write_beside(path) as beside:
+            _save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, about)
     except SafetensorError as error:  # it stands for an error of the system, too
-        beside.unlink(missing_ok=True)
         raise OSError(errno.EIO, str(error), str(path)) from error
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -281,15 +263,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if out_of_memory(error):
             raise
         raise DataError(f"{path} is missing or damaged: {of_the_system(error) or error}.") from error
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from clframe.data.batch import ImageData
 from clframe.data.files import image_files, image_format_of, read_image
 from clframe.data.listing import LeftOut, class_folders
 from clframe.data.scenario import Experience, Part, Scenario
-from clframe.engine import Engine
 from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.options import options_of
 from clframe.plugin import Plugin
@@ -27,6 +26,9 @@ from clframe.runs.results import read_results
 from clframe.runs.state import position_of
 from clframe.settings import OBJECT, Config, TrainSettings
 from clframe.system.reading import expanded, held_by, reason, shown
+
+if TYPE_CHECKING:
+    from clframe.engine import Engine
 
 ANEW = ("experiences", "first", "order", "limit")  # options of a scenario that say nothing of the next one
 OF_OPTIMIZER = (  # with others, a kept optimizer is not taken over

@@ -24,10 +24,10 @@ from clframe.data.pictures import png
 from clframe.errors import DataError, RunError, UsageError
 from clframe.evaluate import Row
 from clframe.runs import checkpoint, sums
-from clframe.runs.results import FILE as RESULTS
-from clframe.runs.results import Results, check_format, to_json
+from clframe.runs.results import RESULTS_FILE, Results, check_format
 from clframe.system import writing
 from clframe.system.reading import held_by, parse_json, read_bytes, read_json, reason, shown
+from clframe.system.writing import to_json, write_text
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
 BASE = "base.json"  # what a run that extends another one knows of it
@@ -36,11 +36,11 @@ CONFIG = "config.yaml"
 CONFIG_LIMIT = 1_000_000  # bytes
 BEGIN = (BASE, ENVIRONMENT, "split.json", CONFIG)  # files of the beginning, in this order: the last makes a run folder
 # what a process leaves that was killed before that; sums.json is written first of all
-BEGUN = {".lock", *(name for file in (sums.FILE, *BEGIN) for name in (file, f".{file}"))}
+BEGUN = {".lock", *(name for file in (sums.SUMS_FILE, *BEGIN) for name in (file, f".{file}"))}
 PART = re.compile(r"predictions/[0-9]+\.safetensors")
 WRITTEN = (  # all that clframe writes into a run folder
-    *(".lock", sums.FILE, *BEGIN, "metrics.jsonl", RESULTS, "timings.json", "model.json", "model.safetensors"),
-    *("predictions.safetensors", "predictions", "checkpoints", "pictures", "tensorboard"),
+    *(".lock", sums.SUMS_FILE, *BEGIN, "metrics.jsonl", RESULTS_FILE, "timings.json", "model.json"),
+    *("model.safetensors", "predictions.safetensors", "predictions", "checkpoints", "pictures", "tensorboard"),
 )
 BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
 
@@ -123,7 +123,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has its results."""
-        return (self.path / RESULTS).is_file()
+        return (self.path / RESULTS_FILE).is_file()
 
     @property
     def untouched(self) -> bool:
@@ -152,7 +152,7 @@ class RunFolder:
             self._sums = {name: hashlib.sha256(text.encode("utf-8")).hexdigest() for name, text in texts.items()}
             self._write_sums()
             for name, text in texts.items():
-                checkpoint.write_text(self.path / name, text)
+                write_text(self.path / name, text)
         except OSError as error:
             self._clear(but=".lock")
             raise RunError(
@@ -205,7 +205,7 @@ class RunFolder:
         self._sums = found
 
     def _write_sums(self) -> None:
-        checkpoint.write_text(self.path / sums.FILE, sums.to_text(self._sums))
+        write_text(self.path / sums.SUMS_FILE, sums.to_text(self._sums))
 
     def config_sum(self) -> str:
         """SHA-256 of `config.yaml`: a checkpoint remembers it, so that an edit is noticed."""
@@ -305,14 +305,14 @@ class RunFolder:
         texts = {
             "model.json": to_json({**description, "state": json.dumps(state)}),
             "timings.json": to_json(results.timings),
-            RESULTS: to_json(results.data),
+            RESULTS_FILE: to_json(results.data),
         }
         self._sums = written | {n: hashlib.sha256(text.encode("utf-8")).hexdigest() for n, text in texts.items()}
-        results_text = texts.pop(RESULTS)
+        results_text = texts.pop(RESULTS_FILE)
         for name, text in texts.items():
-            checkpoint.write_text(self.path / name, text)
+            write_text(self.path / name, text)
         self._write_sums()
-        checkpoint.write_text(self.path / RESULTS, results_text)
+        write_text(self.path / RESULTS_FILE, results_text)
         with contextlib.suppress(OSError):  # what else is in the folder stays there, such as a file manager's
             for name in parts:
                 (self.path / name).unlink(missing_ok=True)
@@ -328,7 +328,7 @@ def _nothing_begun(path: Path) -> bool:
     names = {p.name for p in path.iterdir()}
     if CONFIG in names or names - BEGUN:
         return False
-    if names <= {".lock", f".{sums.FILE}"}:
+    if names <= {".lock", f".{sums.SUMS_FILE}"}:
         return True
     try:
         return sums.read(path) is not None
@@ -349,7 +349,7 @@ def check_finished(path: Path) -> None:
         raise DataError(f"There is no folder {path}; name the folder of a finished run.")
     if not (path / "config.yaml").is_file():
         raise DataError(f"{path} is not a run folder: it has no config.yaml.")
-    if not (path / RESULTS).is_file():
+    if not (path / RESULTS_FILE).is_file():
         raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,12 +19,14 @@ from clframe.context import Run
 from clframe.data.decode import ImageFormat
 from clframe.data.scenario import Scenario
 from clframe.data.transform import Transform
-from clframe.engine import Engine
 from clframe.errors import UsageError
 from clframe.model import class_mask, masked
 from clframe.runs import checkpoint, state
-from clframe.runs.results import FORMAT, Results, read_results
+from clframe.runs.results import RESULTS_FORMAT, Results, read_results
 from clframe.system.reading import expanded, held_by
+
+if TYPE_CHECKING:
+    from clframe.engine import Engine
 
 Index = Annotated[int, Field(ge=0)]
 LARGEST_IMAGE = 2**28  # values
@@ -40,7 +42,7 @@ def results_of(engine: Engine) -> Results:
     counts = [len(labels) for labels in row.labels]
     methods = [plugin for plugin in run.plugins if not plugin.observer]
     data = {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "scenario": stream.name,
         "setting": stream.setting,
         "plugins": [plugin.name for plugin in methods],
@@ -91,7 +93,7 @@ def results_of(engine: Engine) -> Results:
         }
         temperature, fitted = temperatures(engine)
         description = {
-            "format": FORMAT,
+            "format": RESULTS_FORMAT,
             "scenario": _described(stream, run),
             "scores": row.kind,
             "temperature": temperature,

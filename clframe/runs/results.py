@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from clframe.errors import DataError
 from clframe.runs import sums
+from clframe.runs.opening import open_model
 from clframe.system.reading import expanded, held_by, read_json
 
 if TYPE_CHECKING:
     from clframe.deploy.trained import Trained
 
-FORMAT = 1  # of results.json and model.json; docs/reference/compatibility.md has the rule for changes
-FILE = "results.json"
+RESULTS_FORMAT = 1  # of results.json and model.json; docs/reference/compatibility.md has the rule for changes
+RESULTS_FILE = "results.json"
 PREDICTIONS = "predictions.safetensors"
 Matrix = list[list[float | None]]
 
@@ -59,9 +59,7 @@ class Results:
                 "These results come from another process, and the run kept no folder: ask for `trained` there, or "
                 "give the run `output`."
             )
-        from clframe.api import load  # which imports this module
-
-        return load(self.folder)
+        return open_model(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process is given: the figures, and the place of the folder."""
@@ -196,14 +194,14 @@ class Results:
 def read_results(folder: Path) -> Results:
     """The results of the finished run in `folder`, without a warning where it has no sums. Raises `DataError`."""
     try:
-        if not (folder / FILE).is_file():
-            raise DataError(f"there is no {FILE}")
-        sums.check(folder, FILE, "timings.json")
-        data, timings = read_json(folder / FILE), read_json(folder / "timings.json")
+        if not (folder / RESULTS_FILE).is_file():
+            raise DataError(f"there is no {RESULTS_FILE}")
+        sums.check(folder, RESULTS_FILE, "timings.json")
+        data, timings = read_json(folder / RESULTS_FILE), read_json(folder / "timings.json")
     except DataError as error:
         raise DataError(f"{folder} holds no results of a finished run that can be read ({error}).") from error
-    check_format(data, folder / FILE)
-    with held_by(folder / FILE):
+    check_format(data, folder / RESULTS_FILE)
+    with held_by(folder / RESULTS_FILE):
         _Shape.model_validate(data)
     with held_by(folder / "timings.json"):
         dict(timings)
@@ -228,27 +226,8 @@ class _Shape(BaseModel):
 def check_format(data: Any, file: Path) -> None:
     """Raise `DataError` if `data`, which `file` holds, is of a format that this clframe does not read."""
     found = data.get("format") if isinstance(data, Mapping) else None
-    if found != FORMAT:
+    if found != RESULTS_FORMAT:
         raise DataError(
-            f"{file} has format {found}, and this clframe reads format {FORMAT}: use the clframe that wrote it "
+            f"{file} has format {found}, and this clframe reads format {RESULTS_FORMAT}: use the clframe that wrote it "
             "(environment.json names it), or run config.yaml again."
         )
-
-
-def to_json(data: Mapping[str, Any]) -> str:
-    """The text of a JSON file: stable order, exact floats, matrices one row to a line."""
-
-    def text(value: Any, indent: str) -> str:
-        deeper = indent + "  "
-        if isinstance(value, Mapping) and value:
-            items = ",\n".join(f"{deeper}{json.dumps(str(k))}: {text(v, deeper)}" for k, v in value.items())
-            return "{\n" + items + "\n" + indent + "}"
-        if (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and any(isinstance(v, list | dict) for v in value)
-        ):
-            return "[\n" + ",\n".join(deeper + text(v, deeper) for v in value) + "\n" + indent + "]"
-        return json.dumps(value, allow_nan=False)
-
-    return text(data, "") + "\n"

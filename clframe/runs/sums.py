@@ -12,8 +12,8 @@ from typing import cast
 from clframe.errors import DataError
 from clframe.system.reading import open_regular, read_json
 
-FILE = "sums.json"
-FORMAT = 1
+SUMS_FILE = "sums.json"
+SUMS_FORMAT = 1
 TEXT_LIMIT = 2**28  # bytes of a text
 NONE = "holds no sums of its files, as an earlier clframe wrote it: a damaged file in it would not be noticed"
 
@@ -30,7 +30,7 @@ def digest(path: Path) -> str:
 def to_text(sums: Mapping[str, str]) -> str:
     """Return the content of sums.json for files `sums`, which maps their names to their SHA-256."""
     files = dict(sorted(sums.items()))
-    return json.dumps({"format": FORMAT, "files": files, "sum": _own(files)}, indent=1) + "\n"
+    return json.dumps({"format": SUMS_FORMAT, "files": files, "sum": _own(files)}, indent=1) + "\n"
 
 
 def read(folder: Path) -> dict[str, str] | None:
@@ -38,12 +38,12 @@ def read(folder: Path) -> dict[str, str] | None:
 
     Raises `DataError` if sums.json is damaged.
     """
-    file = folder / FILE
+    file = folder / SUMS_FILE
     if not file.exists() and not file.is_symlink():
         return None
     data = read_json(file)
     files = data.get("files") if isinstance(data, dict) else None
-    if not isinstance(files, dict) or data.get("format") != FORMAT or data.get("sum") != _own(files):
+    if not isinstance(files, dict) or data.get("format") != SUMS_FORMAT or data.get("sum") != _own(files):
         raise DataError(f"{file} is damaged: it is not what was written.")
     return {str(name): str(found) for name, found in files.items()}
 
@@ -55,14 +55,14 @@ def check(folder: Path, *names: str) -> None:
         return
     for name in names:
         if name not in sums:
-            raise DataError(f"{folder / name} is not in {FILE}: the run did not write it.")
+            raise DataError(f"{folder / name} is not in {SUMS_FILE}: the run did not write it.")
         if digest(folder / name) != sums[name]:
             raise DataError(f"{folder / name} is damaged: it is not what was written.")
 
 
 def missing(folder: Path) -> str | None:
     """Return a sentence if the run folder `folder` has no sums; None if it has."""
-    return None if (folder / FILE).exists() else f"The run folder {folder} {NONE}."
+    return None if (folder / SUMS_FILE).exists() else f"The run folder {folder} {NONE}."
 
 
 def _own(files: Mapping[str, str]) -> str:

@@ -1,13 +1,14 @@
-"""Writing of files: never through a link, and tensors as the same bytes each time."""
+"""Writing of files: never through a link, whole or not at all, and tensors as the same bytes each time."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,6 +44,44 @@ def create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb")
 
 
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_beside(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; the file there is synced and renamed to `path` when the block ends.
+
+    A process that is killed leaves no part under the final name. If the block, the sync or the renaming fails, the
+    file beside is removed, and what was at `path` stays.
+    """
+    beside = path.with_name(f".{path.name}")
+    try:
+        yield beside
+        sync(beside)
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all. Raises `OSError` if the file cannot be written."""
+    with write_beside(path) as beside, create(beside) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, whole or not at all. Raises `OSError` if the file cannot be written."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def append(path: Path, text: str) -> None:
     """Add `text` to the file `path`. Raises `OSError` if that is a link."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666), "ab") as file:
@@ -68,6 +107,25 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
                     f"{found} is a link, and clframe writes to files of the run folder alone: put what it leads to in "
                     "its place, or remove it."
                 )
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Return `data` as the text of a JSON file: stable order, exact floats, matrices one row to a line."""
+
+    def text(value: Any, indent: str) -> str:
+        deeper = indent + "  "
+        if isinstance(value, Mapping) and value:
+            items = ",\n".join(f"{deeper}{json.dumps(str(k))}: {text(v, deeper)}" for k, v in value.items())
+            return "{\n" + items + "\n" + indent + "}"
+        if (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and any(isinstance(v, list | dict) for v in value)
+        ):
+            return "[\n" + ",\n".join(deeper + text(v, deeper) for v in value) + "\n" + indent + "]"
+        return json.dumps(value, allow_nan=False)
+
+    return text(data, "") + "\n"
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
