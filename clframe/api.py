@@ -38,6 +38,7 @@ from clframe.model import IncrementalNet, seed_torch
 from clframe.networks import prepare, tried, uncompiled
 from clframe.options import explain
 from clframe.plugin import Plugin
+from clframe.renamed import update_config
 from clframe.runs import checkpoint, state, sums
 from clframe.runs.extension import Base, defaults, extend_scenario, join, load_base
 from clframe.runs.folder import (
@@ -528,7 +529,7 @@ def _read_config(path: Path) -> Config:
     """The resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
     file = path / "config.yaml"
     try:
-        return Config.model_validate(parse_yaml(read_text(file, CONFIG_LIMIT), str(file)))
+        return Config.model_validate(update_config(parse_yaml(read_text(file, CONFIG_LIMIT), str(file))))
     except (DataError, UsageError, ValidationError) as error:
         problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
         raise DataError(f"{file} cannot be read, so the run cannot go on: {cut(' '.join(problems), 2000)}") from error

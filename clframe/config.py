@@ -23,6 +23,7 @@ from clframe.options import (
     unknown,
     validated,
 )
+from clframe.renamed import update_config
 from clframe.settings import (
     DEFAULT_MODEL,
     DEFAULT_SCENARIO,
@@ -38,6 +39,7 @@ from clframe.strict_yaml import RESOLVERS, _Dumper, _Loader, _plain, parse_yaml
 from clframe.system.reading import Unreadable, expanded, read_bytes, shown
 from clframe.system.texts import cut, told
 
+ENVIRONMENT = "environment.json"  # beside the configuration of every run
 LARGEST_FILE = 100_000  # bytes of a configuration: PyYAML takes half a second of CPU for them
 MOST_PLUGINS = 100  # that a configuration names
 OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they suit one optimizer, not another
@@ -263,6 +265,8 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
     data = parse_yaml(text, str(path))
+    if (path.parent / ENVIRONMENT).is_file():  # in a run folder, which an earlier version may have written
+        data = update_config(data)
     if not isinstance(data, dict):
         raise UsageError(f"{path} must hold a mapping with some of: {', '.join(SECTIONS)}.")
     strangers = [name for name in data if name not in SECTIONS]

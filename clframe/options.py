@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from clframe.errors import UsageError, did_you_mean
+from clframe.renamed import OF_VALUES
 from clframe.system.texts import cut, told
 
 # Types for the signatures of plugins, scenarios and backbones.
@@ -91,11 +92,11 @@ def validated(
     values: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name in named:
+            hint, adapter = _adapter(_constructor(factory), parameter.name)
             try:
-                hint, adapter = _adapter(_constructor(factory), parameter.name)
                 values[parameter.name] = adapter.validate_python(suited(hint, named[name]))
             except ValidationError as error:
-                problems += explain(error, f"{where}.{name}")
+                problems += _explain_renamed(hint, named[name], f"{where}.{name}") or explain(error, f"{where}.{name}")
         elif parameter.default is REQUIRED:
             problems.append(f"`{where}.{name}` is required: give it with `--set {where}.{name}=VALUE`.")
         else:
@@ -133,6 +134,12 @@ def explain(error: ValidationError, where: str) -> list[str]:
         )
         said.append(reason.removeprefix("it should be ") if said else reason)
     return [": ".join([place, *filter(None, [" or ".join(said)])]) + "." for place, said in reasons.items()]
+
+
+def _explain_renamed(hint: Any, value: object, where: str) -> list[str]:
+    """Return the sentence that refuses the old word for a choice of today, with the new one; none for other values."""
+    new = OF_VALUES.get(value) if isinstance(value, str) else None
+    return [f"`{where}` is {value!r}, which is now called `{new}`."] if new in _choices(_members(hint)) else []
 
 
 def _constructor(factory: Callable[..., object]) -> Callable[..., object]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 PUBLIC = {"WrongUse": "UsageError", "RunFailed": "RunError"}  # of `clframe` and `clframe.errors`
 OF_PLUGINS = {"settings": "serves"}  # attributes of a plugin's class
 OF_RUNS = {  # attributes of `clframe.Run`
@@ -11,6 +14,8 @@ OF_RUNS = {  # attributes of `clframe.Run`
     "old_classes": "previous_classes",
     "n_seen": "n_seen_classes",
 }
+OF_VALUES = {"colour": "color", "grey": "gray"}  # words that an option may be set to
+OF_MODES = ("split-folder", "split-table", "huggingface")  # scenarios whose option `mode` had them
 MODULES = {
     "clframe.adapter": "clframe.avalanche.adapter",
     "clframe.arrays": "clframe.data.build",
@@ -54,3 +59,19 @@ MODULES = {
 def now_called(old: str, new: str) -> str:
     """Return the sentence that refuses the name `old`, which is `new` now."""
     return f"`{old}` is now called `{new}`."
+
+
+def update_mode(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options`, of an image format or of a scenario in a file of format 1, with the word of today for `mode`.
+
+    A scenario has its ``name`` among the options; those of other packages are returned as they are.
+    """
+    of_image_files = str(options.get("name", OF_MODES[0])).partition(":")[0] in OF_MODES
+    old = options.get("mode")
+    return {**options, "mode": OF_VALUES[old]} if of_image_files and str(old) in OF_VALUES else dict(options)
+
+
+def update_config(config: Any) -> Any:
+    """Return what ``config.yaml`` of a run folder holds, with the words of today in its scenario."""
+    scenario = config.get("scenario") if isinstance(config, dict) else None
+    return {**config, "scenario": update_mode(scenario)} if isinstance(scenario, dict) else config

@@ -31,8 +31,8 @@ Key = TypeVar("Key", bound="str | tuple[str, ...]")
 
 # of photographs: mean and standard deviation of ImageNet's channels, and of their grey
 NORMS: dict[Mode, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "colour": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "grey": ((0.449,), (0.226,)),
+    "color": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "gray": ((0.449,), (0.226,)),
 }
 BLOCK = 512
 SHOWN = 10  # names at most that a sentence lists

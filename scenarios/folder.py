@@ -56,7 +56,7 @@ def split_folder(
     size: Count = 64,
     crop: Crop = "center",
     resize: Count | None = None,
-    mode: Mode = "colour",
+    mode: Mode = "color",
     skip_broken: bool = False,
     duplicates: Duplicates = "refuse",
     skip_empty: bool = False,

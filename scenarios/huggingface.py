@@ -61,7 +61,7 @@ def huggingface(
     size: Count = 64,
     crop: Crop = "center",
     resize: Count | None = None,
-    mode: Mode = "colour",
+    mode: Mode = "color",
     skip_broken: bool = False,
     duplicates: Duplicates = "refuse",
     normalize: bool = True,

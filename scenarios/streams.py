@@ -47,7 +47,7 @@ OPTIONS = {
     "crop": "`center` cuts off what is left of the longer side, `stretch` resizes both sides apart, `pad` keeps the "
     "whole image on black.",
     "resize": "the shorter side in pixels before `center` cuts; null: `size`.",
-    "mode": "`colour` (3 channels) or `grey` (1); images of other modes are converted.",
+    "mode": "`color` (3 channels) or `gray` (1); images of other modes are converted.",
     "skip_broken": "leave out images that cannot be read, instead of listing them and stopping.",
     "duplicates": "files that are training and test images: `refuse`, `drop` them from training, or `keep` them.",
     "skip_empty": "leave out classes without images, instead of naming them and stopping.",

@@ -63,7 +63,7 @@ def split_table(
     size: Count = 64,
     crop: Crop = "center",
     resize: Count | None = None,
-    mode: Mode = "colour",
+    mode: Mode = "color",
     skip_broken: bool = False,
     duplicates: Duplicates = "refuse",
     normalize: bool = True,

@@ -261,7 +261,7 @@ def test_every_format_says_what_its_user_needs_by_the_same_names(tiny, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
-@pytest.mark.parametrize("options", [{}, {"mode": "grey"}, {"width": 20}, {"resize": 24}])
+@pytest.mark.parametrize("options", [{}, {"mode": "gray"}, {"width": 20}, {"resize": 24}])
 def test_the_page_s_recipe_reads_images_as_predict_does(kind, options, tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "trained-model.md").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^def raw\(.*?(?=\n```)", page, re.M | re.S)

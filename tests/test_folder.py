@@ -223,7 +223,7 @@ def test_the_checksum_is_that_of_the_files_wherever_they_are(small, tmp_path):
     before = split_folder(path=small, size=8).checksum
     small.rename(tmp_path / "elsewhere")
     small = tmp_path / "elsewhere"
-    assert split_folder(path=small, size=16, mode="grey").checksum == before
+    assert split_folder(path=small, size=16, mode="gray").checksum == before
     (small / "a" / "0.png").write_bytes((small / "a" / "1.png").read_bytes())
     assert split_folder(path=small, size=8, duplicates="keep").checksum != before
 
@@ -254,7 +254,7 @@ def test_classes_are_divided_by_a_rule_where_nobody_said_how(count, asked, found
 
 
 def test_the_input_has_the_shape_and_norms_that_the_options_say(small):
-    grey = split_folder(path=small, size=16, mode="grey")
+    grey = split_folder(path=small, size=16, mode="gray")
     assert grey.input_shape == (1, 16, 16)
     assert (grey.transform.mean, grey.transform.std, grey.transform.pad) == ((0.449,), (0.226,), 2)
     plain = split_folder(path=small, size=16, normalize=False, augment=False)

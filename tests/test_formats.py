@@ -11,6 +11,8 @@ import pytest
 
 import clframe
 from clframe import DataError, Plugin, Results, UsageError, compose, hookimpl, hooks
+from clframe.config import resolve
+from clframe.data.decode import ImageFormat
 from clframe.runs import checkpoint, results
 from clframe.scenarios.digits import split_digits
 
@@ -60,6 +62,23 @@ def test_the_tree_of_a_checkpoint_has_the_entries_of_its_format(kept: Path):
     trees = [checkpoint.load(kept / name / "checkpoints", pytest.fail)[0] for name in ("stopped", "new")]
     old, new = ([name for name, _ in tree["dict"]] for tree in trees)
     assert old == new
+
+
+def test_the_old_words_for_colors_are_read_in_files_of_format_1(kept: Path, monkeypatch: pytest.MonkeyPatch):
+    """`grey` in config.yaml, in the image format of model.json and in a split's file is `gray` from then on."""
+    monkeypatch.chdir(kept / "gray")
+    assert "grey" in Path("run/config.yaml").read_text()
+    trained = clframe.load("run")
+    assert trained.scenario.transform.look == ImageFormat(4, mode="gray")
+    assert len(trained.predict(["images/red/0.png"])) == 1
+    assert resolve(yaml_file="run/config.yaml").scenario["mode"] == "gray"
+    assert resolve(scenario="split-file.json").scenario["mode"] == "gray"
+    more = {"name": "split-folder", "path": "images"}
+    extended = clframe.extend("run", more, train={"iterations": 1}, run={"output": "more", "device": "cpu"})
+    assert extended.data["extends"] == 2
+    assert "mode: gray" in Path("more/config.yaml").read_text()
+    Path("run/results.json").unlink()  # as if it had been stopped at its end
+    assert clframe.resume("run", allow_env_change=True).data["classes"] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("number", [0, 2, None])

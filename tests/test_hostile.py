@@ -68,8 +68,8 @@ def test_readers_import_nothing_of_the_current_folder(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
     Image.new("L", (4, 4), 7).save(tmp_path / "image.png")
     code = (
-        "import os, sys\nsys.path.remove('')\nfrom clframe.data.files import Files, Look\n"
-        "files = Files(['image.png'], Look(4, mode='grey'), 1)\nfiles.expect([0])\n"
+        "import os, sys\nsys.path.remove('')\nfrom clframe.data.files import Files, ImageFormat\n"
+        "files = Files(['image.png'], ImageFormat(4, mode='gray'), 1)\nfiles.expect([0])\n"
         "print(files._coming[0][0].result().max(), os.environ.get('PYTHONSAFEPATH'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}

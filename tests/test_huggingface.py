@@ -84,7 +84,7 @@ def whole(scenario) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("memory", [10**9, 0])
-@pytest.mark.parametrize("mode", ["colour", "grey"])
+@pytest.mark.parametrize("mode", ["color", "gray"])
 def test_the_images_are_those_that_split_folder_reads(both, tmp_path, mode, memory):
     for part, given in (("train", rows(6)), ("test", rows(3, start=50))):
         for i, (content, label) in enumerate(given):
@@ -97,7 +97,7 @@ def test_the_images_are_those_that_split_folder_reads(both, tmp_path, mode, memo
     assert found.class_names == NAMES
     assert [name.split()[1] for name in files.class_names] == list(NAMES)
     assert found.classes == files.classes
-    assert found.input_shape == files.input_shape == (1 if mode == "grey" else 3, 8, 8)
+    assert found.input_shape == files.input_shape == (1 if mode == "gray" else 3, 8, 8)
     assert found.transform == files.transform
     assert isinstance(found[0].train.images, LazyImages) == (memory == 0)
     for a, b in zip(whole(found), whole(files), strict=True):

@@ -79,7 +79,7 @@ def test_a_photograph_is_turned_as_its_exif_data_says(tmp_path, orientation):
     assert (ImageFormat(16).read(tmp_path / "a.png") == np.asarray(upright).transpose(2, 0, 1)).all()
 
 
-def test_images_of_all_modes_become_colour_or_grey(tmp_path):
+def test_images_of_all_modes_become_color_or_gray(tmp_path):
     red = Image.new("RGB", (4, 4), RED)
     half = Image.new("RGBA", (4, 4), (*RED, 0))
     sixteen = Image.fromarray(np.full((4, 4), 257 * 77, dtype=np.uint16))
@@ -96,7 +96,7 @@ def test_images_of_all_modes_become_colour_or_grey(tmp_path):
         image.save(tmp_path / name)
         pixels = ImageFormat(4).read(tmp_path / name)
         assert (pixels == np.array(colour)[:, None, None]).all(), name
-        grey = ImageFormat(4, mode="grey").read(tmp_path / name)
+        grey = ImageFormat(4, mode="gray").read(tmp_path / name)
         assert grey.shape == (1, 4, 4)
         assert abs(int(grey[0, 0, 0]) - np.dot(colour, (0.299, 0.587, 0.114))) < 1, name
 
@@ -114,7 +114,7 @@ def test_grey_values_of_many_bits_become_8_bits_by_one_rule_for_each_kind(tmp_pa
     }
     for name, (kind, values, expected) in cases.items():
         Image.fromarray(np.array(values, dtype=kind).reshape(2, 2)).save(tmp_path / name)
-        assert ImageFormat(2, mode="grey").read(tmp_path / name).flatten().tolist() == expected, name
+        assert ImageFormat(2, mode="gray").read(tmp_path / name).flatten().tolist() == expected, name
 
 
 def test_a_folder_deeper_than_recursion_goes_is_read(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_relative_paths_are_those_of_the_folder_that_was_the_current_one(tmp_pat
         folder.mkdir()
         Image.new("L", (4, 4), i).save(folder / "image.png")
         monkeypatch.chdir(folder)
-        images = Files(["image.png"], ImageFormat(4, mode="grey"), workers=1)  # whose process began in the first folder
+        images = Files(["image.png"], ImageFormat(4, mode="gray"), workers=1)  # whose process began in the first folder
         monkeypatch.chdir(tmp_path)
         assert images.read([0]).unique().tolist() == [i]
 
@@ -303,7 +303,7 @@ def test_an_image_out_of_a_larger_file_is_read_by_its_bytes_and_named(tmp_path):
     picture = Image.fromarray(np.full((4, 4), 7, dtype=np.uint8))
     picture.save(tmp_path / "7.png")
     held = ("row 7", (tmp_path / "7.png").read_bytes())
-    look = ImageFormat(4, mode="grey")
+    look = ImageFormat(4, mode="gray")
     assert read_files([held, str(tmp_path / "7.png")], look).tolist() == [[[[7] * 4] * 4]] * 2
     with pytest.raises(DataError, match=r"The image row 7 could be read before, and cannot any more: \w+"):
         read_files([("row 7", held[1][:20])], look)
@@ -329,7 +329,7 @@ def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
 def test_a_reader_is_deaf_to_ctrl_c_from_its_first_moment_and_who_asks_is_not():
     code = (
         "from signal import SIG_BLOCK, SIGINT, pthread_sigmask\nfrom loky import get_reusable_executor\n"
-        "from clframe.data.files import Files, Look\nFiles(['none.png'], Look(4), 1).expect([0])\n"
+        "from clframe.data.files import Files, ImageFormat\nFiles(['none.png'], ImageFormat(4), 1).expect([0])\n"
         "reader = get_reusable_executor(reuse=True).submit(pthread_sigmask, SIG_BLOCK, [])\n"
         "print(SIGINT in reader.result(), SIGINT in pthread_sigmask(SIG_BLOCK, []))"
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
 import clframe
 from clframe import Plugin, UsageError, compose, hookimpl, renamed
+from clframe.config import resolve
+from clframe.scenarios.folder import split_folder
 
 
 @pytest.mark.parametrize(("old", "new"), renamed.PUBLIC.items())
@@ -34,6 +37,23 @@ def test_an_old_attribute_of_a_plugin_is_refused_before_training() -> None:
 
     with pytest.raises(UsageError, match="`settings` of plugin `old` is now called `serves`"):
         compose.manager([Old()])
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.OF_VALUES.items())
+def test_an_old_word_for_a_choice_names_its_successor(tmp_path: Path, old: str, new: str) -> None:
+    sentence = f"`scenario.mode` is '{old}', which is now called `{new}`."
+    scenario = {"name": "split-folder", "path": str(tmp_path)}
+    written = tmp_path / "new.yaml"
+    written.write_text(f"scenario: {{name: split-table, path: t.csv, mode: {old}}}\n")
+    for work in (
+        lambda: resolve(scenario=scenario, sets=[f"scenario.mode={old}"]),
+        lambda: resolve(scenario={**scenario, "mode": old}),
+        lambda: resolve(yaml_file=written),
+        lambda: split_folder(path=tmp_path, mode=old),
+    ):
+        with pytest.raises(UsageError) as caught:
+            work()
+        assert caught.value.problems == (sentence,)
 
 
 @pytest.mark.parametrize(("old", "new"), renamed.OF_RUNS.items())

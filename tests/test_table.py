@@ -49,7 +49,7 @@ def numbers(data) -> list[int]:
     return (data.x[:, 0, 0, 0] // 10).tolist()
 
 
-SMALL = {"size": 4, "mode": "grey"}
+SMALL = {"size": 4, "mode": "gray"}
 
 
 def test_without_tasks_the_classes_are_split(images):

@@ -13,12 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clframe.errors import DataError, UsageError
+from clframe.renamed import OF_VALUES
 from clframe.system.reading import Unreadable, open_regular
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # PPM: all of PN
 LARGEST = 50_000_000  # pixels of an image, as decoded: some kinds take 16 bytes each on the way
 LARGEST_FILE = 2**28  # bytes of an image file
 Crop = Literal["center", "stretch", "pad"]
-Mode = Literal["colour", "grey"]
+Mode = Literal["color", "gray"]
 Pixels = NDArray[np.uint8]
 
 
@@ -45,20 +46,24 @@ class ImageFormat:
         crop: ``center``: what is left of the longer side is cut off; ``stretch``: both sides are resized apart;
             ``pad``: the whole image, on black.
         resize: the shorter side in pixels before ``center`` cuts; None: `size`.
-        mode: ``colour`` (3 channels) or ``grey`` (1).
+        mode: ``color`` (3 channels) or ``gray`` (1).
         width: in pixels; None: as the height.
 
     Raises:
-        UsageError: if `resize` is less than `size`, or has no meaning.
+        UsageError: if `resize` is less than `size`, or has no meaning; if `mode` is another word.
     """
 
     size: int = 64
     crop: Crop = "center"
     resize: int | None = None
-    mode: Mode = "colour"
+    mode: Mode = "color"
     width: int | None = None
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            new = OF_VALUES.get(str(self.mode))
+            must = f"which is now called `{new}`" if new else "and must be `color` or `gray`"
+            raise UsageError(f"`scenario.mode` is {self.mode!r}, {must}.")
         if self.resize is not None and self.crop != "center":
             raise UsageError(f"`scenario.resize` needs `scenario.crop=center`: with `{self.crop}` nothing is cut off.")
         if self.resize is not None and self.resize < self.size:
@@ -70,7 +75,7 @@ class ImageFormat:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        return (1 if self.mode == "grey" else 3, self.size, self.width or self.size)
+        return (1 if self.mode == "gray" else 3, self.size, self.width or self.size)
 
     def read(self, file: Path | str | IO[bytes]) -> Pixels:
         """The image as [C, H, W].
@@ -87,7 +92,7 @@ class ImageFormat:
                 if math.prod(image.size) > LARGEST:
                     raise DataError(f"it has {math.prod(image.size):,} pixels, and {LARGEST:,} can be read")
                 ImageOps.exif_transpose(image, in_place=True)
-                plain = self._resized(_in_mode(image, "L" if self.mode == "grey" else "RGB"))
+                plain = self._resized(_in_mode(image, "L" if self.mode == "gray" else "RGB"))
             pixels = np.asarray(plain)
         except UnidentifiedImageError as error:
             raise DataError("it is no image of a known kind") from error
@@ -104,7 +109,7 @@ class ImageFormat:
         from PIL import ImageOps
 
         try:
-            turned = _in_mode(ImageOps.exif_transpose(image), "L" if self.mode == "grey" else "RGB")
+            turned = _in_mode(ImageOps.exif_transpose(image), "L" if self.mode == "gray" else "RGB")
             pixels = np.asarray(self._resized(turned))
         except DataError:
             raise

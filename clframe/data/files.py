@@ -70,7 +70,7 @@ def image_format_of(shape: Sequence[int]) -> ImageFormat:
         raise UsageError(
             f"This model takes arrays of shape {list(shape)}, which no image file has: give it arrays from Python."
         )
-    return ImageFormat(shape[1], mode="grey" if shape[0] == 1 else "colour", width=shape[2])
+    return ImageFormat(shape[1], mode="gray" if shape[0] == 1 else "color", width=shape[2])
 
 
 def read_image(path: str | Path, look: ImageFormat, scale: float = 255) -> Tensor:

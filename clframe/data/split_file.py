@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clframe.errors import DataError, UsageError, cannot_write
+from clframe.renamed import update_mode
 from clframe.system.reading import Unreadable, expanded, parse_json, read_bytes, shown
 from clframe.system.texts import cut, told
 
@@ -131,7 +132,7 @@ def read_split(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {SPLIT_FORMAT}."
         )
-    return {**spec, PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
+    return {**update_mode(spec), PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
 
 
 def settled(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:

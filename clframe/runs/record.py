@@ -21,6 +21,7 @@ from clframe.data.scenario import Scenario
 from clframe.data.transform import Transform
 from clframe.errors import UsageError
 from clframe.model import class_mask, masked
+from clframe.renamed import update_mode
 from clframe.runs import checkpoint, state
 from clframe.runs.results import RESULTS_FORMAT, Results, read_results
 from clframe.system.reading import expanded, held_by
@@ -230,7 +231,7 @@ def scenario_of(described: Mapping[str, Any]) -> Scenario:
 def _scenario_of(described: Mapping[str, Any]) -> Scenario:
     transform = dict(described["transform"])
     transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
-    transform["look"] = ImageFormat(**transform["look"]) if transform.get("look") else None
+    transform["look"] = ImageFormat(**update_mode(transform["look"])) if transform.get("look") else None
     empty = Scenario(
         described["name"],
         described["setting"],
