@@ -72,6 +72,7 @@ def test_the_methods_by_family_are_all_there_are():
     named = {name for _, cell in rows for name in re.findall(r"`([\w-]+)(?::\w+)?`", cell)}
     observers = {name for name in registry.names("plugin") if registry.plugin_class(name).observer}
     assert named == set(registry.names("plugin")) - observers
+    assert f"- **{len(named - {'avalanche'})} methods that combine.**" in README
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
