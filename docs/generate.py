@@ -82,10 +82,10 @@ NAVIGATION = [
 REST = "More"  # the section of pages outside these folders
 
 ARGUMENTS = {
-    "run": "the context that calls: the model, the settings, what is under way, and what a plugin may ask for",
-    "experience": "the one that is being learnt: its index, task, classes and training images; no test images",
-    "batch": "the rows of this step; where plugins added some, all of them, but for `extra_batch`",
-    "outputs": "the network's features and logits for the rows of `batch`, with their graph",
+    "run": "the context of the run: the model, the settings, what is under way, and what a plugin may ask for",
+    "experience": "the experience being learned: index, task, classes and training images; no test images",
+    "batch": "the rows of this step, with those that plugins added; in `extra_batch` as it was drawn",
+    "outputs": "the features and logits of the network for the rows of `batch`, with their graph",
 }
 FAMILIES = (  # of methods, in the order of the page on methods
     "regularization",
@@ -712,14 +712,14 @@ def _kind(spec: Any) -> str:
 
 
 def _answer(spec: Any, kind: str) -> str:
-    told = {
-        "none": "Nothing: the hook is an event, and what it returns is not looked at.",
+    answers = {
+        "none": "None: the hook is an event, and its return value is ignored.",
         "collected": f"{code(kind)}. The engine collects the answers of all plugins, in the order in which they were "
-        "named, and passes over `None`.",
+        "named, and leaves out `None`.",
         "of one owner": f"{code(kind)}. The first answer that is not `None` counts. Two plugins that own this hook are "
-        "refused before training, both named; one that owns it with some options only says so in its method `owns`.",
+        "refused before training, both named; a plugin that owns it with some options only declares that in its method `owns`.",
     }
-    return told[_kind(spec)]
+    return answers[_kind(spec)]
 
 
 def _type(annotation: str) -> str:
