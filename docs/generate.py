@@ -717,7 +717,8 @@ def _answer(spec: Any, kind: str) -> str:
         "collected": f"{code(kind)}. The engine collects the answers of all plugins, in the order in which they were "
         "named, and leaves out `None`.",
         "of one owner": f"{code(kind)}. The first answer that is not `None` counts. Two plugins that own this hook are "
-        "refused before training, both named; a plugin that owns it with some options only declares that in its method `owns`.",
+        "refused before training, both named; a plugin that owns it with some options only declares that in its method "
+        "`owns`.",
     }
     return answers[_kind(spec)]
 
