@@ -35,7 +35,7 @@ from clframe.errors import (
     out_of_memory,
 )
 from clframe.model import IncrementalNet, seed_torch
-from clframe.networks import prepare, tried, uncompiled
+from clframe.networks import check_backbone, prepare, unwrap_compiled
 from clframe.options import explain
 from clframe.plugin import Plugin
 from clframe.renamed import update_config
@@ -441,7 +441,7 @@ def _config_of(
         suited = registry.suited_train(plugin if isinstance(plugin, Plugin) else _name(plugin) for plugin in plugins)
         config.train = TrainSettings(**suited | dict(train or {}))  # without its length, too
     if own_model is not None:  # a compiled one has no truth value
-        config.model = {"name": type(uncompiled(own_model)).__name__, OBJECT: True}
+        config.model = {"name": type(unwrap_compiled(own_model)).__name__, OBJECT: True}
     named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
     config.plugins = {name: named[name] for name in map(_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
@@ -618,7 +618,7 @@ def _build(
         left_out = (START, WEIGHTS) if restored else (START,)
         spec = {name: value for name, value in _by_name(config.model, "model").items() if name not in left_out}
         model = registry.build_backbone(spec, scenario.input_shape).to(device)
-        tried(model, scenario.input_shape, device)
+        check_backbone(model, scenario.input_shape, device)
     else:
         model = prepare(model, scenario.input_shape, device, lambda text: _tell(listeners, text))
     scenario.hold_out(config.train.val, config.run.seed)

@@ -480,7 +480,7 @@ class Engine:
         if ["evaluate", ""] not in self.position.done:
             rows = {part: self.evaluated(keep_scores=part == "test", part=part) for part in self.parts()}
             if not self.position.steps:  # nothing was trained, so there is nothing to say of it
-                rows = {part: row.emptied() for part, row in rows.items()}
+                rows = {part: row.blank_copy() for part, row in rows.items()}
             self.row = rows["test"]
             for part, row in rows.items():
                 matrices = run.accuracy if part == "test" else run.validation
@@ -546,12 +546,12 @@ class Engine:
     def evaluate_untrained(self) -> None:
         """The untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
         last, n_classes = len(self.stream) - 1, self.run.model.n_classes
-        if not last or not self.readings.covered(self.readings.last, 0, last, n_classes):
+        if not last or not self.readings.covers(self.readings.common, 0, last, n_classes):
             return
         n_classes = n_answerable(self.predictor(), n_classes)
-        if self.readings.covered(self.readings.last, 0, last, n_classes):
+        if self.readings.covers(self.readings.common, 0, last, n_classes):
             accuracy = self.evaluated(keep_scores=False).accuracy
-            self.baseline = {r: row for r, row in accuracy.items() if self.readings.covered(r, 0, last, n_classes)}
+            self.baseline = {r: row for r, row in accuracy.items() if self.readings.covers(r, 0, last, n_classes)}
 
     # ----------------------------------------------------------------------------- saving and stopping
 

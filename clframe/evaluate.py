@@ -122,7 +122,7 @@ class Readings:
         return [self.setting]
 
     @property
-    def last(self) -> Reading:
+    def common(self) -> Reading:
         """The reading that every run of this setting has."""
         return "task" if self.setting == "class" else self.setting
 
@@ -132,7 +132,7 @@ class Readings:
             return self.classes[on]
         return sorted({c for group in self.classes[: after + 1] for c in group})
 
-    def covered(self, reading: Reading, after: int, on: int, n_classes: int) -> bool:
+    def covers(self, reading: Reading, after: int, on: int, n_classes: int) -> bool:
         """Whether a head of `n_classes` can answer for experience `on`: an earlier one, or one it has classes for."""
         return on <= after or (
             max(self.classes[on]) < n_classes and set(self.classes[on]) <= set(self.choices(reading, after, on))
@@ -156,7 +156,7 @@ class Row:
     labels: list[Tensor]
     kind: str
 
-    def emptied(self) -> Row:
+    def blank_copy(self) -> Row:
         """A row of the same shape that says nothing."""
         accuracy: dict[Reading, list[float | None]] = {r: [None] * len(row) for r, row in self.accuracy.items()}
         return Row(accuracy, {r: [None] * len(row) for r, row in self.scores.items()}, self.labels, self.kind)
@@ -187,7 +187,7 @@ def evaluate(
     n_classes = n_answerable(predictor, n_classes)
     with evaluating(predictor), torch.no_grad():
         for on, experience in enumerate(scenario):
-            covered = [name for name in names if on <= last and readings.covered(name, after, on, n_classes)]
+            covered = [name for name in names if on <= last and readings.covers(name, after, on, n_classes)]
             data = getattr(experience, part).to(device) if covered else None
             if data is not None and not len(data):
                 data = None  # there is no accuracy on no images

@@ -170,7 +170,7 @@ def negative_log_likelihood(scores: Tensor, labels: Tensor) -> float | None:
     return float(-scores.double().log_softmax(1).gather(1, labels[:, None]).mean())
 
 
-def fitted_temperature(scores: Tensor, labels: Tensor) -> float:
+def fit_temperature(scores: Tensor, labels: Tensor) -> float:
     """The T > 0 for which the NLL of softmax(z / T) is lowest (Guo et al., ICML 2017); the likeliest class stays.
 
     The NLL is convex in 1/T, and its derivative there is the mean over images of E[z] - z_y, E under softmax(z / T):

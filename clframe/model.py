@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -204,6 +205,39 @@ def thaw(model: nn.Module, names: Collection[str]) -> None:
     for name, parameter in model.named_parameters():
         if name in names:
             parameter.requires_grad_(True)
+
+
+class Graph(NamedTuple):
+    """The autograd graph behind a tensor.
+
+    Attributes:
+        nodes: all nodes but those that accumulate gradients in leaves.
+        uses: how often each leaf is used in the graph, by the id of the leaf.
+        leaves: the leaves, by their id.
+    """
+
+    nodes: set[Node]
+    uses: Counter[int]
+    leaves: dict[int, Tensor]
+
+
+def graph_of(output: Tensor) -> Graph:
+    """Return the autograd graph behind `output`, which requires gradients: its nodes, its leaves and their uses."""
+    root = get_gradient_edge(output).node
+    graph = Graph({root}, Counter(), {})
+    open_nodes = [root]
+    while open_nodes:
+        for node, _ in open_nodes.pop().next_functions:
+            if node is None:
+                continue
+            if node.name().endswith("::AccumulateGrad"):
+                leaf: Tensor = node.variable  # type: ignore[attr-defined]
+                graph.leaves[id(leaf)] = leaf
+                graph.uses[id(leaf)] += 1
+            elif node not in graph.nodes:
+                graph.nodes.add(node)
+                open_nodes.append(node)
+    return graph
 
 
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")  # how attributes with them end

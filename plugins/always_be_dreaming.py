@@ -12,13 +12,13 @@ from clframe.context import Run
 from clframe.options import Count, NonNegative, Positive
 from clframe.toolkit.dreamer import (
     Dreamer,
-    Terms,
+    GeneratorTerms,
     balanced_cross_entropy,
     generator_problems,
+    head_logits,
     local_cross_entropy,
-    scores,
 )
-from clframe.toolkit.inversion import SHOWN, album, to_raw
+from clframe.toolkit.inversion import SHOWN, select_preview, to_raw
 
 
 class AlwaysBeDreaming(Plugin):
@@ -97,7 +97,7 @@ class AlwaysBeDreaming(Plugin):
         self.batch_size = batch_size
         self.noise = noise
         self.width = width
-        self.terms = Terms(confidence, temperature, balance, statistics, smooth)
+        self.terms = GeneratorTerms(confidence, temperature, balance, statistics, smooth)
         self.mu = mu
         self.replay = replay
         self.teacher: IncrementalNet | None = None
@@ -121,8 +121,8 @@ class AlwaysBeDreaming(Plugin):
         """Train a new generator on the teacher, and log some of its dreams; do nothing before the first experience."""
         if self.teacher is not None:
             self.dreamer.learn(run, self.name, self.teacher, self.terms, self.iterations, self.batch_size)
-            dreams = self.dreamer.dreams(SHOWN, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
-            run.log_images(self.name, album(ImageData(to_raw(dreams.x, run.scenario.transform), dreams.y)))
+            dreams = self.dreamer.draw_batch(SHOWN, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
+            run.log_images(self.name, select_preview(ImageData(to_raw(dreams.x, run.scenario.transform), dreams.y)))
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
@@ -130,7 +130,7 @@ class AlwaysBeDreaming(Plugin):
         if self.teacher is None:
             return None
         n = self.replay or len(batch)
-        return self.dreamer.dreams(n, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
+        return self.dreamer.draw_batch(n, self.teacher, tasks_of(self.teacher, run), run.rng(self.name))
 
     @hookimpl
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
@@ -145,10 +145,10 @@ class AlwaysBeDreaming(Plugin):
         """Return the loss of the head and the feature distillation; None in the first experience."""
         if self.teacher is None:
             return None
-        z = scores(run.model, outputs.features.detach())
+        z = head_logits(run.model, outputs.features.detach())
         with torch.no_grad():
             q = self.teacher(batch.x, batch.task).logits
-        distilled = (scores(self.teacher, outputs.features) - q).square().mean()
+        distilled = (head_logits(self.teacher, outputs.features) - q).square().mean()
         return {
             f"{self.name}/head": balanced_cross_entropy(z, batch.y, self.teacher.n_classes),
             f"{self.name}/distill": self.mu * distilled,

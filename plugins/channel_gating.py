@@ -23,10 +23,10 @@ from clframe.toolkit.channel_gates import (
 )
 from clframe.toolkit.generators import Net
 from clframe.toolkit.norms import TaskNorm
-from clframe.toolkit.rehearsal import Recipe
-from clframe.toolkit.task_inference import PathPredictor, Recollection, TaskClassifier
+from clframe.toolkit.rehearsal import GeneratorOptions
+from clframe.toolkit.task_inference import PathPredictor, TaskClassifier, TaskRehearsal
 from clframe.toolkit.unit_gates import gate_problems
-from clframe.toolkit.weight_masks import PinnedEntries, installed, weight_problems
+from clframe.toolkit.weight_masks import PinnedEntries, find_modules, weight_problems
 
 
 class ChannelGating(Plugin):
@@ -111,8 +111,8 @@ class ChannelGating(Plugin):
         self.relevance = relevance
         self.bias = bias
         self.classifier_iterations = classifier_iterations
-        recipe = Recipe("wgan", generator_net) if memory == "generative" else None
-        self.past = Recollection(size, per_class, recipe, generator_iterations)
+        generator_options = GeneratorOptions("wgan", generator_net) if memory == "generative" else None
+        self.past = TaskRehearsal(size, per_class, generator_options, generator_iterations)
         self.classifier = TaskClassifier()
         self.frozen: list[str] = []
         self.held: PinnedEntries | None = None
@@ -141,8 +141,8 @@ class ChannelGating(Plugin):
 
     def hints(self, run: Run) -> Iterable[str]:
         """Yield a sentence if layers have no free kernel left: a new task has only gates, norms and a head there."""
-        convs = installed(run.model.backbone, ConditionalConv)
-        if full := [name for name, conv in convs.items() if conv.used(run.experience.index).all()]:
+        convs = find_modules(run.model.backbone, ConditionalConv)
+        if full := [name for name, conv in convs.items() if conv.used_channels(run.experience.index).all()]:
             where = ", ".join(full)
             yield f"`{self.name}` has no free kernel left in {where}: a larger `{self.name}.sparsity` leaves more."
 
@@ -153,9 +153,9 @@ class ChannelGating(Plugin):
         rng = run.rng(self.name)
         if not experience.index:
             add_channel_gates(net, run.scenario.input_shape, len(run.scenario))
-        for conv in installed(net, ConditionalConv).values():
+        for conv in find_modules(net, ConditionalConv).values():
             conv.add(self.bias, rng)
-        for norm in installed(net, TaskNorm).values():
+        for norm in find_modules(net, TaskNorm).values():
             if experience.index:
                 norm.add()
         if run.scenario.setting == "class":
@@ -176,7 +176,7 @@ class ChannelGating(Plugin):
         """Return the mean share of open gates (eq. 4); None in the first steps, by `sparsity_after`."""
         if run.step < self.sparsity_after * run.steps_in_phase:
             return None
-        convs = installed(run.model.backbone, ConditionalConv).values()
+        convs = find_modules(run.model.backbone, ConditionalConv).values()
         shares = [conv.latest.mean() for conv in convs if conv.latest is not None]
         return {self.name: self.sparsity * torch.stack(shares).mean()}
 
@@ -184,8 +184,10 @@ class ChannelGating(Plugin):
     def after_backward(self, run: Run) -> None:
         """Clear the gradients of kernels that fired for earlier tasks."""
         if self.held is None:
-            convs = installed(run.model.backbone, ConditionalConv).values()
-            self.held = PinnedEntries(pair for conv in convs for pair in conv.entries(conv.used(run.experience.index)))
+            convs = find_modules(run.model.backbone, ConditionalConv).values()
+            self.held = PinnedEntries(
+                pair for conv in convs for pair in conv.entries(conv.used_channels(run.experience.index))
+            )
         self.held.clear_gradients()
 
     @hookimpl

@@ -14,7 +14,7 @@ from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugi
 from clframe.context import Run
 from clframe.options import Count, CountOrZero, NonNegative, Positive
 from clframe.toolkit.distill import kl_divergence
-from clframe.toolkit.inversion import Dreaming, Recipe, Weights, album, dreaming_problems
+from clframe.toolkit.inversion import Dreaming, DreamOptions, InversionTerms, dreaming_problems, select_preview
 
 
 class DeepInversion(Plugin):
@@ -96,8 +96,8 @@ class DeepInversion(Plugin):
         temperature: Positive = 1.0,
         replay: Count | None = None,
     ) -> None:
-        self.recipe = Recipe(
-            Weights(feature, tv, l2, compete),
+        self.options = DreamOptions(
+            InversionTerms(feature, tv, l2, compete),
             per_class,
             iterations,
             lr,
@@ -129,8 +129,8 @@ class DeepInversion(Plugin):
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Make dreams of the old classes, and log a sample of them; do nothing before the first experience."""
         if self.teacher is not None:
-            self.images = self.dreaming.of(run, self.name, self.teacher, self.recipe)
-            run.log_images(self.name, album(self.images))
+            self.images = self.dreaming.dream(run, self.name, self.teacher, self.options)
+            run.log_images(self.name, select_preview(self.images))
 
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:

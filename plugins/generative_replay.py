@@ -16,7 +16,7 @@ from clframe.model import masked, snapshot
 from clframe.options import Count, Positive
 from clframe.toolkit.distill import soft_cross_entropy_per_group
 from clframe.toolkit.generators import GenerativeModel, Net, check_range
-from clframe.toolkit.rehearsal import Recipe, Rehearsal
+from clframe.toolkit.rehearsal import GeneratorOptions, Rehearsal
 
 SHOWN = 64  # images of the generator that are logged after each experience
 CHECKED = 500  # images of known label on which the solver's agreement with the generator is measured
@@ -90,7 +90,7 @@ class GenerativeReplay(Plugin):
         critic_steps: Count = 5,
         fresh: bool = False,
     ) -> None:
-        self.recipe = Recipe(generator, net, hidden, z, prior, critic_steps)
+        self.generator_options = GeneratorOptions(generator, net, hidden, z, prior, critic_steps)
         self.labels = labels
         self.temperature = temperature if labels == "soft" else None
         self.iterations = iterations
@@ -105,7 +105,7 @@ class GenerativeReplay(Plugin):
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for images that the generator cannot make, or a second plugin that owns the base loss."""
-        yield from self.recipe.problems(run.scenario.input_shape, self.name)
+        yield from self.generator_options.problems(run.scenario.input_shape, self.name)
         if self.labels == "soft":
             yield from single_class_problems(run)
         if self.labels == "hard" and self._scores_heads(run):
@@ -118,7 +118,7 @@ class GenerativeReplay(Plugin):
         rng = run.rng(self.name)
 
         def build() -> GenerativeModel:
-            return self.recipe.build(shape, len(run.scenario.class_names), rng).to(run.device)
+            return self.generator_options.build(shape, len(run.scenario.class_names), rng).to(run.device)
 
         self.generator = Rehearsal(build, run.scenario.transform.scale, self.lr)
 
@@ -186,4 +186,4 @@ class GenerativeReplay(Plugin):
 
     def _scores_heads(self, run: Run) -> bool:
         """Return whether every old head scores each replayed image."""
-        return run.logits == "own" and (self.labels == "soft" or self.recipe.prior == "standard")
+        return run.logits == "own" and (self.labels == "soft" or self.generator_options.prior == "standard")

@@ -13,9 +13,10 @@ from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
-from clframe.toolkit.norms import TaskNorm, norms_by_task
-from clframe.toolkit.unit_gates import AttentionGate, gate_layers, gate_problems, propagate_importance
-from clframe.toolkit.weight_masks import installed, layers_of, weight_problems
+from clframe.toolkit.norms import TaskNorm, add_task_norms
+from clframe.toolkit.probing import propagate_importance
+from clframe.toolkit.unit_gates import AttentionGate, gate_layers, gate_problems
+from clframe.toolkit.weight_masks import find_modules, layers_of, weight_problems
 
 LEAST_CLIP = 10_000.0  # the norm at which the paper clips gradients
 LARGEST = 6.0  # magnitude of an embedding; beyond it the gate's gradient vanishes (appendix of the paper)
@@ -103,10 +104,10 @@ class HAT(Plugin):
         shape = run.scenario.input_shape
         if not experience.index:
             gate_layers(net, layers_of(net), shape, lambda layer, norm: AttentionGate(layer, norm, self.s_max))
-            norms_by_task(net)
-        for gate in installed(net, AttentionGate).values():
+            add_task_norms(net)
+        for gate in find_modules(net, AttentionGate).values():
             gate.add(run.rng(self.name))
-        for norm in installed(net, TaskNorm).values():
+        for norm in find_modules(net, TaskNorm).values():
             if experience.index:
                 norm.add()
         run.model.select(experience.task)
@@ -118,9 +119,9 @@ class HAT(Plugin):
         if not experience.index:
             return
         own = [p for block in run.new_blocks for p in run.model.head[block].parameters()]
-        for gate in installed(run.model, AttentionGate).values():
+        for gate in find_modules(run.model, AttentionGate).values():
             own += [*gate.layer.parameters(), gate.embeddings[-1]]
-        for norm in installed(run.model, TaskNorm).values():
+        for norm in find_modules(run.model, TaskNorm).values():
             own += norm.norms[-1].parameters()
         self.frozen += freeze_others(run.model, own)
 
@@ -130,13 +131,13 @@ class HAT(Plugin):
         assert run.sampler is not None
         batches = run.sampler.batches_per_epoch
         done = run.step % batches / (batches - 1) if batches > 1 else 1.0
-        for gate in installed(run.model, AttentionGate).values():
+        for gate in find_modules(run.model, AttentionGate).values():
             gate.s = 1 / self.s_max + (self.s_max - 1 / self.s_max) * done
 
     @hookimpl
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
         """Return the sparsity term of equation 6."""
-        gates = installed(run.model, AttentionGate).values()
+        gates = find_modules(run.model, AttentionGate).values()
         # c sum a_t (1 - a) / sum (1 - a) (eq. 6), with a = `used`
         asked = torch.stack([torch.dot(gate.attention(), 1 - gate.used) for gate in gates]).sum()
         free = torch.stack([(1 - gate.used).sum() for gate in gates]).sum()
@@ -145,14 +146,14 @@ class HAT(Plugin):
     @hookimpl
     def after_backward(self, run: Run) -> None:
         """Compensate the gradients of embeddings (eq. 5), and keep the weights as they are before the step."""
-        gates = installed(run.model.backbone, AttentionGate)
+        gates = find_modules(run.model.backbone, AttentionGate)
         for gate in gates.values():
-            gate.compensate()  # eq. 5
+            gate.compensate_gradient()  # eq. 5
         if self.kept is None:
             used = {name: gate.used for name, gate in gates.items()}
             entering = propagate_importance(run.model.backbone, used, run.scenario.input_shape)
             met = {gate: entering[name] for name, gate in gates.items() if name in entering}  # that lead to features
-            self.kept = {p: k for gate, into in met.items() for p, k in gate.kept(into)}
+            self.kept = {p: k for gate, into in met.items() for p, k in gate.kept_shares(into)}
         self.before = [p.detach().clone() for p in self.kept]
 
     @hookimpl
@@ -162,14 +163,14 @@ class HAT(Plugin):
         with torch.no_grad():
             for (parameter, kept), before in zip(self.kept.items(), self.before, strict=True):
                 parameter.lerp_(before, kept)  # eq. 2: the share min(a_i, a_j) of the old value stays
-            for gate in installed(run.model, AttentionGate).values():
+            for gate in find_modules(run.model, AttentionGate).values():
                 gate.embeddings[-1].clamp_(-LARGEST, LARGEST)
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Mark the units that the task attends to as used, and log the shares of open and free units."""
-        for name, gate in installed(run.model.backbone, AttentionGate).items():
-            opened = gate.close()
+        for name, gate in find_modules(run.model.backbone, AttentionGate).items():
+            opened = gate.finish()
             run.log({f"hat/open/{name}": opened, f"hat/free/{name}": (gate.used < 0.5).float().mean().item()})
 
     @hookimpl

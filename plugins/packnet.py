@@ -17,9 +17,9 @@ from clframe.toolkit.norms import freeze_norm_stats
 from clframe.toolkit.weight_masks import (
     PinnedEntries,
     WeightOwner,
-    installed,
+    find_modules,
     layers_of,
-    masked_weights,
+    mask_weights,
     weight_problems,
 )
 from clframe.training import restart
@@ -95,10 +95,10 @@ class PackNet(Plugin):
     def grow(self, run: Run, experience: Experience) -> None:
         """Install the owners of weights before the first task, and count another task."""
         if not experience.index:
-            masked_weights(run.model.backbone, WeightOwner)
+            mask_weights(run.model.backbone, WeightOwner)
         if experience.index == (0 if self.pretrained else 1):
             freeze_norm_stats(run.model.backbone)
-        for part in installed(run.model.backbone, WeightOwner).values():
+        for part in find_modules(run.model.backbone, WeightOwner).values():
             part.latest = experience.index
         run.model.select(experience.task)
 
@@ -151,12 +151,12 @@ class PackNet(Plugin):
     def parts(self, run: Run) -> list[tuple[nn.Parameter, WeightOwner]]:
         """Return each masked layer's weight and its owners."""
         backbone = run.model.backbone
-        found = installed(backbone, WeightOwner).items()
+        found = find_modules(backbone, WeightOwner).items()
         return [(backbone.get_submodule(name).parametrizations.weight.original, part) for name, part in found]  # type: ignore[union-attr, misc]
 
     def free(self, run: Run) -> dict[str, float]:
         """Return the share of each layer's weights that no task owns."""
-        parts = installed(run.model.backbone, WeightOwner).items()
+        parts = find_modules(run.model.backbone, WeightOwner).items()
         return {name: (part.owner == 0).float().mean().item() for name, part in parts}
 
     @hookimpl

@@ -12,8 +12,8 @@ from clframe.context import Run
 from clframe.evaluate import TaskPredictor
 from clframe.model import freeze_others, thaw
 from clframe.options import Positive
-from clframe.toolkit.norms import TaskNorm, freeze_norm_stats, norms_by_task
-from clframe.toolkit.weight_masks import WeightMask, installed, layers_of, masked_weights, weight_problems
+from clframe.toolkit.norms import TaskNorm, add_task_norms, freeze_norm_stats
+from clframe.toolkit.weight_masks import WeightMask, find_modules, layers_of, mask_weights, weight_problems
 
 
 class Piggyback(Plugin):
@@ -87,14 +87,14 @@ class Piggyback(Plugin):
             return
         backbone = run.model.backbone
         if experience.index == self.first:
-            masked_weights(backbone, lambda w: WeightMask(w, self.first, self.init, self.threshold, self.ternary))
+            mask_weights(backbone, lambda w: WeightMask(w, self.first, self.init, self.threshold, self.ternary))
             if self.norm == "task":
-                norms_by_task(backbone, self.first)
+                add_task_norms(backbone, self.first)
             else:
                 freeze_norm_stats(backbone)
-        for name, mask in installed(backbone, WeightMask).items():
+        for name, mask in find_modules(backbone, WeightMask).items():
             mask.begin(backbone.get_submodule(name).parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
-        for norm in installed(backbone, TaskNorm).values():
+        for norm in find_modules(backbone, TaskNorm).values():
             norm.add()
         run.model.select(experience.task)
 
@@ -103,9 +103,9 @@ class Piggyback(Plugin):
         """Freeze everything but the task's masks, batch norms and head."""
         if experience.index < self.first:
             return
-        own = [mask.real for mask in installed(run.model, WeightMask).values()]
+        own = [mask.real for mask in find_modules(run.model, WeightMask).values()]
         own += [p for block in run.new_blocks for p in run.model.head[block].parameters()]
-        for norm in installed(run.model, TaskNorm).values():
+        for norm in find_modules(run.model, TaskNorm).values():
             norm.norms[-1].load_state_dict(norm.norms[0].state_dict())
             own += norm.norms[-1].parameters()
         self.frozen += freeze_others(run.model, own)
@@ -113,7 +113,7 @@ class Piggyback(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Reduce the task's real masks to bits, and log the share of weights in use."""
-        masks = installed(run.model.backbone, WeightMask)
+        masks = find_modules(run.model.backbone, WeightMask)
         run.log({f"piggyback/used/{name}": mask.finish() for name, mask in masks.items()})
         if masks:
             run.optimizer = None  # the real masks that it holds are gone

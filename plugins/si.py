@@ -10,7 +10,7 @@ from torch import Tensor
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.options import NonNegative, Positive
-from clframe.toolkit.importance import Quadratic, path_importance, path_step, weighted_penalty
+from clframe.toolkit.importance import Quadratic, add_path_step, path_importance, weighted_penalty
 
 
 class SI(Plugin):
@@ -87,7 +87,7 @@ class SI(Plugin):
         if moving:
             names, weights, gradients = map(list, zip(*moving, strict=True))
             # omega += -g (theta_after - theta_before)
-            path_step([self.omega[name] for name in names], gradients, self.before, weights)
+            add_path_step([self.omega[name] for name in names], gradients, self.before, weights)
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:

@@ -17,8 +17,8 @@ from clframe.engine import Engine
 from clframe.errors import Interrupted, UsageError
 from clframe.model import evaluating
 from clframe.plugins.channel_gating import ChannelGating
-from clframe.toolkit.channel_gates import ConditionalConv, firing
-from clframe.toolkit.weight_masks import installed
+from clframe.toolkit.channel_gates import ConditionalConv, firing_rates
+from clframe.toolkit.weight_masks import find_modules
 
 TRAIN = {"schedule": "constant", "epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.02}
 MOVERS = {  # all that moves weights whose gradient is zero
@@ -92,7 +92,7 @@ class Watch(Plugin):
     @hookimpl
     def after_experience(self, run, experience):
         t = experience.index
-        self.fixed.append({name: conv.used(t + 1).clone() for name, conv in convs_of(run).items()})
+        self.fixed.append({name: conv.used_channels(t + 1).clone() for name, conv in convs_of(run).items()})
         self.kernels.append(kernels(run))
 
     @hookimpl
@@ -117,11 +117,11 @@ class Early(Plugin):
     def after_experience(self, run, experience):
         self.kernels.append(kernels(run))
         parts = {"train": experience.train, "val": experience.val}
-        self.fire.append({part: firing(run, rows) for part, rows in parts.items() if len(rows)})
+        self.fire.append({part: firing_rates(run, rows) for part, rows in parts.items() if len(rows)})
 
 
 def convs_of(run: Any) -> dict[str, ConditionalConv]:
-    return installed(run.model.backbone, ConditionalConv)
+    return find_modules(run.model.backbone, ConditionalConv)
 
 
 def kernels(run: Any) -> dict[str, Tensor]:

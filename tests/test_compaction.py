@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from clframe import IncrementalNet, backbones
-from clframe.toolkit.channel_gates import ConditionalConv, convolutions_of, open_relus
+from clframe.toolkit.channel_gates import ConditionalConv, convolutions_of, replace_relus
 from clframe.toolkit.compaction import CompactConv, compact
-from clframe.toolkit.norms import TaskNorm, norms_by_task
+from clframe.toolkit.norms import TaskNorm, add_task_norms
 from clframe.toolkit.unit_gates import gate_layers
-from clframe.toolkit.weight_masks import installed
+from clframe.toolkit.weight_masks import find_modules
 
 SHAPE = (3, 16, 16)
 
@@ -24,14 +24,14 @@ def gated(backbone: Any, tasks: int = 2, open_share: float = 0.5) -> Incremental
     model = IncrementalNet(backbone, [2] * tasks)
     net = model.backbone
     gate_layers(net, convolutions_of(net), SHAPE, lambda conv, norm: ConditionalConv(conv, norm, tasks))
-    norms_by_task(net)
-    open_relus(net)
+    add_task_norms(net)
+    replace_relus(net)
     for task in range(tasks):
-        for conv in installed(net, ConditionalConv).values():
+        for conv in find_modules(net, ConditionalConv).values():
             conv.add(0.5, generator)
             conv.fired[task] = torch.rand(conv.units, generator=generator) < open_share
             conv.fired[task, 0] = True
-        for norm in installed(net, TaskNorm).values():
+        for norm in find_modules(net, TaskNorm).values():
             if task:
                 norm.add()
     for module in model.modules():
@@ -61,8 +61,8 @@ def test_only_what_may_open_is_left_and_a_chain_passes_nothing_else_on():
     torch.manual_seed(1)
     model = gated(backbones.cnn_small(SHAPE))
     small = compact(model, 1, SHAPE)
-    before = [conv.fired[1] for conv in installed(model.backbone, ConditionalConv).values()]
-    after = list(installed(small.backbone, CompactConv).values())
+    before = [conv.fired[1] for conv in find_modules(model.backbone, ConditionalConv).values()]
+    after = list(find_modules(small.backbone, CompactConv).values())
     assert [conv.layer.out_channels for conv in after] == [int(fired.sum()) for fired in before]
     assert [conv.layer.in_channels for conv in after] == [3, *(int(fired.sum()) for fired in before[:-1])]
     assert [conv.gathers for conv in after] == [True, False, False]

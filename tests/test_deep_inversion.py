@@ -230,7 +230,7 @@ def test_in_a_run_dreams_are_of_the_latest_network_and_what_they_reached_is_told
     teacher = snapshot(watch.run.model)
     teacher.head = teacher.head[:2]
     teacher.load_state_dict(watch.known[1])  # as it was after the second experience
-    found = inversion.judged(teacher, transform.normalize(images.x), images.y)
+    found = inversion.assess_images(teacher, transform.normalize(images.x), images.y)
     last = (dreams[1], told["deep-inversion/accuracy/dreams"][1])
     assert found == pytest.approx(last, rel=1e-3)
 
@@ -330,19 +330,19 @@ def test_a_rival_comes_to_say_what_the_teacher_says_on_the_dreams(tiny, monkeypa
 
     rivals: list[IncrementalNet] = []
     fresh: list[IncrementalNet] = []
-    original, reborn = inversion.inversion_loss, inversion.reinitialized_copy
+    original, reinitialized_copy = inversion.inversion_loss, inversion.reinitialized_copy
 
     def loss(*given: Any) -> Tensor:
         rivals.extend(net for net in given[5:] if net is not None)
         return original(*given)
 
-    def anew(*given: Any) -> IncrementalNet:
-        net = reborn(*given)
+    def note_fresh(*given: Any) -> IncrementalNet:
+        net = reinitialized_copy(*given)
         fresh.append(snapshot(net))
         return net
 
     monkeypatch.setattr(inversion, "inversion_loss", loss)
-    monkeypatch.setattr(inversion, "reinitialized_copy", anew)
+    monkeypatch.setattr(inversion, "reinitialized_copy", note_fresh)
     learn(tiny(2, shape=(1, 8, 8)), DeepInversion(per_class=16, iterations=40, compete=1.0, rounds=2), Judge())
     untaught, taught = apart
     assert len(fresh) == 1

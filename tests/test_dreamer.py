@@ -15,20 +15,20 @@ from clframe.backbones import cnn_small
 from clframe.toolkit.dreamer import (
     Dreamer,
     Generator,
-    Terms,
+    GeneratorTerms,
     balanced_cross_entropy,
     confidence,
     describe_dreams,
     gaussian_divergence,
     generator_loss,
+    head_logits,
     imbalance,
     local_cross_entropy,
     roughness,
-    scores,
 )
 from clframe.toolkit.inversion import norms_of, observe_norms, reinitialize
 
-NOTHING = Terms(0.0, 1e3, 0.0, 0.0, 0.0)
+NOTHING = GeneratorTerms(0.0, 1e3, 0.0, 0.0, 0.0)
 
 
 def seeded(seed: int = 3) -> torch.Generator:
@@ -135,7 +135,7 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
     }
     assert generator_loss(model, x, NOTHING).item() == 0
     for name, term in terms.items():
-        found = generator_loss(model, x, Terms(**{**vars(NOTHING), name: 0.3})).item()
+        found = generator_loss(model, x, GeneratorTerms(**{**vars(NOTHING), name: 0.3})).item()
         assert found == pytest.approx(0.3 * term.item(), rel=1e-12)
         assert found != 0
     told = describe_dreams(model, x)
@@ -173,7 +173,7 @@ def steps(dreamer: Dreamer, teacher: IncrementalNet, draws: torch.Generator, n: 
     dreamer.generator.train()
     for _ in range(n):
         dreamer.adam.zero_grad()
-        loss = generator_loss(teacher, dreamer.generator.draw(32, draws), Terms())
+        loss = generator_loss(teacher, dreamer.generator.draw(32, draws), GeneratorTerms())
         loss.backward()
         dreamer.adam.step()
     dreamer.generator.eval()
@@ -219,7 +219,7 @@ def test_building_a_dreamer_draws_no_numbers() -> None:
 
 def test_dreams_are_of_the_classes_that_the_teacher_sees() -> None:
     teacher, dreamer = network().float(), Dreamer((1, 8, 8), 10, 8, 0.01)
-    batch = dreamer.dreams(9, teacher, torch.tensor([0, 0, 1, 1, 2, 2]), seeded())
+    batch = dreamer.draw_batch(9, teacher, torch.tensor([0, 0, 1, 1, 2, 2]), seeded())
     assert torch.equal(batch.x, dreamer.generator.draw(9, seeded()))
     assert not batch.x.requires_grad
     assert torch.equal(batch.y, teacher(batch.x).logits.argmax(1))
@@ -252,5 +252,5 @@ def test_the_balanced_loss_weighs_classes_alike_whatever_the_numbers_of_images(r
 def test_scores_are_those_of_the_head() -> None:
     model = network()
     out: Any = model(images())
-    assert torch.allclose(scores(model, out.features), out.logits, rtol=1e-12)
+    assert torch.allclose(head_logits(model, out.features), out.logits, rtol=1e-12)
     assert isinstance(model.head, nn.ModuleList)

@@ -635,7 +635,7 @@ def test_old_images_are_found_by_the_rule_of_training(tiny: Any, tmp_path: Path)
 def test_new_classes_alone_do_not_sharpen_the_confidence(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What fits the new classes' images may raise the temperature of the run before, and not lower it."""
     whole, fitted = tiny(shape=(1, 8, 8)), iter([2.0, 2.0, 0.5, 3.0, 0.25, 0.25])
-    monkeypatch.setattr(clframe.metrics, "fitted_temperature", lambda scores, labels: next(fitted))
+    monkeypatch.setattr(clframe.metrics, "fit_temperature", lambda scores, labels: next(fitted))
     train = TRAIN | {"val": 0.25}
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     clframe.run(part(whole, 0, 1), "mlp-100", train=train, run={"output": first})
@@ -657,7 +657,7 @@ def test_an_extension_without_a_fitted_run_before_is_never_sharper_than_the_netw
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = tiny(shape=(1, 8, 8))
-    monkeypatch.setattr(clframe.metrics, "fitted_temperature", lambda scores, labels: 0.24)
+    monkeypatch.setattr(clframe.metrics, "fit_temperature", lambda scores, labels: 0.24)
     clframe.run(part(whole, 0, 1), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first")})
     results = clframe.extend(
         tmp_path / "first", part(whole, 1, 2), train={"val": 0.25}, run={"output": str(tmp_path / "second")}

@@ -20,15 +20,15 @@ from clframe.toolkit.channel_gates import (
     Gate,
     OpenReLU,
     add_channel_gates,
+    binarize_gates,
     finish_task,
-    fire,
-    firing,
+    firing_rates,
     frozen_names,
-    logistic,
+    logistic_noise,
     unreachable_gates,
 )
 from clframe.toolkit.norms import TaskNorm
-from clframe.toolkit.weight_masks import installed
+from clframe.toolkit.weight_masks import find_modules
 
 BUILT_IN = {"cnn-small": (1, 8, 8), "resnet32": (3, 16, 16), "resnet18": (3, 32, 32)}
 
@@ -85,7 +85,7 @@ def gated(tasks: int = 2, bias: float = 0.3, net: nn.Module | None = None) -> In
 
 
 def convs_of(model: nn.Module) -> dict[str, ConditionalConv]:
-    return installed(model, ConditionalConv)
+    return find_modules(model, ConditionalConv)
 
 
 def context(model: IncrementalNet, index: int = 0) -> Any:
@@ -106,7 +106,7 @@ def context(model: IncrementalNet, index: int = 0) -> Any:
 def test_a_gate_is_binary_and_its_gradient_that_of_the_soft_one(temperature: float) -> None:
     logits = noise(5, 7, dtype=torch.float64).requires_grad_()
     drawn, up = noise(5, 7, seed=1, dtype=torch.float64), noise(5, 7, seed=2, dtype=torch.float64)
-    gates = fire(logits, drawn, temperature)
+    gates = binarize_gates(logits, drawn, temperature)
     assert gates.tolist() == (logits + drawn > 0).double().tolist()
     assert set(gates.flatten().tolist()) == {0.0, 1.0}
     (gates * up).sum().backward()
@@ -118,7 +118,7 @@ def test_a_gate_is_binary_and_its_gradient_that_of_the_soft_one(temperature: flo
 
 
 def test_without_noise_a_logit_of_0_is_shut() -> None:
-    assert fire(torch.tensor([-0.1, 0.0, 0.1])).tolist() == [0, 0, 1]
+    assert binarize_gates(torch.tensor([-0.1, 0.0, 0.1])).tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("logit", [0.0, -2.0, 0.7, 1.5])
@@ -127,16 +127,16 @@ def test_gates_fire_as_often_as_their_logit_says(logit: float) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         like = torch.empty(100_000)
-        often = fire(torch.full_like(like, logit), logistic(like)).mean().item()
+        often = binarize_gates(torch.full_like(like, logit), logistic_noise(like)).mean().item()
         gumbel = -(-torch.rand_like(like).log()).log()
     assert often == pytest.approx(1 / (1 + math.exp(-logit)), abs=0.01)
     if logit == 0:
-        assert fire(torch.zeros_like(like), gumbel).mean().item() == pytest.approx(0.632, abs=0.01)
+        assert binarize_gates(torch.zeros_like(like), gumbel).mean().item() == pytest.approx(0.632, abs=0.01)
 
 
 def test_noise_is_finite_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand_like", lambda like: torch.tensor([0.0, 0.5, 1 - 2**-24]))
-    low, middle, high = logistic(torch.empty(3)).tolist()
+    low, middle, high = logistic_noise(torch.empty(3)).tolist()
     assert low == pytest.approx(-high, rel=0.01)
     assert middle == 0
     assert 15 < high < 17
@@ -242,9 +242,9 @@ def test_a_channel_that_never_fired_stays_shut_for_a_learnt_task_alone() -> None
         model.select(task)
         conv(x)
         assert (conv.latest == 0).nonzero()[:, 1].unique().tolist() == shut
-    assert (~conv.used(1)).nonzero().flatten().tolist() == [3]
-    assert conv.used(2).all()
-    assert not conv.used(0).any()
+    assert (~conv.used_channels(1)).nonzero().flatten().tolist() == [3]
+    assert conv.used_channels(2).all()
+    assert not conv.used_channels(0).any()
 
 
 def test_renewal_changes_the_free_kernels_and_no_other_and_is_the_generators() -> None:
@@ -255,7 +255,7 @@ def test_renewal_changes_the_free_kernels_and_no_other_and_is_the_generators() -
         drawn = []
         for seed in (1, 1, 2):
             conv.layer.load_state_dict(before)
-            conv.renew(free, generator(seed))
+            conv.reset_kernels(free, generator(seed))
             drawn.append(copy.deepcopy(conv.layer.state_dict()))
             for name, value in before.items():
                 same = (drawn[-1][name] == value).flatten(1).all(1) if value.dim() > 1 else drawn[-1][name] == value
@@ -311,7 +311,7 @@ def by_hand(model: IncrementalNet, rows: ImageData) -> dict[str, list[float]]:
 def test_firing_is_counted_image_by_image_in_eval_mode() -> None:
     model, rows = gated(bias=0.0), images()
     expected, before = by_hand(model, rows), copy.deepcopy(model.state_dict())
-    often = firing(context(model), rows)
+    often = firing_rates(context(model), rows)
     assert {name: values.tolist() for name, values in often.items()} == expected
     assert {0.0, 1.0} < {v for values in expected.values() for v in values}  # some never, some always, some at times
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -322,7 +322,7 @@ def test_a_convolution_that_the_network_does_not_use_never_fires() -> None:
     net = Own(nn.ReLU(), nn.ReLU(), nn.ReLU())
     net.spare = nn.Conv2d(1, 3, 3)
     model = gated(bias=1e4, net=net)
-    often = firing(context(model), images())
+    often = firing_rates(context(model), images())
     assert often["spare"].tolist() == [0, 0, 0]
     assert often["convs.0"].tolist() == [1] * 4
     assert "spare" not in unreachable_gates(Own(nn.ReLU(), nn.ReLU(), nn.ReLU()), (1, 8, 8))
@@ -379,7 +379,7 @@ def test_a_users_own_norms_and_gates_and_head_are_told_apart_by_what_they_are() 
     assert frozen_names(model, 0) == []
     for conv in convs_of(model).values():
         conv.add(1.0, generator())
-    for norm in installed(model, TaskNorm).values():
+    for norm in find_modules(model, TaskNorm).values():
         norm.add()
     trains = {name for name, _ in model.named_parameters()} - set(frozen_names(model, 1))
     parts = [f"convs.{k}.{part}" for k in range(3) for part in ("layer", "norm.norms.1")] + ["norms.3.norms.1"]

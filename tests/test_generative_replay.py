@@ -75,7 +75,7 @@ class Watch(Plugin):
             with torch.no_grad():
                 q = self.old(batch.x[mine]).logits[:, :n].double()
             self.labels.append(y[mine].tolist())
-            if self.replay.recipe.prior == "standard":
+            if self.replay.generator_options.prior == "standard":
                 assert y[mine].tolist() == q.argmax(1).tolist()
             loss = loss / t + (1 - 1 / t) * self.replayed(run, q, z[mine], y[mine])
         self.wanted.append(loss.item())

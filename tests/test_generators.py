@@ -23,8 +23,8 @@ from clframe.toolkit.generators import (
     descend,
     divergence,
     gradient_penalty,
-    mixture,
-    reparametrized,
+    mix,
+    reparametrize,
 )
 from clframe.toolkit.rehearsal import Rehearsal
 
@@ -104,7 +104,7 @@ def test_draws_have_the_standard_deviation_exp_of_half_the_log_variance() -> Non
         vae.prior_mean[1], vae.prior_logvar[1] = mean, logvar
         vae.losses(torch.rand(n, 4), torch.ones(n, dtype=torch.int64), vae.noise(n, seeded()))
         vae.sample(n, seeded(), torch.ones(n, dtype=torch.int64))
-        drawn.append(reparametrized(mean, logvar, vae.noise(n, seeded())))
+        drawn.append(reparametrize(mean, logvar, vae.noise(n, seeded())))
         VAE((4,), z=3).decoder.register_forward_pre_hook(lambda module, args: drawn.append(args[0]))
     wrong = 0.5 * logvar.exp()
     for z in drawn:
@@ -158,7 +158,7 @@ def test_the_prior_of_a_class_is_learnt_and_the_class_can_be_sampled() -> None:
     optimizer = vae.optimizer(1e-2)
     before = vae.prior_mean.detach().clone()
     for _ in range(200):
-        vae.step(optimizer, lambda: mixture((x, y, 1.0)), rng)
+        vae.step(optimizer, lambda: mix((x, y, 1.0)), rng)
     assert (vae.prior_mean - before).abs().max() > 0.1
     for label in range(3):
         drawn = vae.sample(200, rng, torch.full((200,), label)).flatten(1)
@@ -205,7 +205,7 @@ def test_the_critic_takes_its_steps_alone_and_then_the_generator_one() -> None:
 
     def draw() -> Mixture:
         seen.append(tuple([p.detach().clone() for p in part.parameters()] for part in (gan.critic, gan.decoder)))
-        return mixture((images(), None, 1.0))
+        return mix((images(), None, 1.0))
 
     rng = seeded()
     for _ in range(4):
@@ -228,7 +228,7 @@ def test_a_step_of_the_gan_by_hand() -> None:
     gan, other = small(WGAN, critic_steps=1), small(WGAN, critic_steps=1)
     lr, share, rng = 0.1, 0.25, seeded(11)
     now, past = images(4), images(3, seed=8)
-    gan.step(torch.optim.SGD(gan.parameters(), lr), lambda: mixture((now, None, share), (past, None, 1 - share)), rng)
+    gan.step(torch.optim.SGD(gan.parameters(), lr), lambda: mix((now, None, share), (past, None, 1 - share)), rng)
 
     rng = seeded(11)
     x = torch.cat([now, past])
@@ -256,7 +256,7 @@ def test_the_gan_learns_two_kinds_of_images() -> None:
     left = torch.tensor([0.9, 0.1, 0.9, 0.1]).view(1, 1, 2, 2) + 0.05 * torch.rand(16, 1, 2, 2, generator=rng)
     optimizer = gan.optimizer(2e-3)
     for _ in range(300):
-        gan.step(optimizer, lambda: mixture((left, None, 0.25), (left.flip(3), None, 0.75)), rng)
+        gan.step(optimizer, lambda: mix((left, None, 0.25), (left.flip(3), None, 0.75)), rng)
     drawn = gan.sample(500, rng)
     of_left = drawn[..., 0] > drawn[..., 1]
     clear = of_left.all(2) | ~of_left.any(2)
@@ -277,11 +277,11 @@ def test_the_sources_settings_of_adam() -> None:
 
 def test_a_mixture_has_exact_shares() -> None:
     x, more = images(3), images(5, seed=6)
-    mixed = mixture((x, torch.zeros(3), 0.2), (more, torch.ones(5), 0.8))
+    mixed = mix((x, torch.zeros(3), 0.2), (more, torch.ones(5), 0.8))
     assert torch.equal(mixed.x, torch.cat([x, more]))
     assert mixed.y.tolist() == [0.0] * 3 + [1.0] * 5
     assert mixed.weight.tolist() == pytest.approx([0.2 / 3] * 3 + [0.8 / 5] * 5)
-    assert mixture((x, None, 1.0)).y is None
+    assert mix((x, None, 1.0)).y is None
 
 
 def test_a_step_of_the_autoencoder_by_hand() -> None:
@@ -289,7 +289,7 @@ def test_a_step_of_the_autoencoder_by_hand() -> None:
     vae, other = small(), small()
     now, past = images(4), images(3, seed=8)
     parts = ((now, None, 0.25), (past, None, 0.75))
-    found = vae.step(torch.optim.SGD(vae.parameters(), 0.5), lambda: mixture(*parts), seeded(11))
+    found = vae.step(torch.optim.SGD(vae.parameters(), 0.5), lambda: mix(*parts), seeded(11))
     noise = torch.randn(7, 2, generator=seeded(11)).double()
     of_now, of_past = other.losses(now, None, noise[:4]), other.losses(past, None, noise[4:])
     apart, divergent = (0.25 * a.mean() + 0.75 * b.mean() for a, b in zip(of_now, of_past, strict=True))
@@ -356,7 +356,7 @@ def test_images_are_from_0_to_1_in_eval_mode_without_gradients(
     model = build(shape, net, [8, 16], z=5)
     rng = seeded()
     optimizer = model.optimizer()
-    model.step(optimizer, lambda: mixture((torch.rand(4, *shape, generator=rng), None, 1.0)), rng)
+    model.step(optimizer, lambda: mix((torch.rand(4, *shape, generator=rng), None, 1.0)), rng)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     drawn = model.sample(6, seeded(2))
     assert drawn.shape == (6, *shape)
@@ -373,7 +373,7 @@ def test_images_are_from_0_to_1_in_eval_mode_without_gradients(
 def test_flat_inputs_have_flat_samples() -> None:
     for build in (VAE, WGAN):
         model = build((7,), hidden=[5])
-        model.step(model.optimizer(), lambda: mixture((torch.rand(3, 7), None, 1.0)), seeded())
+        model.step(model.optimizer(), lambda: mix((torch.rand(3, 7), None, 1.0)), seeded())
         assert model.sample(4, seeded()).shape == (4, 7)
 
 

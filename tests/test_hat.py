@@ -18,7 +18,7 @@ from clframe.errors import UsageError
 from clframe.plugins.hat import HAT
 from clframe.toolkit.norms import TaskNorm
 from clframe.toolkit.unit_gates import AttentionGate
-from clframe.toolkit.weight_masks import installed
+from clframe.toolkit.weight_masks import find_modules
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
@@ -37,7 +37,7 @@ class Witness(Answers):
 
     @hookimpl
     def after_step(self, run):
-        gates = list(installed(run.model, AttentionGate).values())
+        gates = list(find_modules(run.model, AttentionGate).values())
         (s,) = {gate.s for gate in gates}
         self.s.append(s)
         self.largest.append(max(gate.embeddings[-1].abs().max().item() for gate in gates))
@@ -100,7 +100,7 @@ def gated(build: Any = usual, tasks: int = 2) -> tuple[HAT, Any, Any]:
 def test_the_penalty_is_the_attention_to_units_that_are_free_by_their_number():
     """Serra et al., eq. 6, over the units of all layers together."""
     plugin, run, net = gated(lambda: seeded(mlp, SHAPE, hidden=[3, 2]))
-    one, two = installed(net, AttentionGate).values()
+    one, two = find_modules(net, AttentionGate).values()
     one.used.copy_(torch.tensor([1.0, 0.5, 0.0]))
     two.used.copy_(torch.tensor([0.25, 0.0]))
     with torch.no_grad():
@@ -134,7 +134,7 @@ OPTIMIZERS: dict[str, Any] = {
 def three_steps(optimizer: str, used: float, protect: bool) -> list[list[Tensor]]:
     """The weights and biases of the layers before the first step and after each, from the same start."""
     plugin, run, net = gated()
-    gates = installed(net, AttentionGate)
+    gates = find_modules(net, AttentionGate)
     for gate in gates.values():
         gate.used.fill_(used)
     layers = [p for gate in gates.values() for p in gate.layer.parameters()]
@@ -148,7 +148,7 @@ def three_steps(optimizer: str, used: float, protect: bool) -> list[list[Tensor]
             plugin.after_backward(run)
         else:
             for gate in gates.values():
-                gate.compensate()
+                gate.compensate_gradient()
         stepper.step()
         if protect:
             plugin.after_step(run)
@@ -189,7 +189,7 @@ def test_with_plain_sgd_it_is_the_paper_s_product_of_gradients():
 def three_steps_of_sgd(used: list[Tensor] | None) -> list[list[Tensor]]:
     """The convolutions before and after one step of plain SGD."""
     plugin, run, net = gated()
-    gates = list(installed(net, AttentionGate).values())
+    gates = list(find_modules(net, AttentionGate).values())
     for gate, values in zip(gates, used or [], strict=used is not None):
         gate.used.copy_(values)
     layers = [gate.layer.weight for gate in gates]
@@ -229,7 +229,7 @@ def test_answers_to_earlier_tasks_hardly_change(stream: Scenario, build: Any, mo
 def test_where_gates_are_saturated_no_bit_changes(stream: Scenario, build: Any, mover: str):
     witness = Witness()
     results = learn(stream, HAT(s_max=1e6), witness, model=build(), train=MOVERS[mover])
-    for gate in installed(witness.model, AttentionGate).values():
+    for gate in find_modules(witness.model, AttentionGate).values():
         attention = torch.stack([(1e6 * e).sigmoid() for e in gate.embeddings])
         assert ((attention == 0) | (attention == 1)).all()
     assert witness.drift() == 0
@@ -251,7 +251,7 @@ def test_later_tasks_change_nothing_that_no_gate_protects(stream: Scenario):
 
     keeping = Keeping()
     learn(stream, HAT(), keeping, model=unusual())
-    assert list(installed(keeping.model.backbone, TaskNorm)) == ["net.2"]
+    assert list(find_modules(keeping.model.backbone, TaskNorm)) == ["net.2"]
     for k in (0, 1):
         own = [f".norms.{k}.", f"embeddings.{k}", f"head.{k}.", "net.3.", "net.5."]
         names = [n for n in states[k] if any(part in n for part in own)]
@@ -289,7 +289,7 @@ def test_curves_tell_what_is_open_and_what_is_free(stream: Scenario):
         listeners=[lambda record: told.append(record["values"]) if record["kind"] == "log" else None],
     )
     told = [values for values in told if "hat/open/net.0" in values]
-    for name, gate in installed(witness.model.backbone, AttentionGate).items():
+    for name, gate in find_modules(witness.model.backbone, AttentionGate).items():
         is_open = torch.stack([e > 0 for e in gate.embeddings])
         for k, values in enumerate(v for v in told if f"hat/open/{name}" in v):
             assert values[f"hat/open/{name}"] == pytest.approx(is_open[k].float().mean().item())

@@ -22,10 +22,10 @@ from clframe.toolkit.importance import (
     ImportanceMean,
     Labels,
     Quadratic,
+    add_path_step,
     label_cotangents,
     norm_cotangents,
     path_importance,
-    path_step,
     weighted_penalty,
 )
 from clframe.toolkit.per_sample import GradientSums, Reduce, zeros_for
@@ -730,7 +730,7 @@ def test_path_by_hand() -> None:
     omega = [torch.tensor([1.0, 0.0]), torch.tensor([[2.0]])]
     gradients = [torch.tensor([3.0, -1.0]), torch.tensor([[0.5]])]
     after = [torch.tensor([0.0, 3.0]), torch.tensor([[1.0]])]
-    path_step(omega, gradients, [torch.tensor([2.0, 1.0]), torch.tensor([[5.0]])], after)
+    add_path_step(omega, gradients, [torch.tensor([2.0, 1.0]), torch.tensor([[5.0]])], after)
     assert omega[0].tolist() == [1.0 + 3.0 * 2.0, 1.0 * 2.0]
     assert omega[1].tolist() == [[2.0 + 0.5 * 4.0]]
     assert [value.tolist() for value in (*gradients, *after)] == [[3.0, -1.0], [[0.5]], [0.0, 3.0], [[1.0]]]

@@ -112,7 +112,6 @@ UPWARD = {
     ("data.split_file", "config"),
     ("data.split_file", "registry"),
     ("data.streams", "compose"),
-    ("networks", "toolkit.per_sample"),
 }
 CIRCLE = "config data.split_file registry"
 IMPORTS_AVALANCHE = {"avalanche.adapter"}  # in the core; the plugin and the scenarios of that name import it, too

@@ -17,24 +17,24 @@ from clframe.errors import RunError
 from clframe.scenarios.digits import digits
 from clframe.toolkit.inversion import (
     Dreaming,
-    Weights,
-    album,
+    InversionTerms,
+    assess_images,
+    explain_out_of_memory,
     feature_distance,
     inversion_loss,
     jensen_shannon,
-    jittered,
-    judged,
+    jitter_images,
     norms_of,
     observe_norms,
     reinitialized_copy,
-    targets_in_parts,
+    select_preview,
+    split_targets,
     to_raw,
     total_variation,
     valid_range,
-    within_memory,
 )
 
-NOTHING = Weights(0.0, 0.0, 0.0, 0.0)
+NOTHING = InversionTerms(0.0, 0.0, 0.0, 0.0)
 
 
 def generator(seed: int = 3) -> torch.Generator:
@@ -167,8 +167,8 @@ def test_no_hook_is_left_also_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), observe_norms(model):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError):  # the images have two channels
-        inversion_loss(model, images(shape=(2, 8, 8)), torch.zeros(6, dtype=torch.int64), Weights())
-    inversion_loss(model, images(), torch.zeros(6, dtype=torch.int64), Weights())
+        inversion_loss(model, images(shape=(2, 8, 8)), torch.zeros(6, dtype=torch.int64), InversionTerms())
+    inversion_loss(model, images(), torch.zeros(6, dtype=torch.int64), InversionTerms())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -248,11 +248,11 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
     base = -sum(p[i, c] for i, c in enumerate(y.tolist())) / 6
     assert inversion_loss(teacher, x, y, NOTHING, None, rival).item() == pytest.approx(base.item(), rel=1e-12)
     for name, term in terms.items():
-        weights = Weights(**{**vars(NOTHING), name: 0.3})
+        weights = InversionTerms(**{**vars(NOTHING), name: 0.3})
         found = inversion_loss(teacher, x, y, weights, None, rival).item()
         assert found == pytest.approx((base + 0.3 * term).item(), rel=1e-12)
         assert found != pytest.approx(base.item(), rel=1e-4)
-    without = inversion_loss(teacher, x, y, Weights(0.0, 0.0, 0.0, compete=0.3))
+    without = inversion_loss(teacher, x, y, InversionTerms(0.0, 0.0, 0.0, compete=0.3))
     assert without.item() == pytest.approx(base.item(), rel=1e-12)  # nobody to compete with
 
 
@@ -261,14 +261,16 @@ def test_where_tasks_are_told_the_loss_is_over_the_logits_of_the_mask() -> None:
     mask = torch.tensor([[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2).bool()
     z, r = (torch.cat([net(x).logits[:2, :2], net(x).logits[2:, 2:]]) for net in (teacher, rival))
     wanted = functional.cross_entropy(z, y % 2) + 0.7 * (1 - jensen_shannon(z, r).mean())
-    found = inversion_loss(teacher, x, y, Weights(0.0, 0.0, 0.0, 0.7), mask, rival)
+    found = inversion_loss(teacher, x, y, InversionTerms(0.0, 0.0, 0.0, 0.7), mask, rival)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
 
 
 def test_gradients_reach_the_images_and_nothing_else() -> None:
     teacher, rival, x = network(), network(seed=2), images().requires_grad_()
     before, other = bits(teacher), bits(rival)
-    inversion_loss(teacher, x, torch.zeros(6, dtype=torch.int64), Weights(1.0, 1.0, 1.0, 1.0), None, rival).backward()
+    inversion_loss(
+        teacher, x, torch.zeros(6, dtype=torch.int64), InversionTerms(1.0, 1.0, 1.0, 1.0), None, rival
+    ).backward()
     assert (x.grad != 0).all()
     assert all(p.grad is None for net in (teacher, rival) for p in net.parameters())
     assert unchanged(teacher, before)
@@ -289,7 +291,7 @@ def test_dreams_repel_the_rival() -> None:
         dream = dreaming.step(lambda x: 1 - jensen_shannon(teacher(x).logits, rival(x).logits).mean())
     before, after = (jensen_shannon(teacher(v).logits, rival(v).logits).mean().item() for v in (x, dream))
     assert after > 2 * before
-    assert inversion_loss(teacher, dream, y, Weights(0, 0, 0, 1.0), None, rival) < 1 + functional.cross_entropy(
+    assert inversion_loss(teacher, dream, y, InversionTerms(0, 0, 0, 1.0), None, rival) < 1 + functional.cross_entropy(
         teacher(dream).logits, y
     )
 
@@ -305,8 +307,8 @@ def test_dreams_are_known_to_the_teacher_which_stays_as_it_is(trained: Increment
     dreaming = Dreaming()
     dreaming.begin(noise, 0.05)
     for _ in range(200):
-        x = dreaming.step(lambda x: inversion_loss(trained, x, y, Weights()), bounds)
-    (was, guessed), (feature, accuracy) = judged(trained, noise, y), judged(trained, x, y)
+        x = dreaming.step(lambda x: inversion_loss(trained, x, y, InversionTerms()), bounds)
+    (was, guessed), (feature, accuracy) = assess_images(trained, noise, y), assess_images(trained, x, y)
     assert guessed < 0.5
     assert feature < was / 10
     assert accuracy >= 0.9
@@ -340,7 +342,9 @@ def test_dreaming_goes_on_from_its_state_to_the_same_bits(done: int) -> None:
                 state = dreaming.state_dict()
                 dreaming = Dreaming()
                 dreaming.load_state_dict(state)
-            x = dreaming.step(lambda x, draws=draws: inversion_loss(teacher, jittered(x, 1, True, draws), y, Weights()))
+            x = dreaming.step(
+                lambda x, draws=draws: inversion_loss(teacher, jitter_images(x, 1, True, draws), y, InversionTerms())
+            )
         ends.append(x)
     assert torch.equal(*ends)
     fresh = Dreaming()
@@ -350,7 +354,7 @@ def test_dreaming_goes_on_from_its_state_to_the_same_bits(done: int) -> None:
 
 def test_jitter_rolls_all_images_alike_and_mirrors_half_the_time() -> None:
     x, draws = images(3), generator()
-    assert torch.equal(jittered(x, 0, False, draws), x)
+    assert torch.equal(jitter_images(x, 0, False, draws), x)
     rolls = {
         (down, right, flip): (x.flip(3) if flip else x).roll((down, -right if flip else right), (2, 3))
         for down in range(-2, 3)
@@ -359,13 +363,13 @@ def test_jitter_rolls_all_images_alike_and_mirrors_half_the_time() -> None:
     }
     seen = []
     for _ in range(300):
-        found = jittered(x, 2, True, draws)
+        found = jitter_images(x, 2, True, draws)
         seen += [key for key, rolled in rolls.items() if torch.equal(found, rolled)]
     assert len(seen) == 300
     assert set(seen) == set(rolls)  # to both sides, and no further
     assert 0.4 < sum(flip for _, _, flip in seen) / 300 < 0.6
     again = generator()
-    assert torch.equal(jittered(x, 2, True, again), jittered(x, 2, True, generator()))
+    assert torch.equal(jitter_images(x, 2, True, again), jitter_images(x, 2, True, generator()))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +414,7 @@ def test_the_valid_range_is_that_of_pixels_or_what_occurs() -> None:
 )
 def test_targets_are_balanced_in_every_part(per_class: int, rounds: int, batch_size: int, sizes: list) -> None:
     classes = [0, 2, 5]
-    parts = targets_in_parts(classes, per_class, rounds, batch_size)
+    parts = split_targets(classes, per_class, rounds, batch_size)
     assert [[len(part) for part in some] for some in parts] == sizes
     together = torch.cat([part for some in parts for part in some]).tolist()
     assert all(together.count(c) == per_class for c in classes)
@@ -437,11 +441,11 @@ def test_a_rival_begins_anew_from_the_generator_alone() -> None:
 def test_an_album_shows_as_many_of_each_class() -> None:
     y = torch.arange(90) % 9
     x = torch.arange(90.0).view(90, 1, 1, 1)
-    shown = album(ImageData(x, y))
+    shown = select_preview(ImageData(x, y))
     labels = [int(value) % 9 for value in shown.flatten()]
     assert labels == [c for c in range(9) for _ in range(7)]
-    assert len(album(ImageData(x[:9], y[:9]))) == 9
-    many = album(ImageData(torch.zeros(100, 1, 1, 1), torch.arange(100)))
+    assert len(select_preview(ImageData(x[:9], y[:9]))) == 9
+    many = select_preview(ImageData(torch.zeros(100, 1, 1, 1), torch.arange(100)))
     assert len(many) == 64
 
 
@@ -459,7 +463,7 @@ def test_an_album_shows_as_many_of_each_class() -> None:
 )
 def test_where_memory_ends_the_option_that_needs_less_is_named(error: Exception) -> None:
     run: Any = SimpleNamespace(device="cpu", where="experience 2 of 5")
-    with pytest.raises(RunError) as caught, within_memory(run, "some.batch_size"):
+    with pytest.raises(RunError) as caught, explain_out_of_memory(run, "some.batch_size"):
         raise error
     assert str(caught.value) == (
         "Out of memory on cpu while dreaming for experience 2 of 5: a smaller `some.batch_size` needs less."
@@ -471,6 +475,6 @@ def test_where_memory_ends_the_option_that_needs_less_is_named(error: Exception)
 )
 def test_another_error_is_left_as_it_is(error: Exception) -> None:
     run: Any = SimpleNamespace(device="cpu", where="experience 2 of 5")
-    with pytest.raises(type(error)) as caught, within_memory(run, "some.batch_size"):
+    with pytest.raises(type(error)) as caught, explain_out_of_memory(run, "some.batch_size"):
         raise error
     assert caught.value is error

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from clframe.backbones import FeatureNet, cnn_small, mlp, resnet18, resnet32
-from clframe.toolkit.norms import TaskNorm, norms_by_task
-from clframe.toolkit.unit_gates import AttentionGate, followed_by, gate_layers, propagate_importance
+from clframe.toolkit.norms import TaskNorm, add_task_norms
+from clframe.toolkit.probing import find_followers, propagate_importance
+from clframe.toolkit.unit_gates import AttentionGate, gate_layers
 from clframe.toolkit.weight_masks import (
     PinnedEntries,
     WeightMask,
     WeightOwner,
-    installed,
+    find_modules,
     layers_of,
-    masked_weights,
+    mask_weights,
     pack_bits,
     threshold,
     unpack_bits,
@@ -74,7 +75,7 @@ def test_the_real_mask_of_a_layer_gets_the_gradient_of_the_masked_weight_times_t
     """Mallya et al., eq. 3 and 4: for y = (W m) x and the loss g y, dL/dm = (g x^T) W, where the mask is 0, too."""
     layer = seeded(nn.Linear, 4, 3).double()
     weight = layer.weight.detach().clone()
-    (mask,) = masked_weights(nn.Sequential(layer), lambda w: WeightMask(w, 0, 0.01, 0.005, ternary)).values()
+    (mask,) = mask_weights(nn.Sequential(layer), lambda w: WeightMask(w, 0, 0.01, 0.005, ternary)).values()
     mask.begin(weight)
     with torch.no_grad():
         mask.real.copy_(torch.linspace(-0.02, 0.03, 12).view(3, 4))
@@ -170,10 +171,10 @@ def test_a_mask_is_loaded_whether_or_not_its_task_is_learnt(ternary: bool, finis
 
 def test_masks_are_put_over_every_linear_layer_and_convolution_and_found_by_the_layer():
     net = seeded(cnn_small, (1, 8, 8), widths=[2, 3])
-    made = masked_weights(net, lambda w: WeightMask(w, 0, 0.01, 0.005))
+    made = mask_weights(net, lambda w: WeightMask(w, 0, 0.01, 0.005))
     assert list(made) == ["net.0", "net.3"]
-    assert installed(net, WeightMask) == made
-    assert installed(net, WeightOwner) == {}
+    assert find_modules(net, WeightMask) == made
+    assert find_modules(net, WeightOwner) == {}
 
 
 # --------------------------------------------------------------------------------------------- owners
@@ -305,10 +306,10 @@ def test_norms_are_put_by_task_once_wherever_they_stand():
 
     net = Listed()
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    norms_by_task(net)
-    assert list(installed(net, TaskNorm)) == ["first", "norms.0", "norms.1"]
+    add_task_norms(net)
+    assert list(find_modules(net, TaskNorm)) == ["first", "norms.0", "norms.1"]
     names = [name for name, _ in net.named_modules()]
-    norms_by_task(net)
+    add_task_norms(net)
     assert [name for name, _ in net.named_modules()] == names
     assert [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == norms
 
@@ -326,7 +327,7 @@ NETS = {
 def test_each_convolution_finds_its_norm(name: str):
     build, shape = NETS[name]
     net = build()
-    found = followed_by(net, layers_of(net), (nn.BatchNorm2d,), shape)
+    found = find_followers(net, layers_of(net), (nn.BatchNorm2d,), shape)
     if name == "cnn-small":
         assert found == {"net.0": "net.1", "net.3": "net.4", "net.6": "net.7"}
         return
@@ -372,8 +373,8 @@ def test_a_norm_that_does_not_follow_directly_stays_where_it_is():
         return seeded(lambda: FeatureNet(nn.Sequential(*layers), 32))
 
     plain, net = copy.deepcopy(build()).eval(), copy.deepcopy(build())
-    assert followed_by(net, layers_of(net), (nn.BatchNorm2d,), (1, 8, 8)) == {}
-    assert followed_by(net, layers_of(net), (nn.ReLU,), (1, 8, 8)) == {"net.0": "net.1"}
+    assert find_followers(net, layers_of(net), (nn.BatchNorm2d,), (1, 8, 8)) == {}
+    assert find_followers(net, layers_of(net), (nn.ReLU,), (1, 8, 8)) == {"net.0": "net.1"}
     open_gates(net, (1, 8, 8))
     assert [name for name, m in net.named_modules() if type(m) is nn.BatchNorm2d] == ["net.2", "net.5"]
     x = torch.randn(3, 1, 8, 8, generator=generator())
@@ -399,8 +400,8 @@ class Early(nn.Module):
 def test_a_norm_or_an_activation_beside_a_shortcut_stays_where_it_is():
     """The shortcut would take what they make of the output."""
     plain, net = seeded(Early).eval(), seeded(Early)
-    assert followed_by(net, layers_of(net), (nn.BatchNorm2d,), (1, 8, 8)) == {"conv": "after"}
-    assert followed_by(net, {"after": net.after, "before": net.before}, (nn.ReLU,), (1, 8, 8)) == {"before": "relu"}
+    assert find_followers(net, layers_of(net), (nn.BatchNorm2d,), (1, 8, 8)) == {"conv": "after"}
+    assert find_followers(net, {"after": net.after, "before": net.before}, (nn.ReLU,), (1, 8, 8)) == {"before": "relu"}
     gates = open_gates(net, (1, 8, 8))
     assert gates["conv"].active is gates["stem"].active is None
     x = torch.randn(3, 1, 8, 8, generator=generator())
@@ -477,7 +478,7 @@ def test_a_flattened_map_brings_each_channel_as_often_as_it_has_pixels():
 def test_a_shortcut_of_option_a_adds_its_units_to_those_in_the_middle():
     """The first block of the second stage takes 16 channels to 32: those of the shortcut are the 8th to the 23rd."""
     net = gated(NETS["resnet32"][0](), (3, 8, 8))
-    units = {name: torch.zeros(gate.units) for name, gate in installed(net, AttentionGate).items()}
+    units = {name: torch.zeros(gate.units) for name, gate in find_modules(net, AttentionGate).items()}
     units["conv1"][3] = 0.5
     units["layer1.2.conv2"][3] = 0.25
     units["layer1.1.conv1"][2] = 1.0
@@ -528,7 +529,7 @@ def test_parameters_that_are_in_no_layer_pass_on_what_they_take():
 def test_looking_for_what_is_reached_changes_nothing():
     net = gated(NETS["cnn-small"][0](), (1, 8, 8)).train()
     before = copy.deepcopy(net.state_dict())
-    propagate_importance(net, {name: gate.used for name, gate in installed(net, AttentionGate).items()}, (1, 8, 8))
+    propagate_importance(net, {name: gate.used for name, gate in find_modules(net, AttentionGate).items()}, (1, 8, 8))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
 
@@ -545,7 +546,7 @@ def test_compensating_gives_the_gradient_of_sigmoid_e_times_s_max(s: float):
     e = gate.embeddings[0]
     x, g = (torch.randn(4, n, dtype=torch.float64, generator=generator(n)) for n in (3, 5))
     (gate(x) * g).sum().backward()
-    gate.compensate()
+    gate.compensate_gradient()
     into_gate = (gate.layer(x) * g).sum(0).detach()  # dL/da
     free = e.detach().clone().requires_grad_()
     (free.sigmoid() * into_gate).sum().backward()
@@ -558,7 +559,7 @@ def test_compensating_stays_finite_where_gates_are_steep():
     with torch.no_grad():
         gate.embeddings[0].copy_(torch.tensor([6.0, -6.0]))
     gate(torch.ones(1, 3)).sum().backward()
-    gate.compensate()
+    gate.compensate_gradient()
     assert gate.embeddings[0].grad.isfinite().all()
 
 
@@ -566,7 +567,7 @@ def test_a_weight_keeps_the_lesser_of_what_its_two_units_are_used():
     """min(a_i, a_j) for the weight from unit j to unit i, a_i for its bias (eq. 2)."""
     gate = AttentionGate(nn.Linear(3, 2), None, 400.0)
     gate.used.copy_(torch.tensor([0.5, 1.0]))
-    (weight, kept), (bias, kept_bias) = gate.kept(torch.tensor([0.25, 0.75, 0.0]))
+    (weight, kept), (bias, kept_bias) = gate.kept_shares(torch.tensor([0.25, 0.75, 0.0]))
     assert weight is gate.layer.weight
     assert bias is gate.layer.bias
     assert kept.tolist() == [[0.25, 0.5, 0.0], [0.25, 0.75, 0.0]]
@@ -576,7 +577,7 @@ def test_a_weight_keeps_the_lesser_of_what_its_two_units_are_used():
 def test_in_a_convolution_in_groups_a_weight_has_the_unit_of_its_group():
     gate = AttentionGate(nn.Conv2d(4, 4, 3, groups=2, bias=False), None, 400.0)
     gate.used.copy_(torch.tensor([1.0, 0.5, 1.0, 0.0]))
-    ((weight, kept),) = gate.kept(torch.tensor([0.1, 0.2, 0.6, 0.7]))
+    ((weight, kept),) = gate.kept_shares(torch.tensor([0.1, 0.2, 0.6, 0.7]))
     assert kept.shape == weight.shape == (4, 2, 3, 3)
     expected = torch.tensor([[0.1, 0.2], [0.1, 0.2], [0.6, 0.7], [0.0, 0.0]])
     assert torch.equal(kept, expected[:, :, None, None].expand(4, 2, 3, 3))
@@ -588,7 +589,7 @@ def test_a_closed_task_adds_what_it_attends_to():
         gate.add(generator())
         with torch.no_grad():
             gate.embeddings[-1].copy_(torch.tensor(values))
-        assert gate.close() == pytest.approx(1 / 3)
+        assert gate.finish() == pytest.approx(1 / 3)
     a = 1 / (1 + torch.exp(torch.tensor([-2.0, -6.0, 0.0])))
     torch.testing.assert_close(gate.used, a)
 

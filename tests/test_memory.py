@@ -11,10 +11,10 @@ from clframe import ImageData
 from clframe.toolkit.memory import (
     at_random,
     balanced,
+    copy_rows,
     draw,
     groups_of,
     herding,
-    owned,
     quota,
     reservoir,
     ring,
@@ -192,7 +192,7 @@ def test_drawn_images_are_different_ones() -> None:
 
 def test_an_owned_copy_can_be_written_to() -> None:
     rows = images([0, 1, 2])
-    mine = owned(rows)
+    mine = copy_rows(rows)
     mine.x[0], mine.task[0] = 9, 4
     assert rows.x[0] == 0
     assert rows.task.tolist() == [0, 0, 0]

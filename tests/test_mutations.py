@@ -29,7 +29,7 @@ from clframe.plugins.packnet import PackNet
 from clframe.plugins.warm_up import WarmUp
 from clframe.toolkit.channel_gates import ConditionalConv
 from clframe.toolkit.dreamer import Dreamer
-from clframe.toolkit.generators import VAE, WGAN, mixture
+from clframe.toolkit.generators import VAE, WGAN, mix
 from clframe.toolkit.inversion import Dreaming
 from clframe.toolkit.task_inference import PathPredictor
 
@@ -290,7 +290,7 @@ def test_a_wgan_is_trained_in_train_mode_and_its_generator_has_batch_norms() -> 
 
     gan.eval()
     generator = torch.Generator().manual_seed(0)
-    gan.step(gan.optimizer(), lambda: mixture((torch.rand(5, *SHAPE), None, 1.0)), generator)
+    gan.step(gan.optimizer(), lambda: mix((torch.rand(5, *SHAPE), None, 1.0)), generator)
     assert tracked(gan.decoder) == {3}  # two passes for the critic, one for the generator
 
 
@@ -308,7 +308,7 @@ def test_the_share_of_images_that_makes_a_kernel_relevant_counts() -> None:
         @hookimpl
         def after_eval(self, run):
             convs = [m for m in run.model.modules() if isinstance(m, ConditionalConv)]
-            shares.append(sum(float(c.used(run.experience.index + 1).any()) for c in convs) / len(convs))
+            shares.append(sum(float(c.used_channels(run.experience.index + 1).any()) for c in convs) / len(convs))
 
     for relevance in (0.0, 1.0):
         learn(testing.tiny("task"), ChannelGating(relevance=relevance), Look(), epochs=1)

@@ -14,7 +14,7 @@ import clframe
 from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
 from clframe.errors import UsageError
 from clframe.plugins.packnet import PackNet
-from clframe.toolkit.weight_masks import WeightOwner, installed
+from clframe.toolkit.weight_masks import WeightOwner, find_modules
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all"},
@@ -45,7 +45,7 @@ class Witness(Answers):
     @hookimpl
     def after_eval(self, run, experience):
         super().after_eval(run, experience)
-        self.owners.append({name: p.owner.clone() for name, p in installed(run.model.backbone, WeightOwner).items()})
+        self.owners.append({name: p.owner.clone() for name, p in find_modules(run.model.backbone, WeightOwner).items()})
         self.states.append(copied(run.model))
 
 

@@ -21,7 +21,7 @@ from clframe.errors import UsageError
 from clframe.model import evaluating
 from clframe.plugins.piggyback import Piggyback
 from clframe.toolkit.norms import TaskNorm
-from clframe.toolkit.weight_masks import WeightMask, installed, masked_weights
+from clframe.toolkit.weight_masks import WeightMask, find_modules, mask_weights
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
@@ -96,10 +96,10 @@ def test_masks_of_ones_and_masks_at_the_start_are_the_backbone_to_the_bit(build:
     x = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = net(x).logits
-        for mask in masked_weights(net.backbone, lambda w: WeightMask(w, 0, 0.01, 0.005)).values():
+        for mask in mask_weights(net.backbone, lambda w: WeightMask(w, 0, 0.01, 0.005)).values():
             mask.begin(torch.empty(mask.shape))
         assert torch.equal(net(x).logits, expected)
-        assert all(mask.finish() == 1 for mask in installed(net, WeightMask).values())
+        assert all(mask.finish() == 1 for mask in find_modules(net, WeightMask).values())
         assert torch.equal(net(x).logits, expected)
 
 
@@ -152,7 +152,7 @@ def test_later_tasks_change_no_bit_of_the_backbone_and_of_earlier_answers(tiny, 
         later = backbone_state(state)
         assert later.keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in later.items())
-    masks = installed(witness.model.backbone, WeightMask)
+    masks = find_modules(witness.model.backbone, WeightMask)
     assert list(masks) == ["conv", "linear"]
     for mask in masks.values():
         assert len(mask.bits) == (3 if options.get("pretrained") else 2)
@@ -171,7 +171,7 @@ def test_curves_tell_the_share_of_weights_that_a_task_uses(tiny):
         train={"epochs": 2, "lr": 0.01},
         listeners=[lambda record: told.append(record) if record["kind"] == "log" else None],
     )
-    masks = installed(witness.model.backbone, WeightMask)
+    masks = find_modules(witness.model.backbone, WeightMask)
     for record in told:
         if record["experience"]:
             for name, mask in masks.items():
@@ -196,14 +196,14 @@ def test_the_order_of_later_tasks_does_not_matter(tiny_arrays, options: Any):
         witness = Witness()
         learn(stream(tiny_arrays, order), Piggyback(**options), Alike(), witness, train={"keep_optimizer": False})
         runs.append(witness)
-    one, other = (installed(w.model.backbone, WeightMask) for w in runs)
+    one, other = (find_modules(w.model.backbone, WeightMask) for w in runs)
     for name, mask in one.items():
         assert torch.equal(mask.bits[-2:], other[name].bits[[-1, -2]])
         assert not torch.equal(mask.bits[-1], mask.bits[-2])
     for j, k in ((1, 2), (2, 1)):
         assert torch.equal(runs[0].answers[2][j], runs[1].answers[2][k])
     if "norm" in options:
-        norms = [installed(w.model.backbone, TaskNorm)["norm"].norms for w in runs]
+        norms = [find_modules(w.model.backbone, TaskNorm)["norm"].norms for w in runs]
         torch.testing.assert_close(norms[0][-1].running_mean, norms[1][-2].running_mean)
         torch.testing.assert_close(norms[0][-2].weight, norms[1][-1].weight)
 

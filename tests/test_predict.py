@@ -17,7 +17,7 @@ import clframe
 from clframe.cli.main import main
 from clframe.data.files import image_files, image_format_of, read_image
 from clframe.errors import DataError, UsageError
-from clframe.metrics import fitted_temperature, negative_log_likelihood
+from clframe.metrics import fit_temperature, negative_log_likelihood
 
 TRAIN = {"epochs": 4, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 
@@ -51,10 +51,10 @@ def test_a_temperature_that_logits_were_multiplied_by_is_recovered():
     generator = torch.Generator().manual_seed(0)
     z = 2 * torch.randn(20_000, 5, generator=generator, dtype=torch.float64)
     y = torch.multinomial(z.softmax(1), 1, generator=generator).flatten()
-    t = fitted_temperature(z, y)
+    t = fit_temperature(z, y)
     assert t == pytest.approx(1, abs=0.03)
-    assert fitted_temperature(3 * z, y) == pytest.approx(3 * t, rel=1e-9)
-    assert fitted_temperature(z / 4, y) == pytest.approx(t / 4, rel=1e-9)
+    assert fit_temperature(3 * z, y) == pytest.approx(3 * t, rel=1e-9)
+    assert fit_temperature(z / 4, y) == pytest.approx(t / 4, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,19 +63,17 @@ def test_the_nll_is_lowest_at_the_temperature_and_answers_stay(seed: int):
     z = 5 * torch.randn(50, 4, generator=generator)
     y = torch.multinomial((z / 3).softmax(1), 1, generator=generator).flatten()
     z[:25, 3] = -torch.inf  # ruled out, for some even the label
-    t, rows = fitted_temperature(z, y), torch.isfinite(z.gather(1, y[:, None])).flatten()
+    t, rows = fit_temperature(z, y), torch.isfinite(z.gather(1, y[:, None])).flatten()
     nll = [negative_log_likelihood(z[rows] / at, y[rows]) for at in (t, 1.0, t * 1.01, t / 1.01)]
     assert all(nll[0] <= other for other in nll[1:])
     assert torch.equal((z / t).argmax(1), z.argmax(1))
 
 
 def test_where_there_is_nothing_to_learn_from_the_temperature_is_one():
-    assert fitted_temperature(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)) == 1
-    assert fitted_temperature(torch.eye(3), torch.arange(3)) == 1
-    assert fitted_temperature(torch.full((3, 3), -torch.inf), torch.arange(3)) == 1
-    assert fitted_temperature(-torch.eye(3), torch.arange(3)) == pytest.approx(
-        100
-    )  # worse than chance: as high as goes
+    assert fit_temperature(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)) == 1
+    assert fit_temperature(torch.eye(3), torch.arange(3)) == 1
+    assert fit_temperature(torch.full((3, 3), -torch.inf), torch.arange(3)) == 1
+    assert fit_temperature(-torch.eye(3), torch.arange(3)) == pytest.approx(100)  # worse than chance: as high as goes
 
 
 def test_a_finished_run_holds_the_temperature_of_each_reading_and_confidences_use_it(run: Any, tiny: Any):
@@ -86,7 +84,7 @@ def test_a_finished_run_holds_the_temperature_of_each_reading_and_confidences_us
     val = [experience.val for experience in held]
     x, y = torch.cat([rows.x for rows in val]), torch.cat([rows.y for rows in val])
     scores = trained(x)
-    assert trained.temperature["class"] == pytest.approx(fitted_temperature(scores, y), rel=1e-4)
+    assert trained.temperature["class"] == pytest.approx(fit_temperature(scores, y), rel=1e-4)
     assert set(trained.temperature) == {"class", "task"}
     assert trained.temperature["class"] > 1.5  # it forgot, and is sure of itself
     [one] = trained.predict(x[:1])

@@ -15,11 +15,11 @@ from clframe.context import Run
 from clframe.errors import UsageError
 from clframe.model import IncrementalNet, PerTask
 from clframe.runs.checkpoint import pack, unpack
-from clframe.toolkit.rehearsal import Recipe
-from clframe.toolkit.task_inference import PathPredictor, Recollection, TaskClassifier, path_features
+from clframe.toolkit.rehearsal import GeneratorOptions
+from clframe.toolkit.task_inference import PathPredictor, TaskClassifier, TaskRehearsal, path_features
 
 CPU = torch.device("cpu")
-SMALL = Recipe("wgan", "mlp", hidden=(8,), z=3, critic_steps=1)
+SMALL = GeneratorOptions("wgan", "mlp", hidden=(8,), z=3, critic_steps=1)
 
 
 class Paths(PerTask):
@@ -189,16 +189,16 @@ def test_a_told_task_gives_its_path_and_an_untold_one_what_the_classifier_finds(
 )
 def test_the_memory_is_within_its_budget_and_uint8(tiny, options: dict[str, int], kept: tuple[int, ...]) -> None:
     scenario = tiny()
-    recollection = Recollection(options["size"], options.get("per_class"), None, 1)
+    rehearsal = TaskRehearsal(options["size"], options.get("per_class"), None, 1)
     for index, count in enumerate(kept):
         run = run_of(scenario, index)
-        recollection.grow(run, "me")
-        recollection.keep(run, "me", scenario[index].train)
-        memory = recollection.memory
+        rehearsal.grow(run, "me")
+        rehearsal.keep(run, "me", scenario[index].train)
+        memory = rehearsal.memory
         assert memory.x.dtype == torch.uint8
         assert memory.y.bincount().tolist() == [count] * (2 * index + 2)
         assert "per_class" in options or len(memory) <= options["size"]
-        images = recollection.images(run, "me")
+        images = rehearsal.images(run, "me")
         assert [set(rows.y.tolist()) for rows in images] == [{2 * k, 2 * k + 1} for k in range(index)]
         assert [rows.task.unique().tolist() for rows in images] == [[k] for k in range(index)]
     for row in range(len(memory)):  # they are the data set's own
@@ -209,67 +209,67 @@ def test_the_memory_is_within_its_budget_and_uint8(tiny, options: dict[str, int]
 
 def test_a_memory_goes_through_a_checkpoint(tiny) -> None:
     scenario = tiny()
-    run, recollection = run_of(scenario), Recollection(6, None, None, 1)
-    empty, full = Recollection(6, None, None, 1), Recollection(6, None, None, 1)
-    packed_and_back(recollection, empty)
+    run, rehearsal = run_of(scenario), TaskRehearsal(6, None, None, 1)
+    empty, full = TaskRehearsal(6, None, None, 1), TaskRehearsal(6, None, None, 1)
+    packed_and_back(rehearsal, empty)
     assert empty.memory is None
-    recollection.keep(run, "me", scenario[0].train)
-    packed_and_back(recollection, full)
+    rehearsal.keep(run, "me", scenario[0].train)
+    packed_and_back(rehearsal, full)
     for name in ("x", "y", "index", "task"):
-        before, after = getattr(recollection.memory, name), getattr(full.memory, name)
+        before, after = getattr(rehearsal.memory, name), getattr(full.memory, name)
         assert torch.equal(before, after)
         assert before.dtype == after.dtype
 
 
 def test_a_generator_for_each_task_makes_images_of_the_right_shape(tiny) -> None:
     scenario = tiny(shape=(2, 4, 4))
-    recollection, records = Recollection(9, None, SMALL, 3), []
+    rehearsal, records = TaskRehearsal(9, None, SMALL, 3), []
     for index in range(3):
         run = run_of(scenario, index)
         run.listeners.append(records.append)
-        recollection.grow(run, "me")
-        recollection.keep(run, "me", scenario[index].train)
-        made = recollection.images(run, "me")
+        rehearsal.grow(run, "me")
+        rehearsal.keep(run, "me", scenario[index].train)
+        made = rehearsal.images(run, "me")
         assert len(made) == index  # the task under way has its own
         assert all(rows.x.shape == (9, 2, 4, 4) and rows.x.dtype == torch.float32 for rows in made)
         assert all(rows.x.min() >= 0 and rows.x.max() <= 255 and rows.x.max() > 1 for rows in made)
-    assert recollection.memory is None
+    assert rehearsal.memory is None
     assert [sorted(r["values"]) for r in records if r["kind"] == "log"] == [["me/distance", "me/penalty"]] * 3
     assert [r["name"] for r in records if r["kind"] == "images"] == ["me"] * 3
 
 
 def test_generators_go_through_a_checkpoint_and_draw_the_same(tiny) -> None:
     scenario = tiny()
-    recollection, loaded = Recollection(5, None, SMALL, 2), Recollection(5, None, SMALL, 2)
+    rehearsal, loaded = TaskRehearsal(5, None, SMALL, 2), TaskRehearsal(5, None, SMALL, 2)
     for index in range(2):
         run = run_of(scenario, index)
-        recollection.grow(run, "me")
-        recollection.keep(run, "me", scenario[index].train)
+        rehearsal.grow(run, "me")
+        rehearsal.keep(run, "me", scenario[index].train)
         loaded.grow(run_of(scenario, index), "me")
-    packed_and_back(recollection, loaded)
-    (a,), (b,) = recollection.images(run_of(scenario, 1), "me"), loaded.images(run_of(scenario, 1), "me")
+    packed_and_back(rehearsal, loaded)
+    (a,), (b,) = rehearsal.images(run_of(scenario, 1), "me"), loaded.images(run_of(scenario, 1), "me")
     assert torch.equal(a.x, b.x)
-    adam = [made.optimizer.state_dict()["state"] for made in (recollection.generators[1], loaded.generators[1])]
+    adam = [made.optimizer.state_dict()["state"] for made in (rehearsal.generators[1], loaded.generators[1])]
     assert len(adam[0]) == len(adam[1]) > 0
     assert all(torch.equal(adam[0][k]["exp_avg"], adam[1][k]["exp_avg"]) for k in adam[0])
 
 
 def test_what_cannot_be_remembered_is_refused(tiny) -> None:
-    def problems(recollection: Recollection, shape: tuple[int, ...] = (1, 4, 4)) -> list[str]:
-        return list(recollection.problems(run_of(tiny(shape=shape)), "me"))
+    def problems(rehearsal: TaskRehearsal, shape: tuple[int, ...] = (1, 4, 4)) -> list[str]:
+        return list(rehearsal.problems(run_of(tiny(shape=shape)), "me"))
 
-    assert problems(Recollection(6, None, None, 1)) == []
-    assert problems(Recollection(5, None, None, 1)) == [
+    assert problems(TaskRehearsal(6, None, None, 1)) == []
+    assert problems(TaskRehearsal(5, None, None, 1)) == [
         "`me.size` is 5, and there are 6 classes to remember: give each of them one image at least."
     ]
-    assert problems(Recollection(5, 1, None, 1)) == []
-    assert problems(Recollection(5, None, Recipe("wgan", "mlp"), 1), (1, 3, 5)) == []
-    assert problems(Recollection(5, None, Recipe("wgan", "conv"), 1), (1, 8, 4)) == []
-    assert problems(Recollection(5, None, Recipe("wgan", "conv"), 1), (1, 6, 4)) == [
+    assert problems(TaskRehearsal(5, 1, None, 1)) == []
+    assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "mlp"), 1), (1, 3, 5)) == []
+    assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "conv"), 1), (1, 8, 4)) == []
+    assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "conv"), 1), (1, 6, 4)) == [
         "`me.generator_net=conv` halves images 2 times and needs sides that are divisible by 4, and these have 6x4 "
         "pixels."
     ]
     bright = ImageData(torch.full((2, 1, 4, 4), 300.0), torch.zeros(2))
-    Recollection(6, None, None, 1).check(run_of(tiny()), "me", bright)
+    TaskRehearsal(6, None, None, 1).check(run_of(tiny()), "me", bright)
     with pytest.raises(UsageError, match="`me` generates images from 0 to 1, and those given"):
-        Recollection(6, None, SMALL, 1).check(run_of(tiny()), "me", bright)
+        TaskRehearsal(6, None, SMALL, 1).check(run_of(tiny()), "me", bright)

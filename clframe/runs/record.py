@@ -39,7 +39,7 @@ def results_of(engine: Engine) -> Results:
     run.experience = stream[len(stream) - 1].for_training()
     row = engine.row or engine.evaluated(keep_scores=True)
     if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # it was not trained
-        row = row.emptied()
+        row = row.blank_copy()
     counts = [len(labels) for labels in row.labels]
     methods = [plugin for plugin in run.plugins if not plugin.observer]
     data = {
@@ -130,7 +130,7 @@ def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
         ]
         if rows:
             labels = [row.labels[on] for on, scores in enumerate(given) if scores is not None]
-            temperature = metrics.fitted_temperature(torch.cat(rows), torch.cat(labels))
+            temperature = metrics.fit_temperature(torch.cat(rows), torch.cat(labels))
             present = sorted(set(torch.cat(labels).tolist()))
             floor = None
             if engine.carried is not None and not {c for group in stream.classes for c in group} <= set(present):

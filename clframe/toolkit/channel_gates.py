@@ -13,20 +13,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from clframe.model import IncrementalNet, evaluating, initialized_by
-from clframe.toolkit.norms import TaskNorm, norms_by_task
+from clframe.toolkit.norms import TaskNorm, add_task_norms
 from clframe.toolkit.unit_gates import Gated, gate_layers
-from clframe.toolkit.weight_masks import installed
+from clframe.toolkit.weight_masks import find_modules
 from clframe.training import restart
 
 if TYPE_CHECKING:
     from clframe.context import Run
     from clframe.data.batch import ImageData
 
-HIDDEN = 16
+GATE_WIDTH = 16
 TEMPERATURE = 2 / 3
 
 
-class _Fire(torch.autograd.Function):
+class _BinaryConcrete(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(z)
@@ -40,17 +40,17 @@ class _Fire(torch.autograd.Function):
         return grad * soft * (1 - soft) / ctx.temperature, None
 
 
-def fire(logits: Tensor, noise: Tensor | None = None, temperature: float = TEMPERATURE) -> Tensor:
+def binarize_gates(logits: Tensor, noise: Tensor | None = None, temperature: float = TEMPERATURE) -> Tensor:
     """1 where logits (and `noise`, if given) are above 0, else 0; the gradient is that of sigmoid((l + noise) / tau).
 
     With logistic noise, l being the logit of a Bernoulli variable, this is its straight-through binary concrete
     estimator (Maddison et al., ICLR 2017; Abati et al., eq. 3): at a logit of 0 half of the gates fire.
     """
-    gates: Tensor = _Fire.apply(logits if noise is None else logits + noise, temperature)
+    gates: Tensor = _BinaryConcrete.apply(logits if noise is None else logits + noise, temperature)
     return gates
 
 
-def logistic(like: Tensor) -> Tensor:
+def logistic_noise(like: Tensor) -> Tensor:
     """Standard logistic noise of the shape of `like`."""
     return torch.rand_like(like).logit(eps=torch.finfo(like.dtype).eps)
 
@@ -66,9 +66,9 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, units: int, bias: float) -> None:
         super().__init__()
-        self.inner = nn.Linear(channels, HIDDEN)
-        self.norm = nn.BatchNorm1d(HIDDEN)
-        self.outer = nn.Linear(HIDDEN, units)
+        self.inner = nn.Linear(channels, GATE_WIDTH)
+        self.norm = nn.BatchNorm1d(GATE_WIDTH)
+        self.outer = nn.Linear(GATE_WIDTH, units)
         nn.init.constant_(self.outer.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ class ConditionalConv(Gated):
         """[B, C]: 0 or 1."""
         task = min(self.task, len(self.gates) - 1)
         logits = self.gates[task](x)
-        self.latest = fire(logits, logistic(logits) if self.training else None) * self.fired[task]
+        self.latest = binarize_gates(logits, logistic_noise(logits) if self.training else None) * self.fired[task]
         return self.latest
 
-    def used(self, learnt: int) -> Tensor:
+    def used_channels(self, learnt: int) -> Tensor:
         """[C] bool: the channels that any of the first `learnt` tasks may use."""
         return self.fired[:learnt].any(0)
 
@@ -135,7 +135,7 @@ class ConditionalConv(Gated):
         """Return the kernels and biases of `channels` [C] bool, as `PinnedEntries` takes them."""
         return [(p, channels.view(-1, *[1] * (p.dim() - 1))) for p in self.layer.parameters()]
 
-    def renew(self, free: Tensor, generator: torch.Generator) -> None:
+    def reset_kernels(self, free: Tensor, generator: torch.Generator) -> None:
         """New kernels, and biases, for the `free` [C] channels."""
         with initialized_by(generator, self.layer.weight.device):
             new = copy.deepcopy(self.layer)
@@ -158,7 +158,7 @@ class OpenReLU(nn.Module):
         return x if self.most is None else x.masked_fill(x > self.most, self.most)
 
 
-def open_relus(net: nn.Module) -> None:
+def replace_relus(net: nn.Module) -> None:
     """Put an `OpenReLU` in the place of each ReLU of `net`."""
     for name, module in list(net.named_modules(remove_duplicate=False)):  # one may stand in several places
         if type(module) in (nn.ReLU, nn.ReLU6):
@@ -176,8 +176,8 @@ def add_channel_gates(net: nn.Module, input_shape: Sequence[int], tasks: int) ->
     Shut gates get their gradient through `OpenReLU`.
     """
     gate_layers(net, convolutions_of(net), input_shape, lambda layer, norm: ConditionalConv(layer, norm, tasks))
-    norms_by_task(net)
-    open_relus(net)
+    add_task_norms(net)
+    replace_relus(net)
 
 
 def frozen_names(model: IncrementalNet, task: int) -> list[str]:
@@ -188,7 +188,7 @@ def frozen_names(model: IncrementalNet, task: int) -> list[str]:
     """
     if not task:
         return []
-    convs, norms = installed(model, ConditionalConv).values(), installed(model, TaskNorm).values()
+    convs, norms = find_modules(model, ConditionalConv).values(), find_modules(model, TaskNorm).values()
     trained = [*(conv.layer for conv in convs), *(conv.gates[task] for conv in convs), *(n.norms[task] for n in norms)]
     ids = {id(p) for module in trained for p in module.parameters()}
     return [f"backbone.{name}" for name, p in model.backbone.named_parameters() if id(p) not in ids]
@@ -218,7 +218,7 @@ def unreachable_gates(net: nn.Module, input_shape: Sequence[int]) -> list[str]:
 
         return gate
 
-    for name, conv in installed(net, ConditionalConv).items():
+    for name, conv in find_modules(net, ConditionalConv).items():
         conv.gate = halved(name, conv.units)  # type: ignore[method-assign, assignment]
     for module in net.eval().modules():
         module.training = isinstance(module, _BatchNorm)
@@ -229,9 +229,9 @@ def unreachable_gates(net: nn.Module, input_shape: Sequence[int]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in heard]
 
 
-def firing(run: Run, rows: ImageData) -> dict[str, Tensor]:
+def firing_rates(run: Run, rows: ImageData) -> dict[str, Tensor]:
     """How often each channel fires for the images `rows`, [C] from 0 to 1, by convolution; in eval mode."""
-    convs = installed(run.model.backbone, ConditionalConv)
+    convs = find_modules(run.model.backbone, ConditionalConv)
     sums = {name: conv.fired.new_zeros(conv.units, dtype=torch.float64) for name, conv in convs.items()}
     size = run.config.run.eval_batch_size
     for conv in convs.values():
@@ -252,11 +252,11 @@ def finish_task(run: Run, rows: ImageData, generator: torch.Generator, relevant:
         ``open/LAYER``, how many gates were open for an image, and ``free/LAYER``, how many kernels are left, in shares.
     """
     curves: dict[str, float] = {}
-    for name, often in firing(run, rows).items():
-        conv = installed(run.model.backbone, ConditionalConv)[name]
+    for name, often in firing_rates(run, rows).items():
+        conv = find_modules(run.model.backbone, ConditionalConv)[name]
         conv.fired[run.experience.index] = often > relevant
-        free = ~conv.used(run.experience.index + 1)
-        conv.renew(free, generator)
+        free = ~conv.used_channels(run.experience.index + 1)
+        conv.reset_kernels(free, generator)
         restart(run.optimizer, conv.entries(free))
         curves |= {f"open/{name}": often.mean().item(), f"free/{name}": free.float().mean().item()}
     return curves

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from clframe.model import IncrementalNet, snapshot
 from clframe.toolkit.channel_gates import ConditionalConv, Gate
 from clframe.toolkit.norms import TaskNorm
-from clframe.toolkit.unit_gates import propagate_importance
-from clframe.toolkit.weight_masks import installed
+from clframe.toolkit.probing import propagate_importance
+from clframe.toolkit.weight_masks import find_modules
 
 
 def compact(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> IncrementalNet:
@@ -31,7 +31,7 @@ def compact(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> Inc
     made = snapshot(model)
     made.select(task)
     net = made.backbone
-    convs = installed(net, ConditionalConv)
+    convs = find_modules(net, ConditionalConv)
     live = {name: conv.fired[task] for name, conv in convs.items()}
     entering = propagate_importance(net, {name: open_.float() for name, open_ in live.items()}, input_shape)
     chain = _is_chain(net)
@@ -41,7 +41,7 @@ def compact(model: IncrementalNet, task: int, input_shape: Sequence[int]) -> Inc
         small.gathers = not chain or i == 0
         small.scatters = not chain or i == len(convs) - 1
         net.set_submodule(name, small)
-    for name, norm in installed(net, TaskNorm).items():
+    for name, norm in find_modules(net, TaskNorm).items():
         net.set_submodule(name, norm.norms[task])
     return made
 

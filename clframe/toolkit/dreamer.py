@@ -18,7 +18,7 @@ from torch.nn import functional
 from clframe.data.batch import Batch
 from clframe.data.streams import learned
 from clframe.model import IncrementalNet
-from clframe.toolkit.inversion import Statistics, dreaming_problems, observe_norms, reinitialize, within_memory
+from clframe.toolkit.inversion import Statistics, dreaming_problems, explain_out_of_memory, observe_norms, reinitialize
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -115,7 +115,7 @@ def roughness(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Terms:
+class GeneratorTerms:
     """What the terms of `generator_loss` are multiplied by, and the temperature of the first."""
 
     confidence: float = 1.0
@@ -125,7 +125,7 @@ class Terms:
     smooth: float = 1e-3
 
 
-def generator_loss(teacher: IncrementalNet, x: Tensor, terms: Terms) -> Tensor:
+def generator_loss(teacher: IncrementalNet, x: Tensor, terms: GeneratorTerms) -> Tensor:
     """The weighted sum of `confidence`, `imbalance`, `gaussian_divergence` and `roughness` (Smith et al.); a scalar.
 
     Args:
@@ -163,7 +163,7 @@ class Dreamer(nn.Module):
         self._begin()
 
     def learn(
-        self, run: Run, name: str, teacher: IncrementalNet, terms: Terms, iterations: int, batch_size: int
+        self, run: Run, name: str, teacher: IncrementalNet, terms: GeneratorTerms, iterations: int, batch_size: int
     ) -> None:
         """Begin anew and learn to make images that `teacher` knows.
 
@@ -180,7 +180,7 @@ class Dreamer(nn.Module):
         """
         rng = run.rng(name)
         self.generator.train()
-        with within_memory(run, f"{name}.batch_size"):
+        with explain_out_of_memory(run, f"{name}.batch_size"):
             for i in run.ticks(name, iterations, resumable=True):
                 if i == 0:
                     reinitialize(self.generator, rng)
@@ -195,7 +195,7 @@ class Dreamer(nn.Module):
         run.log({f"{name}/{what}": value for what, value in told.items()})
 
     @torch.no_grad()
-    def dreams(self, n: int, teacher: IncrementalNet, tasks: Tensor, rng: torch.Generator) -> Batch:
+    def draw_batch(self, n: int, teacher: IncrementalNet, tasks: Tensor, rng: torch.Generator) -> Batch:
         """`n` new images of weight 0, each of the class that `teacher` sees in it, and that class's task."""
         x = self.generator.draw(n, rng)
         y = teacher(x).logits.argmax(1)
@@ -225,7 +225,7 @@ def describe_dreams(teacher: IncrementalNet, x: Tensor) -> dict[str, float]:
     }
 
 
-def scores(net: IncrementalNet, features: Tensor) -> Tensor:
+def head_logits(net: IncrementalNet, features: Tensor) -> Tensor:
     """Logits [B, C] that the head of `net` gives to features [B, D]."""
     return torch.cat([block(features) for block in net.head], 1)
 

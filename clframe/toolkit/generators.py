@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 Net = Literal["mlp", "conv"]
-HIDDEN: dict[Net, tuple[int, ...]] = {"mlp": (400, 400), "conv": (64, 128)}  # widths where none are given
+DEFAULT_WIDTHS: dict[Net, tuple[int, ...]] = {"mlp": (400, 400), "conv": (64, 128)}  # widths where none are given
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Mixture:
     weight: Tensor
 
 
-def mixture(*parts: tuple[Tensor, Tensor | None, float]) -> Mixture:
+def mix(*parts: tuple[Tensor, Tensor | None, float]) -> Mixture:
     """One step's images from parts, each (images [n, ...], labels [n] or None, its share of the loss)."""
     weights = [x.new_full((len(x),), share / len(x)) for x, _, share in parts]
     labels = [y for _, y, _ in parts if y is not None]
@@ -140,7 +140,7 @@ class VAE(GenerativeModel):
         classes: int | None = None,
     ) -> None:
         super().__init__(shape, z, classes)
-        hidden = hidden or HIDDEN[net]
+        hidden = hidden or DEFAULT_WIDTHS[net]
         self.encoder, width = _encoder(shape, net, hidden, nn.ReLU())
         self.posterior = nn.Linear(width, 2 * z)
         self.decoder = _decoder(shape, net, hidden, z, norm=False)
@@ -174,7 +174,7 @@ class VAE(GenerativeModel):
 
     def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Images [B, *shape] in [0, 1] of standard normal noise [B, z]."""
-        images: Tensor = self.decoder(reparametrized(*self.prior(y), noise)).sigmoid()
+        images: Tensor = self.decoder(reparametrize(*self.prior(y), noise)).sigmoid()
         return images
 
     def losses(self, x: Tensor, y: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class VAE(GenerativeModel):
         `noise` [B, z] is standard normal.
         """
         mean, logvar = self.encode(x)
-        logits = self.decoder(reparametrized(mean, logvar, noise))
+        logits = self.decoder(reparametrize(mean, logvar, noise))
         apart = functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).mean(1)
         return apart, divergence(mean, logvar, *self.prior(y)) / math.prod(self.shape)
 
@@ -231,7 +231,7 @@ class WGAN(GenerativeModel):
         penalty: float = 10.0,
     ) -> None:
         super().__init__(shape, z)
-        hidden = hidden or HIDDEN[net]
+        hidden = hidden or DEFAULT_WIDTHS[net]
         self.critic_steps, self.penalty = critic_steps, penalty
         layers, width = _encoder(shape, net, hidden, nn.LeakyReLU(0.2))
         self.critic = nn.Sequential(layers, nn.Linear(width, 1), nn.Flatten(0))
@@ -263,7 +263,7 @@ class WGAN(GenerativeModel):
         return {"distance": distance.detach(), "penalty": penalty.detach()}
 
 
-def reparametrized(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+def reparametrize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """A draw from a Gaussian by standard normal noise: its standard deviation is exp(logvar / 2)."""
     return mean + (logvar / 2).exp() * noise
 

@@ -1,8 +1,8 @@
-"""How much each weight matters: the Fisher information, sensitivity, path integrals, and quadratic penalties.
+"""Importance weights: the Fisher information, sensitivity and path integrals, and the quadratic penalty they weigh.
 
 `label_cotangents` turns sums of squared per-sample gradients (`clframe.toolkit.per_sample`) into the Fisher
-information, and `norm_cotangents` sums of absolute ones into the sensitivity of MAS; `path_step` is a step of SI's path
-integral. `Quadratic` pulls weights back to where they mattered.
+information, `norm_cotangents` turns sums of absolute ones into the sensitivity of MAS, and `add_path_step` adds a step
+to the path integral of SI. `Quadratic` is the penalty on moving weights away from their anchor.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def norm_cotangents(logits: Tensor, mask: Tensor | None = None) -> list[Tensor]:
 
 
 @torch.no_grad()
-def path_step(omega: list[Tensor], gradients: list[Tensor], before: list[Tensor], after: list[Tensor]) -> None:
+def add_path_step(omega: list[Tensor], gradients: list[Tensor], before: list[Tensor], after: list[Tensor]) -> None:
     """Add to `omega`, in place, ``-g (after - before)``: what a step took off the loss (Zenke et al., 2017, eq. 3).
 
     Args:

@@ -122,7 +122,7 @@ def jensen_shannon(one: Tensor, other: Tensor, temperature: float = 3.0) -> Tens
 
 
 @dataclass(frozen=True)
-class Weights:
+class InversionTerms:
     """What the terms of `inversion_loss` are multiplied by.
 
     Attributes:
@@ -142,7 +142,7 @@ def inversion_loss(
     teacher: IncrementalNet,
     x: Tensor,
     y: Tensor,
-    weights: Weights,
+    terms: InversionTerms,
     mask: Tensor | None = None,
     rival: IncrementalNet | None = None,
 ) -> Tensor:
@@ -160,26 +160,26 @@ def inversion_loss(
     """
     with observe_norms(teacher) as seen:
         logits = masked(teacher(x).logits, mask)
-    loss = functional.cross_entropy(logits, y) + weights.feature * feature_distance(seen)
-    if weights.tv:
-        loss = loss + weights.tv * total_variation(x)
-    if weights.l2:
-        loss = loss + weights.l2 * torch.linalg.vector_norm(x.flatten(1), dim=1).mean()
-    if rival is not None and weights.compete:
+    loss = functional.cross_entropy(logits, y) + terms.feature * feature_distance(seen)
+    if terms.tv:
+        loss = loss + terms.tv * total_variation(x)
+    if terms.l2:
+        loss = loss + terms.l2 * torch.linalg.vector_norm(x.flatten(1), dim=1).mean()
+    if rival is not None and terms.compete:
         agreement = 1 - jensen_shannon(logits, masked(rival(x).logits, mask)).mean()
-        loss = loss + weights.compete * agreement
+        loss = loss + terms.compete * agreement
     return loss
 
 
 @torch.no_grad()
-def judged(teacher: IncrementalNet, x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+def assess_images(teacher: IncrementalNet, x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
     """R_feature of the normalised images `x`, and the share of them in which the teacher sees what `y` says."""
     with observe_norms(teacher) as seen:
         logits = masked(teacher(x).logits, mask)
     return feature_distance(seen).item(), (logits.argmax(1) == y).float().mean().item()
 
 
-def jittered(x: Tensor, jitter: int, flip: bool, generator: torch.Generator) -> Tensor:
+def jitter_images(x: Tensor, jitter: int, flip: bool, generator: torch.Generator) -> Tensor:
     """All images [B, C, H, W] rolled by as many pixels, -`jitter` to `jitter` each way, and mirrored every second time.
 
     The generator is on the CPU.
@@ -190,7 +190,7 @@ def jittered(x: Tensor, jitter: int, flip: bool, generator: torch.Generator) -> 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DreamOptions:
     """How images are dreamt.
 
     Attributes:
@@ -198,16 +198,17 @@ class Recipe:
         per_class: images of each class.
         iterations: steps of Adam on each image, and of the rival's optimizer after each round.
         lr: learning rate of the images.
-        rounds: without a rival 1; with one, the first round is without, and in each later one the images are to be such
-            that the teacher and the rival, which has learnt those of the rounds before, disagree.
-        jitter, flip: see `jittered`; None: a sixteenth of the smaller side, and as the scenario's augmentation does.
+        rounds: 1 without a rival. With a rival, the first round has none; in each later round, images are found on
+            which the teacher disagrees with the rival, which has learned the images of the rounds before.
+        jitter: see `jitter_images`; None: a sixteenth of the smaller side.
+        flip: see `jitter_images`; None: as the scenario's augmentation does.
         clip: keep the images within `valid_range`.
         batch_size: images at a time, at most.
         temperature: of the rival's distillation.
         anneal: let the learning rate fall to 0 along half a cosine.
     """
 
-    weights: Weights = field(default_factory=Weights)
+    terms: InversionTerms = field(default_factory=InversionTerms)
     per_class: int = 40
     iterations: int = 200
     lr: float = 0.05
@@ -243,7 +244,7 @@ class Dreaming(nn.Module):
         super().__init__()
         self._clear()
 
-    def of(self, run: Run, name: str, teacher: IncrementalNet, recipe: Recipe) -> ImageData:
+    def dream(self, run: Run, name: str, teacher: IncrementalNet, options: DreamOptions) -> ImageData:
         """Dreams of all old classes of `run`, raw, each with the task of its class, and of weight 0.
 
         R_feature, and the share of dreams that the teacher takes for what they are to be, are logged of noise and of
@@ -253,17 +254,17 @@ class Dreaming(nn.Module):
             run: the run, in a hook that is called once an experience.
             name: of the plugin: for its randomness, for progress and for what is logged.
             teacher: the network that has learnt those classes, from `clframe.model.snapshot`.
-            recipe: how.
+            options: how.
 
         Raises:
             RunError: if memory ends; the sentence names the plugin's option ``batch_size``.
         """
-        rounds = targets_in_parts(run.previous_classes, recipe.per_class, recipe.rounds, recipe.batch_size)
-        with within_memory(run, f"{name}.batch_size"):
+        rounds = split_targets(run.previous_classes, options.per_class, options.rounds, options.batch_size)
+        with explain_out_of_memory(run, f"{name}.batch_size"):
             for k, parts in enumerate(rounds):
                 if k:
-                    self._teach_rival(run, name, k, teacher, recipe)
-                self._round(run, name, k, teacher, recipe, parts)
+                    self._teach_rival(run, name, k, teacher, options)
+                self._round(run, name, k, teacher, options, parts)
         images = self.images
         assert images is not None
         self._clear()
@@ -291,42 +292,42 @@ class Dreaming(nn.Module):
         return x if bounds is None else x.clamp_(*bounds)
 
     def _round(
-        self, run: Run, name: str, k: int, teacher: IncrementalNet, recipe: Recipe, parts: Sequence[Tensor]
+        self, run: Run, name: str, k: int, teacher: IncrementalNet, options: DreamOptions, parts: Sequence[Tensor]
     ) -> None:
         """Dreams of the labels `parts`, one part after the other."""
         generator, transform, shape = run.rng(name), run.scenario.transform, run.scenario.input_shape
         low, high = (bound.to(run.device) for bound in valid_range(transform, run.experience.train.images))
-        jitter = min(shape[1:]) // 16 if recipe.jitter is None else recipe.jitter
-        flip = transform.flip if recipe.flip is None else recipe.flip
+        jitter = min(shape[1:]) // 16 if options.jitter is None else options.jitter
+        flip = transform.flip if options.flip is None else options.flip
         rival = self._rival(teacher) if k else None
         n = teacher.n_classes
         tasks = run.task_of(torch.arange(n, device=run.device))
         heads = torch.stack([class_mask(group, n, run.device) for group in run.scenario.classes])
-        for i in run.ticks(f"{name}: dreams {k + 1}", len(parts) * recipe.iterations, resumable=True):
-            y = parts[i // recipe.iterations].to(run.device)
+        for i in run.ticks(f"{name}: dreams {k + 1}", len(parts) * options.iterations, resumable=True):
+            y = parts[i // options.iterations].to(run.device)
             # where tasks are told, each class is among those of its task, which may be classes of other tasks, too
             mask = heads[tasks[y]] if run.scenario.setting == "task" else None
-            if i % recipe.iterations == 0:
+            if i % options.iterations == 0:
                 noise = torch.randn(len(y), *shape, generator=generator).to(run.device)
-                self.begin(noise, recipe.lr)
-                self._log(run, name, "noise", judged(teacher, noise, y, mask))
+                self.begin(noise, options.lr)
+                self._log(run, name, "noise", assess_images(teacher, noise, y, mask))
 
             def loss(x: Tensor, y: Tensor = y, mask: Tensor | None = mask) -> Tensor:
-                return inversion_loss(teacher, jittered(x, jitter, flip, generator), y, recipe.weights, mask, rival)
+                return inversion_loss(teacher, jitter_images(x, jitter, flip, generator), y, options.terms, mask, rival)
 
-            if recipe.anneal:
-                self.slow_down(recipe.lr, i % recipe.iterations / recipe.iterations)
-            x = self.step(loss, (low, high) if recipe.clip else None)
-            if (i + 1) % recipe.iterations == 0:
-                self._log(run, name, "dreams", judged(teacher, x, y, mask))
+            if options.anneal:
+                self.slow_down(options.lr, i % options.iterations / options.iterations)
+            x = self.step(loss, (low, high) if options.clip else None)
+            if (i + 1) % options.iterations == 0:
+                self._log(run, name, "dreams", assess_images(teacher, x, y, mask))
                 done = ImageData(to_raw(x, transform), y, task=tasks[y], weight=0.0)
                 self.images = ImageData.concat([done] if self.images is None else [self.images, done])
 
-    def _teach_rival(self, run: Run, name: str, k: int, teacher: IncrementalNet, recipe: Recipe) -> None:
+    def _teach_rival(self, run: Run, name: str, k: int, teacher: IncrementalNet, options: DreamOptions) -> None:
         """Distil the teacher, on the dreams so far, into the rival, as the run trains its own network."""
         assert self.images is not None
         generator = run.rng(name)
-        ticks = run.ticks(f"{name}: rival {k}", recipe.iterations, resumable=True)
+        ticks = run.ticks(f"{name}: rival {k}", options.iterations, resumable=True)
         rival = reinitialized_copy(teacher, generator) if self.rival is None else self._rival(teacher)
         rival.train().requires_grad_(True)
         optimizer = make_optimizer(dict(rival.named_parameters()), run.settings)
@@ -339,7 +340,7 @@ class Dreaming(nn.Module):
             with torch.no_grad():
                 q = teacher(x).logits
             optimizer.zero_grad()
-            kl_divergence(q, rival(x).logits, recipe.temperature).mean().backward()
+            kl_divergence(q, rival(x).logits, options.temperature).mean().backward()
             optimizer.step()
             self.rival, self.rival_optimizer = rival.state_dict(), optimizer.state_dict()
 
@@ -394,7 +395,7 @@ def valid_range(transform: Transform, images: Images) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def targets_in_parts(classes: Sequence[int], per_class: int, rounds: int, batch_size: int) -> list[list[Tensor]]:
+def split_targets(classes: Sequence[int], per_class: int, rounds: int, batch_size: int) -> list[list[Tensor]]:
     """The labels of `per_class` dreams of each class: for each round, parts [<= batch_size] of nearly equal size.
 
     Classes take turns, so that every part is balanced, as its statistics are to be those of all images.
@@ -420,7 +421,7 @@ def reinitialized_copy(model: IncrementalNet, generator: torch.Generator) -> Inc
     return copied
 
 
-def album(images: ImageData, most: int = SHOWN) -> Tensor:
+def select_preview(images: ImageData, most: int = SHOWN) -> Tensor:
     """As many of the images as `most`, of each class as many as of any other, class by class: what people are shown."""
     classes = images.y.unique().tolist()
     each = max(1, most // len(classes))
@@ -444,7 +445,7 @@ def dreaming_problems(run: Run, plugin: Plugin) -> Iterator[str]:
 
 
 @contextmanager
-def within_memory(run: Run, option: str) -> Iterator[None]:
+def explain_out_of_memory(run: Run, option: str) -> Iterator[None]:
     """Raises `RunError`, which says that a smaller `option` needs less, where memory ends inside."""
     try:
         yield

@@ -97,7 +97,7 @@ def reservoir(memory: Memory, rows: ImageData, seen: int, size: int, generator: 
     """
     free = max(0, size - seen)
     if memory is None or free:
-        memory = owned(_joined(memory, rows.rows(slice(free))))
+        memory = copy_rows(_joined(memory, rows.rows(slice(free))))
         rows, seen = rows.rows(slice(free, None)), max(seen, size)
     passed = torch.arange(seen + 1, seen + 1 + len(rows), dtype=torch.float64)
     slots = (torch.rand(len(rows), generator=generator, dtype=torch.float64) * passed).long().tolist()
@@ -121,7 +121,7 @@ def _joined(memory: Memory, rows: ImageData) -> ImageData:
     return rows if memory is None else ImageData.concat([memory, rows])
 
 
-def owned(rows: ImageData) -> ImageData:
+def copy_rows(rows: ImageData) -> ImageData:
     """A copy of `rows` that can be written to, all of weight 1 and of the experience itself."""
     index, task = (column.clone(memory_format=torch.contiguous_format) for column in (rows.index, rows.task))
     targets = {name: target.clone() for name, target in rows.targets.items()}

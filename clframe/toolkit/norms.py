@@ -40,7 +40,7 @@ class TaskNorm(PerTask):
         return normalised
 
 
-def norms_by_task(net: nn.Module, first: int = 1) -> None:
+def add_task_norms(net: nn.Module, first: int = 1) -> None:
     """Put a `TaskNorm` in the place of each batch norm of `net` that is not in one yet."""
     there = {id(norm) for module in net.modules() if isinstance(module, TaskNorm) for norm in module.norms}
     for name, module in list(net.named_modules()):

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 from torch.nn import functional
 from torch.nn.modules import batchnorm
 
 from clframe.errors import UsageError
-from clframe.model import IncrementalNet, evaluating
+from clframe.model import IncrementalNet, evaluating, graph_of
 
 Reduce = Literal["square", "abs"]
 
@@ -166,20 +166,20 @@ class GradientSums:
 
     def _divide(self, calls: Sequence[_Call], logits: Tensor) -> tuple[list[_Call], dict[str, nn.Parameter]]:
         """Calls that account for all of a parameter's gradient, and the parameters that none accounts for."""
-        nodes, uses, _ = graph_of(logits)
+        graph = graph_of(logits)
         times = Counter(call.module for call in calls)
-        solved, rest = [], {n: p for n, p in self._parameters.items() if uses[id(p)]}
+        solved, rest = [], {n: p for n, p in self._parameters.items() if graph.uses[id(p)]}
         for call in calls:
             whole = (
                 times[call.module] == 1
                 and call.edge is not None
-                and call.edge.node in nodes
+                and call.edge.node in graph.nodes
                 and call.rows == len(logits)
                 and call.module in (self._row_is_sample or ())
                 and call.input._version == call.version
             )
             for kind, parameter in call.parameters() if whole else ():
-                if uses[id(parameter)] == 1 and self._names.get(id(parameter)) in rest:
+                if graph.uses[id(parameter)] == 1 and self._names.get(id(parameter)) in rest:
                     name = self._names[id(parameter)]
                     call.sums[kind] = self._sums[name]
                     del rest[name]
@@ -311,25 +311,6 @@ class _Call:
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return those that a closed form knows; others that stand in the layer are computed with elsewhere."""
         return [(kind, p) for kind, p in self.module.named_parameters(recurse=False) if kind in ("weight", "bias")]
-
-
-def graph_of(output: Tensor) -> tuple[set[Node], Counter[int], dict[int, Tensor]]:
-    """Return all nodes of the graph behind `output`, how often each leaf is used in it, and the leaves, by their id."""
-    root = get_gradient_edge(output).node
-    nodes, open_nodes, uses = {root}, [root], Counter[int]()
-    leaves: dict[int, Tensor] = {}
-    while open_nodes:
-        for node, _ in open_nodes.pop().next_functions:
-            if node is None:
-                continue
-            if node.name().endswith("::AccumulateGrad"):
-                leaf: Tensor = node.variable  # type: ignore[attr-defined]
-                leaves[id(leaf)] = leaf
-                uses[id(leaf)] += 1
-            elif node not in nodes:
-                nodes.add(node)
-                open_nodes.append(node)
-    return nodes, uses, leaves
 
 
 class _ClosedForm:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clframe.data.batch import ImageData
 from clframe.errors import RunError
 from clframe.model import initialized_by
-from clframe.toolkit.generators import HIDDEN, VAE, WGAN, GenerativeModel, Mixture, Net, conv_problems, mixture
+from clframe.toolkit.generators import DEFAULT_WIDTHS, VAE, WGAN, GenerativeModel, Mixture, Net, conv_problems, mix
 
 if TYPE_CHECKING:
     from clframe.context import Run
@@ -94,9 +94,9 @@ class Rehearsal(nn.Module):
             rows = data.rows(where.to(data.device))
             new = rows.x.float() / self.scale, rows.y if self.model.classes else None, share
             if share == 1:
-                return mixture(new)
+                return mix(new)
             y = self._draw_classes(n, old, generator)
-            return mixture(new, (self.previous.sample(n, generator, y), y, 1 - share))
+            return mix(new, (self.previous.sample(n, generator, y), y, 1 - share))
 
         self.losses = self.model.step(self.optimizer, draw, generator)
 
@@ -144,7 +144,7 @@ class Rehearsal(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class GeneratorOptions:
     """A generative model as options of a plugin describe it.
 
     Attributes:
@@ -172,6 +172,6 @@ class Recipe:
         if self.hidden is not None and not self.hidden:
             yield f"`{owner}.hidden` is empty: the generator needs the width of one layer at least."
         elif self.net == "conv":
-            yield from conv_problems(shape, len(self.hidden or HIDDEN[self.net]), f"`{owner}.net=conv`")
+            yield from conv_problems(shape, len(self.hidden or DEFAULT_WIDTHS[self.net]), f"`{owner}.net=conv`")
         if self.generator == "wgan" and self.prior == "class":
             yield f"`{owner}.prior=class` is one of the autoencoder's: set `{owner}.generator=vae`."

@@ -17,15 +17,14 @@ from torch.nn import functional
 from clframe.data.batch import ImageData
 from clframe.evaluate import Predictor
 from clframe.model import IncrementalNet, class_mask, evaluating, initialized_by, masked
-from clframe.toolkit.generators import HIDDEN as WIDTHS
-from clframe.toolkit.generators import check_range, conv_problems
+from clframe.toolkit.generators import DEFAULT_WIDTHS, check_range, conv_problems
 from clframe.toolkit.memory import at_random, balanced, quota, too_small
-from clframe.toolkit.rehearsal import Recipe, Rehearsal
+from clframe.toolkit.rehearsal import GeneratorOptions, Rehearsal
 
 if TYPE_CHECKING:
     from clframe.context import Run
 
-HIDDEN = 64
+CLASSIFIER_WIDTH = 64
 SHOWN = 64  # images of a generator
 
 
@@ -48,7 +47,7 @@ class TaskClassifier(nn.Module):
         self.net.to(like)
 
     def _build(self, width: int, tasks: int) -> None:
-        self.net = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, tasks))
+        self.net = nn.Sequential(nn.Linear(width, CLASSIFIER_WIDTH), nn.ReLU(), nn.Linear(CLASSIFIER_WIDTH, tasks))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Its size is that of what is loaded, which may be of fewer tasks than there are now."""
@@ -96,38 +95,47 @@ class TaskClassifier(nn.Module):
         return torch.cat(parts)
 
 
-class Recollection(nn.Module):
+class TaskRehearsal(nn.Module):
     """Images of the tasks learnt so far: a memory of some, or a generator of each task.
 
     Args:
         size: images in the memory, of all classes together.
         per_class: images of each class, in place of `size`.
-        recipe: of the generators; None: there is a memory.
+        generator_options: of the generators; None: there is a memory.
         iterations: of each generator.
     """
 
-    def __init__(self, size: int, per_class: int | None, recipe: Recipe | None, iterations: int) -> None:
+    def __init__(
+        self, size: int, per_class: int | None, generator_options: GeneratorOptions | None, iterations: int
+    ) -> None:
         super().__init__()
-        self.size, self.per_class, self.recipe, self.iterations = size, per_class, recipe, iterations
+        self.size, self.per_class, self.generator_options, self.iterations = (
+            size,
+            per_class,
+            generator_options,
+            iterations,
+        )
         self.memory: ImageData | None = None
         self.generators = nn.ModuleList()
 
     def problems(self, run: Run, owner: str) -> Iterator[str]:
         """A sentence for each reason why `owner`, which has options of these names, cannot have it."""
-        if self.recipe and self.recipe.net == "conv":
-            yield from conv_problems(run.scenario.input_shape, len(WIDTHS["conv"]), f"`{owner}.generator_net=conv`")
-        elif self.recipe is None and self.per_class is None:
+        if self.generator_options and self.generator_options.net == "conv":
+            yield from conv_problems(
+                run.scenario.input_shape, len(DEFAULT_WIDTHS["conv"]), f"`{owner}.generator_net=conv`"
+            )
+        elif self.generator_options is None and self.per_class is None:
             yield from too_small(self.size, len(run.scenario.class_names), f"{owner}.size")
 
     def grow(self, run: Run, owner: str) -> None:
         """Another task comes."""
-        if self.recipe:
-            build = partial(self.recipe.build, run.scenario.input_shape, 1, run.rng(owner))
+        if self.generator_options:
+            build = partial(self.generator_options.build, run.scenario.input_shape, 1, run.rng(owner))
             self.generators.append(Rehearsal(build, run.scenario.transform.scale).to(run.device))
 
     def check(self, run: Run, owner: str, data: ImageData) -> None:
         """Raise `UsageError` if these images of a task are not such as its generator can make."""
-        if self.recipe:
+        if self.generator_options:
             check_range(data, run.scenario.transform.scale, owner)
 
     def images(self, run: Run, owner: str) -> list[ImageData]:
@@ -142,7 +150,7 @@ class Recollection(nn.Module):
 
         The run can be saved within, so this should come first in a hook.
         """
-        if self.recipe:
+        if self.generator_options:
             made = self._made()[-1]
             losses = made.rehearse(run, owner, data, 1.0, self.iterations)
             run.log_images(owner, made.recall(SHOWN, 1, run.rng(owner))[0])

@@ -56,7 +56,7 @@ def _places(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
-def undecayed(values: Tensor) -> nn.Parameter:
+def undecayed_parameter(values: Tensor) -> nn.Parameter:
     """A parameter of these values that no weight decay pulls at: 0 is no natural place for it."""
     parameter = nn.Parameter(values)
     parameter.decays = False  # type: ignore[attr-defined]  # read where the optimizer is built
@@ -68,7 +68,7 @@ def layers_of(net: nn.Module) -> dict[str, nn.Linear | _ConvNd]:
     return {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
 
 
-def masked_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]:
+def mask_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]:
     """Put what `build` makes of each layer's weight between the weight and the layer; what was put there, by layer."""
     made = {}
     for name, layer in layers_of(net).items():
@@ -77,7 +77,7 @@ def masked_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]
     return made
 
 
-def installed(net: nn.Module, kind: type[M]) -> dict[str, M]:
+def find_modules(net: nn.Module, kind: type[M]) -> dict[str, M]:
     """All modules of a kind in `net`, by the name of the layer that they are in or around."""
     found = {name: m for name, m in net.named_modules() if isinstance(m, kind)}
     return {name.removesuffix(".parametrizations.weight.0"): m for name, m in found.items()}
@@ -109,7 +109,7 @@ class WeightMask(PerTask):
 
     def begin(self, weight: Tensor) -> None:
         """A task comes; also replayed before its mask is loaded."""
-        self.real = undecayed(torch.full_like(weight, self.init))
+        self.real = undecayed_parameter(torch.full_like(weight, self.init))
         row = self.bits.new_zeros(1, 2 if self.ternary else 1, -(-weight.numel() // 8))
         self.bits = torch.cat([self.bits[:, : row.shape[1]], row])
 
@@ -214,8 +214,9 @@ def weight_problems(plugin: str, net: nn.Module, layers: Mapping[str, nn.Module]
     computed = [name for name, layer in layers.items() if layer._parameters.get("weight") is None]
     if computed:
         yield (
-            f"`{plugin}` divides the weight of each layer among tasks, and that of {_named(computed)} is computed from "
-            "other parameters (weight normalization, pruning or another parametrization): remove that from the network."
+            f"`{plugin}` divides the weight of each layer among tasks, and that of {list_names(computed)} is computed "
+            "from other parameters (weight normalization, pruning or another parametrization): remove that from the "
+            "network."
         )
     owners: dict[int, list[str]] = {}
     for name, module in net.named_modules():
@@ -224,12 +225,12 @@ def weight_problems(plugin: str, net: nn.Module, layers: Mapping[str, nn.Module]
     tied = [name for name, layer in layers.items() if len(owners.get(id(layer._parameters.get("weight")), ())) > 1]
     if tied:
         yield (
-            f"`{plugin}` divides the weight of each layer among tasks, and that of {_named(tied)} is the weight of "
+            f"`{plugin}` divides the weight of each layer among tasks, and that of {list_names(tied)} is the weight of "
             "another module, too: give each a weight of its own, or choose another method."
         )
 
 
-def _named(names: Sequence[str], most: int = 3) -> str:
+def list_names(names: Sequence[str], most: int = 3) -> str:
     """The first of the `names`, for a sentence."""
     told = ", ".join(f"`{name}`" for name in names[:most])
     return f"{told} and {len(names) - most} more" if len(names) > most else told
