@@ -462,7 +462,7 @@ def test_an_album_shows_as_many_of_each_class() -> None:
     ],
 )
 def test_where_memory_ends_the_option_that_needs_less_is_named(error: Exception) -> None:
-    run: Any = SimpleNamespace(device="cpu", where="experience 2 of 5")
+    run: Any = SimpleNamespace(device="cpu", progress_label="experience 2 of 5")
     with pytest.raises(RunError) as caught, explain_out_of_memory(run, "some.batch_size"):
         raise error
     assert str(caught.value) == (
@@ -474,7 +474,7 @@ def test_where_memory_ends_the_option_that_needs_less_is_named(error: Exception)
     "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory")]
 )
 def test_another_error_is_left_as_it_is(error: Exception) -> None:
-    run: Any = SimpleNamespace(device="cpu", where="experience 2 of 5")
+    run: Any = SimpleNamespace(device="cpu", progress_label="experience 2 of 5")
     with pytest.raises(type(error)) as caught, explain_out_of_memory(run, "some.batch_size"):
         raise error
     assert caught.value is error
