@@ -96,7 +96,7 @@ class DeepInversion(Plugin):
         temperature: Positive = 1.0,
         replay: Count | None = None,
     ) -> None:
-        self.options = DreamOptions(
+        self.dream_options = DreamOptions(
             InversionTerms(feature, tv, l2, compete),
             per_class,
             iterations,
@@ -129,7 +129,7 @@ class DeepInversion(Plugin):
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Make dreams of the old classes, and log a sample of them; do nothing before the first experience."""
         if self.teacher is not None:
-            self.images = self.dreaming.dream(run, self.name, self.teacher, self.options)
+            self.images = self.dreaming.dream(run, self.name, self.teacher, self.dream_options)
             run.log_images(self.name, select_preview(self.images))
 
     @hookimpl
