@@ -40,7 +40,7 @@ class EWC(Plugin):
     and 19.5 % on `split-digits` over seeds 0 to 4 (`benchmarks/defaults.py`).
 
     When to use:
-        Use it in domain-incremental learning, where the label set stays, and in task-incremental learning. In
+        In domain-incremental learning, where the label set stays, and in task-incremental learning. In
         class-incremental learning it barely helps, here as everywhere.
 
     Keeps:
