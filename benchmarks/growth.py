@@ -91,7 +91,7 @@ def one(method: str, data_root: Path) -> dict[str, list[float]]:
     # 2,550 evaluations, which are not measured, of few images each
     digits = replace(digits, x_test=digits.x_test[:TESTED], y_test=digits.y_test[:TESTED])
     clframe.run(
-        streams.permuted("permuted-mnist", digits, "domain", EXPERIENCES, seed=0, limit=None),
+        streams.permute_pixels("permuted-mnist", digits, streams.Permuted(experiences=EXPERIENCES, seed=0)),
         {"name": "mlp"},
         [*METHODS[method], Clock()],
         train={"optimizer": "adam", "lr": 1e-3, "epochs": EPOCHS, "batch_size": 128, "threads": 1},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import inspect
 import re
 import types
@@ -11,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
@@ -25,6 +27,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 STRICT = ConfigDict(allow_inf_nan=False, strict=True, arbitrary_types_allowed=True)
 
@@ -61,6 +65,65 @@ def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> li
         )
         for p in _parameters(factory, skip)
     ]
+
+
+class OptionGroup:
+    """A group of options that several constructors share: the base class of frozen dataclasses.
+
+    Each field is an option, with its name, type and default, documented under ``Options:`` in the docstring of the
+    dataclass or of a base class. `flatten_groups` makes the fields options of a function.
+    """
+
+
+def flatten_groups(build: Builder) -> Builder:
+    """Return `build` with the fields of its option groups as parameters, each at the place of its group.
+
+    A parameter is a group if its type, or its default, is an `OptionGroup`; the values of that default are then the
+    defaults of the fields. `build` itself is called with the groups. The docstring of what is returned has all
+    options, in the order of the parameters.
+
+    Raises:
+        TypeError: when it is called with an argument that it does not take, or without one that it needs.
+    """
+    hints = get_type_hints(build, include_extras=True)
+    docs = _documented(build)
+    groups: dict[str, type[OptionGroup]] = {}
+    parameters = []
+    for parameter in inspect.signature(build).parameters.values():
+        default = parameter.default
+        group = type(default) if isinstance(default, OptionGroup) else hints.get(parameter.name)
+        if not (inspect.isclass(group) and issubclass(group, OptionGroup)):
+            parameters.append(parameter.replace(annotation=hints.get(parameter.name, Any)))
+            continue
+        groups[parameter.name] = group
+        for base in reversed(group.__mro__):
+            docs |= _documented(base)
+        types_ = get_type_hints(group, include_extras=True)
+        for field in dataclasses.fields(group):  # type: ignore[arg-type]
+            value = getattr(default, field.name) if isinstance(default, group) else field.default
+            value = REQUIRED if value is dataclasses.MISSING else value
+            parameters.append(
+                inspect.Parameter(field.name, parameter.kind, default=value, annotation=types_[field.name])
+            )
+    signature = inspect.Signature(parameters, return_annotation=hints.get("return", Any))
+
+    @functools.wraps(build)
+    def flat(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{build.__name__}() {error}") from None
+        bound.apply_defaults()
+        values = dict(bound.arguments)
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        return build(**values)
+
+    flat.__signature__ = signature  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": signature.return_annotation}
+    listed = "".join(f"    {name}: {docs[name]}\n" for p in parameters if (name := public_name(p.name)) in docs)
+    flat.__doc__ = f"{sections_of(build)['']}\n\nOptions:\n{listed}"
+    return cast(Builder, flat)
 
 
 def fields_of(settings: type[BaseModel]) -> list[Option]:

@@ -52,7 +52,11 @@ class Offer:
 
     @property
     def description(self) -> str:
-        """The first paragraph of the docstring, read from the source; else the package's summary."""
+        """The first paragraph of the docstring, read from the source; else the package's summary.
+
+        Of an object that a call builds, such as ``name = factory(..., description="...")``, that text stands in for
+        the docstring.
+        """
         try:
             tree = ast.parse(_source(self.entry.module))
         except (OSError, SyntaxError, ValueError, RecursionError):
@@ -60,6 +64,8 @@ class Offer:
         kinds = (ast.ClassDef, ast.FunctionDef)
         for node in tree.body:
             if isinstance(node, kinds) and node.name == self.entry.attr and (doc := ast.get_docstring(node)):
+                return " ".join(doc.split("\n\n")[0].split())
+            if (doc := _described_call(node, self.entry.attr)) is not None:
                 return " ".join(doc.split("\n\n")[0].split())
         return self.summary
 
@@ -274,6 +280,16 @@ def _source(module: str) -> str:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise FileNotFoundError(module)
     return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _described_call(node: ast.stmt, name: str) -> str | None:
+    """Return the text TEXT of a statement ``name = factory(..., description=TEXT)``; None of any other."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+        return None
+    if not any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
+        return None
+    texts = [keyword.value for keyword in node.value.keywords if keyword.arg == "description"]
+    return next((str(t.value) for t in texts if isinstance(t, ast.Constant)), None)
 
 
 def _with_variant(offer: Offer, factory: Callable[..., Any], variant: str | None) -> dict[str, str]:

@@ -95,7 +95,8 @@ def benchmark(
         order = [*range(10), *_of_cifar100(order, seed)]
     elif order == "random":
         order = class_order(len(arrays.class_names), seed)
-    return streams.split(name, arrays, setting or "class", experiences, first, order, seed, limit)
+    stream = streams.Split(setting or "class", experiences, first, order, seed)
+    return streams.split(name, arrays.limited(limit), stream)
 
 
 def class_order(classes: int, seed: int | None) -> list[int]:

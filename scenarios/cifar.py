@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from clframe.data.build import Arrays, suits
-from clframe.data.scenario import Scenario, Setting
-from clframe.data.transform import Transform
-from clframe.options import Count, CountOrZero
-from clframe.scenarios import sources
-from clframe.scenarios.streams import Order, documented, split
+from clframe.options import Count
+from clframe.scenarios.streams import Augmentation, Order, Split, split_of
 
 # FACIL's settings for ResNet-32, except that the learning rate is annealed over 30 epochs, where FACIL lowers
-# it on plateaus within 200: enough for the few classes of one experience to be learnt well.
+# it on plateaus within 200: enough for the few classes of one experience to be learned well.
 DEFAULTS: dict[str, Any] = {
     "backbone": "resnet32",
     "train": {
@@ -37,50 +32,33 @@ NORMS = {
 ICARL_SEED = 1993
 
 
-def _load(name: str, data_root: Path, normalize: bool, augment: bool) -> Arrays:
-    mean, std = NORMS[name] if normalize else ((), ())
-    transform = Transform(mean=mean, std=std, pad=4 if augment else 0, flip=augment)
-    return replace(sources.load(name, data_root), transform=transform)
+@dataclass(frozen=True)
+class TenGroups(Split):
+    """A stream of ten experiences of CIFAR-100, whose order of classes may be iCaRL's."""
+
+    experiences: Count = 10
+    order: Order | Literal["icarl"] = "natural"
+
+    def class_order(self, n_classes: int) -> list[int]:
+        """Return the class numbers in the order of learning; ``icarl`` is drawn from NumPy's generator of 1993."""
+        if self.order == "icarl":
+            return np.random.RandomState(ICARL_SEED).permutation(n_classes).tolist()
+        return super().class_order(n_classes)
 
 
-@suits(**DEFAULTS)
-@documented
-def split_cifar10(
-    *,
-    data_root: Path,
-    setting: Setting = "class",
-    experiences: Count = 5,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    normalize: bool = True,
-    augment: bool = True,
-) -> Scenario:
-    """The ten classes of CIFAR-10, 32x32 in colour, a few at a time."""
-    arrays = _load("cifar10", data_root, normalize, augment)
-    return split("split-cifar10", arrays, setting, experiences, first, order, seed, limit)
-
-
-@suits(**DEFAULTS)
-@documented
-def split_cifar100(
-    *,
-    data_root: Path,
-    setting: Setting = "class",
-    experiences: Count = 10,
-    first: Count | None = None,
-    order: Order | Literal["icarl"] = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    normalize: bool = True,
-    augment: bool = True,
-) -> Scenario:
-    """The hundred classes of CIFAR-100, 32x32 in colour, a few at a time.
-
-    Order `icarl` is what the field calls iCaRL's: ``numpy.random.RandomState(1993).permutation(100)``.
-    """
-    if order == "icarl":
-        order = np.random.RandomState(ICARL_SEED).permutation(100).tolist()
-    arrays = _load("cifar100", data_root, normalize, augment)
-    return split("split-cifar100", arrays, setting, experiences, first, order, seed, limit)
+split_cifar10 = split_of(
+    "cifar10",
+    description="The ten classes of CIFAR-10, 32x32 in color, a few at a time.",
+    norms=NORMS["cifar10"],
+    suited=DEFAULTS,
+    preprocessing=Augmentation(),
+)
+split_cifar100 = split_of(
+    "cifar100",
+    description="The hundred classes of CIFAR-100, 32x32 in color, a few at a time.\n\n"
+    "Order `icarl` is what the field calls iCaRL's: ``numpy.random.RandomState(1993).permutation(100)``.",
+    norms=NORMS["cifar100"],
+    suited=DEFAULTS,
+    stream=TenGroups(),
+    preprocessing=Augmentation(),
+)

@@ -1,4 +1,4 @@
-"""Scenarios of the 1,797 real 8x8 digits that scikit-learn is packaged with: nothing to download."""
+"""Scenarios of the 1,797 real 8x8 digits that scikit-learn brings along, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from clframe.data.build import Arrays, suits
-from clframe.data.scenario import Scenario, Setting
+from clframe.data.scenario import Scenario
 from clframe.data.transform import Transform
 from clframe.errors import DataError
-from clframe.options import Count, CountOrZero, Positive
-from clframe.scenarios.streams import Order, documented, permuted, rotated, split
+from clframe.options import flatten_groups
+from clframe.scenarios.streams import Permuted, Rotated, Split, permute_pixels, rotate_images, split
 
 IMAGES = 1797
 TRAIN_IMAGES = 1297  # the other 500 are the test images
@@ -29,9 +29,9 @@ DOMAINS: dict[str, Any] = {
 
 
 def digits() -> Arrays:
-    """The digits, uint8 [N, 1, 8, 8] of 0 to 16: 1,297 training and 500 test images.
+    """Return the digits, uint8 [N, 1, 8, 8] with values from 0 to 16: 1,297 training and 500 test images.
 
-    Which are which is fixed: the first 1,297 of ``numpy.random.RandomState(0).permutation(1797)`` train.
+    The division is fixed: the first 1,297 of ``numpy.random.RandomState(0).permutation(1797)`` are training images.
 
     Raises:
         DataError: if scikit-learn's file is missing or damaged.
@@ -58,41 +58,21 @@ def digits() -> Arrays:
     backbone="mlp-100",
     train={"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "iterations": 300, "keep_optimizer": True, "threads": 1},
 )
-@documented
-def split_digits(
-    *,
-    setting: Setting = "class",
-    experiences: Count = 5,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-) -> Scenario:
+@flatten_groups
+def split_digits(*, stream: Split) -> Scenario:
     """The ten digits, 8x8, a few at a time."""
-    return split("split-digits", digits(), setting, experiences, first, order, seed, limit)
+    return split("split-digits", digits().limited(stream.limit), stream)
 
 
 @suits(**DOMAINS)
-@documented
-def permuted_digits(
-    *,
-    setting: Setting = "domain",
-    experiences: Count = 5,
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-) -> Scenario:
+@flatten_groups
+def permuted_digits(*, stream: Permuted) -> Scenario:
     """All ten digits, 8x8, in each experience with their pixels in another random order."""
-    return permuted("permuted-digits", digits(), setting, experiences, seed, limit)
+    return permute_pixels("permuted-digits", digits(), stream)
 
 
 @suits(**DOMAINS)
-@documented
-def rotated_digits(
-    *,
-    setting: Setting = "domain",
-    experiences: Count = 5,
-    max_angle: Positive = 180.0,
-    limit: Count | None = None,
-) -> Scenario:
+@flatten_groups
+def rotated_digits(*, stream: Rotated) -> Scenario:
     """All ten digits, 8x8, in each experience turned further."""
-    return rotated("rotated-digits", digits(), setting, experiences, max_angle, limit)
+    return rotate_images("rotated-digits", digits(), stream)

@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from clframe.data.build import Arrays
-from clframe.data.decode import LARGEST_FILE, ImageFormat, Mode
+from clframe.data.decode import LARGEST_FILE, Crop, ImageFormat, Mode
 from clframe.data.duplicates import Duplicates, settled
 from clframe.data.files import Files, Held, Images, LazyImages, bytes_of, cores
 from clframe.data.scenario import Part
 from clframe.data.streams import least_classes
 from clframe.data.transform import Transform
 from clframe.errors import DataError
-from clframe.scenarios.streams import random_of
+from clframe.options import Count, CountOrZero, OptionGroup
+from clframe.scenarios.streams import Stream, random_state
 from clframe.system.reading import Unreadable, read_bytes, shown
 from clframe.system.texts import by_name
 
@@ -41,6 +43,67 @@ DEFAULTS: dict[str, Any] = {
     "backbone": "cnn-small",
     "train": {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "epochs": 10},
 }
+TestShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class FileStream(Stream):
+    """A stream of experiences of image files, with the share of them that is drawn to test with.
+
+    Options:
+        test: share of each class that is drawn, from the seed, as test images where the data does not say which are.
+    """
+
+    test: TestShare = 0.2
+
+
+@dataclass(frozen=True)
+class ImageOptions(OptionGroup):
+    """How image files become images of one size, and which of them are left out.
+
+    Options:
+        size: height and width of the images in pixels; images of any size are brought to it.
+        crop: `center` cuts off what is left of the longer side, `stretch` resizes both sides apart, `pad` keeps the
+            whole image on black.
+        resize: the shorter side in pixels before `center` cuts; null: `size`.
+        mode: `color` (3 channels) or `gray` (1); images of other modes are converted.
+        skip_broken: leave out images that cannot be read, instead of listing them and stopping.
+        duplicates: files that are training and test images: `refuse`, `drop` them from training, or `keep` them.
+    """
+
+    size: Count = 64
+    crop: Crop = "center"
+    resize: Count | None = None
+    mode: Mode = "color"
+    skip_broken: bool = False
+    duplicates: Duplicates = "refuse"
+
+    def format(self) -> ImageFormat:
+        """Return the format of the images. Raises `UsageError` if the options do not belong together."""
+        return ImageFormat(self.size, self.crop, self.resize, self.mode)
+
+
+@dataclass(frozen=True)
+class LoadingOptions(OptionGroup):
+    """How images of files become the input of a network, where they are kept, and by how many workers they are read.
+
+    Options:
+        normalize: subtract the mean of ImageNet's images and divide by their standard deviation, per channel.
+        augment: crop training images at random after padding by an eighth of their size (4 zeros of 32), and mirror
+            every other one.
+        memory: most bytes of images to keep in memory; of more images, each is read from its file when it is needed.
+        workers: processes that read images when they are needed, or threads that read all at first; null: as cores.
+    """
+
+    normalize: bool = True
+    augment: bool = True
+    memory: CountOrZero = 2_000_000_000
+    workers: Count | None = None
+
+    def transform(self, look: ImageFormat) -> Transform:
+        """Return the transform of images of the format `look`."""
+        mean, std = NORMS[look.mode] if self.normalize else ((), ())
+        return Transform(mean=mean, std=std, pad=look.size // 8 if self.augment else 0, flip=self.augment, look=look)
 
 
 @dataclass(frozen=True, slots=True)  # there may be millions
@@ -90,7 +153,7 @@ def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str)
                 "test with."
             )
         count = min(max(1, round(share * len(members))), len(members) - 1)
-        tested |= {members[i].name for i in random_of(seed, k).permutation(len(members))[:count].tolist()}
+        tested |= {members[i].name for i in random_state(seed, k).permutation(len(members))[:count].tolist()}
     return [replace(e, part="test" if e.name in tested else "train") for e in entries]
 
 
@@ -116,15 +179,10 @@ def grouped(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, 
 def read_all(
     name: str,
     entries: Sequence[Entry],
-    look: ImageFormat,
+    options: ImageOptions,
+    loading: LoadingOptions,
     *,
     what: str,
-    skip_broken: bool,
-    duplicates: Duplicates,
-    memory: int,
-    workers: int | None,
-    normalize: bool,
-    augment: bool,
     rank: Callable[[str], Any] = by_name,
     notes: Sequence[str] = (),
 ) -> tuple[Arrays, list[Entry]]:
@@ -142,9 +200,10 @@ def read_all(
             file, and `duplicates` is ``refuse``.
     """
     entries = sorted(entries, key=lambda e: e.part == "test")
-    keep = bytes_of(len(entries), look) <= memory
+    look, duplicates = options.format(), options.duplicates
+    keep = bytes_of(len(entries), look) <= loading.memory
     pixels = np.empty((len(entries) if keep else 0, *look.shape), dtype=np.uint8)
-    workers = workers or cores()
+    workers = loading.workers or cores()
 
     def examine(i: int) -> tuple[bytes, str]:
         """The file's SHA-256, or why it cannot be read."""
@@ -166,7 +225,7 @@ def read_all(
         for start in range(0, len(entries), BLOCK):  # a pool keeps a kilobyte for each call that it is given
             found += pool.map(examine, range(start, min(start + BLOCK, len(entries))))
     broken = [f"{e.file} ({reason})" for e, (_, reason) in zip(entries, found, strict=True) if reason]
-    if broken and not skip_broken:
+    if broken and not options.skip_broken:
         raise DataError(
             f"{len(broken)} of the {len(entries)} images of {what} cannot be read; repair or remove them, or leave "
             "them out with `--set scenario.skip_broken=true`:\n" + "\n".join(f"  {line}" for line in broken)
@@ -198,9 +257,7 @@ def read_all(
     number = {label: i for i, label in enumerate(names)}
     y = torch.tensor([number[e.label] for e in entries], dtype=torch.int64)
     cut = sum(e.part == "train" for e in entries)
-    mean, std = NORMS[look.mode] if normalize else ((), ())
-    transform = Transform(mean=mean, std=std, pad=look.size // 8 if augment else 0, flip=augment, look=look)
-    sha256 = total.hexdigest()
+    transform, sha256 = loading.transform(look), total.hexdigest()
     return Arrays(name, images[:cut], y[:cut], images[cut:], y[cut:], names, transform, sha256, tuple(notes)), entries
 
 
@@ -322,19 +379,3 @@ def classes(names: Sequence[str]) -> str:
     """``The class `a` `` or ``The classes `a`, `b` ``, of which the first are named."""
     listed = ", ".join(f"`{shown(name)}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"The class{'es' if len(names) > 1 else ''} {listed}"
-
-
-def groups_for(count: int, experiences: int | None, first: int | None) -> tuple[int, int | None]:
-    """Into how many experiences `count` classes go where nobody said so, and the classes of the first.
-
-    As many as leave two classes for each, up to five; the first has what is left over. 2 or 3 classes are one
-    experience: a class alone has nothing that it must be told apart from. With `first`, the others divide the rest
-    evenly.
-    """
-    if experiences is not None:
-        return experiences, first
-    if first is not None:
-        rest = max(0, count - first)
-        return 1 + max((n for n in range(1, 5) if rest % n == 0 and rest // n >= 2), default=int(rest > 0)), first
-    n = max(1, min(5, count // 2))
-    return (n, None) if count % n == 0 else (n, count - (n - 1) * (count // n))

@@ -5,35 +5,31 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from clframe.data.build import suits
-from clframe.data.decode import Crop, ImageFormat, Mode
-from clframe.data.duplicates import Duplicates
 from clframe.data.listing import SUFFIXES, LeftOut, class_folders, is_hidden, walk
-from clframe.data.scenario import Part, Scenario, Setting
+from clframe.data.scenario import Part, Scenario
 from clframe.data.streams import least_classes
 from clframe.errors import DataError
-from clframe.options import Count, CountOrZero
+from clframe.options import flatten_groups
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
+    FileStream,
+    ImageOptions,
+    LoadingOptions,
     check_classes,
     class_name,
     classes,
     divided,
-    groups_for,
     is_or_are,
     limited,
     read_all,
     reduced,
 )
-from clframe.scenarios.streams import Order, documented, split
+from clframe.scenarios.streams import split
 from clframe.system.reading import expanded, reason, shown
 
-TestShare = Annotated[float, Field(gt=0, lt=1)]
 # names of folders that hold a part of the images, and no class
 PART = re.compile(
     "(?:(?P<train>train|training)|(?P<test>test|testing)|(?P<val>val|valid|validation))(?:[ _-]?(?:set|data|images))?",
@@ -42,36 +38,26 @@ PART = re.compile(
 
 
 @suits(**DEFAULTS)
-@documented
+@flatten_groups
 def split_folder(
     *,
     path: Path,
-    setting: Setting = "class",
-    experiences: Count | None = None,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    test: TestShare = 0.2,
-    size: Count = 64,
-    crop: Crop = "center",
-    resize: Count | None = None,
-    mode: Mode = "color",
-    skip_broken: bool = False,
-    duplicates: Duplicates = "refuse",
+    stream: FileStream,
+    images: ImageOptions,
     skip_empty: bool = False,
-    normalize: bool = True,
-    augment: bool = True,
-    memory: CountOrZero = 2_000_000_000,
-    workers: Count | None = None,
+    loading: LoadingOptions,
 ) -> Scenario:
     """One's own images, a few classes at a time: a folder of class folders, or one each in `train` and `test`.
 
     A class is called as its folder, and has the images in and below it; classes are numbered by their sorted names. The
     folders `train` and `test` may be called `training` and `testing`, in any case; without `test`, the images in
     `val`, `valid` or `validation` are tested with.
+
+    Options:
+        path: of the folder.
+        skip_empty: leave out classes without images, instead of naming them and stopping.
     """
-    look = ImageFormat(size, crop, resize, mode)
+    images.format()  # refuses options that do not belong together before anything is read
     root = expanded(path)
     entries, empty, notes = _listed(root)
     if empty and not skip_empty:
@@ -94,24 +80,18 @@ def split_folder(
             f"{_elsewhere(root, entries)}"
         )
     if entries[0].part is None:
-        entries = divided(entries, test, seed, what)
+        entries = divided(entries, stream.test, stream.seed, what)
     check_classes(entries, what, "add some to learn from, or remove its folder among the test images")
     arrays, kept = read_all(
         root.resolve().name,
-        limited(entries, limit),
-        look,
+        limited(entries, stream.limit),
+        images,
+        loading,
         what=what,
-        skip_broken=skip_broken,
-        duplicates=duplicates,
-        memory=memory,
-        workers=workers,
-        normalize=normalize,
-        augment=augment,
         notes=notes,
     )
-    check_classes(kept, reduced(what, duplicates), "repair them")
-    experiences, first = groups_for(len(arrays.class_names), experiences, first)
-    return split("split-folder", arrays, setting, experiences, first, order, seed, None)
+    check_classes(kept, reduced(what, images.duplicates), "repair them")
+    return split("split-folder", arrays, stream)
 
 
 def _has(names: list[tuple[str, str]]) -> str:

@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from clframe.data.build import suits
-from clframe.data.decode import LARGEST_FILE, Crop, ImageFormat, Mode
-from clframe.data.duplicates import Duplicates
+from clframe.data.decode import LARGEST_FILE
 from clframe.data.listing import LeftOut, walk
-from clframe.data.scenario import Part, Scenario, Setting
+from clframe.data.scenario import Part, Scenario
 from clframe.errors import ClframeError, DataError, UsageError
-from clframe.options import Count, CountOrZero
+from clframe.options import flatten_groups
 from clframe.scenarios import sources
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
+    FileStream,
+    ImageOptions,
+    LoadingOptions,
     check_classes,
     class_name,
     divided,
-    groups_for,
     limited,
     read_all,
     reduced,
 )
-from clframe.scenarios.folder import TestShare
-from clframe.scenarios.streams import Order, documented, split
+from clframe.scenarios.streams import split
 from clframe.system.reading import expanded, read_bytes
 from clframe.system.texts import by_name
 
@@ -41,7 +41,7 @@ LABELS = ("string", "large_string", "bool", "int", "uint")  # how the types begi
 
 
 @suits(**DEFAULTS)
-@documented
+@flatten_groups
 def huggingface(
     variant: str,
     *,
@@ -51,23 +51,9 @@ def huggingface(
     label_column: str | None = None,
     train_split: str = "train",
     test_split: str | None = None,
-    setting: Setting = "class",
-    experiences: Count | None = None,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    test: TestShare = 0.2,
-    size: Count = 64,
-    crop: Crop = "center",
-    resize: Count | None = None,
-    mode: Mode = "color",
-    skip_broken: bool = False,
-    duplicates: Duplicates = "refuse",
-    normalize: bool = True,
-    augment: bool = True,
-    memory: CountOrZero = 2_000_000_000,
-    workers: Count | None = None,
+    stream: FileStream,
+    images: ImageOptions,
+    loading: LoadingOptions,
 ) -> Scenario:
     """A data set of labelled images of the Hugging Face Hub, or a local folder or file of Parquet in its layout.
 
@@ -75,8 +61,18 @@ def huggingface(
     read, and else the data set of that name. It takes `pip install 'clframe[huggingface]'`. Classes have the names and
     the order of a column of type ClassLabel, else they are sorted by their values. Data sets are kept where the library
     `datasets` keeps them (`HF_HOME`); where the Hub cannot be reached, what was kept last is taken.
+
+    Options:
+        config: which of the data set's configurations (also called subsets); null: the only one, or its default.
+        revision: branch, tag or commit of the data set's repository on the Hub; null: the newest.
+        image_column: the column with the images; null: the only one that holds images.
+        label_column: the column with the names of their classes; null: the only one of type ClassLabel, else the only
+            one of texts or whole numbers.
+        train_split: the split to learn from.
+        test_split: the split to test with; null: `test`, else `validation`. If it is the one to learn from, or that is
+            the only one, test images are drawn from it (`test`).
     """
-    look = ImageFormat(size, crop, resize, mode)
+    images.format()  # refuses options that do not belong together before anything is read
     found = _found(variant, config, revision)
     name = f"huggingface:{variant}"
     what = f"`{name}`"
@@ -87,25 +83,19 @@ def huggingface(
     _check_names(found.files, label, getattr(features[label], "names", None))
     entries = [e for s, part in parts.items() for e in _entries(found.splits[s], s, part, image, label, what)]
     if len(parts) == 1:
-        entries = divided(entries, test, seed, what)
+        entries = divided(entries, stream.test, stream.seed, what)
     fix = "choose other splits with `--set scenario.train_split` and `scenario.test_split`, or leave out its rows"
     check_classes(entries, what, fix)
     arrays, kept = read_all(
         variant,
-        limited(entries, limit),
-        look,
+        limited(entries, stream.limit),
+        images,
+        loading,
         what=what,
-        skip_broken=skip_broken,
-        duplicates=duplicates,
-        memory=memory,
-        workers=workers,
-        normalize=normalize,
-        augment=augment,
         rank=_rank(features[label]),
     )
-    check_classes(kept, reduced(what, duplicates), "repair them")
-    experiences, first = groups_for(len(arrays.class_names), experiences, first)
-    return split(name, arrays, setting, experiences, first, order, seed, None)
+    check_classes(kept, reduced(what, images.duplicates), "repair them")
+    return split(name, arrays, stream)
 
 
 class Row:

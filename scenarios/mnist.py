@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from clframe.data.build import Arrays, suits
-from clframe.data.scenario import Scenario, Setting
-from clframe.data.transform import Transform
-from clframe.options import Count, CountOrZero, Positive
+from clframe.data.scenario import Scenario
+from clframe.options import flatten_groups
 from clframe.scenarios import sources
-from clframe.scenarios.streams import Order, documented, permuted, rotated, split
+from clframe.scenarios.streams import Normalization, Permuted, Rotated, permute_pixels, rotate_images, split_of
 
 # van de Ven's network and optimizer; one epoch is enough to learn two digits, and shows all effects soon.
 DEFAULTS: dict[str, Any] = {
@@ -20,76 +19,35 @@ DEFAULTS: dict[str, Any] = {
 }
 # mean and standard deviation of all pixels of the training images
 NORMS = {"mnist": ((0.1307,), (0.3081,)), "fmnist": ((0.2860,), (0.3530,))}
+TEN_PERMUTATIONS = Permuted(experiences=10)
+
+split_mnist = split_of(
+    "mnist",
+    description="The ten digits of MNIST, 28x28, a few at a time.",
+    norms=NORMS["mnist"],
+    suited=DEFAULTS,
+)
+split_fmnist = split_of(
+    "fmnist",
+    description="The ten kinds of clothing of FashionMNIST, 28x28, a few at a time.",
+    norms=NORMS["fmnist"],
+    suited=DEFAULTS,
+)
 
 
-def _load(name: str, data_root: Path, normalize: bool) -> Arrays:
-    mean, std = NORMS[name] if normalize else ((), ())
-    return replace(sources.load(name, data_root), transform=Transform(mean=mean, std=std))
-
-
-@suits(**DEFAULTS)
-@documented
-def split_mnist(
-    *,
-    data_root: Path,
-    setting: Setting = "class",
-    experiences: Count = 5,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    normalize: bool = False,
-) -> Scenario:
-    """The ten digits of MNIST, 28x28, a few at a time."""
-    arrays = _load("mnist", data_root, normalize)
-    return split("split-mnist", arrays, setting, experiences, first, order, seed, limit)
+def _load(data_root: Path, preprocessing: Normalization) -> Arrays:
+    return replace(sources.load("mnist", data_root), transform=preprocessing.transform(NORMS["mnist"]))
 
 
 @suits(**DEFAULTS)
-@documented
-def split_fmnist(
-    *,
-    data_root: Path,
-    setting: Setting = "class",
-    experiences: Count = 5,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    normalize: bool = False,
-) -> Scenario:
-    """The ten kinds of clothing of FashionMNIST, 28x28, a few at a time."""
-    arrays = _load("fmnist", data_root, normalize)
-    return split("split-fmnist", arrays, setting, experiences, first, order, seed, limit)
-
-
-@suits(**DEFAULTS)
-@documented
-def permuted_mnist(
-    *,
-    data_root: Path,
-    setting: Setting = "domain",
-    experiences: Count = 10,
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    normalize: bool = False,
-) -> Scenario:
+@flatten_groups
+def permuted_mnist(*, data_root: Path, stream: Permuted = TEN_PERMUTATIONS, preprocessing: Normalization) -> Scenario:
     """All ten digits of MNIST, in each experience with their pixels in another random order."""
-    arrays = _load("mnist", data_root, normalize)
-    return permuted("permuted-mnist", arrays, setting, experiences, seed, limit)
+    return permute_pixels("permuted-mnist", _load(data_root, preprocessing), stream)
 
 
 @suits(**DEFAULTS)
-@documented
-def rotated_mnist(
-    *,
-    data_root: Path,
-    setting: Setting = "domain",
-    experiences: Count = 5,
-    max_angle: Positive = 180.0,
-    limit: Count | None = None,
-    normalize: bool = False,
-) -> Scenario:
+@flatten_groups
+def rotated_mnist(*, data_root: Path, stream: Rotated, preprocessing: Normalization) -> Scenario:
     """All ten digits of MNIST, in each experience turned further."""
-    arrays = _load("mnist", data_root, normalize)
-    return rotated("rotated-mnist", arrays, setting, experiences, max_angle, limit)
+    return rotate_images("rotated-mnist", _load(data_root, preprocessing), stream)

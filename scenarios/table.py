@@ -14,25 +14,25 @@ import torch
 
 from clframe.data.batch import ImageData
 from clframe.data.build import Arrays, suits
-from clframe.data.decode import Crop, ImageFormat, Mode
-from clframe.data.duplicates import Duplicates
 from clframe.data.scenario import Part, Scenario, Setting
 from clframe.errors import ClframeError, DataError, UsageError, did_you_mean
-from clframe.options import Count, CountOrZero
+from clframe.options import flatten_groups
 from clframe.scenarios.files import (
     DEFAULTS,
     Entry,
+    FileStream,
+    ImageOptions,
+    LoadingOptions,
     check_classes,
     class_name,
     divided,
     grouped,
-    groups_for,
     limited,
     read_all,
     reduced,
 )
-from clframe.scenarios.folder import PART, TestShare
-from clframe.scenarios.streams import Order, documented, random_of, split
+from clframe.scenarios.folder import PART
+from clframe.scenarios.streams import split
 from clframe.system.reading import expanded, open_regular, reason, shown
 from clframe.system.texts import by_name
 
@@ -44,7 +44,7 @@ REQUIRED = COLUMNS[:2]
 
 
 @suits(**DEFAULTS)
-@documented
+@flatten_groups
 def split_table(
     *,
     path: Path,
@@ -53,31 +53,25 @@ def split_table(
     task_column: str | None = None,
     domain_column: str | None = None,
     split_column: str | None = None,
-    setting: Setting = "class",
-    experiences: Count | None = None,
-    first: Count | None = None,
-    order: Order = "natural",
-    seed: CountOrZero | None = None,
-    limit: Count | None = None,
-    test: TestShare = 0.2,
-    size: Count = 64,
-    crop: Crop = "center",
-    resize: Count | None = None,
-    mode: Mode = "color",
-    skip_broken: bool = False,
-    duplicates: Duplicates = "refuse",
-    normalize: bool = True,
-    augment: bool = True,
-    memory: CountOrZero = 2_000_000_000,
-    workers: Count | None = None,
+    stream: FileStream,
+    images: ImageOptions,
+    loading: LoadingOptions,
 ) -> Scenario:
     """One's own images that a table lists (CSV, TSV or Parquet), with their labels, tasks or domains.
 
     Relative paths are relative to the table. With a column of tasks, each task is an experience and brings its own
     classes; in the setting `domain` each domain is one, and all share their classes. Without, classes are split.
+
+    Options:
+        path: of the table.
+        path_column: the column with the paths of the images.
+        label_column: the column with the names of their classes.
+        task_column: the column with the tasks; null: `task`, if there is one.
+        domain_column: the column with the domains; null: `domain`, if there is one.
+        split_column: the column that says `train` or `test`; null: `split`, if there is one.
     """
     table = expanded(path)
-    look = ImageFormat(size, crop, resize, mode)
+    images.format()  # refuses options that do not belong together before anything is read
     names = {
         "path": path_column,
         "label": label_column,
@@ -86,40 +80,34 @@ def split_table(
         "split": split_column,
     }
     rows = _Rows(table, read_table(table), names)
-    kind = "domain" if setting == "domain" else "task"
-    if setting == "domain" and not rows.has("domain"):
+    kind = "domain" if stream.setting == "domain" else "task"
+    if stream.setting == "domain" and not rows.has("domain"):
         raise rows.lacking(["domain"])
     by_group = rows.has(kind)
-    if by_group and (experiences is not None or first is not None):
-        given = "experiences" if experiences is not None else "first"
+    if by_group and (stream.experiences is not None or stream.first is not None):
+        given = "experiences" if stream.experiences is not None else "first"
         raise UsageError(f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` says it.")
     what = str(table)
     entries = rows.entries(kind)
     if not rows.has("split"):
-        entries = divided(entries, test, seed, what)
+        entries = divided(entries, stream.test, stream.seed, what)
     fix = "give it rows to learn from, or leave it out"
     check_classes(entries, what, fix)
     if by_group:
         _check_groups(entries, what, kind, rows.column(kind))
     arrays, entries = read_all(
         table.stem,
-        limited(entries, limit),
-        look,
+        limited(entries, stream.limit),
+        images,
+        loading,
         what=what,
-        skip_broken=skip_broken,
-        duplicates=duplicates,
-        memory=memory,
-        workers=workers,
-        normalize=normalize,
-        augment=augment,
     )
-    check_classes(entries, reduced(what, duplicates), "repair them")
+    check_classes(entries, reduced(what, images.duplicates), "repair them")
     if not by_group:
-        experiences, first = groups_for(len(arrays.class_names), experiences, first)
-        return split("split-table", arrays, setting, experiences, first, order, seed, None)
-    _check_groups(entries, reduced(what, duplicates), kind, rows.column(kind))
+        return split("split-table", arrays, stream)
+    _check_groups(entries, reduced(what, images.duplicates), kind, rows.column(kind))
     groups = sorted({e.group for e in entries}, key=by_name)
-    return by_groups("split-table", arrays, entries, _ordered(groups, order, seed, kind), setting)
+    return by_groups("split-table", arrays, entries, _ordered(groups, stream, kind), stream.setting)
 
 
 def by_groups(name: str, arrays: Arrays, entries: Sequence[Entry], groups: Sequence[str], setting: Setting) -> Scenario:
@@ -311,10 +299,9 @@ def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -
             )
 
 
-def _ordered(groups: Sequence[str], order: str | list[int], seed: int | None, kind: str) -> list[str]:
+def _ordered(groups: Sequence[str], stream: FileStream, kind: str) -> list[str]:
     """The groups in the order in which they are learnt."""
-    if isinstance(order, str):
-        order = random_of(seed).permutation(len(groups)).tolist() if order == "random" else list(range(len(groups)))
+    order = stream.class_order(len(groups))
     if sorted(order) != list(range(len(groups))):
         raise UsageError(
             f"`scenario.order` is {order}; it must hold each of the numbers 0 to {len(groups) - 1} of the {kind}s once."

@@ -22,8 +22,8 @@ from clframe.data.files import Files, LazyImages
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.scenarios.digits import digits
-from clframe.scenarios.files import groups_for
 from clframe.scenarios.folder import split_folder
+from clframe.scenarios.streams import choose_groups
 
 KINDS = ("png", "jpg", "gif", "bmp")
 NAMES = ("dahlia", "dahlia blue", "temple", "temple blue", "0", "1", "2", "10")
@@ -250,7 +250,7 @@ def test_the_checksum_is_that_of_the_files_wherever_they_are(small, tmp_path):
     ],
 )
 def test_classes_are_divided_by_a_rule_where_nobody_said_how(count, asked, found):
-    assert groups_for(count, *asked) == found
+    assert choose_groups(count, *asked) == found
 
 
 def test_the_input_has_the_shape_and_norms_that_the_options_say(small):

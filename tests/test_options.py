@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -5,7 +6,19 @@ import pytest
 from pydantic import Field
 
 from clframe import Plugin, UsageError
-from clframe.options import REQUIRED, Count, NonNegative, Option, Positive, Share, options_of, validated
+from clframe.options import (
+    REQUIRED,
+    Count,
+    NonNegative,
+    Option,
+    OptionGroup,
+    Positive,
+    Share,
+    flatten_groups,
+    options_of,
+    sections_of,
+    validated,
+)
 
 
 def factory(
@@ -151,3 +164,75 @@ def test_a_plugin_built_in_python_is_validated_and_its_repr_rebuilds_it():
     assert repr(Small(lambda_=2.0)) == "Small(lambda_=2.0, n=2)"
     assert eval(repr(Small(lambda_=2.0))).options == {"lambda_": 2.0, "n": 2}
     assert Small().public_options() == {"lambda": 1.0, "n": 2}
+
+
+@dataclass(frozen=True)
+class Size(OptionGroup):
+    """Sizes.
+
+    Options:
+        size: of what.
+        lambda: strength.
+    """
+
+    size: Count = 4
+    lambda_: float = 1.0
+
+
+@dataclass(frozen=True)
+class Larger(Size):
+    """Sizes, and a path.
+
+    Options:
+        size: of something large.
+    """
+
+    size: Count = 40
+    path: Path | None = None
+
+
+LARGEST = Larger(size=400)
+
+
+@flatten_groups
+def build(variant: str, *, first: int = 1, sizes: Size = LARGEST, last: bool = False):
+    """Something of sizes.
+
+    It has two paragraphs.
+
+    Options:
+        last: the end.
+        first: the beginning.
+    """
+    return variant, first, sizes, last
+
+
+def test_the_fields_of_an_option_group_are_options_at_its_place():
+    assert options_of(build, skip=("variant",)) == [
+        Option("first", "int", 1, "the beginning."),
+        Option("size", "int >= 1", 400, "of something large."),
+        Option("lambda", "float", 1.0, "strength."),
+        Option("path", "Path | null", None, ""),
+        Option("last", "bool", False, "the end."),
+    ]
+    assert sections_of(build)[""] == "Something of sizes.\n\nIt has two paragraphs."
+    values = validated(build, {"size": 5, "lambda": 2, "path": "a"}, "x", skip=("variant",))
+    assert build("v", **values) == ("v", 1, Larger(5, 2.0, Path("a")), False)
+    assert build("v") == ("v", 1, LARGEST, False)
+    with pytest.raises(UsageError, match=r"`x\.size` is 0: it should be greater than or equal to 1"):
+        validated(build, {"size": 0}, "x", skip=("variant",))
+    with pytest.raises(UsageError, match=r"`x\.sizes` is not an option of `x`"):
+        validated(build, {"sizes": LARGEST}, "x", skip=("variant",))
+
+
+def test_an_option_group_is_called_as_a_plain_function_is():
+    @flatten_groups
+    def plain(*, sizes: Size):
+        return sizes
+
+    assert plain() == Size()
+    assert plain(size=2) == Size(2)
+    with pytest.raises(TypeError, match=r"^plain\(\) got an unexpected keyword argument 'sizes'$"):
+        plain(sizes=Size())
+    with pytest.raises(TypeError, match=r"^build\(\) missing a required argument: 'variant'$"):
+        build()

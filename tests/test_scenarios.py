@@ -217,7 +217,7 @@ def test_every_experience_has_a_permutation_of_its_own(build, root):
         pixels = original.x_train[0].numel()
         ramp = torch.arange(pixels)
         x, x0 = experience.train.x.flatten(1), original.x_train.flatten(1)
-        order = torch.from_numpy(streams.random_of(7, experience.index).permutation(pixels))
+        order = torch.from_numpy(streams.random_state(7, experience.index).permutation(pixels))
         assert torch.equal(order.sort().values, ramp)
         assert torch.equal(x, x0[:, order])
         assert torch.equal(experience.test.x.flatten(1), original.x_test.flatten(1)[:, order])
@@ -243,7 +243,7 @@ def test_channels_are_permuted_alike():
     x = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8).expand(-1, 3, -1, -1)
     y = torch.tensor([0, 1])
     arrays = Arrays("grey", x, y, x, y, ("a", "b"))
-    moved = streams.permuted("p", arrays, "domain", 1, 0, None)[0].train.x
+    moved = streams.permute_pixels("p", arrays, streams.Permuted(experiences=1, seed=0))[0].train.x
     assert torch.equal(moved[:, 0], moved[:, 1])
     assert torch.equal(moved[:, 0], moved[:, 2])
 
