@@ -4,8 +4,8 @@
 
 Each argument is the Python interpreter of an environment in which one version is installed. The runs cover every family
 of methods, the three settings, an extension, and a run that is killed and resumed. Every number, name and key of
-`results.json` and every tensor of `model.safetensors` is compared; texts, such as formulas, may differ. The exit code is
-1 if there is a difference.
+`results.json` and every tensor of `model.safetensors` is compared; texts, such as formulas, may differ. The exit code
+is 1 if there is a difference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,16 @@ RUNS: dict[str, list[str]] = {
     "ewc": ["--plugin", "ewc", "--set", "ewc.lambda=10", "--optimizer", "sgd", "--lr", "0.05", "--iterations", "30"],
     "si and mas": ["--plugin", "si", "--plugin", "mas", "--setting", "task", "--iterations", "30"],
     "lwf": ["--plugin", "lwf", "--setting", "task", "--set", "lwf.warm_up=0.5", "--iterations", "20"],
-    "lfl in domains": ["--scenario", "rotated-digits", "--plugin", "lfl", "--iterations", "30", "--set", "train.val=0.1"],
+    "lfl in domains": [
+        "--scenario",
+        "rotated-digits",
+        "--plugin",
+        "lfl",
+        "--iterations",
+        "30",
+        "--set",
+        "train.val=0.1",
+    ],
     "a-ltm": ["--plugin", "a-ltm", "--iterations", "20"],
     "lwm": [*CONV, "--plugin", "lwm", "--iterations", "10"],
     "icarl": ["--plugin", "icarl", "--iterations", "20"],

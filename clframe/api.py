@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import sys
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from clframe import contract, registry
+from clframe import registry
+from clframe.checks import check_run
 from clframe.config import resolve, to_yaml
-from clframe.context import Listener, Run
+from clframe.context import Listener
 from clframe.data.build import Arrays
 from clframe.data.scenario import Scenario
-from clframe.data.single_image import single_image_problems
-from clframe.data.streams import following, stream_problems
 from clframe.deploy.trained import Trained
-from clframe.engine import Engine, learn
 from clframe.errors import (
-    OF_THE_DISK,
-    ClframeError,
     DataError,
-    RunError,
     UsageError,
-    of_the_system,
-    out_of_memory,
 )
-from clframe.model import IncrementalNet, seed_torch
-from clframe.networks import check_backbone, prepare, unwrap_compiled
-from clframe.options import explain
+from clframe.launch import (
+    base_of,
+    begin_from,
+    begin_run,
+    build,
+    carry_out,
+    check_named,
+    check_resumes,
+    environment_of,
+    plugin_name,
+    read_config,
+    tell,
+)
+from clframe.networks import unwrap_compiled
 from clframe.plugin import Plugin
-from clframe.renamed import update_config
 from clframe.runs import checkpoint, state, sums
-from clframe.runs.extension import Base, defaults, extend_scenario, join, load_base
+from clframe.runs.extension import defaults, load_base
 from clframe.runs.folder import (
-    BASE,
-    CONFIG_LIMIT,
     ENVIRONMENT,
     RunFolder,
     check_finished,
@@ -51,15 +49,12 @@ from clframe.runs.folder import (
     environment_changes,
     read_model,
 )
-from clframe.runs.record import described_in, results_of, scenario_of, split_of, temperatures
+from clframe.runs.record import described_in, split_of
 from clframe.runs.results import Results
-from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, START, Config, TrainSettings
-from clframe.strict_yaml import parse_yaml
-from clframe.system.reading import expanded, held_by, read_text
-from clframe.system.switches import alone, beside_no_run, plain_torch, quiet_writers
-from clframe.system.texts import cut, told
-
-WEIGHTS = "weights"  # the option of a model that starts from published weights
+from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, Config, TrainSettings
+from clframe.system.reading import expanded, held_by
+from clframe.system.switches import beside_no_run, plain_torch
+from clframe.system.texts import told
 
 
 def run(
@@ -100,7 +95,7 @@ def run(
         raise UsageError(
             f"The model `{model.__name__}` is a class; give a network built from it: `{model.__name__}()`."
         )
-    names = [_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
+    names = [plugin_name(plugin) for plugin in plugins if isinstance(plugin, str | Mapping | Plugin)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(*(f"The plugin `{name}` is named twice; name it once." for name in twice))
     run = _of_run(run)
@@ -121,21 +116,21 @@ def run_config(
     if used := [plugin for plugin in plugins if plugin.state and plugin.has_run]:
         raise UsageError(
             *(
-                f"The plugin `{_name(plugin)}` has been in a run and holds what it learnt there; build a new one: "
-                f"`{plugin!r}`."
+                f"The plugin `{plugin_name(plugin)}` has been in a run and holds what it learned there; build a new "
+                f"one: `{plugin!r}`."
                 for plugin in used
             )
         )
-    base = _base_of(config)
-    with _environment(config) as device:
+    base = base_of(config)
+    with environment_of(config) as device:
         folder = RunFolder(expanded(config.run.output), new=True) if config.run.output else None
         try:
             described = base.known if base else None
-            engine = _build(
+            engine = build(
                 config, device, folder, scenario, model, plugins, listeners, described, restored=base is not None
             )
-            _begin_from(engine, base)
-            _check(engine)
+            begin_from(engine, base)
+            check_run(engine.run, engine.stream)
             for note in engine.stream.notes:
                 engine.run.emit("message", text=note)
             ended = base.last_checkpoint() if base else None
@@ -144,30 +139,10 @@ def run_config(
                 config.train.threads = torch.get_num_threads()
                 found = environment(device, config.run.seed, engine.stream.checksum)
                 folder.begin(to_yaml(config), found, split_of(engine.stream), described)
-            return _go(engine, lambda: _first(engine, base, ended))
+            return carry_out(engine, lambda: begin_run(engine, base, ended))
         finally:
             if folder:
                 folder.close()
-
-
-def _begin_from(engine: Engine, base: Base | None) -> None:
-    """Check that the run `engine` can extend `base`; or give its network the weights that `model.start` names."""
-    config = engine.run.config
-    if base:
-        base.check(config, engine.run.plugins)
-    elif start := config.model.get(START):
-        _start_from(engine.run.model.backbone, expanded(start), config.model["name"])
-
-
-def _first(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
-    """Bring a run to its beginning, or to where the run that it extends `ended`; and save."""
-    if base and ended:
-        with held_by(base.path / "checkpoints"):
-            state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
-        join(engine, base.joining(engine.run.plugins))
-    engine.save()
-    if engine.folder:  # a run that recorded something before its first checkpoint is whole could not be resumed
-        engine.folder.settle()
 
 
 def resume(
@@ -208,11 +183,11 @@ def _resumed(
         if opened.finished:
             raise DataError(f"The run in {path} is finished: its figures are in {path / 'results.json'}.")
         opened.check_config()
-        config = _read_config(path)
-        _check_resumes(config, plugins, path)
+        config = read_config(path)
+        check_resumes(config, plugins, path)
         if config.run.device.startswith("cuda") and not torch.cuda.is_available():
             config.run.device = "auto"  # a change of the environment, which is refused below or allowed
-        with _environment(config) as device:
+        with environment_of(config) as device:
             before = opened.environment()
             now = environment(device, config.run.seed, before.get("data_sha256", ""))
             changes = environment_changes(before, now)
@@ -223,21 +198,21 @@ def _resumed(
                 )
             # a process that was killed before its first checkpoint has learnt nothing: the run begins again
             loaded = (
-                None if opened.untouched else checkpoint.load(opened.checkpoints, lambda text: _tell(listeners, text))
+                None if opened.untouched else checkpoint.load(opened.checkpoints, lambda text: tell(listeners, text))
             )
             position = {"experience": 0, "done": []}
             if loaded:
                 with held_by(opened.checkpoints):
                     position = state.position_of(loaded[0])
-            opened.check_sums(position, [ENVIRONMENT] if allow_env_change else [], lambda text: _tell(listeners, text))
+            opened.check_sums(position, [ENVIRONMENT] if allow_env_change else [], lambda text: tell(listeners, text))
             config.run.output = str(path)
-            base = None if loaded else _base_of(config)
-            engine = _build(
+            base = None if loaded else base_of(config)
+            engine = build(
                 config, device, opened, scenario, model, plugins, listeners, opened.base(), restored=loaded is not None
             )
             if not loaded:
-                _begin_from(engine, base)
-            _check(engine)
+                begin_from(engine, base)
+            check_run(engine.run, engine.stream)
             if engine.stream.checksum != before.get("data_sha256"):
                 raise DataError(
                     f"The data of `{engine.stream.name}` is not what the run in {path} began with; put it back."
@@ -250,9 +225,9 @@ def _resumed(
                         state.put_back(engine, *loaded)
                 else:
                     opened.cut_metrics(0)
-                    _first(engine, base, ended)
+                    begin_run(engine, base, ended)
 
-            return _go(engine, begin)
+            return carry_out(engine, begin)
     finally:
         opened.close()
 
@@ -293,7 +268,7 @@ def extend(
     """
     own = scenario if isinstance(scenario, Scenario) else None
     plugins = _each_plugin(plugins)
-    given = {_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}
+    given = {plugin_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}
     plugins = [{plugin: {}} if isinstance(plugin, str) else plugin for plugin in plugins]
     options = {name: values for plugin in plugins if isinstance(plugin, Mapping) for name, values in plugin.items()}
     run = _of_run(run)
@@ -326,14 +301,14 @@ def extension_config(
     `objects` names the plugins, and ``model``, that a program gives as objects. Raises as `extend`.
     """
     check_finished(path)
-    base = load_base(path, _read_config(path))
-    _check_resumes(base.config, (), path, "extended")
+    base = load_base(path, read_config(path))
+    check_resumes(base.config, (), path, "extended")
     old = base.config.model_dump()
     named = {name: values for name, values in old["plugins"].items() if name not in objects}
     for name, values in named.items():
-        _by_name(values, "plugin", name)
+        check_named(values, "plugin", name)
     if "model" not in objects:
-        _by_name(old["model"], "model")
+        check_named(old["model"], "model")
     joining = {name: values for name, values in (plugins or {}).items() if name not in old["plugins"]}
     changed = {name: values | dict((plugins or {}).get(name, {})) for name, values in named.items()} | joining
     own = OBJECT in scenario
@@ -382,15 +357,16 @@ def load(
     description, packed, tensors = read_model(path)
     if told := sums.missing(path):
         if listeners:
-            _tell(listeners, told)
+            tell(listeners, told)
         else:
             warnings.warn(told, stacklevel=2)
-    config = _read_config(path)
+    config = read_config(path)
     scenario = described_in(path, description)
     config.run.tensorboard = False
     cpu = torch.device("cpu")
     with beside_no_run(), plain_torch(cpu), torch.random.fork_rng(devices=[]):
-        engine = _build(config, cpu, None, scenario, model, plugins, (), restored=True)
+        engine = build(config, cpu, None, scenario, model, plugins, (), restored=True)
+        engine.run.is_loaded = True
         engine.hook.before_run(run=engine.run)
         with held_by(path / "model.json"):
             structures = state.regrow(engine, len(scenario), packed)
@@ -406,9 +382,6 @@ def load(
             zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
             trained(zeros, 0 if trained.needs_task else None)
     return trained
-
-
-# ------------------------------------------------------------------------------ from config to run
 
 
 def _config_of(
@@ -438,12 +411,14 @@ def _config_of(
     )
     if own_scenario:
         config.scenario = {"name": own_scenario.name, OBJECT: True}
-        suited = registry.suited_train(plugin if isinstance(plugin, Plugin) else _name(plugin) for plugin in plugins)
+        suited = registry.suited_train(
+            plugin if isinstance(plugin, Plugin) else plugin_name(plugin) for plugin in plugins
+        )
         config.train = TrainSettings(**suited | dict(train or {}))  # without its length, too
     if own_model is not None:  # a compiled one has no truth value
         config.model = {"name": type(unwrap_compiled(own_model)).__name__, OBJECT: True}
-    named = config.plugins | {_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
-    config.plugins = {name: named[name] for name in map(_name, plugins)}
+    named = config.plugins | {plugin_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
+    config.plugins = {name: named[name] for name in map(plugin_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
 
 
@@ -503,273 +478,3 @@ def _each_plugin(
     if isinstance(plugins, type) or not isinstance(plugins, Iterable):
         return [cast(Any, plugins)]
     return list(plugins)
-
-
-def _name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
-    if isinstance(plugin, Plugin):
-        return plugin.name or type(plugin).__name__
-    return plugin if isinstance(plugin, str) else next(iter(plugin))
-
-
-def _check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: str = "resumed") -> None:
-    """Refuse to go on with a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
-    given = {_name(plugin): type(plugin) for plugin in plugins}
-    for name, options in config.plugins.items():
-        if OBJECT in options and name not in given:
-            continue  # told when the run is built
-        # a plugin's own class says so for all of its variants, which may take long to import
-        if not (given[name] if name in given else registry.plugin_class(name.partition(":")[0])).resumes:
-            raise DataError(
-                f"The run in {path} cannot be {what}: what `{name}` keeps is in no checkpoint. Start it again with "
-                f"`clframe run --config {path / 'config.yaml'}`."
-            )
-
-
-def _read_config(path: Path) -> Config:
-    """The resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
-    file = path / "config.yaml"
-    try:
-        return Config.model_validate(update_config(parse_yaml(read_text(file, CONFIG_LIMIT), str(file))))
-    except (DataError, UsageError, ValidationError) as error:
-        problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
-        raise DataError(f"{file} cannot be read, so the run cannot go on: {cut(' '.join(problems), 2000)}") from error
-
-
-@contextmanager
-def _environment(config: Config) -> Iterator[torch.device]:
-    """The device of the run, its threads and its seed in place, for it alone; afterwards all of it as it was."""
-    device = _device(config.run.device)
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
-    with (
-        alone(),
-        quiet_writers(),
-        plain_torch(device),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
-        try:
-            if config.train.threads is not None:
-                torch.set_num_threads(config.train.threads)
-            cudnn.deterministic, cudnn.benchmark = True, False
-            seed_torch(config.run.seed, device)
-            yield device
-        finally:
-            torch.set_num_threads(threads)
-            cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"`run.device` is {name!r}; choices: auto, cpu, cuda, cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UsageError(
-            f"`run.device` is {name!r}, but torch finds {count or 'no'} CUDA device(s) here; use `cpu` or `auto`."
-        )
-    return device
-
-
-def _base_of(config: Config) -> Base | None:
-    """The run that this one extends, if any."""
-    if config.run.extends is None:
-        return None
-    path = expanded(config.run.extends)
-    check_finished(path)
-    return load_base(path, _read_config(path))
-
-
-def _build(
-    config: Config,
-    device: torch.device,
-    folder: RunFolder | None,
-    scenario: Scenario | None,
-    model: nn.Module | None,
-    plugins: Sequence[Plugin],
-    listeners: Sequence[Listener],
-    base: Mapping[str, Any] | None = None,
-    restored: bool = False,
-) -> Engine:
-    """Scenario, network, plugins and the engine of the run, all of which may still refuse it.
-
-    `base` describes what was learnt before, where the run extends another one. The weights of a network that is
-    `restored` are all given later: none are downloaded.
-    """
-    if scenario is None:
-        with following(learned=base is not None):
-            scenario = registry.build_scenario(_by_name(config.scenario, "scenario"), config.run)
-    if base is not None:
-        with held_by((folder.path if folder else Path(config.run.extends or "")) / BASE):
-            before = scenario_of(base)
-        scenario = extend_scenario(before, scenario)
-    given = {_name(plugin): plugin for plugin in plugins}
-    members = [
-        given[name] if name in given else registry.build_plugin(name, _by_name(options, "plugin", name))
-        for name, options in config.plugins.items()
-    ]
-    observers = config.run.observers() if folder else []
-    members += [registry.build_plugin(name, {}) for name in observers if name not in config.plugins]
-    if model is None:
-        left_out = (START, WEIGHTS) if restored else (START,)
-        spec = {name: value for name, value in _by_name(config.model, "model").items() if name not in left_out}
-        model = registry.build_backbone(spec, scenario.input_shape).to(device)
-        check_backbone(model, scenario.input_shape, device)
-    else:
-        model = prepare(model, scenario.input_shape, device, lambda text: _tell(listeners, text))
-    scenario.hold_out(config.train.val, config.run.seed)
-    scenario.to(device)
-    run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
-    engine = Engine(run, scenario, folder)
-    engine.carried = None if base is None else dict(base.get("temperature") or {})
-    return engine
-
-
-def _start_from(backbone: nn.Module, path: Path, name: str) -> None:
-    """Give `backbone`, the model `name`, the weights that the run in `path` ended with. Raises `DataError`."""
-    _, packed, tensors = read_model(path)
-    with held_by(path / "model.json"):
-        saved = dict(checkpoint.unpack(dict(packed["dict"])["model"], tensors))
-    weights = {key.removeprefix("backbone."): value for key, value in saved.items() if key.startswith("backbone.")}
-    wanted = backbone.state_dict()
-    for key in sorted(wanted.keys() | weights.keys()):
-        there, here = (f"of shape {list(of[key].shape)}" if key in of else "missing" for of in (weights, wanted))
-        if there != here:
-            raise DataError(
-                f"The network of `model.start`, the run in {path}, is not a `{name}` for these images: its `{key}` is "
-                f"{there}, and here it is {here}: start from a run of the same model, without methods that change it."
-            )
-    backbone.load_state_dict(weights)
-
-
-def _check(engine: Engine) -> None:
-    """Refuse a run that its plugins cannot serve, with one sentence for each reason."""
-    run, scenario = engine.run, engine.stream
-    run.describe(scenario, len(scenario) - 1)  # all of it
-    problems = [
-        f"The plugin `{plugin.name}` cannot serve the setting `{scenario.setting}` of `{scenario.name}`; it serves "
-        + " and ".join(f"`{setting}`" for setting in plugin.serves)
-        + ": choose with `--setting`."
-        for plugin in run.plugins
-        if scenario.setting not in plugin.serves
-    ]
-    if run.config.train.logits == "own" and scenario.setting == "domain":
-        problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
-    problems += _logits_problems(run)
-    problems += stream_problems(run)
-    problems += single_image_problems(run, scenario)
-    problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
-    if problems:
-        raise UsageError(*problems)
-    run.describe(scenario, 0)
-
-
-def _logits_problems(run: Run) -> list[str]:
-    """One sentence for each plugin whose loss is made for other logits than those of the run."""
-    chosen = run.config.train.logits
-    wanted = {p: logits for p in run.plugins if (logits := p.wanted_logits(run)) and logits != run.logits}
-    other = next((p.name for p in run.plugins if p.wanted_logits(run) == run.logits), "")
-    if chosen:
-        asked = f"`train.logits` is {chosen}: leave that out, or choose another form."
-    else:
-        asked = f"`{other}` for `{run.logits}`: choose other forms, or run them apart."
-    return [
-        f"`{plugin.name}`{f' (form `{plugin.form}`)' if plugin.form else ''} is made for `train.logits={logits}`, but "
-        f"{asked}"
-        for plugin, logits in wanted.items()
-    ]
-
-
-def _by_name(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str, Any]:
-    if OBJECT in spec:
-        name = name or spec["name"]
-        raise DataError(
-            f"The {kind} `{name}` of this run is an object of a Python program: give it again, with "
-            "`clframe.resume`, `clframe.load` or `clframe.extend` from Python."
-        )
-    return spec
-
-
-# ------------------------------------------------------------------------------- from start to end
-
-
-def _go(engine: Engine, begin: Callable[[], None]) -> Results:
-    """Run the engine to the results, from where `begin` brings it when ``before_run`` was called."""
-    run = engine.run
-    if engine.folder:
-        run.listeners.append(_writer(engine.folder))
-    try:
-        with engine.stoppable():
-            try:
-                for plugin in run.plugins:
-                    plugin.has_run = True
-                engine.hook.before_run(run=run)
-                begin()
-                learn(engine)
-                results = results_of(engine)
-            finally:
-                engine.close()
-    except ClframeError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise RunError(
-                f"Out of memory on {run.device} in {run.progress_label}: a run with a smaller `train.batch_size` or "
-                f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
-            ) from error
-        refused = of_the_system(error)
-        if refused and getattr(error, "errno", None) in OF_THE_DISK:
-            raise RunError(
-                f"{run.folder or 'A file'} could not be written: {refused}.{engine.how_to_go_on()}"
-            ) from error
-        if blamed := _blame(engine, error):
-            raise RunError(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
-        if refused:
-            raise RunError(
-                f"A file or the system failed in {run.progress_label}: {refused}.{engine.how_to_go_on()}"
-            ) from error
-        raise
-    run.emit("end", folder=str(run.folder) if run.folder else None)
-    run.optimizer = engine.kept_optimizer = None  # what the trained model does without
-    engine.collected.clear()
-    return replace(results, answering=lambda: _trained(engine))
-
-
-def _trained(engine: Engine) -> Trained:
-    """The trained model of a run that has ended, on the CPU, as `load` gives it."""
-    with plain_torch(engine.run.device), torch.no_grad():
-        temperature, fitted = temperatures(engine)
-        scenario = engine.stream.described()
-        return Trained(engine.predictor(), scenario, engine.readings, temperature, fitted).to("cpu")
-
-
-def _blame(engine: Engine, error: Exception) -> str | None:
-    """Which plugin, or whose module, raised `error`: the first frame whose `self` is one; noted on the error too."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner, place = frame.f_locals.get("self"), frame.f_code.co_name
-        if isinstance(owner, Plugin):
-            kind = "hook" if place in contract.hooks_of(type(owner)) else "method"
-            error.add_note(f"in plugin '{owner.name}', {kind} '{place}'")
-            return f"The plugin `{owner.name}` raised in its {kind} `{place}`"
-        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith(("torch.", "clframe.")):
-            return f"The module `{type(owner).__name__}` raised in its method `{place}`"
-    return None
-
-
-def _writer(folder: RunFolder) -> Listener:
-    def write(record: dict[str, Any]) -> None:
-        if record["kind"] in ("step", "within", "eval", "log"):
-            folder.append_metrics(record)
-        elif record["kind"] == "images":
-            folder.keep_picture(record["name"], record["experience"], record["picture"])
-
-    return write
-
-
-def _tell(listeners: Sequence[Listener] | Listener, text: str) -> None:
-    for listener in [listeners] if callable(listeners) else listeners:
-        listener({"kind": "message", "text": text})

@@ -25,6 +25,7 @@ ACTING = (  # hooks by which a plugin changes what is learnt
     "before_experience",
     "extra_data",
     "extra_batch",
+    "before_step",
     "base_loss",
     "penalty",
     "after_backward",

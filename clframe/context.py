@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe.data.batch import Batch, ImageData
 from clframe.data.pictures import grid
 from clframe.data.scenario import Experience, Scenario
-from clframe.model import IncrementalNet, Outputs, class_mask, masked
+from clframe.model import IncrementalNet, Outputs, class_mask, evaluating, freeze, masked, thaw
 from clframe.plugin import Plugin
 from clframe.renamed import OF_RUNS, now_called
 from clframe.settings import Config, TrainSettings
@@ -41,6 +42,7 @@ class Run:
         total_steps: steps of the whole run so far.
         config: the whole configuration.
         folder: the run folder; None if the run keeps none.
+        is_loaded: whether this is a finished run that was loaded, in which nothing is trained.
         device: where model and data are.
         plugins: in the order of calling.
         listeners: called with each record (a dict with a ``kind``) that the run emits; see `log`.
@@ -78,6 +80,8 @@ class Run:
         self.logits: str = config.train.logits or default
         self.generators: dict[str, torch.Generator] = {}
         self.sampler: Sampler | None = None
+        self.is_loaded = False
+        self.frozen: list[str] = []  # names of parameters that `freeze` froze for the experience
         self.hook_call = ""  # the call that a resume would repeat; within a step, or in another hook, there is none
         self.tick_done: dict[str, int] = {}  # by `hook_call` and name
         self.pause: Callable[[], None] = lambda: None  # the engine's: save if it is time, stop if a signal asked for it
@@ -101,9 +105,14 @@ class Run:
         return self.sampler.steps if self.sampler else 0
 
     @property
+    def batches_per_epoch(self) -> int:
+        """Steps in an epoch of the phase under way; 1 between phases."""
+        return self.sampler.batches_per_epoch if self.sampler else 1
+
+    @property
     def epoch(self) -> int:
         """Epoch of the step under way, from 0."""
-        return self.step // self.sampler.batches_per_epoch if self.sampler else 0
+        return self.step // self.batches_per_epoch
 
     if not TYPE_CHECKING:  # for type checkers, only what is defined exists
 
@@ -213,6 +222,39 @@ class Run:
         """Cross-entropy over the logits that take part, weighted: sum(w * l) / sum(w)."""
         logits = masked(outputs.logits, self.mask(batch.task))
         return batch.mean(functional.cross_entropy(logits, batch.y, reduction="none"))
+
+    def freeze(self, patterns: Iterable[str]) -> None:
+        """Keep parameters from training in the experience under way, by patterns (as in shells) of their names.
+
+        To be called in ``before_experience``, with everything that must not train in this experience. Frozen parameters
+        are in no optimizer, so weight decay and momentum do not move them either. They stay frozen until the next
+        experience begins, or the run ends; a checkpoint holds which they are. Parameters that were frozen before, such
+        as those that a user froze, stay as they are.
+        """
+        self.frozen += freeze(self.model, patterns)
+
+    def freeze_others(self, trained: Iterable[nn.Parameter | None]) -> None:
+        """Keep all parameters but `trained` from training in the experience under way; see `freeze`."""
+        kept = {id(parameter) for parameter in trained}
+        self.freeze([name for name, parameter in self.model.named_parameters() if id(parameter) not in kept])
+
+    def thaw(self) -> None:
+        """Let the parameters that `freeze` froze be trained again; the engine calls this between experiences."""
+        thaw(self.model, self.frozen)
+        self.frozen = []
+
+    def features(self, rows: ImageData, *, mirrored: bool = False) -> Tensor:
+        """Return the features [N, D] of `rows`, in evaluation mode and without gradients, with progress.
+
+        The images are not augmented; where `mirrored`, they are mirrored left to right.
+        """
+        size = self.config.run.eval_batch_size
+        found = []
+        with evaluating(self.model), torch.no_grad():
+            for i in self.ticks("features", math.ceil(len(rows) / size)):
+                x = self.batch(rows.rows(slice(i * size, (i + 1) * size))).x
+                found.append(self.model.features(x.flip(-1) if mirrored else x))
+        return torch.cat(found)
 
     def ticks(self, name: str, n: int, *, resumable: bool = False) -> Ticks:
         """Iterate over ``range(n)`` in a long piece of work of a hook: with progress, and a stop by Ctrl-C.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from clframe import compose
+from clframe.checks import check_labels, check_terms
 from clframe.context import Run
 from clframe.data.batch import Batch, ImageData, join
 from clframe.data.files import READ_AHEAD
@@ -25,6 +24,9 @@ from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, evaluate, 
 from clframe.model import seed_torch
 from clframe.runs import checkpoint, state
 from clframe.runs.folder import RunFolder
+from clframe.runs.record import results_of
+from clframe.runs.results import Results
+from clframe.system.signals import noting
 from clframe.training import (
     Phase,
     Sampler,
@@ -34,6 +36,7 @@ from clframe.training import (
     trained_by,
     training_only,
 )
+from clframe.watch import LossWatch, Rate, Stopwatch
 
 ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not of all together
     "before_experience",
@@ -45,44 +48,61 @@ ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not o
     "after_run",
 )
 GENERAL_HINT = "A run with a smaller `train.lr`, or a weaker method, may stay finite."
-PULSE = 0.25  # seconds between two records of progress
-UNCHECKED = 256  # steps at most whose losses are kept before they are looked at
+Predictor = Callable[..., nn.Module | None]  # the hook of that name
 AT_PAUSE: list[Callable[[Engine], None]] = []  # called at each pause of a run; see `clframe.testing.stop_at`
 
 
-def learn(engine: Engine) -> None:
-    """All experiences that are left."""
-    run = engine.run
-    for experience in engine.enter_each():  # the head has grown for it, and `grow` was called
-        engine.each("before_experience", experience=run.experience)
-        extra = engine.each("extra_data", experience=run.experience)
-        phases = engine.in_order(engine.each("phases", experience=run.experience))
-        data = ImageData.concat([experience.train.to(run.device), *extra.values()])
-        for phase in phases:
-            with engine.training(phase, data) as batches:
-                for batch in batches:
-                    step(engine, batch)
-        engine.each("after_experience", experience=run.experience)
-        engine.evaluate()  # through what `predictor` gives
-        engine.each("after_eval", experience=run.experience)
-        engine.leave()
+def learn(engine: Engine, begin: Callable[[], None]) -> Results:
+    """Learn every experience that is left, and return the results.
+
+    Args:
+        engine: of the run.
+        begin: brings the run to where it begins, or goes on: to its start, a checkpoint, or the end of another run.
+    """
+    run, hook = engine.run, engine.hook
+    try:
+        hook.before_run(run=run)
+        begin()
+        for experience in engine.remaining():
+            if not engine.position.entered:
+                engine.grow_head(run.experience)
+                hook.grow(run=run, experience=run.experience)
+                engine.enter(hook.predictor)
+            engine.one_by_one("before_experience", experience=run.experience)
+            extra = engine.one_by_one("extra_data", experience=run.experience)
+            phases = engine.in_order(engine.one_by_one("phases", experience=run.experience))
+            data = ImageData.concat([experience.train.to(run.device), *extra.values()])
+            for phase in phases:
+                with engine.training(phase, data) as batches:
+                    for batch in batches:
+                        step(engine, batch)
+            engine.one_by_one("after_experience", experience=run.experience)
+            engine.evaluate(hook.predictor)
+            engine.one_by_one("after_eval", experience=run.experience)
+            engine.leave()
+        return results_of(engine)
+    finally:
+        engine.end("after_run")
 
 
 def step(engine: Engine, batch: Batch) -> None:
-    """One step of the optimizer."""
+    """Take one step of the optimizer."""
     run, hook = engine.run, engine.hook
-    batch = engine.join_replay(batch, {name: call(run=run, batch=batch) for name, call in engine.replays})
+    batch = engine.join_replay(batch, {name: call(run=run, batch=batch) for name, call in engine.calls["extra_batch"]})
+    hook.before_step(run=run, batch=batch)
     outputs = run.model(batch.x, batch.task)
     base = hook.base_loss(run=run, batch=batch, outputs=outputs)
     terms = {"base": run.loss(batch, outputs) if base is None else base}
     for named in cast(list[dict[str, Tensor]], hook.penalty(run=run, batch=batch, outputs=outputs)):
-        engine.check_terms(terms, named)
+        check_terms(run, terms, named)
         terms.update(named)
     engine.backward(terms)
     hook.after_backward(run=run, batch=batch)
     engine.update()
     hook.after_step(run=run, batch=batch)
-    engine.finish_step(batch)
+    engine.count_step(batch)
+    engine.evaluate_within(hook.predictor)
+    engine.pause()
 
 
 @dataclass
@@ -120,8 +140,7 @@ class Engine:
         self.timings: list[dict[str, float]] = []  # of each experience
         self.row: Row | None = None  # the latest
         self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
-        self.callers = {hook: compose.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
-        self.replays = self.callers["extra_batch"]
+        self.calls = {hook: compose.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
         self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}  # as `Run.of` knows them
         self.unsaved = [plugin.name for plugin in run.plugins if not plugin.resumes]
         self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
@@ -132,17 +151,17 @@ class Engine:
         self.replay_checked = False
         self.hinted: set[str] = set()  # the plugins whose hints were told
         self.silent: set[str] = set()  # the loss terms of which it was told that they are 0
-        self.unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # of each step; see `watch_finite`
+        self.losses = LossWatch()
+        self.clock = Stopwatch()
+        self.rate = Rate()
         self.signal = 0
-        self.last_save = self.last_pulse = time.monotonic()
-        self.in_step_since: float | None = None  # the end of the phase's first step, in which torch prepares itself
-        self.images_since = 0
+        self.last_save = time.monotonic()
         run.pause = self.pause
 
     # --------------------------------------------------------------------- the course of an experience
 
-    def enter_each(self) -> Iterator[Experience]:
-        """The experiences that are left, each when the head has grown for it."""
+    def remaining(self) -> Iterator[Experience]:
+        """Yield the experiences that are left, and describe each to the plugins."""
         run = self.run
         run.emit(
             "start",
@@ -158,24 +177,20 @@ class Engine:
             experience = self.stream[index]
             run.describe(self.stream, index)
             run.experience = experience.for_training()
-            classes, names = list(experience.classes), [self.stream.class_names[c] for c in experience.classes]
+            classes = list(experience.classes)
+            names = [self.stream.class_names[c] for c in classes]
             run.emit("experience", index=index, task=experience.task, classes=classes, class_names=names)
             self.tell_hints()
-            if not self.position.entered:
-                self.grow(run.experience)
-                self.position = Position(index, entered=True)
-                self.timings.append({"seconds": 0.0, "images": 0})
-                if index == 0:
-                    self.evaluate_untrained()
-            self.clock = time.monotonic()
+            self.clock.lap()
             yield experience
 
-    def grow(self, experience: Experience) -> None:
-        """Grow the head by what `experience` brings and call ``grow``; replayed on resume and load.
+    def grow_head(self, experience: Experience) -> None:
+        """Grow the head by the classes of `experience`; repeated on resume and load, before ``grow``.
 
         New weights depend on the seed and on the size of the head alone.
         """
         run = self.run
+        run.thaw()
         known = run.scenario.classes
         coming = known if run.logits == "all" else known[: experience.index + 1]
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
@@ -184,14 +199,22 @@ class Engine:
                 if new > 0:
                     seed_torch(run.config.run.seed * 1_000_003 + run.model.n_classes + 1, run.device)
                     run.model.grow(new).to(run.device)
-        self.hook.grow(run=run, experience=experience)
         run.model.grown = experience.index + 1
 
-    def each(self, hook: str, **arguments: Any) -> dict[str, Any]:
+    def enter(self, predictor: Predictor) -> None:
+        """Begin the experience for which the head has grown; before the first one, evaluate the untrained network."""
+        index = self.run.experience.index
+        self.position = Position(index, entered=True)
+        self.timings.append({"seconds": 0.0, "images": 0})
+        if index == 0:
+            self.evaluate_untrained(predictor)
+        self.clock.lap()
+
+    def one_by_one(self, hook: str, **arguments: Any) -> dict[str, Any]:
         """Call `hook` of one plugin after the other, but not again what was done before a resume; answers by plugin."""
         run = self.run
         answers = self.collected.setdefault(hook, {})
-        for name, call in self.callers[hook]:
+        for name, call in self.calls[hook]:
             if [hook, name] in self.position.done:
                 continue
             run.hook_call = f"{hook}/{name}/"
@@ -230,7 +253,7 @@ class Engine:
         run.phase = phase
         self.trained = trained_by(phase, run.model)
         self.trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
-        self.check_labels(data, "the training data")
+        check_labels(run, data, "the training data")
         self.replay_checked = False
         length = phase.length(run.settings)
         if not self.trained and any(phase.length(run.settings).values()):
@@ -250,7 +273,7 @@ class Engine:
             else:
                 self.kept_optimizer = run.optimizer
                 run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run.sampler.steps else None
-            self.in_step_since, self.images_since = None, 0
+            self.rate.begin()
             yield self.batches(data)
             self.check_finite()
         self.trainable = run.sampler = None
@@ -295,7 +318,7 @@ class Engine:
                 rows.origin = torch.full_like(rows.y, self.origins[name])
                 extra.append(rows)
                 if not self.replay_checked:
-                    self.check_labels(rows, f"what `{name}` adds to a batch")
+                    check_labels(self.run, rows, f"what `{name}` adds to a batch")
         self.replay_checked = bool(extra)
         return join([batch, *extra])
 
@@ -322,38 +345,27 @@ class Engine:
         run = self.run
         clip = run.settings.clip
         norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        self.watch_finite(norm)
+        self.losses.keep(run.losses, norm)
         # on the CPU it costs nothing to ask whether the factor, min(1, clip / (norm + 1e-6)), is 1
         if clip and not (norm.device.type == "cpu" and norm + 1e-6 <= clip):
             nn.utils.clip_grads_with_norm_(self.trained.values(), clip, norm)
         if run.optimizer is not None:
             run.optimizer.step()
 
-    def finish_step(self, batch: Batch) -> None:
-        """Count, record, evaluate and save when it is time."""
+    def count_step(self, batch: Batch) -> None:
+        """Count the step that was taken, and record its losses and the progress when it is time."""
         run = self.run
         self.position.steps += 1
         run.total_steps += 1
         self.timings[-1]["images"] += len(batch)
         log = run.total_steps % run.config.run.log_every == 0
-        if log or len(self.unchecked) == UNCHECKED:
+        if log or self.losses.full:
             self.check_finite()
         if log:
             run.emit("step", **self.progress())
-        now = time.monotonic()
-        if self.in_step_since is None:
-            self.in_step_since = now
-        else:
-            self.images_since += len(batch)
-        if self.images_since and now - self.last_pulse >= PULSE:
-            self.last_pulse = now
-            rate = self.images_since / (now - self.in_step_since)
+        if rate := self.rate.count(len(batch)):
             left = (run.steps_in_phase - run.step - 1) * len(batch) / rate
             run.emit("progress", **self.progress(), images_per_second=rate, seconds_left=left)
-        sampler = cast(Sampler, run.sampler)
-        if run.config.run.eval_every == "epoch" and sampler.step % sampler.batches_per_epoch == 0:
-            self.evaluate_within()
-        self.pause()
 
     def progress(self) -> dict[str, Any]:
         """The fields of a record about the step that was taken."""
@@ -371,66 +383,16 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------- refusals
 
-    def check_labels(self, data: ImageData | Batch, what: str) -> None:
-        """Refuse rows whose label the head lacks, or the chosen logits mask: their loss would be infinite."""
-        mask = self.run.mask(data.task)
-        n_classes = self.run.model.n_classes
-        inside = (data.y >= 0) & (data.y < n_classes)
-        if not inside.all():
-            raise UsageError(
-                f"Label {int(data.y[~inside][0])} in {what} of {self.run.progress_label} is no class of the head, "
-                f"which has 0 to {n_classes - 1}: correct the labels, or the classes that the scenario declares."
-            )
-        if mask is not None:
-            inside = mask[data.y] if mask.dim() == 1 else mask.gather(1, data.y[:, None]).squeeze(1)
-        if not inside.all():
-            label = int(data.y[~inside][0])
-            raise UsageError(
-                f"Label {label} in {what} of {self.run.progress_label} is masked by "
-                f"`train.logits={self.run.logits}`: choose `seen` or `all`."
-            )
-
-    def check_terms(self, terms: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-        """Refuse an answer to ``penalty`` that is no dict of new names to scalars: it would replace another term."""
-        if not isinstance(named, dict):
-            raise UsageError(
-                f"A `penalty` hook gave a {type(named).__name__} in {self.run.progress_label}; "
-                "it must give a dict of names to scalars, or None."
-            )
-        for name, term in named.items():
-            if name in terms:
-                raise UsageError(
-                    f"There are two loss terms `{name}` in {self.run.progress_label}; name one by its plugin."
-                )
-            if term.dim():
-                raise UsageError(f"The loss term `{name}` has the shape {list(term.shape)}; it must be a scalar.")
-
-    def watch_finite(self, norm: Tensor) -> None:
-        """Keep the step's loss terms and its gradient's norm, on the device, until `check_finite` looks at them."""
-        losses = self.run.losses
-        # one new tensor: a term may be a view of something large, or of what its plugin will write into
-        values = torch.stack([value.to(norm.device, torch.float32) for value in (*losses.values(), norm)])
-        self.unchecked.append((tuple(losses), values))
-
     def check_finite(self) -> None:
-        """Raise `RunError` naming what was the first not to be finite, and the step; note which terms are not 0."""
-        steps, self.unchecked = self.unchecked, []
-        if not steps:
+        """Raise `RunError` naming the loss term or gradient that was the first not to be finite, and the step."""
+        found = self.losses.look(self.position.effective)
+        if found is None:
             return
-        every = torch.cat([values for _, values in steps]).cpu()
-        if every.isfinite().all():
-            effective, nonzero = self.position.effective, iter(every.ne(0).tolist())
-            for terms, _ in steps:
-                effective.update({term: next(nonzero) | effective.get(term, False) for term in terms})
-                next(nonzero)  # of the gradient
-            return
-        first = next(i for i, (_, values) in enumerate(steps) if not values.isfinite().all())
-        terms, values = steps[first]
-        names = [*(f"loss term `{term}`" for term in terms), "gradient"]
+        run = self.run
+        steps_ago, what = found
         raise RunError(
-            f"The {names[values.isfinite().tolist().index(False)]} became infinite or not a number in "
-            f"{self.run.progress_label}, phase `{self.run.phase.name}`, at step "
-            f"{self.run.step + 2 - len(steps) + first} of {self.run.steps_in_phase}."
+            f"The {what} became infinite or not a number in {run.progress_label}, phase `{run.phase.name}`, at step "
+            f"{run.step + 1 - steps_ago} of {run.steps_in_phase}."
             f"{self.how_to_go_on()} {' '.join(self.hints()) or GENERAL_HINT}"
         )
 
@@ -470,7 +432,7 @@ class Engine:
 
     # -------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self) -> None:
+    def evaluate(self, predictor: Predictor) -> None:
         """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers.
 
         With ``train.val``, the matrices of the images held out get a row each, too.
@@ -478,7 +440,7 @@ class Engine:
         run, index = self.run, self.run.experience.index
         self.count_seconds()
         if ["evaluate", ""] not in self.position.done:
-            rows = {part: self.evaluated(keep_scores=part == "test", part=part) for part in self.parts()}
+            rows = {part: self.evaluated(predictor, part == "test", part) for part in self.parts()}
             if not self.position.steps:  # nothing was trained, so there is nothing to say of it
                 rows = {part: row.blank_copy() for part, row in rows.items()}
             self.row = rows["test"]
@@ -492,24 +454,22 @@ class Engine:
             for part, row in rows.items():
                 accuracies = dict(row.accuracy)
                 run.emit("eval", experience=index, total_step=run.total_steps, part=part, rows=accuracies)
-        self.clock = time.monotonic()
+        self.clock.lap()
 
     def count_seconds(self) -> None:
         """Add the time since the clock was set to the experience's, up to its evaluation."""
         if self.position.entered and ["evaluate", ""] not in self.position.done:
-            now = time.monotonic()
-            self.timings[-1]["seconds"] += now - self.clock
-            self.clock = now
+            self.timings[-1]["seconds"] += self.clock.lap()
 
     def parts(self) -> list[EvalPart]:
         """Return which images of each experience are evaluated: with ``train.val`` also those held out."""
         return ["test", "val"] if self.stream.val_share else ["test"]
 
-    def evaluated(self, keep_scores: bool, part: EvalPart = "test") -> Row:
-        """One evaluation of everything that the head covers, through the predictor, on test or validation images."""
+    def evaluated(self, predictor: Predictor, keep_scores: bool = False, part: EvalPart = "test") -> Row:
+        """Return one evaluation of everything that the head covers, on test or validation images."""
         run = self.run
         return evaluate(
-            self.predictor(),
+            self.answering(predictor),
             self.stream,
             self.readings,
             run.experience.index,
@@ -521,48 +481,54 @@ class Engine:
         )
 
     def predictor(self) -> nn.Module:
-        """What answers for the run: a plugin's predictor, else the model itself."""
-        answer = self.hook.predictor(run=self.run)
+        """Return what answers for the run now."""
+        return self.answering(self.hook.predictor)
+
+    def answering(self, predictor: Predictor) -> nn.Module:
+        """Return what answers for the run: the answer of the hook `predictor`, else the model itself."""
+        answer = predictor(run=self.run)
         return ModelPredictor(self.run.model) if answer is None else answer
 
-    def evaluate_within(self) -> None:
-        """A row after an epoch, which is only recorded."""
+    def evaluate_within(self, predictor: Predictor) -> None:
+        """Record a row at the end of an epoch, where ``run.eval_every`` asks for that; it enters no matrix."""
         run = self.run
-        began = time.monotonic()
-        for part in self.parts():
-            for reading, accuracy in self.evaluated(keep_scores=False, part=part).accuracy.items():
-                run.emit(
-                    "within",
-                    experience=run.experience.index,
-                    phase=run.phase.name,
-                    epoch=run.epoch,
-                    total_step=run.total_steps,
-                    part=part,
-                    reading=reading,
-                    row=accuracy,
-                )
-        self.clock += time.monotonic() - began
+        if run.config.run.eval_every != "epoch" or (run.step + 1) % run.batches_per_epoch:
+            return
+        with self.clock.stopped():
+            for part in self.parts():
+                for reading, accuracy in self.evaluated(predictor, part=part).accuracy.items():
+                    run.emit(
+                        "within",
+                        experience=run.experience.index,
+                        phase=run.phase.name,
+                        epoch=run.epoch,
+                        total_step=run.total_steps,
+                        part=part,
+                        reading=reading,
+                        row=accuracy,
+                    )
 
-    def evaluate_untrained(self) -> None:
-        """The untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
+    def evaluate_untrained(self, predictor: Predictor) -> None:
+        """Keep the untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
         last, n_classes = len(self.stream) - 1, self.run.model.n_classes
         if not last or not self.readings.covers(self.readings.common, 0, last, n_classes):
             return
-        n_classes = n_answerable(self.predictor(), n_classes)
+        n_classes = n_answerable(self.answering(predictor), n_classes)
         if self.readings.covers(self.readings.common, 0, last, n_classes):
-            accuracy = self.evaluated(keep_scores=False).accuracy
+            accuracy = self.evaluated(predictor).accuracy
             self.baseline = {r: row for r, row in accuracy.items() if self.readings.covers(r, 0, last, n_classes)}
 
     # ----------------------------------------------------------------------------- saving and stopping
 
-    def close(self) -> None:
-        """Call ``after_run`` of every plugin, also after an error; the first error is raised when all were called."""
+    def end(self, hook: str) -> None:
+        """Call `hook`, the last one, of every plugin, also after an error; then raise the first of their errors."""
         first: Exception | None = None
-        for _, call in self.callers["after_run"]:
+        for _, call in self.calls[hook]:
             try:
                 call(run=self.run)
             except Exception as error:
                 first = first or error
+        self.run.thaw()
         if first is not None and sys.exc_info()[1] is None:  # an error under way must not be replaced
             raise first
 
@@ -594,30 +560,12 @@ class Engine:
                 self.folder.save(state.take(self))
         self.last_save = time.monotonic()
 
-    @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGHUP finish the step, save and stop; a second SIGINT stops at once, without saving."""
+    def stoppable(self) -> AbstractContextManager[None]:
+        """Return a context in which a signal finishes the step, saves and stops; a second SIGINT stops at once."""
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def note(number: int) -> None:
             if self.signal == number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
 
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread can be told of signals
-            return
-        before = {number: signal.signal(number, note) for number in stopping()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def stopping() -> list[signal.Signals]:
-    """Return the signals that ask a process to end; without SIGHUP where it is ignored, as under `nohup`."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    hang_up: signal.Signals | None = getattr(signal, "SIGHUP", None)  # which Windows lacks
-    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
-        numbers.append(hang_up)
-    return numbers
+        return noting(note)

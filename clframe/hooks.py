@@ -1,10 +1,10 @@
-"""The fourteen hooks: every place where a method can act on a run, in the order in which the engine calls them.
+"""The fifteen hooks: every place where a method can act on a run, in the order in which the engine calls them.
 
     before_run
     for each experience:
         grow, before_experience, extra_data, phases
         for each phase, for each batch:
-            extra_batch, base_loss, penalty, after_backward, after_step
+            extra_batch, before_step, base_loss, penalty, after_backward, after_step
         after_experience
         predictor, after_eval
     after_run
@@ -77,6 +77,14 @@ class Hooks:
         """Rows that join this step's batch, with their weights: replay. None: nothing.
 
         Every plugin sees the original batch, not the others' rows.
+        """
+
+    @hookspec
+    def before_step(self, run: Run, batch: Batch) -> None:
+        """Act before the forward pass of a step, when the rows of `extra_batch` have joined `batch`.
+
+        The batch may be edited in place: its images `x`, weights, and soft `targets`; modules of the network may be set
+        for the step.
         """
 
     @hookspec(firstresult=True)

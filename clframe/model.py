@@ -194,12 +194,6 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def freeze_others(model: nn.Module, trained: Iterable[nn.Parameter | None]) -> list[str]:
-    """Let nothing but `trained` be trained; names of what was, and is not any more."""
-    kept = {id(parameter) for parameter in trained}
-    return freeze(model, [name for name, parameter in model.named_parameters() if id(parameter) not in kept])
-
-
 def thaw(model: nn.Module, names: Collection[str]) -> None:
     """Let the parameters of these names be trained again."""
     for name, parameter in model.named_parameters():

@@ -42,7 +42,7 @@ MODULES = {
     "clframe.reading": "clframe.system.reading",
     "clframe.record": "clframe.runs.record",
     "clframe.results": "clframe.runs.results",
-    "clframe.single": "clframe.data.single_image",
+    "clframe.single": "clframe.checks",
     "clframe.splits": "clframe.data.split_file",
     "clframe.state": "clframe.runs.state",
     "clframe.streams": "clframe.data.streams",

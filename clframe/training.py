@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from clframe.data.batch import ImageData
 from clframe.errors import DataError
-from clframe.model import freeze, thaw
 from clframe.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -256,20 +255,6 @@ def extend_optimizer(
     new = {name: parameter for name, parameter in parameters.items() if name not in known}
     for group in group_parameters(new, settings, None):
         optimizer.add_param_group(group)
-
-
-def rest_old_blocks(run: Run, frozen: list[str]) -> list[str]:
-    """Freeze the head's blocks that the experience has no class of, and train again those that it has; see `Run`.
-
-    Args:
-        frozen: names of the parameters that the plugin froze before; a user's own frozen ones are not among them.
-
-    Returns:
-        The names of those that are frozen now.
-    """
-    back = {name for name in frozen for k in run.current_blocks if name.startswith(f"head.{k}.")}
-    thaw(run.model, back)
-    return [n for n in frozen if n not in back] + freeze(run.model, [f"head.{k}.*" for k in run.old_blocks])
 
 
 def restart(optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

@@ -158,7 +158,7 @@ class AvalanchePlugin(Plugin):
     @hookimpl
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
         """Begin an iteration, and return the rows of the plugin's memory; None without a memory."""
-        if run.sampler is not None and run.step % run.sampler.batches_per_epoch == 0:
+        if run.step % run.batches_per_epoch == 0:
             self._call("before_training_epoch")
         rows = None
         if self.memory is not None:
@@ -195,7 +195,7 @@ class AvalanchePlugin(Plugin):
         """Call the events with which an iteration ends, and an epoch after its last iteration."""
         self._call("after_update")
         self._call("after_training_iteration")
-        if run.sampler is not None and (run.step + 1) % run.sampler.batches_per_epoch == 0:
+        if (run.step + 1) % run.batches_per_epoch == 0:
             self._call("after_training_epoch")
 
     @hookimpl

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative, Share
 from clframe.toolkit.channel_gates import (
     ConditionalConv,
@@ -82,7 +81,7 @@ class ChannelGating(Plugin):
 
     name = "channel-gating"
     family = "parameter isolation"
-    state = ("past", "classifier", "frozen")
+    state = ("past", "classifier")
     predictor_state = ("classifier",)
     serves = ("task", "class")
     # noisy gates learn slowly: at a constant rate of 0.001, 300 steps a task end at 94 % on split-digits, with these
@@ -114,7 +113,6 @@ class ChannelGating(Plugin):
         generator_options = GeneratorOptions("wgan", generator_net) if memory == "generative" else None
         self.past = TaskRehearsal(size, per_class, generator_options, generator_iterations)
         self.classifier = TaskClassifier()
-        self.frozen: list[str] = []
         self.held: PinnedEntries | None = None
 
     def wanted_logits(self, run: Run) -> str:
@@ -166,7 +164,7 @@ class ChannelGating(Plugin):
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Freeze everything that earlier tasks own; single kernels are held in each step."""
         heads = [f"head.{k}.*" for k in run.old_blocks]
-        self.frozen += freeze(run.model, [*frozen_names(run.model, experience.index), *heads])
+        run.freeze([*frozen_names(run.model, experience.index), *heads])
         self.held = None
         if run.scenario.setting == "class":
             self.past.check(run, self.name, experience.train)
@@ -216,8 +214,3 @@ class ChannelGating(Plugin):
         if run.scenario.setting == "task":
             return TaskPredictor(run.model, run.n_seen_classes)
         return PathPredictor(run.model, self.classifier, run.scenario.classes[: run.experience.index + 1])
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)

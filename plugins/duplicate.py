@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.model import PerTask, freeze, thaw
+from clframe.model import PerTask, thaw
 
 
 class Duplicate(Plugin):
@@ -36,7 +36,7 @@ class Duplicate(Plugin):
 
     name = "duplicate"
     family = "parameter isolation"
-    state = ("original", "frozen")
+    state = ("original",)
     serves = ("task",)
     isolates = True
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
@@ -44,7 +44,6 @@ class Duplicate(Plugin):
     def __init__(self, *, start: Literal["original", "first"] = "original") -> None:
         self.start = start
         self.original: dict[str, Tensor] = {}
-        self.frozen: list[str] = []
 
     @hookimpl
     def grow(self, run: Run, experience: Experience) -> None:
@@ -63,7 +62,7 @@ class Duplicate(Plugin):
             return
         run.model.backbone.copies[-1].load_state_dict(self.original)  # type: ignore[index, union-attr]
         copies = [f"backbone.copies.{task}.*" for task in range(experience.index)]
-        self.frozen += freeze(run.model, [*copies, *(f"head.{k}.*" for k in run.old_blocks)])
+        run.freeze([*copies, *(f"head.{k}.*" for k in run.old_blocks)])
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
@@ -79,11 +78,6 @@ class Duplicate(Plugin):
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the network and head of each task."""
         return TaskPredictor(run.model, run.n_seen_classes)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)
 
 
 class Copies(PerTask):

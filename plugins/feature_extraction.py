@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
-from clframe.model import freeze, seed_torch, thaw
+from clframe.model import seed_torch
 from clframe.options import Count, NonNegative
-from clframe.training import no_new_heads, rest_old_blocks, warm_up, warm_up_problems
+from clframe.training import no_new_heads, warm_up, warm_up_problems
 
 
 class FeatureExtraction(Plugin):
@@ -44,14 +44,12 @@ class FeatureExtraction(Plugin):
 
     name = "feature-extraction"
     family = "baseline"
-    state = ("frozen",)
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 
     def __init__(self, *, pretrained: bool = False, hidden: Count | None = None, warm_up: NonNegative = 0.0) -> None:
         self.pretrained = pretrained
         self.hidden = hidden
         self.warm_up = warm_up
-        self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence if an option needs new heads, and the scenario's experiences bring none."""
@@ -70,17 +68,12 @@ class FeatureExtraction(Plugin):
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Freeze old heads, and the backbone from the second experience on (or the first, if it came with weights)."""
         backbone = ["backbone.*"] if experience.index or self.pretrained else []
-        self.frozen = rest_old_blocks(run, self.frozen) + freeze(run.model, backbone)
+        run.freeze([*backbone, *(f"head.{k}.*" for k in run.old_blocks)])
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
         """Return the warm-up phase, if `warm_up` asks for one."""
         return warm_up(run, self.warm_up)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)
 
 
 class TwoLayers(nn.Module):

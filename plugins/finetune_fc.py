@@ -8,9 +8,8 @@ from torch import nn
 
 from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
-from clframe.model import freeze, thaw
 from clframe.options import Count, NonNegative
-from clframe.training import rest_old_blocks, warm_up, warm_up_problems
+from clframe.training import warm_up, warm_up_problems
 
 
 class FinetuneFC(Plugin):
@@ -44,14 +43,12 @@ class FinetuneFC(Plugin):
 
     name = "finetune-fc"
     family = "baseline"
-    state = ("frozen",)
     citation = "Li and Hoiem, Learning without forgetting, TPAMI 2017"
 
     def __init__(self, *, last: Count | None = None, pretrained: bool = False, warm_up: NonNegative = 0.0) -> None:
         self.last = last
         self.pretrained = pretrained
         self.warm_up = warm_up
-        self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence if the backbone lacks the fully connected layers that are to be trained."""
@@ -69,24 +66,19 @@ class FinetuneFC(Plugin):
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
         """Freeze old heads, and the backbone but for its last fully connected layers."""
-        self.frozen = rest_old_blocks(run, self.frozen)
+        run.freeze(f"head.{k}.*" for k in run.old_blocks)
         if experience.index or self.pretrained:
             linear = self._linear(run)
             convolutional = any(isinstance(m, nn.Conv2d) for m in run.model.backbone.modules())
             last = self.last or (len(linear) if convolutional else 1)
             kept = tuple(f"backbone.{name}." for name in linear[-last:])
             names = [name for name, _ in run.model.named_parameters() if name.startswith("backbone.")]
-            self.frozen += freeze(run.model, [name for name in names if not name.startswith(kept)])
+            run.freeze(name for name in names if not name.startswith(kept))
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
         """Return the warm-up phase, if `warm_up` asks for one."""
         return warm_up(run, self.warm_up)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)
 
     @staticmethod
     def _linear(run: Run) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, compose, hookimpl
+from clframe.checks import single_class_problems
 from clframe.context import Run
-from clframe.data.streams import single_class_problems
 from clframe.model import masked, snapshot
 from clframe.options import Count, Positive
 from clframe.toolkit.distill import soft_cross_entropy_per_group

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.model import freeze_others, thaw
 from clframe.options import NonNegative, Positive
 from clframe.toolkit.norms import TaskNorm, add_task_norms
 from clframe.toolkit.probing import propagate_importance
@@ -47,7 +46,7 @@ class HAT(Plugin):
         1 number per unit, batch norms and a head, per task.
 
     Hooks:
-        `grow`, `before_experience`, `extra_batch`, `penalty`, `after_backward`, `after_step`, `after_experience`,
+        `grow`, `before_experience`, `before_step`, `penalty`, `after_backward`, `after_step`, `after_experience`,
         `predictor`
 
     Options:
@@ -57,7 +56,6 @@ class HAT(Plugin):
 
     name = "hat"
     family = "parameter isolation"
-    state = ("frozen",)
     serves = ("task",)
     suited_train: ClassVar[dict[str, float]] = {"clip": LEAST_CLIP}
     isolates = True
@@ -68,7 +66,6 @@ class HAT(Plugin):
     def __init__(self, *, sparsity: NonNegative = 0.75, s_max: Positive = 400.0) -> None:
         self.sparsity = sparsity
         self.s_max = s_max
-        self.frozen: list[str] = []
         self.kept: dict[nn.Parameter, Tensor] | None = None  # the share of its old value that each weight keeps
         self.before: list[Tensor] = []
 
@@ -123,14 +120,13 @@ class HAT(Plugin):
             own += [*gate.layer.parameters(), gate.embeddings[-1]]
         for norm in find_modules(run.model, TaskNorm).values():
             own += norm.norms[-1].parameters()
-        self.frozen += freeze_others(run.model, own)
+        run.freeze_others(own)
 
     @hookimpl
-    def extra_batch(self, run: Run) -> None:
+    def before_step(self, run: Run) -> None:
         """Anneal the gate temperature s for this step (eq. 3)."""
-        assert run.sampler is not None
-        batches = run.sampler.batches_per_epoch
-        done = run.step % batches / (batches - 1) if batches > 1 else 1.0
+        last = run.batches_per_epoch - 1
+        done = run.step % run.batches_per_epoch / last if last else 1.0
         for gate in find_modules(run.model, AttentionGate).values():
             gate.s = 1 / self.s_max + (self.s_max - 1 / self.s_max) * done
 
@@ -177,8 +173,3 @@ class HAT(Plugin):
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the attention and head of each task."""
         return TaskPredictor(run.model, run.n_seen_classes)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)

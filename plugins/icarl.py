@@ -12,7 +12,6 @@ from torch.nn import functional
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
 from clframe.evaluate import NearestMean
-from clframe.model import evaluating
 from clframe.options import Count, Positive
 from clframe.toolkit.distill import incremental_bce
 from clframe.toolkit.memory import balanced, draw, herding, quota, too_small
@@ -132,7 +131,7 @@ class ICaRL(Plugin):
         groups = sum(map(len, run.scenario.classes[: experience.index + 1]))  # a class that came twice has two groups
         count = self.per_class or quota(self.size, groups, ceil=True)
         new = experience.train.to(run.device)
-        self.exemplars = balanced(self.exemplars, new, count, lambda rows, m: herding(features(run, rows), m))
+        self.exemplars = balanced(self.exemplars, new, count, lambda rows, m: herding(unit_features(run, rows), m))
         self.teacher = snapshot(run.model)
 
     @hookimpl
@@ -140,7 +139,7 @@ class ICaRL(Plugin):
         """Return the nearest-mean classifier, with means of the current features; None if `read_out` is `output`."""
         if self.read_out == "output":
             return None
-        if self.teacher is not None or run.sampler is not None:  # else the means came with a finished run
+        if not run.is_loaded and (self.teacher is not None or run.total_steps):  # a loaded run came with its means
             self.means = self.class_means(run)
         return NearestMean(run.model, self.means)
 
@@ -152,21 +151,16 @@ class ICaRL(Plugin):
             rows = ImageData.concat([e.train.to(run.device) for e in (*earlier, run.experience)])
         else:
             parts = [] if self.exemplars is None else [self.exemplars]
-            if self.exemplars is None or run.sampler is not None:  # before the experience has exemplars
+            if self.exemplars is None or run.steps_in_phase:  # before the experience has exemplars
                 parts.append(run.experience.train.to(run.device))
             rows = ImageData.concat(parts)
         flips = run.scenario.transform.flip if self.flip is None else self.flip
-        views = [features(run, rows)] + ([features(run, rows, mirrored=True)] if flips else [])
+        views = [unit_features(run, rows, mirrored=mirrored) for mirrored in ([False, True] if flips else [False])]
         classes = range(int(rows.y.max()) + 1)
         means = [torch.stack([view[rows.y == c].mean(0) for c in classes]) for view in views]
         return functional.normalize(torch.stack(means).mean(0), dim=1)
 
 
-def features(run: Run, rows: ImageData, *, mirrored: bool = False) -> Tensor:
+def unit_features(run: Run, rows: ImageData, *, mirrored: bool = False) -> Tensor:
     """Return features of length 1, [N, D], in evaluation mode, of the images as they are or mirrored left to right."""
-    found = []
-    with evaluating(run.model), torch.no_grad():
-        for start in range(0, len(rows), run.config.run.eval_batch_size):
-            x = run.batch(rows.rows(slice(start, start + run.config.run.eval_batch_size))).x
-            found.append(functional.normalize(run.model.features(x.flip(-1) if mirrored else x), dim=1))
-    return torch.cat(found)
+    return functional.normalize(run.features(rows, mirrored=mirrored), dim=1)

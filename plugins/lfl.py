@@ -10,10 +10,9 @@ from torch import Tensor
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.model import freeze, thaw
 from clframe.options import NonNegative
 from clframe.toolkit.distill import half_squared_distance
-from clframe.training import rest_old_blocks, warm_up, warm_up_problems
+from clframe.training import warm_up, warm_up_problems
 
 
 class LFL(Plugin):
@@ -44,7 +43,7 @@ class LFL(Plugin):
 
     name = "lfl"
     family = "distillation"
-    state = ("teacher", "frozen")
+    state = ("teacher",)
     joins = "network"
     citation = "Jung, Ju, Jung, Kim, Less-forgetting learning in deep neural networks, 2016"
 
@@ -59,7 +58,6 @@ class LFL(Plugin):
         self.form = form
         self.warm_up = warm_up
         self.teacher: IncrementalNet | None = None
-        self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence if the form does not fit the scenario's setting."""
@@ -85,10 +83,10 @@ class LFL(Plugin):
     def before_experience(self, run: Run) -> None:
         """Freeze old blocks of the head: those without new classes (`paper`), or without a class of the experience."""
         if self.form != "paper":
-            self.frozen = rest_old_blocks(run, self.frozen)
-            return
-        old = set(run.model.blocks_of(run.previous_classes)) - set(run.new_blocks)
-        self.frozen += freeze(run.model, [f"head.{k}.*" for k in old])
+            old = set(run.old_blocks)
+        else:
+            old = set(run.model.blocks_of(run.previous_classes)) - set(run.new_blocks)
+        run.freeze(f"head.{k}.*" for k in old)
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
@@ -109,8 +107,3 @@ class LFL(Plugin):
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Keep a frozen copy of the network as the next teacher."""
         self.teacher = snapshot(run.model)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)

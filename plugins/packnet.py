@@ -11,7 +11,6 @@ from torch import nn
 from clframe import Batch, Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.model import freeze, thaw
 from clframe.options import NonNegative
 from clframe.toolkit.norms import freeze_norm_stats
 from clframe.toolkit.weight_masks import (
@@ -56,7 +55,6 @@ class PackNet(Plugin):
 
     name = "packnet"
     family = "parameter isolation"
-    state = ("frozen",)
     serves = ("task",)
     isolates = True
     citation = "Mallya and Lazebnik, PackNet: adding multiple tasks to a single network by iterative pruning, CVPR 2018"
@@ -71,7 +69,6 @@ class PackNet(Plugin):
         self.prune = prune
         self.retrain = retrain
         self.pretrained = pretrained
-        self.frozen: list[str] = []
         self.held: PinnedEntries | None = None
 
     def problems(self, run: Run) -> Iterable[str]:
@@ -110,7 +107,7 @@ class PackNet(Plugin):
             names = [
                 n for n, _ in run.model.backbone.named_parameters(prefix="backbone") if "parametrizations" not in n
             ]
-            self.frozen += freeze(run.model, [*names, *(f"head.{k}.*" for k in run.old_blocks)])
+            run.freeze([*names, *(f"head.{k}.*" for k in run.old_blocks)])
 
     @hookimpl
     def phases(self, run: Run) -> list[Phase] | None:
@@ -163,8 +160,3 @@ class PackNet(Plugin):
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the weights of the tasks up to the given one, and its head."""
         return TaskPredictor(run.model, run.n_seen_classes)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)

@@ -10,7 +10,6 @@ from torch import nn
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.model import freeze_others, thaw
 from clframe.options import Positive
 from clframe.toolkit.norms import TaskNorm, add_task_norms, freeze_norm_stats
 from clframe.toolkit.weight_masks import WeightMask, find_modules, layers_of, mask_weights, weight_problems
@@ -49,7 +48,6 @@ class Piggyback(Plugin):
 
     name = "piggyback"
     family = "parameter isolation"
-    state = ("frozen",)
     serves = ("task",)
     isolates = True
     citation = "Mallya, Davis, Lazebnik, Piggyback: adapting a single network to multiple tasks, ECCV 2018"
@@ -68,7 +66,6 @@ class Piggyback(Plugin):
         self.threshold = threshold
         self.ternary = ternary
         self.norm = norm
-        self.frozen: list[str] = []
 
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for shared or computed weights, and for a threshold that leaves new masks empty."""
@@ -108,7 +105,7 @@ class Piggyback(Plugin):
         for norm in find_modules(run.model, TaskNorm).values():
             norm.norms[-1].load_state_dict(norm.norms[0].state_dict())
             own += norm.norms[-1].parameters()
-        self.frozen += freeze_others(run.model, own)
+        run.freeze_others(own)
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
@@ -122,8 +119,3 @@ class Piggyback(Plugin):
     def predictor(self, run: Run) -> nn.Module:
         """Return a predictor with the mask and head of each task."""
         return TaskPredictor(run.model, run.n_seen_classes)
-
-    @hookimpl
-    def after_run(self, run: Run) -> None:
-        """Leave the model as trainable as it was."""
-        thaw(run.model, self.frozen)

@@ -531,15 +531,15 @@ def test_a_refused_run_leaves_nothing_of_the_table_on_the_terminal(capsys, monke
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(capsys, monkeypatch, number, code):
-    original = Engine.finish_step
+    original = Engine.count_step
 
-    def finish_step(engine, batch):
+    def count_step(engine, batch):
         if engine.run.total_steps == 1:
             signal.raise_signal(number)
         original(engine, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "finish_step", finish_step)
+        patch.setattr(Engine, "count_step", count_step)
         assert main(["run", *SHORT, "--output", "out"]) == code
     out, err = capsys.readouterr()
     assert out == ""

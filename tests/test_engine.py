@@ -399,7 +399,7 @@ def test_of_several_that_are_not_finite_the_first_and_its_step_are_named(tiny, l
 
 
 def test_losses_are_looked_at_before_many_are_kept(tiny, monkeypatch):
-    monkeypatch.setattr(clframe.engine, "UNCHECKED", 2)
+    monkeypatch.setattr("clframe.watch.FULL", 2)
 
     class Exploding(Plugin):
         name = "exploding"
@@ -658,7 +658,7 @@ def test_plugin_objects_are_given_once_and_new(tiny):
         clframe.run(tiny(), plugins=[EWC])
     ewc = EWC()
     learn(tiny(), ewc)
-    with pytest.raises(UsageError, match="`ewc` has been in a run and holds what it learnt there"):
+    with pytest.raises(UsageError, match="`ewc` has been in a run and holds what it learned there"):
         learn(tiny(), ewc)
 
 

@@ -360,7 +360,7 @@ def test_a_stopped_run_that_reads_late_goes_on_to_the_same_bits(small, tmp_path,
     spec = options(small, memory=0, augment=True, experiences=2)
     run = {"tensorboard": False, "device": "cpu"}
     clframe.run(spec, "cnn-small", plugins, train=TRAIN, run={**run, "output": str(tmp_path / "whole")})
-    finish, steps = Engine.finish_step, 0
+    finish, steps = Engine.count_step, 0
 
     def stop(engine, batch):
         nonlocal steps
@@ -369,7 +369,7 @@ def test_a_stopped_run_that_reads_late_goes_on_to_the_same_bits(small, tmp_path,
             engine.signal = 15
         finish(engine, batch)
 
-    monkeypatch.setattr(Engine, "finish_step", stop)
+    monkeypatch.setattr(Engine, "count_step", stop)
     with pytest.raises(Interrupted):
         clframe.run(spec, "cnn-small", plugins, train=TRAIN, run={**run, "output": str(tmp_path / "stopped")})
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""Each of the fourteen hooks, proven by a small plugin: when it is called, with what, and what its answer does."""
+"""Each of the fifteen hooks, proven by a small plugin: when it is called, with what, and what its answer does."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ class Observing(Plugin):
         self.calls.append(f"extra_batch {run.step}")
 
     @hookimpl
+    def before_step(self, run, batch):
+        self.calls.append(f"before_step {run.step}")
+
+    @hookimpl
     def base_loss(self, run, batch, outputs):
         self.calls.append(f"base_loss {run.step}")
 
@@ -100,7 +104,7 @@ class Observing(Plugin):
 def test_all_hooks_are_called_in_the_order_of_the_contract(tiny):
     plugin = Observing()
     learn(tiny(), plugin)
-    step = ["extra_batch", "base_loss", "penalty", "after_backward", "after_step"]
+    step = ["extra_batch", "before_step", "base_loss", "penalty", "after_backward", "after_step"]
     expected = ["before_run"]
     for i in range(3):
         expected += [f"{name} {i}" for name in ("grow", "before_experience", "extra_data", "phases")]
@@ -108,7 +112,7 @@ def test_all_hooks_are_called_in_the_order_of_the_contract(tiny):
         expected += [f"after_experience {i}", "predictor", f"after_eval {i}"]
     assert plugin.calls == [*expected, "after_run"]
     assert {call.split()[0] for call in plugin.calls} == set(HOOKS)
-    assert len(HOOKS) == 14
+    assert len(HOOKS) == 15
 
 
 def test_before_run_may_refuse_the_run(tiny):
@@ -264,6 +268,74 @@ def test_two_plugins_may_not_bring_one_phase(tiny):
 
     with pytest.raises(UsageError, match=r"`one` and `two`.*`warm-up`"):
         learn(tiny(), bringing("one"), bringing("two"))
+
+
+class Doubling(Plugin):
+    """Brings a row back and, before the forward pass, doubles the images and weights of the whole batch."""
+
+    name = "doubling"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    @hookimpl
+    def extra_batch(self, run, batch):
+        return run.batch(run.experience.train.rows(slice(0, 1)))
+
+    @hookimpl
+    def before_step(self, run, batch):
+        assert batch.origin.tolist() == [0] * (len(batch) - 1) + [1]  # the row of `extra_batch` has joined
+        assert not run.losses or run.step  # the losses of this step are still to come
+        self.sum = 2 * batch.x.sum().item()
+        batch.x *= 2
+
+    @hookimpl
+    def penalty(self, run, batch, outputs):
+        self.seen.append((len(batch), batch.x.sum().item() / self.sum))
+        with torch.no_grad():
+            assert torch.allclose(run.model(batch.x, batch.task).logits, outputs.logits, atol=1e-6)
+
+
+def test_before_step_edits_the_batch_that_the_network_is_given(tiny):
+    plugin = Doubling()
+    learn(tiny(experiences=1), plugin)
+    assert plugin.seen
+    assert all(ratio == pytest.approx(1) for _, ratio in plugin.seen)
+
+
+class Freezing(Plugin):
+    """Freezes the backbone in the second of three experiences alone."""
+
+    name = "freezing"
+
+    def __init__(self) -> None:
+        self.trainable: list[tuple[int, bool]] = []
+
+    @hookimpl
+    def grow(self, run, experience):
+        assert all(p.requires_grad for p in run.model.parameters())
+
+    @hookimpl
+    def before_experience(self, run, experience):
+        if experience.index == 1:
+            run.freeze(["backbone.*"])
+
+    @hookimpl
+    def after_eval(self, run, experience):
+        self.trainable.append((experience.index, all(p.requires_grad for p in run.model.backbone.parameters())))
+
+    @hookimpl
+    def after_run(self, run):
+        self.model = run.model
+
+
+def test_what_a_plugin_freezes_trains_again_in_the_next_experience(tiny):
+    plugin = Freezing()
+    learn(tiny(experiences=3), plugin)
+    assert plugin.trainable == [(0, True), (1, False), (2, True)]
+    last = Freezing()
+    learn(tiny(experiences=2), last)
+    assert all(p.requires_grad for p in last.model.parameters())
 
 
 def test_extra_batch_adds_weighted_rows_that_no_other_plugin_sees(tiny):

@@ -125,13 +125,13 @@ def test_an_ignored_hang_up_stays_ignored(monkeypatch, capsys):
 
 
 def test_a_hang_up_saves_a_run(tmp_path: Path, monkeypatch, capsys):
-    original = Engine.finish_step
+    original = Engine.count_step
 
-    def finish_step(engine, batch):
+    def count_step(engine, batch):
         signal.raise_signal(signal.SIGHUP)
         original(engine, batch)
 
-    monkeypatch.setattr(Engine, "finish_step", finish_step)
+    monkeypatch.setattr(Engine, "count_step", count_step)
     assert main([*SHORT, "--output", str(tmp_path / "run")]) == 129
     assert "Stopped by SIGHUP in experience 1 of 5; `clframe resume" in capsys.readouterr().err
 

@@ -129,8 +129,8 @@ def stopped(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run stop just after its second evaluation."""
     evaluate = Engine.evaluate
 
-    def and_stop(engine: Engine) -> None:
-        evaluate(engine)
+    def and_stop(engine: Engine, predictor: Any) -> None:
+        evaluate(engine, predictor)
         if engine.position.experience == 1:
             engine.signal = signal.SIGTERM
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from clframe import compose, contract
 from clframe.avalanche.benchmark import from_avalanche
+from clframe.checks import stream_problems
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Scenario
-from clframe.data.streams import stream_problems
 from clframe.errors import UsageError
 from clframe.model import IncrementalNet, Outputs
 from clframe.plugin import Plugin

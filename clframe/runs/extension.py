@@ -36,6 +36,9 @@ OF_OPTIMIZER = (  # with others, a kept optimizer is not taken over
     *("weight_decay", "decay", "keep_optimizer"),
 )
 
+if TYPE_CHECKING:
+    from clframe.engine import Engine
+
 
 @dataclass(frozen=True)
 class Base:
@@ -186,7 +189,7 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
         for note in left.told(shown(folder)):
             run.emit("message", text=note)
     for plugin in plugins:
-        for name, call in engine.callers["after_experience"]:
+        for name, call in engine.calls["after_experience"]:
             if name == plugin.name:
                 call(run=run, experience=experience)
 

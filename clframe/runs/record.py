@@ -37,7 +37,7 @@ def results_of(engine: Engine) -> Results:
     """The results of a run that has learnt everything; written, with the trained model, if it has a folder."""
     run, stream = engine.run, engine.stream
     run.experience = stream[len(stream) - 1].for_training()
-    row = engine.row or engine.evaluated(keep_scores=True)
+    row = engine.row or engine.evaluated(engine.hook.predictor, keep_scores=True)
     if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # it was not trained
         row = row.blank_copy()
     counts = [len(labels) for labels in row.labels]
@@ -116,7 +116,7 @@ def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     nothing = {"images": 0, "classes": [], "floor": None}
     if not stream.val_share:
         return carried, dict.fromkeys(carried, nothing)
-    row = engine.evaluated(keep_scores=True, part="val")
+    row = engine.evaluated(engine.hook.predictor, keep_scores=True, part="val")
     if row.kind != "logits":
         return {}, {}
     last = len(stream) - 1

@@ -34,6 +34,7 @@ class _Kinds(BaseModel):
     total_steps: int
     model: dict[str, Tensor]
     trainable: list[str]
+    frozen: list[str] = []  # before it was kept, plugins held a part each
     sampler: _Order | None
     extra_data: dict[str, ImageData]
     phases: dict[str, list[_Fields]]
@@ -89,6 +90,7 @@ def take(engine: Engine) -> dict[str, Any]:
         "total_steps": run.total_steps,
         "model": dict(run.model.state_dict()),
         "trainable": trainable if engine.trainable is None else engine.trainable,
+        "frozen": run.frozen,
         "optimizer": run.optimizer,
         "kept_optimizer": engine.kept_optimizer,
         "sampler": run.sampler.state() if run.sampler else engine.resumed,  # which waits for its phase
@@ -169,6 +171,7 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
         not_measured = {reading: [[None] * len(row) for row in rows] for reading, rows in run.accuracy.items()}
         run.validation = {reading: measured.get(reading, rows) for reading, rows in not_measured.items()}
     saved = dict(entries["plugins"]["dict"])
+    run.frozen = values["frozen"] if "frozen" in values else frozen_by_plugins(saved)
     for plugin in run.plugins:
         if plugin.name in saved:  # an observer may have joined
             into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
@@ -177,6 +180,12 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
     torch.set_rng_state(values["torch_rng"])
     if run.device.type == "cuda" and entries["cuda_rng"] is not None:
         torch.cuda.set_rng_state(unpack(entries["cuda_rng"], tensors), run.device)
+
+
+def frozen_by_plugins(saved: Mapping[str, Any]) -> list[str]:
+    """Return what plugins had frozen in a checkpoint from before the run held that."""
+    states = [dict(packed["dict"]) for packed in saved.values()]
+    return [name for state in states for name in unpack(state.get("frozen", []), {})]
 
 
 def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
@@ -200,7 +209,8 @@ def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]
     for index in range(count):
         engine.run.describe(engine.stream, index)
         engine.run.experience = experience = engine.stream[index].for_training()
-        engine.grow(experience)
+        engine.grow_head(experience)
+        engine.hook.grow(run=engine.run, experience=experience)
         if engine.run.model.grown in needed:
             structures[engine.run.model.grown] = snapshot(engine.run.model)
     return structures

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clframe.checks import learned
 from clframe.data.batch import Batch
-from clframe.data.streams import learned
 from clframe.model import IncrementalNet
 from clframe.toolkit.inversion import Statistics, dreaming_problems, explain_out_of_memory, observe_norms, reinitialize
 

@@ -1,0 +1,302 @@
+"""From a configuration to a run: its parts are built, it is carried out, and its errors are explained."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from clframe import contract, registry
+from clframe.context import Listener, Run
+from clframe.data.scenario import Scenario
+from clframe.data.streams import following
+from clframe.deploy.trained import Trained
+from clframe.engine import Engine, learn
+from clframe.errors import (
+    OF_THE_DISK,
+    ClframeError,
+    DataError,
+    RunError,
+    UsageError,
+    of_the_system,
+    out_of_memory,
+)
+from clframe.model import IncrementalNet, seed_torch
+from clframe.networks import check_backbone, prepare
+from clframe.options import explain
+from clframe.plugin import Plugin
+from clframe.renamed import update_config
+from clframe.runs import checkpoint, state
+from clframe.runs.extension import Base, extend_scenario, join, load_base
+from clframe.runs.folder import (
+    BASE,
+    CONFIG_LIMIT,
+    RunFolder,
+    check_finished,
+    read_model,
+)
+from clframe.runs.record import scenario_of, temperatures
+from clframe.runs.results import Results
+from clframe.settings import OBJECT, START, Config
+from clframe.strict_yaml import parse_yaml
+from clframe.system.reading import expanded, held_by, read_text
+from clframe.system.switches import alone, plain_torch, quiet_writers
+from clframe.system.texts import cut
+
+WEIGHTS = "weights"  # the option of a model that starts from published weights
+
+
+def begin_from(engine: Engine, base: Base | None) -> None:
+    """Check that the run `engine` can extend `base`; or give its network the weights that `model.start` names."""
+    config = engine.run.config
+    if base:
+        base.check(config, engine.run.plugins)
+    elif start := config.model.get(START):
+        start_from(engine.run.model.backbone, expanded(start), config.model["name"])
+
+
+def begin_run(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
+    """Bring a run to its beginning, or to where the run that it extends `ended`; and save."""
+    if base and ended:
+        with held_by(base.path / "checkpoints"):
+            state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
+        join(engine, base.joining(engine.run.plugins))
+    engine.save()
+    if engine.folder:  # a run that recorded something before its first checkpoint is whole could not be resumed
+        engine.folder.settle()
+
+
+def plugin_name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
+    """Return the name of a plugin that is given by name, with options, or as an object."""
+    if isinstance(plugin, Plugin):
+        return plugin.name or type(plugin).__name__
+    return plugin if isinstance(plugin, str) else next(iter(plugin))
+
+
+def check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: str = "resumed") -> None:
+    """Refuse to go on with a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
+    given = {plugin_name(plugin): type(plugin) for plugin in plugins}
+    for name, options in config.plugins.items():
+        if OBJECT in options and name not in given:
+            continue  # told when the run is built
+        # a plugin's own class says so for all of its variants, which may take long to import
+        if not (given[name] if name in given else registry.plugin_class(name.partition(":")[0])).resumes:
+            raise DataError(
+                f"The run in {path} cannot be {what}: what `{name}` keeps is in no checkpoint. Start it again with "
+                f"`clframe run --config {path / 'config.yaml'}`."
+            )
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
+    file = path / "config.yaml"
+    try:
+        return Config.model_validate(update_config(parse_yaml(read_text(file, CONFIG_LIMIT), str(file))))
+    except (DataError, UsageError, ValidationError) as error:
+        problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
+        raise DataError(f"{file} cannot be read, so the run cannot go on: {cut(' '.join(problems), 2000)}") from error
+
+
+@contextmanager
+def environment_of(config: Config) -> Iterator[torch.device]:
+    """The device of the run, its threads and its seed in place, for it alone; afterwards all of it as it was."""
+    device = device_of(config.run.device)
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    with (
+        alone(),
+        quiet_writers(),
+        plain_torch(device),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        try:
+            if config.train.threads is not None:
+                torch.set_num_threads(config.train.threads)
+            cudnn.deterministic, cudnn.benchmark = True, False
+            seed_torch(config.run.seed, device)
+            yield device
+        finally:
+            torch.set_num_threads(threads)
+            cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that `run.device` names. Raises `UsageError` if this machine lacks it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"`run.device` is {name!r}; choices: auto, cpu, cuda, cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UsageError(
+            f"`run.device` is {name!r}, but torch finds {count or 'no'} CUDA device(s) here; use `cpu` or `auto`."
+        )
+    return device
+
+
+def base_of(config: Config) -> Base | None:
+    """The run that this one extends, if any."""
+    if config.run.extends is None:
+        return None
+    path = expanded(config.run.extends)
+    check_finished(path)
+    return load_base(path, read_config(path))
+
+
+def build(
+    config: Config,
+    device: torch.device,
+    folder: RunFolder | None,
+    scenario: Scenario | None,
+    model: nn.Module | None,
+    plugins: Sequence[Plugin],
+    listeners: Sequence[Listener],
+    base: Mapping[str, Any] | None = None,
+    restored: bool = False,
+) -> Engine:
+    """Scenario, network, plugins and the engine of the run, all of which may still refuse it.
+
+    `base` describes what was learnt before, where the run extends another one. The weights of a network that is
+    `restored` are all given later: none are downloaded.
+    """
+    if scenario is None:
+        with following(learned=base is not None):
+            scenario = registry.build_scenario(check_named(config.scenario, "scenario"), config.run)
+    if base is not None:
+        with held_by((folder.path if folder else Path(config.run.extends or "")) / BASE):
+            before = scenario_of(base)
+        scenario = extend_scenario(before, scenario)
+    given = {plugin_name(plugin): plugin for plugin in plugins}
+    members = [
+        given[name] if name in given else registry.build_plugin(name, check_named(options, "plugin", name))
+        for name, options in config.plugins.items()
+    ]
+    observers = config.run.observers() if folder else []
+    members += [registry.build_plugin(name, {}) for name in observers if name not in config.plugins]
+    if model is None:
+        left_out = (START, WEIGHTS) if restored else (START,)
+        spec = {name: value for name, value in check_named(config.model, "model").items() if name not in left_out}
+        model = registry.build_backbone(spec, scenario.input_shape).to(device)
+        check_backbone(model, scenario.input_shape, device)
+    else:
+        model = prepare(model, scenario.input_shape, device, lambda text: tell(listeners, text))
+    scenario.hold_out(config.train.val, config.run.seed)
+    scenario.to(device)
+    run = Run(config, scenario, IncrementalNet(model), members, device, listeners, folder.path if folder else None)
+    engine = Engine(run, scenario, folder)
+    engine.carried = None if base is None else dict(base.get("temperature") or {})
+    return engine
+
+
+def start_from(backbone: nn.Module, path: Path, name: str) -> None:
+    """Give `backbone`, the model `name`, the weights that the run in `path` ended with. Raises `DataError`."""
+    _, packed, tensors = read_model(path)
+    with held_by(path / "model.json"):
+        saved = dict(checkpoint.unpack(dict(packed["dict"])["model"], tensors))
+    weights = {key.removeprefix("backbone."): value for key, value in saved.items() if key.startswith("backbone.")}
+    wanted = backbone.state_dict()
+    for key in sorted(wanted.keys() | weights.keys()):
+        there, here = (f"of shape {list(of[key].shape)}" if key in of else "missing" for of in (weights, wanted))
+        if there != here:
+            raise DataError(
+                f"The network of `model.start`, the run in {path}, is not a `{name}` for these images: its `{key}` is "
+                f"{there}, and here it is {here}: start from a run of the same model, without methods that change it."
+            )
+    backbone.load_state_dict(weights)
+
+
+def check_named(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str, Any]:
+    """Return `spec`. Raises `DataError` if it stands for an object that only a Python program can give."""
+    if OBJECT in spec:
+        name = name or spec["name"]
+        raise DataError(
+            f"The {kind} `{name}` of this run is an object of a Python program: give it again, with "
+            "`clframe.resume`, `clframe.load` or `clframe.extend` from Python."
+        )
+    return spec
+
+
+def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
+    """Run the engine to the results, from where `begin` brings it when ``before_run`` was called."""
+    run = engine.run
+    if engine.folder:
+        run.listeners.append(folder_writer(engine.folder))
+    for plugin in run.plugins:
+        plugin.has_run = True
+    try:
+        with engine.stoppable():
+            results = learn(engine, begin)
+    except ClframeError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise RunError(
+                f"Out of memory on {run.device} in {run.progress_label}: a run with a smaller `train.batch_size` or "
+                f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
+            ) from error
+        refused = of_the_system(error)
+        if refused and getattr(error, "errno", None) in OF_THE_DISK:
+            raise RunError(
+                f"{run.folder or 'A file'} could not be written: {refused}.{engine.how_to_go_on()}"
+            ) from error
+        if blamed := blame(engine, error):
+            raise RunError(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
+        if refused:
+            raise RunError(
+                f"A file or the system failed in {run.progress_label}: {refused}.{engine.how_to_go_on()}"
+            ) from error
+        raise
+    run.emit("end", folder=str(run.folder) if run.folder else None)
+    run.optimizer = engine.kept_optimizer = None  # what the trained model does without
+    engine.collected.clear()
+    return replace(results, answering=lambda: trained_model(engine))
+
+
+def trained_model(engine: Engine) -> Trained:
+    """The trained model of a run that has ended, on the CPU, as `load` gives it."""
+    with plain_torch(engine.run.device), torch.no_grad():
+        temperature, fitted = temperatures(engine)
+        scenario = engine.stream.described()
+        return Trained(engine.predictor(), scenario, engine.readings, temperature, fitted).to("cpu")
+
+
+def blame(engine: Engine, error: Exception) -> str | None:
+    """Which plugin, or whose module, raised `error`: the first frame whose `self` is one; noted on the error too."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner, place = frame.f_locals.get("self"), frame.f_code.co_name
+        if isinstance(owner, Plugin):
+            kind = "hook" if place in contract.hooks_of(type(owner)) else "method"
+            error.add_note(f"in plugin '{owner.name}', {kind} '{place}'")
+            return f"The plugin `{owner.name}` raised in its {kind} `{place}`"
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith(("torch.", "clframe.")):
+            return f"The module `{type(owner).__name__}` raised in its method `{place}`"
+    return None
+
+
+def folder_writer(folder: RunFolder) -> Listener:
+    """Return the listener that keeps the records of a run in its folder."""
+
+    def write(record: dict[str, Any]) -> None:
+        if record["kind"] in ("step", "within", "eval", "log"):
+            folder.append_metrics(record)
+        elif record["kind"] == "images":
+            folder.keep_picture(record["name"], record["experience"], record["picture"])
+
+    return write
+
+
+def tell(listeners: Sequence[Listener] | Listener, text: str) -> None:
+    """Send a message to `listeners` before there is a run that could."""
+    for listener in [listeners] if callable(listeners) else listeners:
+        listener({"kind": "message", "text": text})
