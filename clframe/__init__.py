@@ -12,14 +12,13 @@ from clframe.renamed import MODULES, PUBLIC, now_called
 from clframe.runs.opening import open_with
 
 if TYPE_CHECKING:
-    from clframe.api import extend, load, resume, run
+    from clframe.api import extend, load, resume, run, save_split
     from clframe.avalanche.adapter import as_avalanche
     from clframe.avalanche.benchmark import from_avalanche
     from clframe.context import Run
     from clframe.data.batch import Batch, ImageData
     from clframe.data.build import Arrays, change_domains, split_classes, suits
     from clframe.data.scenario import Experience, Scenario
-    from clframe.data.split_file import save_split
     from clframe.data.transform import Transform
     from clframe.deploy.trained import Answer, Prediction, Trained
     from clframe.errors import ClframeError, DataError, Interrupted, RunError, UsageError
@@ -69,14 +68,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": "extend load resume run",
+    "api": "extend load resume run save_split",
     "avalanche.adapter": "as_avalanche",
     "avalanche.benchmark": "from_avalanche",
     "context": "Run",
     "data.batch": "Batch ImageData",
     "data.build": "Arrays change_domains split_classes suits",
     "data.scenario": "Experience Scenario",
-    "data.split_file": "save_split",
     "data.transform": "Transform",
     "deploy.trained": "Answer Prediction Trained",
     "errors": "ClframeError DataError Interrupted RunError UsageError",

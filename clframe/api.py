@@ -17,6 +17,7 @@ from clframe import registry
 from clframe.checks import check_run
 from clframe.config import resolve, to_yaml
 from clframe.context import Listener
+from clframe.data import split_file
 from clframe.data.build import Arrays
 from clframe.data.scenario import Scenario
 from clframe.deploy.trained import Trained
@@ -382,6 +383,35 @@ def load(
             zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
             trained(zeros, 0 if trained.needs_task else None)
     return trained
+
+
+def save_split(
+    path: str | Path,
+    scenario: str | Mapping[str, Any],
+    *,
+    sets: Sequence[str] = (),
+    run: Mapping[str, Any] | None = None,
+) -> Scenario:
+    """Write a scenario to a file that `run` takes as a scenario, here and elsewhere.
+
+    Args:
+        path: of the file, which must end in ``.json``.
+        scenario: a name, or a mapping with ``name`` and options.
+        sets: further options, each ``scenario.option=value``.
+        run: settings of the run that it depends on: ``seed`` and ``data_root``.
+
+    Returns:
+        the scenario.
+
+    Raises:
+        UsageError: if a name or option is wrong, or the file cannot be written.
+        RunError: if the disk is full, or fails.
+        DataError: if its data is missing or damaged.
+    """
+    config = resolve(scenario=scenario, sets=sets, run=run)
+    built = registry.build_scenario(config.scenario, config.run)
+    split_file.write_split(expanded(path), config.scenario, built, config.run.seed)
+    return built
 
 
 def _config_of(

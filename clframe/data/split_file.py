@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,38 +25,6 @@ SUMS = ("data", "split")
 SETTLED = ("experiences", "first", "order", "seed", "limit", "test", "max_angle")
 SUFFIX = ".json"
 LARGEST = 10_000_000  # bytes
-
-
-def save_split(
-    path: str | Path,
-    scenario: str | Mapping[str, Any],
-    *,
-    sets: Sequence[str] = (),
-    run: Mapping[str, Any] | None = None,
-) -> Scenario:
-    """Write a scenario to a file that `run` takes as a scenario, here and elsewhere.
-
-    Args:
-        path: of the file, which must end in ``.json``.
-        scenario: a name, or a mapping with ``name`` and options.
-        sets: further options, each ``scenario.option=value``.
-        run: settings of the run that it depends on: ``seed`` and ``data_root``.
-
-    Returns:
-        the scenario.
-
-    Raises:
-        UsageError: if a name or option is wrong, or the file cannot be written.
-        RunError: if the disk is full, or fails.
-        DataError: if its data is missing or damaged.
-    """
-    from clframe import registry
-    from clframe.config import resolve
-
-    config = resolve(scenario=scenario, sets=sets, run=run)
-    built = registry.build_scenario(config.scenario, config.run)
-    write_split(expanded(path), config.scenario, built, config.run.seed)
-    return built
 
 
 def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: int) -> None:
