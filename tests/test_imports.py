@@ -83,7 +83,7 @@ LAYERS = {
     "runs": "runs.*",
     "engine": "engine",
     "deploy": "deploy.*",
-    "front": "__init__ api launch testing",
+    "front": "__init__ api launch testing.*",
     "avalanche": "avalanche.*",
     "toolkit": "toolkit.*",
     "plugins": "plugins.*",
@@ -113,7 +113,9 @@ HOMONYMS = {
     "api": {"joint"},  # the setting `run.joint`
     "avalanche.benchmark": {"avalanche"},  # the name of a scenario
     "runs.folder": {"tensorboard"},  # a folder of a run
-    "testing": {"tensorboard"},  # the setting `run.tensorboard`
+    "testing.fixtures": {"tensorboard"},  # the setting `run.tensorboard`
+    "testing.plugin_checks": {"tensorboard"},
+    "testing.scenario_checks": {"tensorboard"},
     "training": {"warm-up"},  # a phase
 }
 

@@ -237,39 +237,39 @@ class Growing(Plugin):
 @pytest.mark.parametrize(
     ("bad", "name", "sentence"),
     [
-        (Undocumented, "options are documented", "The option `size` is not documented: add it under `Options:`"),
-        (Changed, "options are documented", "builds a plugin with the options {'sizes': [1]}: store none in another"),
-        (Stateless, "it learns", "`state` names ['anchor'], which the plugin never has"),
-        (Unmarked, "hooks are marked", "`penalty` of plugin `bad` is named like a hook but lacks the mark"),
+        (Undocumented, "options are documented", "`size`"),
+        (Changed, "options are documented", "{'sizes': [1]}"),
+        (Stateless, "it learns", "['anchor']"),
+        (Unmarked, "hooks are marked", "`penalty` of plugin `bad`"),
         (
             Raises,
             "it learns",
-            "in the setting `domain` fails: The plugin `bad` raised in its hook `before_experience`: ",
+            "`before_experience`: ",
         ),
         (Anything, "other settings are refused", "ValueError: nothing to do with settings"),
-        (Forgetful, "a stopped run resumes to the same bits", "ends with another results.json than one that was not"),
+        (Forgetful, "a stopped run resumes to the same bits", "results.json"),
         (
             LateState,
             "a stopped run resumes to the same bits",
-            "State `net` of plugin `bad` is a module or an optimizer",
+            "State `net` of plugin `bad`",
         ),
-        (Unpredictable, "a finished run loads and predicts", "name in `predictor_state` what `predictor` needs."),
+        (Unpredictable, "a finished run loads and predicts", "`predictor_state`"),
         (
             Global,
             "a plugin that does nothing changes nothing beside it",
-            "is learnt otherwise: draw from `run.rng` only",
+            "draw from `run.rng` only",
         ),
-        (Detached, "penalties pull", "The penalty `bad` has no gradient, or one of zero"),
-        (Misnamed, "penalties pull", "The penalty `good` must be named `bad` or `bad/term`."),
-        (Hooked, "nothing is left behind", "The module `backbone` still has hooks after the run"),
+        (Detached, "penalties pull", "`bad` has no gradient"),
+        (Misnamed, "penalties pull", "`good` must be named `bad` or `bad/term`"),
+        (Hooked, "nothing is left behind", "`backbone` still has hooks"),
         (Asleep, "nothing is left behind", "is left in eval mode"),
-        (Frozen, "nothing is left behind", "is left frozen: set `requires_grad` back in `after_run`."),
-        (Secret, "it keeps no image that it does not declare", "a training image are in tensors.safetensors: declare"),
-        (SecretNormalized, "it keeps no image that it does not declare", "a training image are in tensors.safetensors"),
+        (Frozen, "nothing is left behind", "`requires_grad`"),
+        (Secret, "it keeps no image that it does not declare", "tensors.safetensors"),
+        (SecretNormalized, "it keeps no image that it does not declare", "tensors.safetensors"),
         (
             Growing,
             "its state does not grow",
-            "after experiences 1 to 4: keep the same amount, or declare `grows = True`",
+            "`grows = True`",
         ),
     ],
 )
@@ -291,7 +291,7 @@ def test_what_a_plugin_declares_is_not_looked_at():
 
 
 def test_a_check_that_is_called_raises():
-    with pytest.raises(testing.Broken, match="The option `size` is not documented"):
+    with pytest.raises(testing.Broken, match="`size`"):
         CHECKS["options are documented"](testing.plugin(Undocumented))
 
 
@@ -364,15 +364,15 @@ def unsummed() -> Scenario:
     ("build", "name", "sentence"),
     [
         (lambda: stream(), "options are documented", "`<lambda>` has no docstring"),
-        (strange_shape, "its images are what it says", "The train images of experience 1 of 2 are (1, 4, 4), not as"),
+        (strange_shape, "its images are what it says", "experience 1 of 2 are (1, 4, 4)"),
         (
             mislabelled,
             "its images are what it says",
-            "The label [1] in the train images of experience 1 of 2 is none of",
+            "The label [1] in the train images of experience 1 of 2",
         ),
-        (random_images, "it is the same each time", "Two that are built alike have different checksums."),
-        (unsummed, "it is the same each time", "It has no `checksum`, by which a resume notices other data."),
-        (random_images, "a stopped run on it resumes to the same bits", "The images must depend on its options alone."),
+        (random_images, "it is the same each time", "different checksums"),
+        (unsummed, "it is the same each time", "no `checksum`"),
+        (random_images, "a stopped run on it resumes to the same bits", "depend on its options alone"),
     ],
 )
 def test_a_scenario_that_breaks_the_contract_is_told_how(build: Callable[..., Scenario], name: str, sentence: str):
@@ -409,10 +409,10 @@ class Net(nn.Module):
         (
             "beside",
             "its features are as wide as it says",
-            "In eval mode an image's features depend on the others beside it.",
+            "others beside it",
         ),
-        ("idle", "every parameter learns", "The parameter `idle.weight` gets no gradient from `features`"),
-        ("counts", "its stopped run resumes to the same bits", "Keep what lasts as parameters or buffers."),
+        ("idle", "every parameter learns", "`idle.weight` gets no gradient"),
+        ("counts", "its stopped run resumes to the same bits", "parameters or buffers"),
     ],
 )
 def test_a_backbone_that_breaks_the_contract_is_told_how(fault: str, name: str, sentence: str):

@@ -1,0 +1,88 @@
+"""The contract of plugins, scenarios and backbones, as checks for `clframe plugins check` and for a package's tests.
+
+    from clframe import testing
+
+    SUBJECT = testing.plugin("my-method", {"strength": 10.0})
+
+    @pytest.mark.parametrize("check", SUBJECT.checks, ids=str)
+    def test_contract(check):
+        check(SUBJECT)
+
+The checks need no test framework: they train small networks on a synthetic scenario, on one thread of the CPU, and
+write to temporary folders only. A check that does not hold raises `Broken`, whose text is one sentence.
+
+For tests of your own there are the same small scenarios (`tiny`, `tiny_arrays`), a plugin that keeps what happens in a
+run (`Recorder`), and a way to stop a run at any place and resume it (`stop_at`, `stop_and_resume`).
+"""
+
+from clframe.testing import backbone_checks, plugin_checks, scenario_checks  # fills `CHECKS`
+from clframe.testing.fixtures import (
+    FILES,
+    MODEL,
+    SETTINGS,
+    SHAPE,
+    TRAIN,
+    Broken,
+    Idle,
+    Pauses,
+    Recorder,
+    Step,
+    differing,
+    learn,
+    one_thread,
+    same_after_a_stop,
+    state_copy,
+    stop_and_resume,
+    stop_at,
+    tiny,
+    tiny_arrays,
+)
+from clframe.testing.subjects import (
+    BACKBONE_SHAPE,
+    CHECKS,
+    Check,
+    NotRun,
+    Outcome,
+    Subject,
+    backbone,
+    outcomes,
+    plugin,
+    scenario,
+    serves,
+)
+
+__all__ = [
+    "BACKBONE_SHAPE",
+    "CHECKS",
+    "FILES",
+    "MODEL",
+    "SETTINGS",
+    "SHAPE",
+    "TRAIN",
+    "Broken",
+    "Check",
+    "Idle",
+    "NotRun",
+    "Outcome",
+    "Pauses",
+    "Recorder",
+    "Step",
+    "Subject",
+    "backbone",
+    "backbone_checks",
+    "differing",
+    "learn",
+    "one_thread",
+    "outcomes",
+    "plugin",
+    "plugin_checks",
+    "same_after_a_stop",
+    "scenario",
+    "scenario_checks",
+    "serves",
+    "state_copy",
+    "stop_and_resume",
+    "stop_at",
+    "tiny",
+    "tiny_arrays",
+]
