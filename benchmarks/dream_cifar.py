@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import clframe
-from clframe.data.pictures import png
+from clframe.data.pictures import encode_png
 from clframe.plugins.deep_inversion import DeepInversion
 
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in figures.items():
         print(f"{name}: {value:.3g}")
     if options.picture:
-        options.picture.write_bytes(png(picture.numpy()))
+        options.picture.write_bytes(encode_png(picture.numpy()))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ from clframe.runs.folder import (
 from clframe.runs.record import described_in, split_of
 from clframe.runs.results import Results
 from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, Config, TrainSettings
-from clframe.system.reading import expanded, held_by
+from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import beside_no_run, plain_torch
-from clframe.system.texts import told
+from clframe.system.texts import quote
 
 
 def run(
@@ -124,7 +124,7 @@ def run_config(
         )
     base = base_of(config)
     with environment_of(config) as device:
-        folder = RunFolder(expanded(config.run.output), new=True) if config.run.output else None
+        folder = RunFolder(expand_home(config.run.output), new=True) if config.run.output else None
         try:
             described = base.known if base else None
             engine = build(
@@ -167,7 +167,7 @@ def resume(
         Interrupted: as `run`.
     """
     with _shown(progress, listeners) as everyone:
-        return _resumed(expanded(folder), scenario, model, plugins, allow_env_change, everyone)
+        return _resumed(expand_home(folder), scenario, model, plugins, allow_env_change, everyone)
 
 
 def _resumed(
@@ -203,7 +203,7 @@ def _resumed(
             )
             position = {"experience": 0, "done": []}
             if loaded:
-                with held_by(opened.checkpoints):
+                with blame_file(opened.checkpoints):
                     position = state.position_of(loaded[0])
             opened.check_sums(position, [ENVIRONMENT] if allow_env_change else [], lambda text: tell(listeners, text))
             config.run.output = str(path)
@@ -222,7 +222,7 @@ def _resumed(
 
             def begin() -> None:
                 if loaded:
-                    with held_by(opened.checkpoints):
+                    with blame_file(opened.checkpoints):
                         state.put_back(engine, *loaded)
                 else:
                     opened.cut_metrics(0)
@@ -274,7 +274,7 @@ def extend(
     options = {name: values for plugin in plugins if isinstance(plugin, Mapping) for name, values in plugin.items()}
     run = _of_run(run)
     config = extension_config(
-        expanded(folder),
+        expand_home(folder),
         {"name": own.name, OBJECT: True} if own else {"name": scenario} if isinstance(scenario, str) else scenario,
         objects=(*given, "model") if model is not None else tuple(given),
         plugins=options,
@@ -354,7 +354,7 @@ def load(
     Raises:
         DataError: if the run is not finished or its model is damaged.
     """
-    path = expanded(folder)
+    path = expand_home(folder)
     description, packed, tensors = read_model(path)
     if told := sums.missing(path):
         if listeners:
@@ -369,7 +369,7 @@ def load(
         engine = build(config, cpu, None, scenario, model, plugins, (), restored=True)
         engine.run.is_loaded = True
         engine.hook.before_run(run=engine.run)
-        with held_by(path / "model.json"):
+        with blame_file(path / "model.json"):
             structures = state.regrow(engine, len(scenario), packed)
             entries = dict(packed["dict"])
             state.load_model(engine.run.model, checkpoint.unpack(entries["model"], tensors, device=engine.run.device))
@@ -410,7 +410,7 @@ def save_split(
     """
     config = resolve(scenario=scenario, sets=sets, run=run)
     built = registry.build_scenario(config.scenario, config.run)
-    split_file.write_split(expanded(path), config.scenario, built, config.run.seed)
+    split_file.write_split(expand_home(path), config.scenario, built, config.run.seed)
     return built
 
 
@@ -481,7 +481,7 @@ def _in_notebook() -> bool:
 def _mapping(given: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     """Return the settings `given` as the argument `name`. Raises `UsageError` if they are no mapping."""
     if given is not None and not isinstance(given, Mapping):
-        raise UsageError(f"`{name}` is {told(given)}; it must be a mapping of settings to values.")
+        raise UsageError(f"`{name}` is {quote(given)}; it must be a mapping of settings to values.")
     return dict(given or {})
 
 

@@ -13,7 +13,7 @@ from clframe import compose
 from clframe.context import Run
 from clframe.data.batch import Batch, ImageData
 from clframe.data.scenario import Scenario
-from clframe.data.streams import first_return
+from clframe.data.streams import find_returning_class
 from clframe.errors import UsageError
 
 TOO_FEW = "more than 1 value per channel"  # what torch says where batch normalization meets one value
@@ -72,7 +72,7 @@ def stream_problems(run: Run) -> list[str]:
 
 
 def _shared_class_problems(run: Run) -> list[str]:
-    shared = first_return(run.scenario.classes)
+    shared = find_returning_class(run.scenario.classes)
     if shared is None or run.scenario.setting == "domain":  # in which plugins that isolate are refused already
         return []
     earlier, later, label = shared
@@ -88,7 +88,7 @@ def _shared_class_problems(run: Run) -> list[str]:
 def _replay_problems(run: Run) -> list[str]:
     """The sentence that refuses replayed classes whose logits take no part in the loss, which would be infinite."""
     classes = run.scenario.classes
-    coming = range(max(1, learned(run)), len(classes))
+    coming = range(max(1, n_learned(run)), len(classes))
     left_out = any(set().union(*classes[:i]).difference(classes[i]) for i in coming)
     if run.logits != "current" or not left_out:
         return []
@@ -116,7 +116,7 @@ def single_class_problems(run: Run) -> list[str]:
     One class among one choice has the probability 1: its cross-entropy is 0, with a gradient of 0, at every step.
     """
     scenario = run.scenario
-    to_come = range(learned(run), len(scenario.classes))
+    to_come = range(n_learned(run), len(scenario.classes))
     single = [i for i in to_come if len(scenario.classes[i]) == 1]
     if run.logits not in ("own", "current") or not single:
         return []
@@ -135,7 +135,7 @@ def single_class_problems(run: Run) -> list[str]:
     ]
 
 
-def learned(run: Run) -> int:
+def n_learned(run: Run) -> int:
     """Return how many experiences of the whole stream the run that this one extends has learned; 0: it extends none."""
     known = run.scenario.known
     return known[-2] if len(known) > 1 else 0
@@ -150,7 +150,7 @@ def single_image_problems(run: Run, stream: Scenario) -> list[str]:
     if learns_from_one(run):
         return []
     why = []
-    to_come = range(learned(run), len(stream))
+    to_come = range(n_learned(run), len(stream))
     if 1 in {run.config.train.of(i).batch_size for i in to_come}:
         why.append("`train.batch_size` is 1: choose 2 or more")
     adding = any(plugin.replays or plugin.keeps_experiences for plugin in run.plugins)

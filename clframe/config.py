@@ -36,8 +36,8 @@ from clframe.settings import (
     TrainSettings,
 )
 from clframe.strict_yaml import RESOLVERS, _Dumper, _Loader, _plain, parse_yaml
-from clframe.system.reading import Unreadable, expanded, read_bytes, shown
-from clframe.system.texts import cut, told
+from clframe.system.reading import Unreadable, expand_home, quote_path, read_bytes
+from clframe.system.texts import cut, quote
 
 ENVIRONMENT = "environment.json"  # beside the configuration of every run
 LARGEST_FILE = 100_000  # bytes of a configuration: PyYAML takes half a second of CPU for them
@@ -71,7 +71,7 @@ def resolve(
         UsageError: with one sentence for each mistake.
     """
     problems: list[str] = []
-    file = _read_file(expanded(yaml_file), problems) if yaml_file is not None else dict(base or {})
+    file = _read_file(expand_home(yaml_file), problems) if yaml_file is not None else dict(base or {})
     changes = _parse_sets(sets, problems)
     by_file = _plugin_options(file.get("plugins"), problems)
     by_call = _plugin_options(plugins, problems)
@@ -153,7 +153,7 @@ def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return layers
     file = split_file.read_split(Path(path))
     layers = [{**layer, "name": file["name"]} if layer.get("name") == path else layer for layer in layers]
-    if problems := split_file.settled(file, _merge(layers, file["name"])[1], path):
+    if problems := split_file.settled_problems(file, _merge(layers, file["name"])[1], path):
         raise UsageError(*problems)
     return [file, *layers]
 
@@ -173,7 +173,7 @@ def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[
         return {}
     start = suited(str | None, options.get(START))
     if START in options and not isinstance(start, str):
-        problems.append(f"`model.{START}` is {told(start)}; it must be the folder of a finished run.")
+        problems.append(f"`model.{START}` is {quote(start)}; it must be the folder of a finished run.")
     options = {option: value for option, value in options.items() if option != START}
     return {"name": name, **_checked(build, options, "model", name, problems), **({START: start} if start else {})}
 
@@ -261,7 +261,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         text = read_bytes(path, LARGEST_FILE).decode("utf-8-sig")
     except Unreadable as error:
-        raise UsageError(f"The configuration {shown(path)} cannot be read: {error.reason}.") from error
+        raise UsageError(f"The configuration {quote_path(path)} cannot be read: {error.reason}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
     data = parse_yaml(text, str(path))
@@ -318,7 +318,7 @@ def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]
     for item in () if given is None else given if several else [given]:
         if not isinstance(item, Mapping) and not (several and isinstance(item, str)):
             problems.append(
-                f"`plugins` is {told(given)}; it must be a mapping of names to options, or a list of names."
+                f"`plugins` is {quote(given)}; it must be a mapping of names to options, or a list of names."
             )
             break
         for name, values in {item: {}}.items() if isinstance(item, str) else item.items():
@@ -340,16 +340,16 @@ def _named(given: Any, section: str, problems: list[str]) -> dict[str, Any]:
     if "name" in spec:
         spec["name"] = suited(str, spec["name"])
     if not isinstance(spec.get("name", ""), str):
-        problems.append(f"`{section}.name` is {told(spec.pop('name'))}; it must be a text.")
+        problems.append(f"`{section}.name` is {quote(spec.pop('name'))}; it must be a text.")
     return spec
 
 
 def _mapping(given: Any, where: str, problems: list[str]) -> dict[str, Any]:
     if given is None or isinstance(given, Mapping):
         strange = [name for name in given or {} if not isinstance(name, str)]
-        problems += [f"`{where}` has the name {told(name)}, and names are texts." for name in strange]
+        problems += [f"`{where}` has the name {quote(name)}, and names are texts." for name in strange]
         return {name: value for name, value in (given or {}).items() if isinstance(name, str)}
-    problems.append(f"`{where}` is {told(given)}; it must be a mapping of options to values.")
+    problems.append(f"`{where}` is {quote(given)}; it must be a mapping of options to values.")
     return {}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe.data.batch import Batch, ImageData
-from clframe.data.pictures import grid
+from clframe.data.pictures import draw_grid
 from clframe.data.scenario import Experience, Scenario
 from clframe.model import IncrementalNet, Outputs, class_mask, evaluating, freeze, masked, thaw
 from clframe.plugin import Plugin
@@ -274,7 +274,7 @@ class Run:
 
         They are one picture, row by row, in the run folder and in TensorBoard. `name` begins with the plugin's.
         """
-        picture = grid(images.float() / self.scenario.transform.scale)
+        picture = draw_grid(images.float() / self.scenario.transform.scale)
         self.emit("images", name=name, experience=self.experience.index, picture=picture)
 
     def emit(self, kind: str, **fields: Any) -> None:

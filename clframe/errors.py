@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clframe.renamed import PUBLIC, now_called
-from clframe.system.texts import SENTENCE, bounded, cut
+from clframe.system.texts import SENTENCE, cut, shorten_lines
 
 # what torch, oneDNN, Python's threads and C++ say when memory, or room for a thread, ends: all are RuntimeErrors
 OUT_OF_MEMORY = re.compile(
@@ -36,7 +36,7 @@ class ClframeError(Exception):
     code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(bounded(message))
+        super().__init__(shorten_lines(message))
 
 
 class RunError(ClframeError):

@@ -46,7 +46,7 @@ from clframe.runs.record import scenario_of, temperatures
 from clframe.runs.results import Results
 from clframe.settings import OBJECT, START, Config
 from clframe.strict_yaml import parse_yaml
-from clframe.system.reading import expanded, held_by, read_text
+from clframe.system.reading import blame_file, expand_home, read_text
 from clframe.system.switches import alone, plain_torch, quiet_writers
 from clframe.system.texts import cut
 
@@ -59,13 +59,13 @@ def begin_from(engine: Engine, base: Base | None) -> None:
     if base:
         base.check(config, engine.run.plugins)
     elif start := config.model.get(START):
-        start_from(engine.run.model.backbone, expanded(start), config.model["name"])
+        start_from(engine.run.model.backbone, expand_home(start), config.model["name"])
 
 
 def begin_run(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
     """Bring a run to its beginning, or to where the run that it extends `ended`; and save."""
     if base and ended:
-        with held_by(base.path / "checkpoints"):
+        with blame_file(base.path / "checkpoints"):
             state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
         join(engine, base.joining(engine.run.plugins))
     engine.save()
@@ -149,7 +149,7 @@ def base_of(config: Config) -> Base | None:
     """The run that this one extends, if any."""
     if config.run.extends is None:
         return None
-    path = expanded(config.run.extends)
+    path = expand_home(config.run.extends)
     check_finished(path)
     return load_base(path, read_config(path))
 
@@ -174,7 +174,7 @@ def build(
         with following(learned=base is not None):
             scenario = registry.build_scenario(check_named(config.scenario, "scenario"), config.run)
     if base is not None:
-        with held_by((folder.path if folder else Path(config.run.extends or "")) / BASE):
+        with blame_file((folder.path if folder else Path(config.run.extends or "")) / BASE):
             before = scenario_of(base)
         scenario = extend_scenario(before, scenario)
     given = {plugin_name(plugin): plugin for plugin in plugins}
@@ -202,7 +202,7 @@ def build(
 def start_from(backbone: nn.Module, path: Path, name: str) -> None:
     """Give `backbone`, the model `name`, the weights that the run in `path` ended with. Raises `DataError`."""
     _, packed, tensors = read_model(path)
-    with held_by(path / "model.json"):
+    with blame_file(path / "model.json"):
         saved = dict(checkpoint.unpack(dict(packed["dict"])["model"], tensors))
     weights = {key.removeprefix("backbone."): value for key, value in saved.items() if key.startswith("backbone.")}
     wanted = backbone.state_dict()

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, Validati
 
 from clframe.errors import UsageError, did_you_mean
 from clframe.renamed import OF_VALUES
-from clframe.system.texts import cut, told
+from clframe.system.texts import cut, quote
 
 # Types for the signatures of plugins, scenarios and backbones.
 Positive = Annotated[float, Field(gt=0)]
@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
-Builder = TypeVar("Builder", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 STRICT = ConfigDict(allow_inf_nan=False, strict=True, arbitrary_types_allowed=True)
 
@@ -75,7 +75,7 @@ class OptionGroup:
     """
 
 
-def flatten_groups(build: Builder) -> Builder:
+def flatten_groups(build: Callable[..., Result]) -> Callable[..., Result]:
     """Return `build` with the fields of its option groups as parameters, each at the place of its group.
 
     A parameter is a group if its type, or its default, is an `OptionGroup`; the values of that default are then the
@@ -99,7 +99,7 @@ def flatten_groups(build: Builder) -> Builder:
         for base in reversed(group.__mro__):
             docs |= _documented(base)
         types_ = get_type_hints(group, include_extras=True)
-        for field in dataclasses.fields(group):  # type: ignore[arg-type]
+        for field in _fields(group):
             value = getattr(default, field.name) if isinstance(default, group) else field.default
             value = REQUIRED if value is dataclasses.MISSING else value
             parameters.append(
@@ -108,7 +108,7 @@ def flatten_groups(build: Builder) -> Builder:
     signature = inspect.Signature(parameters, return_annotation=hints.get("return", Any))
 
     @functools.wraps(build)
-    def flat(*args: Any, **kwargs: Any) -> Any:
+    def flat(*args: Any, **kwargs: Any) -> Result:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -116,14 +116,18 @@ def flatten_groups(build: Builder) -> Builder:
         bound.apply_defaults()
         values = dict(bound.arguments)
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            values[name] = group(**{field.name: values.pop(field.name) for field in _fields(group)})
         return build(**values)
 
     flat.__signature__ = signature  # type: ignore[attr-defined]
     flat.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": signature.return_annotation}
     listed = "".join(f"    {name}: {docs[name]}\n" for p in parameters if (name := public_name(p.name)) in docs)
     flat.__doc__ = f"{sections_of(build)['']}\n\nOptions:\n{listed}"
-    return cast(Builder, flat)
+    return flat
+
+
+def _fields(group: type[OptionGroup]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cast(Any, group))
 
 
 def fields_of(settings: type[BaseModel]) -> list[Option]:
@@ -193,7 +197,7 @@ def explain(error: ValidationError, where: str) -> list[str]:
             reasons[reason] = []  # about a group of settings as a whole: it names them itself
             continue
         said = reasons.setdefault(
-            f"`{'.'.join(filter(None, [where, *map(cut, parts)]))}` is {told(problem['input'])}", []
+            f"`{'.'.join(filter(None, [where, *map(cut, parts)]))}` is {quote(problem['input'])}", []
         )
         said.append(reason.removeprefix("it should be ") if said else reason)
     return [": ".join([place, *filter(None, [" or ".join(said)])]) + "." for place, said in reasons.items()]

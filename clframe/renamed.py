@@ -67,8 +67,8 @@ def update_mode(options: Mapping[str, Any]) -> dict[str, Any]:
     A scenario has its ``name`` among the options; those of other packages are returned as they are.
     """
     of_image_files = str(options.get("name", OF_MODES[0])).partition(":")[0] in OF_MODES
-    old = options.get("mode")
-    return {**options, "mode": OF_VALUES[old]} if of_image_files and str(old) in OF_VALUES else dict(options)
+    old = str(options.get("mode"))
+    return {**options, "mode": OF_VALUES[old]} if of_image_files and old in OF_VALUES else dict(options)
 
 
 def update_config(config: Any) -> Any:

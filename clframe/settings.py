@@ -25,7 +25,7 @@ from clframe.options import (
     suited,
     unknown,
 )
-from clframe.system.reading import expanded
+from clframe.system.reading import expand_home
 
 OF_ALL = ("keep_optimizer", "logits", "val", "threads", "first")  # settings that no single experience has of its own
 LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
@@ -198,7 +198,7 @@ def data_root(given: str | None) -> Path:
 
     import platformdirs
 
-    return expanded(given or os.environ.get(DATA_ROOT) or platformdirs.user_cache_dir("clframe"))
+    return expand_home(given or os.environ.get(DATA_ROOT) or platformdirs.user_cache_dir("clframe"))
 
 
 DEFAULT_SCENARIO = "split-digits"

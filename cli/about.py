@@ -10,7 +10,7 @@ from clframe import contract, registry
 from clframe.cli import show
 from clframe.errors import ClframeError, cannot_write
 from clframe.options import options_of, sections_of
-from clframe.system.reading import expanded
+from clframe.system.reading import expand_home
 
 if TYPE_CHECKING:
     from clframe.data.scenario import Scenario
@@ -89,9 +89,9 @@ def about_scenario(
             config = resolve(scenario=scenario, sets=sets, run={"data_root": data_root} if data_root else None)
             built = registry.build_scenario(config.scenario, config.run)
         if save:
-            split_file.write_split(expanded(save), config.scenario, built, config.run.seed)
+            split_file.write_split(expand_home(save), config.scenario, built, config.run.seed)
         if sheet:
-            _draw(expanded(sheet), built)
+            _draw(expand_home(sheet), built)
         setting = built.setting
         notes = list(built.notes)
         experiences = [[built.class_names[label] for label in classes] for classes in built.classes]
@@ -137,11 +137,11 @@ def about_scenario(
 
 
 def _draw(path: Path, scenario: Scenario) -> None:
-    from clframe.data.pictures import png, sheet
+    from clframe.data.pictures import draw_sheet, encode_png
     from clframe.system.writing import write_bytes
 
     try:
-        write_bytes(path, png(sheet(scenario)))
+        write_bytes(path, encode_png(draw_sheet(scenario)))
     except OSError as error:
         raise cannot_write("The sheet", path, error) from error
 

@@ -40,7 +40,7 @@ def examine(data_root: str | None) -> dict[str, Any]:
         },
         "free_bytes": {"here": _free(Path.cwd()), "data": _free(root)},
         "data_root": str(root),
-        "data": {name: str(path) if path else None for name, path in sources.found(root)},
+        "data": {name: str(path) if path else None for name, path in sources.find_all(root)},
         "known_problems": _known_problems(),
         "offers": [_tried(offer) for kind in registry.GROUPS for offer in registry.offers(kind)],
     }

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clframe.cli.show import HELD_OUT, READINGS, percent
-from clframe.system.texts import printable
+from clframe.system.texts import escape_unprintable
 
 REDRAW = 0.25  # seconds
 NAMED = 6  # names at most that a line has
@@ -119,11 +119,11 @@ class Live:
         self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
 
     def _message(self, record: dict[str, Any]) -> None:
-        self.console.print(printable(record["text"]), markup=False, soft_wrap=True)
+        self.console.print(escape_unprintable(record["text"]), markup=False, soft_wrap=True)
 
     def _plain(self, text: str) -> None:
         if not (self.screen or self.quiet):
-            print(printable(text), file=sys.stderr, flush=True)
+            print(escape_unprintable(text), file=sys.stderr, flush=True)
 
     # ----------------------------------------------------------------------------------------- drawing
 
@@ -138,12 +138,12 @@ class Live:
         if step:
             now += [f"epoch {step['epoch'] + 1}", f"step {step['step']:,} of {step['steps']:,}"]
             now += [f"{step['images_per_second']:,.0f} images/s", f"{_duration(self._left())} left"]
-        parts: list[Any] = [Text(f"{printable(self.scenario)}: " + "  ".join(now), style="bold")]
+        parts: list[Any] = [Text(f"{escape_unprintable(self.scenario)}: " + "  ".join(now), style="bold")]
         if step:
             losses = [f"{name} {loss:.4g}" for name, loss in step["losses"].items()]
             parts.append(Text(f"loss: {', '.join(losses)}; learning rate {step['lr']:.3g}"))
         if tick:
-            parts.append(Text(f"{printable(tick['name'])}: {tick['i']:,} of {tick['n']:,}"))
+            parts.append(Text(f"{escape_unprintable(tick['name'])}: {tick['i']:,} of {tick['n']:,}"))
         parts += [self._accuracy(reading) for reading in dict.fromkeys([*self.rows, *self.within])]
         learnt = self.index + 1
         parts += [Text(f"{HELD_OUT.capitalize()}: {_in_words(r, row[:learnt])}") for r, row in self.held_out.items()]

@@ -18,7 +18,7 @@ import typer
 from clframe import __version__, compose, registry
 from clframe.cli import advice, show, streams
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
-from clframe.system.reading import expanded, reason
+from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def extend(
         from clframe.api import extension_config, run_config
 
         settings = extension_config(
-            expanded(folder),
+            expand_home(folder),
             {"name": scenario, **_given(limit=limit)},
             plugins={name: {} for name in plugin or ()},
             sets=set_ or (),

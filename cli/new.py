@@ -11,7 +11,7 @@ from clframe import __version__, registry
 from clframe.cli import show
 from clframe.errors import UsageError
 from clframe.hooks import HOOK_API, HOOKS
-from clframe.system.reading import expanded
+from clframe.system.reading import expand_home
 
 GROUP_OF = {"plugin": "plugins", "scenario": "scenarios", "model": "plugins"}  # of the command line
 KIND_OF = {"plugin": "plugin", "scenario": "scenario", "model": "backbone"}
@@ -262,7 +262,7 @@ def write(kind: registry.Kind, name: str, output: Path | None) -> None:
 
     Raises `UsageError` if the name or the folder cannot be used; nothing is written then.
     """
-    folder = expanded(output or name)
+    folder = expand_home(output or name)
     if problems := problems_of(kind, name):
         raise UsageError(*problems)
     if folder.exists():

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.system.texts import UNPRINTABLE, printable
+from clframe.system.texts import UNPRINTABLE, escape_unprintable
 
 if TYPE_CHECKING:
     from clframe.options import Option
@@ -23,7 +23,7 @@ Rows = Sequence[Sequence[str]]
 
 def line(text: str = "") -> None:
     """Print one line to stdout; what a terminal would act on in `text`, such as a class's name, becomes an escape."""
-    print(printable(text))
+    print(escape_unprintable(text))
 
 
 def lines(text: str) -> None:
@@ -34,7 +34,7 @@ def lines(text: str) -> None:
 
 def note(text: str) -> None:
     """Print one line to stderr, as `line` does."""
-    print(printable(text), file=sys.stderr)
+    print(escape_unprintable(text), file=sys.stderr)
 
 
 def document(data: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -47,7 +47,10 @@ def document(data: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
     """A table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`)."""
-    headers, rows = [printable(header) for header in headers], [[printable(cell) for cell in row] for row in rows]
+    headers, rows = (
+        [escape_unprintable(header) for header in headers],
+        [[escape_unprintable(cell) for cell in row] for row in rows],
+    )
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console

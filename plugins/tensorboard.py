@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clframe.data.pictures import png
+from clframe.data.pictures import encode_png
 from clframe.hooks import hookimpl
 from clframe.metrics import Matrix, average_accuracy, forgetting
 from clframe.plugin import Plugin
@@ -197,7 +197,7 @@ def encode_image(tag: str, image: NDArray[np.uint8]) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     height, width, colors = image.shape
-    shown = Summary.Image(height=height, width=width, colorspace=colors, encoded_image_string=png(image))
+    shown = Summary.Image(height=height, width=width, colorspace=colors, encoded_image_string=encode_png(image))
     return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 

@@ -78,10 +78,14 @@ def benchmark(
         augment: crop training images at random after padding by 4 zeros, and mirror every other one; null: for CIFAR.
     """
     _check(variant, first, order, rotations, experiences, seed)
-    arrays = _arrays(variant, data_root, normalize, augment)
+    arrays = _load(variant, data_root, normalize, augment)
     name = f"avalanche:{variant}"
     if variant in DOMAINS:
-        change = permutations(seed, experiences) if variant == "PermutedMNIST" else turns(seed, experiences, rotations)
+        change = (
+            draw_permutations(seed, experiences)
+            if variant == "PermutedMNIST"
+            else draw_rotations(seed, experiences, rotations)
+        )
         return change_domains(
             name,
             arrays.limited(limit),
@@ -92,19 +96,19 @@ def benchmark(
         )
     if variant == "SplitCIFAR110":
         first = 10
-        order = [*range(10), *_of_cifar100(order, seed)]
+        order = [*range(10), *_order_cifar100(order, seed)]
     elif order == "random":
-        order = class_order(len(arrays.class_names), seed)
+        order = draw_class_order(len(arrays.class_names), seed)
     stream = streams.Split(setting or "class", experiences, first, order, seed)
     return streams.split(name, arrays.limited(limit), stream)
 
 
-def class_order(classes: int, seed: int | None) -> list[int]:
+def draw_class_order(classes: int, seed: int | None) -> list[int]:
     """The order of that many classes that Avalanche's generator of class-incremental benchmarks draws from `seed`."""
     return torch.randperm(classes, generator=torch.Generator().manual_seed(seed or 0)).tolist()
 
 
-def permutations(seed: int | None, experiences: int) -> Callable[[int, Tensor], Tensor]:
+def draw_permutations(seed: int | None, experiences: int) -> Callable[[int, Tensor], Tensor]:
     """``change(i, x)`` that gives the images `x` [N, 1, 28, 28] as experience i of PermutedMNIST shows them."""
     drawn = np.random.RandomState(seed or 0)
     orders = [torch.from_numpy(drawn.permutation(784)) for _ in range(experiences)]
@@ -115,7 +119,7 @@ def permutations(seed: int | None, experiences: int) -> Callable[[int, Tensor], 
     return permute
 
 
-def turns(seed: int | None, experiences: int, angles: list[int] | None) -> Callable[[int, Tensor], Tensor]:
+def draw_rotations(seed: int | None, experiences: int, angles: list[int] | None) -> Callable[[int, Tensor], Tensor]:
     """``change(i, x)`` that gives the images `x` [N, 1, 28, 28] as experience i of RotatedMNIST shows them."""
     drawn = np.random.RandomState(seed or 0)
     angles = angles or [int(drawn.randint(-180, 181)) for _ in range(experiences)]
@@ -129,14 +133,14 @@ def turns(seed: int | None, experiences: int, angles: list[int] | None) -> Calla
     return turn
 
 
-def _of_cifar100(order: str | list[int], seed: int | None) -> list[int]:
+def _order_cifar100(order: str | list[int], seed: int | None) -> list[int]:
     """The classes 10 to 109 of SplitCIFAR110 in their order."""
     if isinstance(order, list):
         return order
     return random.Random(seed or 0).sample(range(10, 110), 100) if order == "random" else list(range(10, 110))
 
 
-def _arrays(variant: str, data_root: Path, normalize: bool | None, augment: bool | None) -> Arrays:
+def _load(variant: str, data_root: Path, normalize: bool | None, augment: bool | None) -> Arrays:
     """The images of the benchmark, those of several data sets one after the other."""
     parts = [sources.load(name, data_root) for name in BENCHMARKS[variant]]
     norms = mnist.NORMS | cifar.NORMS

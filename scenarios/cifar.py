@@ -37,12 +37,12 @@ class TenGroups(Split):
     """A stream of ten experiences of CIFAR-100, whose order of classes may be iCaRL's."""
 
     experiences: Count = 10
-    order: Order | Literal["icarl"] = "natural"
+    order: Order | Literal["icarl"] = "natural"  # type: ignore[assignment]  # one choice more
 
     def class_order(self, n_classes: int) -> list[int]:
         """Return the class numbers in the order of learning; ``icarl`` is drawn from NumPy's generator of 1993."""
         if self.order == "icarl":
-            return np.random.RandomState(ICARL_SEED).permutation(n_classes).tolist()
+            return list(np.random.RandomState(ICARL_SEED).permutation(n_classes).tolist())
         return super().class_order(n_classes)
 
 

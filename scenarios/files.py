@@ -18,15 +18,15 @@ from pydantic import Field
 
 from clframe.data.build import Arrays
 from clframe.data.decode import LARGEST_FILE, Crop, ImageFormat, Mode
-from clframe.data.duplicates import Duplicates, settled
-from clframe.data.files import Files, Held, Images, LazyImages, bytes_of, cores
+from clframe.data.duplicates import Duplicates, resolve_duplicates
+from clframe.data.files import EmbeddedFile, ImageFiles, LazyImages, RawImages, bytes_of, count_cores
 from clframe.data.scenario import Part
 from clframe.data.streams import least_classes
 from clframe.data.transform import Transform
 from clframe.errors import DataError
 from clframe.options import Count, CountOrZero, OptionGroup
 from clframe.scenarios.streams import Stream, random_state
-from clframe.system.reading import Unreadable, read_bytes, shown
+from clframe.system.reading import Unreadable, quote_path, read_bytes
 from clframe.system.texts import by_name
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
@@ -118,14 +118,14 @@ class Entry:
         group: the task or domain that it belongs to; empty where there are none.
     """
 
-    file: str | Held
+    file: str | EmbeddedFile
     name: str
     label: str
     part: Part | None = None
     group: str = ""
 
 
-def class_name(text: str, what: str) -> str:
+def normalize_name(text: str, what: str) -> str:
     """Return the name `text` of a class of `what` in one Unicode form (NFC): systems write one name in several.
 
     Raises:
@@ -138,14 +138,14 @@ def class_name(text: str, what: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str) -> list[Entry]:
+def divide_entries(entries: Sequence[Entry], share: float, seed: int | None, what: str) -> list[Entry]:
     """`entries` with `share` of each class (of each group) drawn as test images, one at least.
 
     Raises:
         DataError: if a class has one image only, which cannot be both.
     """
     tested: set[str] = set()
-    for k, ((group, label), members) in enumerate(sorted(grouped(entries, lambda e: (e.group, e.label)).items())):
+    for k, ((group, label), members) in enumerate(sorted(group_entries(entries, lambda e: (e.group, e.label)).items())):
         if len(members) < 2:
             where = f" of `{group}`" if group else ""
             raise DataError(
@@ -157,7 +157,7 @@ def divided(entries: Sequence[Entry], share: float, seed: int | None, what: str)
     return [replace(e, part="test" if e.name in tested else "train") for e in entries]
 
 
-def limited(entries: Iterable[Entry], per_class: int | None) -> list[Entry]:
+def limit_entries(entries: Iterable[Entry], per_class: int | None) -> list[Entry]:
     """The first `per_class` images of each class (of each group), of training and of test images; all if None."""
     counted = Counter[tuple[str | None, str, str]]()
     kept = []
@@ -168,7 +168,7 @@ def limited(entries: Iterable[Entry], per_class: int | None) -> list[Entry]:
     return kept
 
 
-def grouped(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, list[Entry]]:
+def group_entries(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, list[Entry]]:
     """`entries` by their key, each in their order."""
     found: dict[Key, list[Entry]] = {}
     for entry in entries:
@@ -203,7 +203,7 @@ def read_all(
     look, duplicates = options.format(), options.duplicates
     keep = bytes_of(len(entries), look) <= loading.memory
     pixels = np.empty((len(entries) if keep else 0, *look.shape), dtype=np.uint8)
-    workers = loading.workers or cores()
+    workers = loading.workers or count_cores()
 
     def examine(i: int) -> tuple[bytes, str]:
         """The file's SHA-256, or why it cannot be read."""
@@ -239,7 +239,7 @@ def read_all(
         )
     good = [i for i, (_, reason) in enumerate(found) if not reason]
     digests = [found[i][0] for i in good]
-    kept = without_twins(
+    kept = resolve_twins(
         [entries[i] for i in good], digests, what if duplicates == "refuse" else name, duplicates, notes
     )
     good = [good[k] for k in kept]
@@ -251,8 +251,10 @@ def read_all(
     if len(good) < len(entries):
         entries = [entries[i] for i in good]
         pixels = pixels[good] if keep else pixels
-    notes += alike(sorted({e.label for e in entries}))
-    images: Images = torch.from_numpy(pixels) if keep else LazyImages([Files([e.file for e in entries], look, workers)])
+    notes += notes_on_case(sorted({e.label for e in entries}))
+    images: RawImages = (
+        torch.from_numpy(pixels) if keep else LazyImages([ImageFiles([e.file for e in entries], look, workers)])
+    )
     names = tuple(sorted({e.label for e in entries}, key=rank))
     number = {label: i for i, label in enumerate(names)}
     y = torch.tensor([number[e.label] for e in entries], dtype=torch.int64)
@@ -261,7 +263,7 @@ def read_all(
     return Arrays(name, images[:cut], y[:cut], images[cut:], y[cut:], names, transform, sha256, tuple(notes)), entries
 
 
-def without_twins(
+def resolve_twins(
     entries: Sequence[Entry], digests: Sequence[bytes], what: str, duplicates: Duplicates, notes: list[str]
 ) -> list[int]:
     """Return the positions of the `entries` that stay: with ``drop`` no training image that is a test image, too.
@@ -297,7 +299,7 @@ def without_twins(
         n_tests = sum(e.part == "test" for e in entries)
         same = any(_helps([entries[i] for i in twins]) for twins in shared)
         notes.append(
-            settled(
+            resolve_duplicates(
                 *(duplicates, len(tested), n_tests, len(learnt), what, pair),
                 option="--set scenario.duplicates=",
                 same_class=same,
@@ -307,7 +309,7 @@ def without_twins(
     repeated = [
         members
         for twins in several
-        for members in grouped([entries[i] for i in twins], lambda e: (e.part or "", e.group)).values()
+        for members in group_entries([entries[i] for i in twins], lambda e: (e.part or "", e.group)).values()
         if len(members) > 1
     ]
     if repeated:
@@ -328,16 +330,18 @@ def _helps(twins: Sequence[Entry]) -> bool:
     return bool(learned & tested)
 
 
-def alike(names: Sequence[str]) -> list[str]:
+def notes_on_case(names: Sequence[str]) -> list[str]:
     """Return a sentence on classes whose names differ in upper and lower case alone; none if there are none."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(name.casefold(), []).append(name)
     twins = [name for same in found.values() if len(same) > 1 for name in same]
-    return [f"{classes(twins)} differ in upper and lower case alone, and are classes of their own."] if twins else []
+    return (
+        [f"{list_classes(twins)} differ in upper and lower case alone, and are classes of their own."] if twins else []
+    )
 
 
-def reduced(what: str, duplicates: Duplicates) -> str:
+def name_reduced(what: str, duplicates: Duplicates) -> str:
     """Return how a sentence calls the data set `what` after `read_all`, which may have left out images."""
     return f"{what}, without its broken images{' and those that are tested with' * (duplicates == 'drop')},"
 
@@ -357,13 +361,13 @@ def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None
     new = sorted(parts["test"].keys() - parts["train"].keys(), key=by_name)
     if new:
         raise DataError(
-            f"{classes(new)} in the test images of {what} {is_or_are(len(new))} not in its training "
+            f"{list_classes(new)} in the test images of {what} {is_or_are(len(new))} not in its training "
             f"images; {new_in_test}."
         )
     if untested := sorted(parts["train"].keys() - parts["test"].keys(), key=by_name):
         raise DataError(
-            f"{classes(untested)} in {what} {'has' if len(untested) == 1 else 'have'} no test images; add some, or "
-            f"leave out the class{'es' * (len(untested) > 1)}."
+            f"{list_classes(untested)} in {what} {'has' if len(untested) == 1 else 'have'} no test images; add some, "
+            f"or leave out the class{'es' * (len(untested) > 1)}."
         )
     if len(parts["train"]) < least_classes():
         only = f", `{next(iter(parts['train']))}`" if parts["train"] else ""
@@ -375,7 +379,7 @@ def is_or_are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def classes(names: Sequence[str]) -> str:
+def list_classes(names: Sequence[str]) -> str:
     """``The class `a` `` or ``The classes `a`, `b` ``, of which the first are named."""
-    listed = ", ".join(f"`{shown(name)}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    listed = ", ".join(f"`{quote_path(name)}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"The class{'es' if len(names) > 1 else ''} {listed}"

@@ -19,16 +19,16 @@ from clframe.scenarios.files import (
     ImageOptions,
     LoadingOptions,
     check_classes,
-    class_name,
-    classes,
-    divided,
+    divide_entries,
     is_or_are,
-    limited,
+    limit_entries,
+    list_classes,
+    name_reduced,
+    normalize_name,
     read_all,
-    reduced,
 )
 from clframe.scenarios.streams import split
-from clframe.system.reading import expanded, reason, shown
+from clframe.system.reading import expand_home, quote_path, reason
 
 # names of folders that hold a part of the images, and no class
 PART = re.compile(
@@ -58,39 +58,39 @@ def split_folder(
         skip_empty: leave out classes without images, instead of naming them and stopping.
     """
     images.format()  # refuses options that do not belong together before anything is read
-    root = expanded(path)
-    entries, empty, notes = _listed(root)
+    root = expand_home(path)
+    entries, empty, notes = _list_images(root)
     if empty and not skip_empty:
         raise DataError(
-            f"{classes([name for name, _ in empty])} in {root} {_has(empty)} no images{_instead(empty)}; add some, "
-            f"remove the folder{'s' * (len(empty) > 1)}, or leave {'them' if len(empty) > 1 else 'it'} out with "
-            "`--set scenario.skip_empty=true`."
+            f"{list_classes([name for name, _ in empty])} in {root} {_has(empty)} no images{_name_other_kinds(empty)}; "
+            f"add some, remove the folder{'s' * (len(empty) > 1)}, or leave {'them' if len(empty) > 1 else 'it'} out "
+            "with `--set scenario.skip_empty=true`."
         )
     if empty:
         notes.append(
-            f"{classes([name for name, _ in empty])} {_has(empty)} no images and {is_or_are(len(empty))} left out "
+            f"{list_classes([name for name, _ in empty])} {_has(empty)} no images and {is_or_are(len(empty))} left out "
             "(`scenario.skip_empty`)."
         )
     what = str(root)
     labels = {e.label for e in entries}
     if len(labels) < least_classes():
-        only = f"one class, `{shown(next(iter(labels)))}`" if labels else "no class folders with images"
+        only = f"one class, `{quote_path(next(iter(labels)))}`" if labels else "no class folders with images"
         raise DataError(
             f"{what} has {only}; it must hold a folder for each class, and two classes at least."
-            f"{_elsewhere(root, entries)}"
+            f"{_suggest_folder(root, entries)}"
         )
     if entries[0].part is None:
-        entries = divided(entries, stream.test, stream.seed, what)
+        entries = divide_entries(entries, stream.test, stream.seed, what)
     check_classes(entries, what, "add some to learn from, or remove its folder among the test images")
     arrays, kept = read_all(
         root.resolve().name,
-        limited(entries, stream.limit),
+        limit_entries(entries, stream.limit),
         images,
         loading,
         what=what,
         notes=notes,
     )
-    check_classes(kept, reduced(what, images.duplicates), "repair them")
+    check_classes(kept, name_reduced(what, images.duplicates), "repair them")
     return split("split-folder", arrays, stream)
 
 
@@ -98,7 +98,7 @@ def _has(names: list[tuple[str, str]]) -> str:
     return "has" if len(names) == 1 else "have"
 
 
-def _elsewhere(root: Path, entries: list[Entry]) -> str:
+def _suggest_folder(root: Path, entries: list[Entry]) -> str:
     """Return where the classes of a folder with one class or none may be: a level deeper, or nowhere."""
     if not entries:
         beside = sum(path.suffix.lower() in SUFFIXES and not is_hidden(path.name) for path in root.iterdir())
@@ -107,10 +107,10 @@ def _elsewhere(root: Path, entries: list[Entry]) -> str:
     if len(inside) < 2 or any(len(Path(entry.name).parts) == 2 for entry in entries):
         return ""
     deeper = root / Path(entries[0].name).parts[0]
-    return f" If the folders in {shown(deeper)} are the classes, name that one with `--set scenario.path=FOLDER`."
+    return f" If the folders in {quote_path(deeper)} are the classes, name that one with `--set scenario.path=FOLDER`."
 
 
-def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
+def _list_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
     """List the images below `root`, the class folders without any, and sentences on what is left out.
 
     Each class folder without images comes with the endings of what it holds instead.
@@ -119,30 +119,30 @@ def _listed(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
         if not root.is_dir():
             there = "is no folder" if root.exists() else "does not exist"
             raise DataError(
-                f"The folder {shown(root.absolute())} {there}; name that of your class folders with "
+                f"The folder {quote_path(root.absolute())} {there}; name that of your class folders with "
                 "`--set scenario.path=FOLDER`."
             )
-        return _found(root)
+        return _find_images(root)
     except OSError as error:
-        raise DataError(f"The folder {shown(root.absolute())} cannot be read: {reason(error)}.") from error
+        raise DataError(f"The folder {quote_path(root.absolute())} cannot be read: {reason(error)}.") from error
 
 
-def _found(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
+def _find_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
     left = LeftOut()
-    parts, notes = _parts(root, left)
+    parts, notes = _find_parts(root, left)
     entries: list[Entry] = []
     empty = []
     for base, part in parts:
         names: dict[str, str] = {}
         for folder in class_folders(base, left):
-            label = class_name(folder.name, str(base))
+            label = normalize_name(folder.name, str(base))
             if label in names:
                 raise DataError(
                     f"Two folders in {base} are called `{label}`, in two Unicode spellings ({names[label]!a} and "
                     f"{folder.name!a}); put their images into one."
                 )
             names[label] = folder.name
-            inside = {role for role, _ in map(_role, class_folders(folder)) if role}
+            inside = {role for role, _ in map(_read_role, class_folders(folder)) if role}
             if part is None and {"train", "test"} <= inside:
                 raise DataError(
                     f"The class folder {folder} holds folders of training and of test images; turn them round: "
@@ -152,10 +152,10 @@ def _found(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
             if not images:
                 empty.append((label if part is None else f"{base.name}/{label}", ", ".join(sorted(others))))
             entries += [Entry(file, os.path.relpath(file, root), label, part) for file in images]
-    return entries, empty, [*notes, *left.told(root.resolve().name)]
+    return entries, empty, [*notes, *left.sentences(root.resolve().name)]
 
 
-def _role(folder: Path) -> tuple[Part | None, bool]:
+def _read_role(folder: Path) -> tuple[Part | None, bool]:
     """Return the part that a folder of this name holds, None for a class; and whether that is validation."""
     match = PART.fullmatch(folder.name)
     if not match:
@@ -163,7 +163,7 @@ def _role(folder: Path) -> tuple[Part | None, bool]:
     return ("train" if match["train"] else "test"), bool(match["val"])
 
 
-def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], list[str]]:
+def _find_parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], list[str]]:
     """Return the folders that hold class folders, with their parts, and sentences on what is left out.
 
     Raises:
@@ -171,7 +171,7 @@ def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], l
     """
     train, test, val, others = list[Path](), list[Path](), list[Path](), list[Path]()
     for folder in class_folders(root):
-        part, validates = _role(folder)
+        part, validates = _read_role(folder)
         (others if part is None else train if part == "train" else val if validates else test).append(folder)
     if not train or not test + val:
         halves = train + test + val
@@ -208,7 +208,7 @@ def _parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], l
     return [(train[0], "train"), (tested[0], "test")], notes
 
 
-def _instead(empty: list[tuple[str, str]]) -> str:
+def _name_other_kinds(empty: list[tuple[str, str]]) -> str:
     """What is there in place of images, which may be of a kind that is not read."""
     endings = sorted({others for _, others in empty if others})
     return f" (but files of the kinds {', '.join(endings)}, which are not read)" if endings else ""

@@ -24,14 +24,14 @@ from clframe.scenarios.files import (
     ImageOptions,
     LoadingOptions,
     check_classes,
-    class_name,
-    divided,
-    limited,
+    divide_entries,
+    limit_entries,
+    name_reduced,
+    normalize_name,
     read_all,
-    reduced,
 )
 from clframe.scenarios.streams import split
-from clframe.system.reading import expanded, read_bytes
+from clframe.system.reading import expand_home, read_bytes
 from clframe.system.texts import by_name
 
 PARQUET = ".parquet"
@@ -73,28 +73,28 @@ def huggingface(
             the only one, test images are drawn from it (`test`).
     """
     images.format()  # refuses options that do not belong together before anything is read
-    found = _found(variant, config, revision)
+    found = _open_data_set(variant, config, revision)
     name = f"huggingface:{variant}"
     what = f"`{name}`"
-    parts = _parts(found.splits, train_split, test_split, what)
+    parts = _choose_splits(found.splits, train_split, test_split, what)
     features = found.splits[train_split].features
-    image = _column(features, image_column, _IMAGES, what)
-    label = _column(features, label_column, _LABELS, what)
+    image = _find_column(features, image_column, _IMAGES, what)
+    label = _find_column(features, label_column, _LABELS, what)
     _check_names(found.files, label, getattr(features[label], "names", None))
-    entries = [e for s, part in parts.items() for e in _entries(found.splits[s], s, part, image, label, what)]
+    entries = [e for s, part in parts.items() for e in _list_entries(found.splits[s], s, part, image, label, what)]
     if len(parts) == 1:
-        entries = divided(entries, stream.test, stream.seed, what)
+        entries = divide_entries(entries, stream.test, stream.seed, what)
     fix = "choose other splits with `--set scenario.train_split` and `scenario.test_split`, or leave out its rows"
     check_classes(entries, what, fix)
     arrays, kept = read_all(
         variant,
-        limited(entries, stream.limit),
+        limit_entries(entries, stream.limit),
         images,
         loading,
         what=what,
-        rank=_rank(features[label]),
+        rank=_class_rank(features[label]),
     )
-    check_classes(kept, reduced(what, images.duplicates), "repair them")
+    check_classes(kept, name_reduced(what, images.duplicates), "repair them")
     return split(name, arrays, stream)
 
 
@@ -130,14 +130,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _DataSet:
     """A data set: its splits by their names, and its files where it is a folder."""
 
     splits: Mapping[str, Any]
     files: Sequence[str]
 
 
-def _found(variant: str, config: str | None, revision: str | None) -> _Found:
+def _open_data_set(variant: str, config: str | None, revision: str | None) -> _DataSet:
     """The data set that `variant` names.
 
     Raises:
@@ -151,15 +151,15 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
             f"`huggingface:{variant}` is read by the library `datasets`, which is missing: "
             "`pip install 'clframe[huggingface]'`."
         ) from error
-    path = expanded(variant)
+    path = expand_home(variant)
     local = path.exists() or variant.startswith((".", "/", "~")) or path.suffix.lower() == PARQUET
     if local and revision is not None:
         raise UsageError(f"`scenario.revision` is of data sets on the Hub, and {path} is here: leave it out.")
     if path.is_file() and config is not None:
         raise UsageError(f"`scenario.config` is of data sets and folders, and {path} is a file: leave it out.")
     if not local:
-        with _quiet(datasets), _explained(datasets, variant):
-            return _of_hub(datasets, variant, config, revision)
+        with _silence(datasets), _explain(datasets, variant):
+            return _open_from_hub(datasets, variant, config, revision)
     if not path.exists():
         raise DataError(
             f"There is no file or folder {path.absolute()}; name a Parquet file, a folder of them, or a data set of "
@@ -170,15 +170,15 @@ def _found(variant: str, config: str | None, revision: str | None) -> _Found:
             f"The folder {path} holds no Parquet files; for a folder of class folders there is "
             f"`--scenario split-folder --set scenario.path={path}`."
         )
-    with _quiet(datasets), _explained(datasets, str(path)):
+    with _silence(datasets), _explain(datasets, str(path)):
         if path.is_file():  # `load_dataset` would tell the Hub of it
-            return _Found(datasets.DatasetDict.from_parquet({"train": str(path)}), [])
+            return _DataSet(datasets.DatasetDict.from_parquet({"train": str(path)}), [])
         builder = datasets.load_dataset_builder(str(path.absolute()), config)  # `parquet` alone is a reader's name
         builder.download_and_prepare()
-        return _Found(builder.as_dataset(), [file for files in builder.config.data_files.values() for file in files])
+        return _DataSet(builder.as_dataset(), [file for files in builder.config.data_files.values() for file in files])
 
 
-def _of_hub(datasets: Any, name: str, config: str | None, revision: str | None) -> _Found:
+def _open_from_hub(datasets: Any, name: str, config: str | None, revision: str | None) -> _DataSet:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not sources.may_download()
     try:
@@ -190,13 +190,13 @@ def _of_hub(datasets: Any, name: str, config: str | None, revision: str | None) 
                 f"{builder.hash} is kept here: try again where there is a network, or leave out `scenario.revision`."
             )
         builder.download_and_prepare()
-        return _Found(builder.as_dataset(), [])
+        return _DataSet(builder.as_dataset(), [])
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
 @contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
+def _silence(datasets: Any) -> Iterator[None]:
     """Inside, the libraries log nothing, as errors are told by clframe, and show progress on a terminal only."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -215,7 +215,7 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(datasets: Any, name: str) -> Iterator[None]:
+def _explain(datasets: Any, name: str) -> Iterator[None]:
     """Turn what the library raises into one sentence that names the data set, and what to do."""
     from huggingface_hub.utils import HFValidationError
 
@@ -253,7 +253,7 @@ def _explained(datasets: Any, name: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ splits and columns
 
 
-def _parts(splits: Mapping[str, Any], train: str, test: str | None, what: str) -> dict[str, Part | None]:
+def _choose_splits(splits: Mapping[str, Any], train: str, test: str | None, what: str) -> dict[str, Part | None]:
     """The splits that are read, and what they are for; the only one is for both, and divided later."""
     there = ", ".join(f"`{name}`" for name in splits)
     if train not in splits:
@@ -285,7 +285,7 @@ class _Wanted:
     kinds: Sequence[Callable[[Any], bool]]
 
 
-def _kind(feature: Any) -> str:
+def _type_name(feature: Any) -> str:
     """The type of a column, in the words of `datasets`."""
     return getattr(feature, "dtype", "") if type(feature).__name__ == "Value" else type(feature).__name__
 
@@ -294,17 +294,19 @@ _IMAGES = _Wanted(
     "image_column",
     "images",
     (
-        lambda f: _kind(f) == "Image" or (isinstance(f, Mapping) and set(f) == BYTES_AND_PATH),
-        lambda f: _kind(f) in ("binary", "large_binary"),
+        lambda f: _type_name(f) == "Image" or (isinstance(f, Mapping) and set(f) == BYTES_AND_PATH),
+        lambda f: _type_name(f) in ("binary", "large_binary"),
     ),
 )
-_LABELS = _Wanted("label_column", "labels", (lambda f: _kind(f) == "ClassLabel", lambda f: _kind(f).startswith(LABELS)))
+_LABELS = _Wanted(
+    "label_column", "labels", (lambda f: _type_name(f) == "ClassLabel", lambda f: _type_name(f).startswith(LABELS))
+)
 
 
-def _column(features: Mapping[str, Any], named: str | None, wanted: _Wanted, what: str) -> str:
+def _find_column(features: Mapping[str, Any], named: str | None, wanted: _Wanted, what: str) -> str:
     """The name of the column of `features` that is `wanted`."""
     suits = [[name for name, feature in features.items() if kind(feature)] for kind in wanted.kinds]
-    listed = ", ".join(f"`{name}` ({_kind(feature)})" for name, feature in features.items())
+    listed = ", ".join(f"`{name}` ({_type_name(feature)})" for name, feature in features.items())
     option = f"`--set scenario.{wanted.option}=NAME`"
     if named is None:
         best = next(filter(None, suits), [])
@@ -320,13 +322,13 @@ def _column(features: Mapping[str, Any], named: str | None, wanted: _Wanted, wha
         raise DataError(f"{what} has no column `{named}`; it has {listed}: name the right one with {option}.")
     if not any(named in names for names in suits):
         raise DataError(
-            f"The column `{named}` of {what} is {_kind(features[named])} and holds no {wanted.holds}; it has {listed}: "
-            f"name the right one with {option}."
+            f"The column `{named}` of {what} is {_type_name(features[named])} and holds no {wanted.holds}; "
+            f"it has {listed}: name the right one with {option}."
         )
     return named
 
 
-def _entries(dataset: Any, split: str, part: Part | None, image: str, label: str, what: str) -> list[Entry]:
+def _list_entries(dataset: Any, split: str, part: Part | None, image: str, label: str, what: str) -> list[Entry]:
     """An entry for each row of a split."""
     import datasets
 
@@ -338,15 +340,15 @@ def _entries(dataset: Any, split: str, part: Part | None, image: str, label: str
             f"{len(lacking)} of the {len(labels)} rows of the split `{split}` of {what} have no label in `{label}`, "
             f"the first is row {lacking[0]}; choose another split, or give them labels."
         )
-    labels = [class_name(text, what) for text in labels]
+    labels = [normalize_name(text, what) for text in labels]
     column = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False)).data.column(image)
     return [Entry(Row(column, i, split), f"{split}/{i}", text, part) for i, text in enumerate(labels)]
 
 
-def _rank(feature: Any) -> Callable[[str], Any]:
+def _class_rank(feature: Any) -> Callable[[str], Any]:
     """By what classes are sorted: by their numbers in a ClassLabel, else by name."""
     names = getattr(feature, "names", None)
-    return {class_name(name, "the column"): i for i, name in enumerate(names)}.__getitem__ if names else by_name
+    return {normalize_name(name, "the column"): i for i, name in enumerate(names)}.__getitem__ if names else by_name
 
 
 def _check_names(files: Sequence[str], label: str, names: Sequence[str] | None) -> None:

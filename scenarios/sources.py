@@ -101,22 +101,22 @@ def load(name: str, data_root: Path) -> Arrays:
     """
     source = SOURCES[name]
     path = data_root / f"{name}.npz"
-    with _explained(path, "give permission to read it, or name another folder with --data-root"):
+    with _explain(path, "give permission to read it, or name another folder with --data-root"):
         in_one_file = path.is_file()
     if in_one_file:
-        parts = _from_npz(path)
+        parts = _read_npz(path)
     else:
         path = data_root / source.folder
         if not path.exists():
             _download(name, data_root)
-        if missing := [file for file in source.files if _file(path, file) is None]:
+        if missing := [file for file in source.files if _find_file(path, file) is None]:
             raise DataError(
                 f"{path} lacks {', '.join(missing)}; add what is missing, or remove the folder to have "
                 f"{source.title} downloaded again."
             )
-        parts = _from_idx(path) if source.files == IDX_FILES else _from_cifar(source, path)
-    images = [_images(parts[key], key, source, path) for key in ("x_train", "x_test")]
-    labels = [_labels(parts[key], key, path) for key in ("y_train", "y_test")]
+        parts = _read_idx_files(path) if source.files == IDX_FILES else _read_cifar(source, path)
+    images = [_to_images(parts[key], key, source, path) for key in ("x_train", "x_test")]
+    labels = [_to_labels(parts[key], key, path) for key in ("y_train", "y_test")]
     try:
         return Arrays(name, images[0], labels[0], images[1], labels[1], source.class_names)
     except DataError as error:
@@ -138,34 +138,34 @@ def may_download() -> bool:
     return _may_download.get()
 
 
-def found(data_root: Path) -> list[tuple[str, Path | None]]:
+def find_all(data_root: Path) -> list[tuple[str, Path | None]]:
     """Each data set, and the file or complete folder under `data_root` that holds it or None; reads nothing."""
 
     def where(name: str, source: Source) -> Path | None:
         path, folder = data_root / f"{name}.npz", data_root / source.folder
         if path.is_file():
             return path
-        return folder if all(_file(folder, file) for file in source.files) else None
+        return folder if all(_find_file(folder, file) for file in source.files) else None
 
     return [(name, where(name, source)) for name, source in SOURCES.items()]
 
 
-def _file(folder: Path, name: str) -> Path | None:
+def _find_file(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 @contextmanager
-def _explained(path: Path, remedy: str) -> Iterator[None]:
+def _explain(path: Path, remedy: str) -> Iterator[None]:
     """Turn what reading a damaged file may raise into a `DataError` that names the file and the remedy."""
     try:
         yield
     except ClframeError:
         raise
     except Exception as error:  # readers raise whatever the damage leads to
-        raise DataError(f"{path} cannot be read ({_reason(error)}); {remedy}.") from error
+        raise DataError(f"{path} cannot be read ({_describe_error(error)}); {remedy}.") from error
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, URLError):
@@ -173,9 +173,9 @@ def _reason(error: Exception) -> str:
     return cut(str(error).partition("\n")[0].rstrip(".: ")) or type(error).__name__
 
 
-def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     remedy = "it is damaged: remove it or put a whole copy in its place"
-    with _explained(path, remedy):
+    with _explain(path, remedy):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is cut off, or no .npz file at all")
         with zipfile.ZipFile(path) as packed:
@@ -195,18 +195,18 @@ def _check_size(unpacked: int) -> None:
         raise ValueError(f"it holds more than {LARGEST // 10**6} MB, unpacked")
 
 
-def _from_idx(folder: Path) -> dict[str, NDArray[Any]]:
-    return {key: _idx(folder, name) for key, name in zip(PARTS, IDX_FILES, strict=True)}
+def _read_idx_files(folder: Path) -> dict[str, NDArray[Any]]:
+    return {key: _read_idx(folder, name) for key, name in zip(PARTS, IDX_FILES, strict=True)}
 
 
-def _idx(folder: Path, name: str) -> NDArray[Any]:
+def _read_idx(folder: Path, name: str) -> NDArray[Any]:
     """A file in MNIST's own format: two zero bytes, 8 for bytes, number of dimensions, their sizes, data.
 
     It is read here and not by torchvision, whose import takes seconds, and which would load a pickle of an
     older version instead if one lay beside it.
     """
-    path = _file(folder, name) or folder / name
-    with _explained(path, "it is damaged: remove it or put a whole copy in its place"):
+    path = _find_file(folder, name) or folder / name
+    with _explain(path, "it is damaged: remove it or put a whole copy in its place"):
         with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
             content = bytearray(file.read(LARGEST + 1))
         _check_size(len(content))
@@ -216,11 +216,11 @@ def _idx(folder: Path, name: str) -> NDArray[Any]:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def _from_cifar(source: Source, folder: Path) -> dict[str, NDArray[Any]]:
+def _read_cifar(source: Source, folder: Path) -> dict[str, NDArray[Any]]:
     from torchvision import datasets
 
     remedy = "put the published files in its place, or remove it to have them downloaded again"
-    with _explained(folder, remedy):
+    with _explain(folder, remedy):
         try:
             train, test = (getattr(datasets, source.title)(folder.parent, train=train) for train in (True, False))
         except RuntimeError:
@@ -230,7 +230,7 @@ def _from_cifar(source: Source, folder: Path) -> dict[str, NDArray[Any]]:
         return dict(zip(PARTS, (train.data, train.targets, test.data, test.targets), strict=True))
 
 
-def _images(array: NDArray[Any], key: str, source: Source, path: Path) -> Tensor:
+def _to_images(array: NDArray[Any], key: str, source: Source, path: Path) -> Tensor:
     height, width, channels = source.image
     images = array[..., None] if array.ndim == 3 else array
     if images.dtype != np.uint8 or images.shape[1:] != source.image:
@@ -241,7 +241,7 @@ def _images(array: NDArray[Any], key: str, source: Source, path: Path) -> Tensor
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def _labels(array: NDArray[Any], key: str, path: Path) -> Tensor:
+def _to_labels(array: NDArray[Any], key: str, path: Path) -> Tensor:
     array = np.asarray(array)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -260,10 +260,10 @@ def _download(name: str, data_root: Path) -> None:
     if not may_download():
         raise DataError(f"{source.title} is not in {data_root}; a run downloads it, or put {npz} or {folder} in place.")
     with (
-        _writing(source.title, data_root),
-        _temporary(data_root) as temporary,
+        _explain_writing(source.title, data_root),
+        _temporary_folder(data_root) as temporary,
         redirect_stdout(sys.stderr),
-        _patience(NETWORK_TIMEOUT),
+        _limit_patience(NETWORK_TIMEOUT),
     ):
         from torchvision import datasets
 
@@ -284,7 +284,7 @@ def _download(name: str, data_root: Path) -> None:
                     f"nothing was kept; try again, or put {npz} or {folder} in place."
                 ) from e
             raise DataError(
-                f"{source.title} is not in {data_root} and cannot be downloaded ({_reason(e)}): put {npz} "
+                f"{source.title} is not in {data_root} and cannot be downloaded ({_describe_error(e)}): put {npz} "
                 f"(arrays {', '.join(PARTS)}) or torchvision's {folder} in place, name another folder with "
                 "--data-root, or use split-digits, permuted-digits or rotated-digits, which need no file."
             ) from e
@@ -297,7 +297,7 @@ def _download(name: str, data_root: Path) -> None:
 
 
 @contextmanager
-def _temporary(data_root: Path) -> Iterator[str]:
+def _temporary_folder(data_root: Path) -> Iterator[str]:
     """A folder beside the data for what is half-written; a data root that was made for it and stays empty goes too."""
     new = not data_root.exists()
     data_root.mkdir(parents=True, exist_ok=True)
@@ -310,18 +310,18 @@ def _temporary(data_root: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _writing(title: str, data_root: Path) -> Iterator[None]:
+def _explain_writing(title: str, data_root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{title} cannot be downloaded to {data_root} ({_reason(error)}): make the folder writable, free "
+            f"{title} cannot be downloaded to {data_root} ({_describe_error(error)}): make the folder writable, free "
             "some space, or name another folder with --data-root."
         ) from error
 
 
 @contextmanager
-def _patience(seconds: float) -> Iterator[None]:
+def _limit_patience(seconds: float) -> Iterator[None]:
     """Let connections that are opened inside give up after so long a silence: torchvision sets no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

@@ -47,9 +47,10 @@ class Stream(OptionGroup):
 
     def class_order(self, n_classes: int) -> list[int]:
         """Return the class numbers in the order of learning; a list that the user gave is returned unchecked."""
-        if self.order == "random":
-            return random_state(self.seed).permutation(n_classes).tolist()
-        return list(range(n_classes)) if isinstance(self.order, str) else self.order
+        if not isinstance(self.order, str):
+            return self.order
+        natural = list(range(n_classes))
+        return list(random_state(self.seed).permutation(n_classes).tolist()) if self.order == "random" else natural
 
 
 @dataclass(frozen=True)

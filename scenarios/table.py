@@ -24,16 +24,16 @@ from clframe.scenarios.files import (
     ImageOptions,
     LoadingOptions,
     check_classes,
-    class_name,
-    divided,
-    grouped,
-    limited,
+    divide_entries,
+    group_entries,
+    limit_entries,
+    name_reduced,
+    normalize_name,
     read_all,
-    reduced,
 )
 from clframe.scenarios.folder import PART
 from clframe.scenarios.streams import split
-from clframe.system.reading import expanded, open_regular, reason, shown
+from clframe.system.reading import expand_home, open_regular, quote_path, reason
 from clframe.system.texts import by_name
 
 LARGEST = 2**28  # bytes of a table
@@ -70,7 +70,7 @@ def split_table(
         domain_column: the column with the domains; null: `domain`, if there is one.
         split_column: the column that says `train` or `test`; null: `split`, if there is one.
     """
-    table = expanded(path)
+    table = expand_home(path)
     images.format()  # refuses options that do not belong together before anything is read
     names = {
         "path": path_column,
@@ -90,27 +90,29 @@ def split_table(
     what = str(table)
     entries = rows.entries(kind)
     if not rows.has("split"):
-        entries = divided(entries, stream.test, stream.seed, what)
+        entries = divide_entries(entries, stream.test, stream.seed, what)
     fix = "give it rows to learn from, or leave it out"
     check_classes(entries, what, fix)
     if by_group:
         _check_groups(entries, what, kind, rows.column(kind))
     arrays, entries = read_all(
         table.stem,
-        limited(entries, stream.limit),
+        limit_entries(entries, stream.limit),
         images,
         loading,
         what=what,
     )
-    check_classes(entries, reduced(what, images.duplicates), "repair them")
+    check_classes(entries, name_reduced(what, images.duplicates), "repair them")
     if not by_group:
         return split("split-table", arrays, stream)
-    _check_groups(entries, reduced(what, images.duplicates), kind, rows.column(kind))
+    _check_groups(entries, name_reduced(what, images.duplicates), kind, rows.column(kind))
     groups = sorted({e.group for e in entries}, key=by_name)
-    return by_groups("split-table", arrays, entries, _ordered(groups, stream, kind), stream.setting)
+    return build_from_groups("split-table", arrays, entries, _order_groups(groups, stream, kind), stream.setting)
 
 
-def by_groups(name: str, arrays: Arrays, entries: Sequence[Entry], groups: Sequence[str], setting: Setting) -> Scenario:
+def build_from_groups(
+    name: str, arrays: Arrays, entries: Sequence[Entry], groups: Sequence[str], setting: Setting
+) -> Scenario:
     """A scenario whose experiences are the groups of `entries`, in this order.
 
     Args:
@@ -121,7 +123,7 @@ def by_groups(name: str, arrays: Arrays, entries: Sequence[Entry], groups: Seque
         setting: of the scenario.
     """
     number = {label: i for i, label in enumerate(arrays.class_names)}
-    found = grouped(entries, lambda e: e.group)
+    found = group_entries(entries, lambda e: e.group)
     order: list[int] = []  # class numbers as they are met
     classes: list[list[int]] = []
     for group in groups:
@@ -176,19 +178,19 @@ def read_table(path: Path) -> list[dict[str, str]]:
             f"The table {path.absolute()} {there}; name a CSV or Parquet file with `--set scenario.path=FILE`."
         )
     try:
-        rows = _parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _csv(path)
+        rows = _read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
     except ClframeError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(f"The table {shown(path)} cannot be read, as it is not UTF-8 text; save it so.") from error
+        raise DataError(f"The table {quote_path(path)} cannot be read, as it is not UTF-8 text; save it so.") from error
     except Exception as error:  # pyarrow raises whatever the damage leads to
-        raise DataError(f"The table {shown(path)} cannot be read ({reason(error)}); repair it.") from error
+        raise DataError(f"The table {quote_path(path)} cannot be read ({reason(error)}); repair it.") from error
     if not rows:
         raise DataError(f"The table {path} has no rows below its header; list an image in each.")
     return rows
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
+def _read_csv(path: Path) -> list[dict[str, str]]:
     with TextIOWrapper(open_regular(path, LARGEST), encoding="utf-8-sig", newline="") as file:
         header = file.readline(LONGEST_HEADER)
         file.seek(0)
@@ -202,7 +204,7 @@ def _csv(path: Path) -> list[dict[str, str]]:
         return rows
 
 
-def _parquet(path: Path) -> list[dict[str, str]]:
+def _read_parquet(path: Path) -> list[dict[str, str]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -266,8 +268,8 @@ class _Rows:
             raise DataError(f"Row {i} of {self.path} has no {' and no '.join(f'`{c}`' for c in empty)}; fill it in.")
         name = row[self.column("path")]
         group = unicodedata.normalize("NFC", row[self.column(kind)]) if self.has(kind) else ""
-        label = class_name(row[self.column("label")], str(self.path))
-        entry = Entry(str(self.path.parent / expanded(name)), name, label, None, group)
+        label = normalize_name(row[self.column("label")], str(self.path))
+        entry = Entry(str(self.path.parent / expand_home(name)), name, label, None, group)
         if not self.has("split"):
             return entry
         part = row[self.column("split")]
@@ -283,13 +285,13 @@ class _Rows:
 
 def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -> None:
     """Refuse tasks that share classes, and tasks or domains that are not both learnt and tested."""
-    for group, members in grouped(entries, lambda e: e.group).items():
+    for group, members in group_entries(entries, lambda e: e.group).items():
         if len({e.part for e in members}) < 2:
             lacking = "test" if members[0].part == "train" else "training"
             raise DataError(f"The {kind} `{group}` in {what} has no {lacking} images; add some, or leave it out.")
     if kind == "domain":
         return
-    for label, members in grouped(entries, lambda e: e.label).items():
+    for label, members in group_entries(entries, lambda e: e.label).items():
         tasks = sorted({e.group for e in members}, key=by_name)
         if len(tasks) > 1:
             raise DataError(
@@ -299,7 +301,7 @@ def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -
             )
 
 
-def _ordered(groups: Sequence[str], stream: FileStream, kind: str) -> list[str]:
+def _order_groups(groups: Sequence[str], stream: FileStream, kind: str) -> list[str]:
     """The groups in the order in which they are learnt."""
     order = stream.class_order(len(groups))
     if sorted(order) != list(range(len(groups))):

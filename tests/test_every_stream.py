@@ -32,7 +32,7 @@ from clframe import (
 )
 from clframe.context import Run
 from clframe.data.scenario import Setting
-from clframe.data.streams import first_return
+from clframe.data.streams import find_returning_class
 from clframe.model import evaluating
 from clframe.toolkit import inversion
 from clframe.toolkit.distill import incremental_bce
@@ -186,7 +186,7 @@ def refusal(which: str, name: str) -> str:
     setting = asked.setting or cls.serves[0]
     if setting not in cls.serves:
         return "cannot serve the setting"
-    if first_return(asked.classes) and setting != "domain":
+    if find_returning_class(asked.classes) and setting != "domain":
         if name == "always-be-dreaming":
             return "brings old ones back"
         if cls.isolates:
@@ -344,9 +344,9 @@ def test_lfl_trains_the_head_of_a_task_whose_classes_come_back() -> None:
 
 
 def test_the_first_class_that_comes_back() -> None:
-    assert first_return([[0, 1], [2, 3]]) is None
-    assert first_return([[0, 1], [2, 0]]) == (0, 1, 0)
-    assert first_return([[0, 1], [2], [3, 1]]) == (0, 2, 1)
+    assert find_returning_class([[0, 1], [2, 3]]) is None
+    assert find_returning_class([[0, 1], [2, 0]]) == (0, 1, 0)
+    assert find_returning_class([[0, 1], [2], [3, 1]]) == (0, 2, 1)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])

@@ -19,7 +19,7 @@ from torch import nn
 import clframe
 from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry
 from clframe.cli.main import main
-from clframe.data.listing import BESIDE, HIDDEN, LeftOut
+from clframe.data.listing import HIDDEN_FILES, IMAGES_BESIDE, LeftOut
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.plugins.ewc import EWC
@@ -629,7 +629,7 @@ def test_old_images_are_found_by_the_rule_of_training(tiny: Any, tmp_path: Path)
     found = old_images(tmp_path / "old", whole, whole[0], left).train
     assert found.y.tolist() == [0] * 6
     assert found.x.shape == (6, 1, 4, 4)
-    assert left.counts == {HIDDEN: 2, BESIDE: 1}
+    assert left.counts == {HIDDEN_FILES: 2, IMAGES_BESIDE: 1}
 
 
 def test_new_classes_alone_do_not_sharpen_the_confidence(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

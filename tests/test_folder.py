@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import clframe
 from clframe import Plugin, hookimpl
 from clframe.cli.main import main
-from clframe.data.files import Files, LazyImages
+from clframe.data.files import ImageFiles, LazyImages
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.scenarios.digits import digits
@@ -406,13 +406,13 @@ def test_training_and_evaluation_keep_no_images_that_they_read(small):
 def test_no_more_images_are_read_ahead_than_said(small, monkeypatch):
     monkeypatch.setattr("clframe.engine.READ_AHEAD", 5)
     most = []
-    expect = Files.expect
+    expect = ImageFiles.expect
 
     def counted(self, where):
         expect(self, where)
         most.append(len(self._coming))
 
-    monkeypatch.setattr(Files, "expect", counted)
+    monkeypatch.setattr(ImageFiles, "expect", counted)
     scenario = split_folder(path=small, size=8, memory=0, experiences=1)
     clframe.run(
         scenario, "cnn-small", train={"epochs": 1, "batch_size": 2}, run={"device": "cpu", "eval_batch_size": 2}

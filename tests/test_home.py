@@ -1,4 +1,4 @@
-"""`~` in every path that a user gives is the home folder, by one rule: `clframe.system.reading.expanded`."""
+"""`~` in every path that a user gives is the home folder, by one rule: `clframe.system.reading.expand_home`."""
 
 from __future__ import annotations
 
@@ -98,4 +98,4 @@ def test_a_path_may_begin_at_home(use: str, filled: Path, tmp_path: Path, monkey
 
 def test_who_is_not_known_has_no_home():
     with pytest.raises(clframe.DataError, match="names no user of this machine: write the folder out"):
-        reading.expanded("~no-such-user/x")
+        reading.expand_home("~no-such-user/x")

@@ -25,7 +25,7 @@ from clframe.runs.folder import _commit
 from clframe.scenarios import sources, table
 from clframe.scenarios.folder import split_folder
 from clframe.scenarios.table import split_table
-from clframe.system.texts import printable
+from clframe.system.texts import escape_unprintable
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -68,8 +68,8 @@ def test_readers_import_nothing_of_the_current_folder(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
     Image.new("L", (4, 4), 7).save(tmp_path / "image.png")
     code = (
-        "import os, sys\nsys.path.remove('')\nfrom clframe.data.files import Files, ImageFormat\n"
-        "files = Files(['image.png'], ImageFormat(4, mode='gray'), 1)\nfiles.expect([0])\n"
+        "import os, sys\nsys.path.remove('')\nfrom clframe.data.files import ImageFiles, ImageFormat\n"
+        "files = ImageFiles(['image.png'], ImageFormat(4, mode='gray'), 1)\nfiles.expect([0])\n"
         "print(files._coming[0][0].result().max(), os.environ.get('PYTHONSAFEPATH'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
@@ -205,8 +205,8 @@ def test_sentences_are_short_whatever_was_given():
 def test_what_a_terminal_would_act_on_is_escaped(capsys):
     name = "\x1b]0;owned\x07x\ny\u202ez\udcff\x9b"
     shown = r"\x1b]0;owned\x07x\ny\u202ez\udcff\x9b"
-    assert printable(name) == shown
-    assert printable("Größe 猫 👩‍🔬") == "Größe 猫 👩‍🔬"  # letters and emoji stay
+    assert escape_unprintable(name) == shown
+    assert escape_unprintable("Größe 猫 👩‍🔬") == "Größe 猫 👩‍🔬"  # letters and emoji stay
     show.line(name)
     show.note(name)
     show.table(["image", "class"], [["a", name]])

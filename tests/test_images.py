@@ -20,7 +20,7 @@ from PIL import Image
 
 from clframe import ImageData
 from clframe.data.decode import ImageFormat, read_files
-from clframe.data.files import Files, LazyImages, concat_images, image_files
+from clframe.data.files import ImageFiles, LazyImages, concat_images, image_files
 from clframe.data.listing import LeftOut
 from clframe.errors import DataError, UsageError
 from clframe.training import Sampler
@@ -144,7 +144,7 @@ def test_a_folder_to_predict_is_read_by_the_rule_of_training(tmp_path):
     (root / "again").symlink_to(root / "sub")
     left = LeftOut()
     assert image_files([root], left) == [root / "b.png", root / "sub" / "a.JPG"]
-    assert left.told("new") == [
+    assert left.sentences("new") == [
         "Left out of new: files of other kinds (2: .mpg, .pdf), hidden files or folders (2: ._b.png, "
         ".ipynb_checkpoints), links to folders (1: again)."
     ]
@@ -185,11 +185,11 @@ def test_a_look_that_cannot_be_is_refused(options, told):
 
 
 @pytest.fixture
-def files(tmp_path) -> Files:
+def files(tmp_path) -> ImageFiles:
     rng = np.random.default_rng(0)
     for i in range(12):
         Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    return Files([tmp_path / f"{i}.png" for i in range(12)], ImageFormat(8), workers=2)
+    return ImageFiles([tmp_path / f"{i}.png" for i in range(12)], ImageFormat(8), workers=2)
 
 
 def test_rows_of_files_are_picked_and_joined_as_those_of_a_tensor(files):
@@ -269,7 +269,7 @@ def test_what_reads_out_of_a_larger_file_may_fail_and_is_named_when_it_is_asked_
         def read_bytes(self) -> bytes:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    files = Files([Gone()], ImageFormat(4))
+    files = ImageFiles([Gone()], ImageFormat(4))
     files.expect([0])
     with pytest.raises(DataError, match=r"^The image row 1 could be read before, and cannot any more: No such file"):
         files.read([0])
@@ -281,7 +281,9 @@ def test_relative_paths_are_those_of_the_folder_that_was_the_current_one(tmp_pat
         folder.mkdir()
         Image.new("L", (4, 4), i).save(folder / "image.png")
         monkeypatch.chdir(folder)
-        images = Files(["image.png"], ImageFormat(4, mode="gray"), workers=1)  # whose process began in the first folder
+        images = ImageFiles(
+            ["image.png"], ImageFormat(4, mode="gray"), workers=1
+        )  # whose process began in the first folder
         monkeypatch.chdir(tmp_path)
         assert images.read([0]).unique().tolist() == [i]
 
@@ -329,7 +331,8 @@ def test_a_reader_outlives_ctrl_c_and_one_that_is_killed_is_replaced(files):
 def test_a_reader_is_deaf_to_ctrl_c_from_its_first_moment_and_who_asks_is_not():
     code = (
         "from signal import SIG_BLOCK, SIGINT, pthread_sigmask\nfrom loky import get_reusable_executor\n"
-        "from clframe.data.files import Files, ImageFormat\nFiles(['none.png'], ImageFormat(4), 1).expect([0])\n"
+        "from clframe.data.files import ImageFiles, ImageFormat\n"
+        "ImageFiles(['none.png'], ImageFormat(4), 1).expect([0])\n"
         "reader = get_reusable_executor(reuse=True).submit(pthread_sigmask, SIG_BLOCK, [])\n"
         "print(SIGINT in reader.result(), SIGINT in pthread_sigmask(SIG_BLOCK, []))"
     )

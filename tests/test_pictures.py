@@ -11,12 +11,12 @@ from PIL import Image
 
 import clframe
 from clframe import Plugin, hookimpl
-from clframe.data.pictures import GAP, grid, png
+from clframe.data.pictures import GAP, draw_grid, encode_png
 
 
 def test_a_grid_holds_every_image_enlarged_in_its_place():
     images = torch.linspace(0, 1, 3).view(3, 1, 1, 1).expand(3, 1, 8, 16)
-    picture = grid(images)
+    picture = draw_grid(images)
     assert picture.dtype == torch.uint8
     assert tuple(picture.shape) == (2 * 16 + 3 * GAP, 2 * 32 + 3 * GAP, 3)  # each image twice its size
     assert (picture[GAP : GAP + 16, GAP : GAP + 32] == 0).all()
@@ -27,10 +27,10 @@ def test_a_grid_holds_every_image_enlarged_in_its_place():
 
 def test_colours_stay_and_values_beyond_the_range_are_cut():
     image = torch.tensor([2.0, 0.5, -1.0]).view(1, 3, 1, 1).expand(1, 3, 40, 40)
-    picture = grid(image)
+    picture = draw_grid(image)
     assert picture[GAP, GAP].tolist() == [255, 128, 0]
     assert tuple(picture.shape) == (40 + 2 * GAP, 40 + 2 * GAP, 3)
-    assert (np.asarray(Image.open(BytesIO(png(picture.numpy())))) == picture.numpy()).all()
+    assert (np.asarray(Image.open(BytesIO(encode_png(picture.numpy())))) == picture.numpy()).all()
 
 
 def test_a_run_keeps_what_a_plugin_shows(tiny, tmp_path: Path):
@@ -47,7 +47,7 @@ def test_a_run_keeps_what_a_plugin_shows(tiny, tmp_path: Path):
     files = sorted(p.name for p in (tmp_path / "run" / "pictures").iterdir())
     assert files == ["showing-first-1.png", "showing-first-2.png", "showing-first-3.png"]
     shown = np.asarray(Image.open(tmp_path / "run" / "pictures" / files[1]))
-    assert (shown == grid(scenario[1].train.x[:4] / 255).numpy()).all()
+    assert (shown == draw_grid(scenario[1].train.x[:4] / 255).numpy()).all()
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -163,11 +163,13 @@ def test_npz_comes_before_torchvisions_layout(tmp_path):
 
 
 def test_found_tells_where_each_data_set_is(tmp_path):
-    assert sources.found(tmp_path / "nowhere") == [(name, None) for name in ("mnist", "fmnist", "cifar10", "cifar100")]
+    assert sources.find_all(tmp_path / "nowhere") == [
+        (name, None) for name in ("mnist", "fmnist", "cifar10", "cifar100")
+    ]
     (tmp_path / "mnist.npz").touch()
     write_idx(tmp_path / "FashionMNIST" / "raw", parts(), packed=True)
     (tmp_path / "cifar-100-python").mkdir()
-    assert dict(sources.found(tmp_path)) == {
+    assert dict(sources.find_all(tmp_path)) == {
         "mnist": tmp_path / "mnist.npz",
         "fmnist": tmp_path / "FashionMNIST" / "raw",
         "cifar10": None,
@@ -332,7 +334,7 @@ def test_a_download_lands_in_torchvisions_layout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     assert_holds(sources.load("mnist", tmp_path), data, channels_last=False)
     assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
-    assert dict(sources.found(tmp_path))["mnist"] == tmp_path / "MNIST" / "raw"
+    assert dict(sources.find_all(tmp_path))["mnist"] == tmp_path / "MNIST" / "raw"
     assert capsys.readouterr().out == ""
     served(monkeypatch, {})
     assert_holds(sources.load("mnist", tmp_path), data, channels_last=False)

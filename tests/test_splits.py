@@ -19,7 +19,7 @@ from clframe import registry
 from clframe.cli.main import main
 from clframe.config import resolve
 from clframe.data import split_file
-from clframe.data.pictures import CAPTION, GAP, png, sheet
+from clframe.data.pictures import CAPTION, GAP, draw_sheet, encode_png
 from clframe.errors import DataError, UsageError
 from clframe.settings import RunSettings
 
@@ -176,7 +176,7 @@ def test_a_full_disk_is_no_wrong_use(
 
 def test_a_sheet_has_a_row_for_each_experience_with_its_classes_in_turn(tiny):
     scenario = tiny(shape=(3, 32, 32))
-    picture = sheet(scenario, columns=5)
+    picture = draw_sheet(scenario, columns=5)
     height, width = CAPTION + 32 + 2 * GAP, 5 * (32 + GAP) + GAP
     assert picture.shape == (3 * height, width, 3)
     for i, experience in enumerate(scenario):
@@ -188,12 +188,12 @@ def test_a_sheet_has_a_row_for_each_experience_with_its_classes_in_turn(tiny):
             left = GAP + k * (32 + GAP)
             assert (picture[top : top + 32, left : left + 32] == image.permute(1, 2, 0).numpy()).all()
         assert (picture[i * height : i * height + CAPTION] < 128).any()  # a caption
-    assert Image.open(BytesIO(png(picture))).size == (width, 3 * height)
+    assert Image.open(BytesIO(encode_png(picture))).size == (width, 3 * height)
 
 
 def test_there_is_no_sheet_of_what_is_no_image(tiny):
     with pytest.raises(UsageError, match=r"The data of `tiny` are \[16\], no images"):
-        sheet(tiny(shape=(16,)))
+        draw_sheet(tiny(shape=(16,)))
 
 
 def test_sums_are_those_of_the_numbers_written_out():

@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clframe.data.files import Images, LazyImages, concat_images
+from clframe.data.files import LazyImages, RawImages, concat_images
 from clframe.errors import DataError
 
-Column = TypeVar("Column", Tensor, LazyImages, Images)
+Column = TypeVar("Column", Tensor, LazyImages, RawImages)
 COLUMNS = ("x", "y", "index", "task", "weight", "origin")  # the per-row tensors of `Batch` and `ImageData`
 
 
@@ -91,7 +91,7 @@ class ImageData:
 
     def __init__(
         self,
-        x: Images,
+        x: RawImages,
         y: Tensor,
         *,
         index: Tensor | None = None,

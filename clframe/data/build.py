@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from clframe.data.batch import ImageData
-from clframe.data.duplicates import Duplicates, digests, settled
-from clframe.data.files import Images, LazyImages
+from clframe.data.duplicates import Duplicates, hash_rows, resolve_duplicates
+from clframe.data.files import LazyImages, RawImages
 from clframe.data.scenario import Part, Scenario, Setting, names_of
 from clframe.data.transform import Transform, check_transform
 from clframe.data.values import check_images
 from clframe.errors import DataError, UsageError
 from clframe.options import validated
-from clframe.system.reading import expanded
-from clframe.system.texts import told
+from clframe.system.reading import expand_home
+from clframe.system.texts import quote
 
 PIECE = 1 << 23  # bytes
 ARRAYS = {  # the fields of `Arrays` that hold values, in words
@@ -80,9 +80,9 @@ class Arrays:
     """
 
     name: str
-    x_train: Images
+    x_train: RawImages
     y_train: Tensor
-    x_test: Images
+    x_test: RawImages
     y_test: Tensor
     class_names: tuple[str, ...]
     transform: Transform = field(default_factory=Transform)
@@ -94,11 +94,11 @@ class Arrays:
         self.class_names = names_of(self.class_names, self.name)
         same = self.x_train is self.x_test
         for name, what in ARRAYS.items():
-            setattr(self, name, _taken(getattr(self, name), f"{what} of `{self.name}`"))
+            setattr(self, name, _to_tensor(getattr(self, name), f"{what} of `{self.name}`"))
         if same:
             self.x_test = self.x_train
-        self.y_train = self._checked("training", self.x_train, self.y_train)
-        self.y_test = self._checked("test", self.x_test, self.y_test)
+        self.y_train = self._check_labels("training", self.x_train, self.y_train)
+        self.y_test = self._check_labels("test", self.x_test, self.y_test)
         for part, x in (("training", self.x_train), ("test", self.x_test))[: 1 if same else 2]:
             if isinstance(x, Tensor):
                 check_images(x, self.transform.scale, f"{part} images of `{self.name}`")
@@ -108,7 +108,7 @@ class Arrays:
                 f"{list(self.x_test.shape[1:])}; they must have one shape."
             )
 
-    def _checked(self, part: str, x: Images, y: Tensor) -> Tensor:
+    def _check_labels(self, part: str, x: RawImages, y: Tensor) -> Tensor:
         if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
             raise DataError(
                 f"The {part} labels of `{self.name}` are {y.dtype} {list(y.shape)}, but must be integers [N]."
@@ -139,7 +139,7 @@ class Arrays:
             sums = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
             return hashlib.sha256(b"".join(sums)).hexdigest()
 
-    def _tensors(self) -> tuple[Images, ...]:
+    def _tensors(self) -> tuple[RawImages, ...]:
         return self.x_train, self.y_train, self.x_test, self.y_test
 
     def limited(self, per_class: int | None) -> Arrays:
@@ -175,16 +175,16 @@ class Arrays:
         x, tests = self.x_train, self.x_test
         if x is tests or isinstance(x, LazyImages) or isinstance(tests, LazyImages):
             return self
-        if duplicates == "refuse" and _lies_in(tests, x):
+        if duplicates == "refuse" and _shares_memory(tests, x):
             duplicates = "keep"
-        of_tests = digests(tests)
+        of_tests = hash_rows(tests)
         position = {digest: i for i, digest in reversed(list(enumerate(of_tests)))}
-        shared = [(i, digest) for i, digest in enumerate(digests(x)) if digest in position]
+        shared = [(i, digest) for i, digest in enumerate(hash_rows(x)) if digest in position]
         if not shared:
             return self
         learned = {digest for _, digest in shared}
         first, digest = shared[0]
-        note = settled(
+        note = resolve_duplicates(
             duplicates,
             sum(digest in learned for digest in of_tests),
             len(tests),
@@ -194,7 +194,7 @@ class Arrays:
             option="duplicates=",
         )
         if duplicates == "keep":
-            return self._noted(note)
+            return self._with_note(note)
         stays = torch.ones(len(x), dtype=torch.bool)
         stays[[i for i, _ in shared]] = False
         y = self.y_train[stays]
@@ -205,7 +205,7 @@ class Arrays:
             )
         return replace(self, x_train=x[stays], y_train=y, sha256="", notes=(*self.notes, note))
 
-    def _noted(self, note: str) -> Arrays:
+    def _with_note(self, note: str) -> Arrays:
         noted = copy(self)
         noted.notes = (*self.notes, note)
         return noted
@@ -215,12 +215,12 @@ class Arrays:
         for name in ("x_train", "y_train", "x_test", "y_test"):
             setattr(self, name, getattr(self, name).to(device))
 
-    def part(self, part: Part) -> tuple[Images, Tensor]:
+    def part(self, part: Part) -> tuple[RawImages, Tensor]:
         """Images and labels of ``train`` or ``test``."""
         return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
 
 
-def _lies_in(part: Tensor, whole: Tensor) -> bool:
+def _shares_memory(part: Tensor, whole: Tensor) -> bool:
     """Return whether the memory of `part` is that of `whole`, or some of it, as that of a slice is."""
     if not (part.is_contiguous() and whole.is_contiguous()) or part.device != whole.device:
         return False
@@ -228,7 +228,7 @@ def _lies_in(part: Tensor, whole: Tensor) -> bool:
     return first <= start and end <= last
 
 
-def _taken(values: Any, what: str) -> Images:
+def _to_tensor(values: Any, what: str) -> RawImages:
     """Return `values` as a tensor: of a NumPy array, or of a list of numbers or arrays. Raises `DataError`."""
     if isinstance(values, Tensor | LazyImages):
         return values
@@ -250,7 +250,7 @@ def _taken(values: Any, what: str) -> Images:
 def read_images(path: Path) -> Tensor:
     """Raw images [N, ...] of the .npy file at `path`. Raises `DataError` if there are none, or it holds a pickle."""
     try:
-        images = torch.from_numpy(np.load(expanded(path), allow_pickle=False))
+        images = torch.from_numpy(np.load(expand_home(path), allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"The images in {path} cannot be read ({error}): it must be an .npy array [N, ...].") from error
     if not images.numel():
@@ -361,7 +361,7 @@ def _check_arrays(name: str, arrays: object) -> None:
 def _check_change(name: str, change: object) -> None:
     """Raise `UsageError` unless `change` takes ``change(i, x)``; transforms of torchvision take `x` alone."""
     if not callable(change):
-        raise UsageError(f"`change` of `{name}` is {told(change)}: give a function `change(i, x)`.")
+        raise UsageError(f"`change` of `{name}` is {quote(change)}: give a function `change(i, x)`.")
     try:
         inspect.signature(change.forward if isinstance(change, nn.Module) else change).bind(0, None)
     except TypeError:
@@ -409,7 +409,7 @@ def change_domains(
         raw = x.read() if isinstance(x, LazyImages) else x
         changed = change(i, raw)
         if isinstance(changed, np.ndarray):
-            changed = _taken(changed, f"images that `change` of `{name}` gives")
+            changed = _to_tensor(changed, f"images that `change` of `{name}` gives")
         if not isinstance(changed, Tensor) or changed.shape != raw.shape:
             got = f"{list(changed.shape)}" if isinstance(changed, Tensor) else f"a `{type(changed).__name__}`"
             raise UsageError(

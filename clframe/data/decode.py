@@ -86,13 +86,13 @@ class ImageFormat:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            with _opened(file) as stream, Image.open(stream, formats=FORMATS) as image:
+            with _open(file) as stream, Image.open(stream, formats=FORMATS) as image:
                 # a JPEG that is much too large is decoded smaller, in a fraction of the time
                 image.draft(None, (2 * max(self.resize or 0, *self.shape[1:]),) * 2)
                 if math.prod(image.size) > LARGEST:
                     raise DataError(f"it has {math.prod(image.size):,} pixels, and {LARGEST:,} can be read")
                 ImageOps.exif_transpose(image, in_place=True)
-                plain = self._resized(_in_mode(image, "L" if self.mode == "gray" else "RGB"))
+                plain = self._resize(_convert_mode(image, "L" if self.mode == "gray" else "RGB"))
             pixels = np.asarray(plain)
         except UnidentifiedImageError as error:
             raise DataError("it is no image of a known kind") from error
@@ -104,20 +104,20 @@ class ImageFormat:
             raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def of(self, image: Image.Image) -> Pixels:
+    def convert(self, image: Image.Image) -> Pixels:
         """Return an image that Pillow holds, which stays as it is, as [C, H, W]. Raises `DataError` as `read`."""
         from PIL import ImageOps
 
         try:
-            turned = _in_mode(ImageOps.exif_transpose(image), "L" if self.mode == "gray" else "RGB")
-            pixels = np.asarray(self._resized(turned))
+            turned = _convert_mode(ImageOps.exif_transpose(image), "L" if self.mode == "gray" else "RGB")
+            pixels = np.asarray(self._resize(turned))
         except DataError:
             raise
         except Exception as error:
             raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def _resize(self, image: Image.Image) -> Image.Image:
         from PIL import Image
 
         width, height = image.size
@@ -137,24 +137,24 @@ class ImageFormat:
         return image.resize((wide, high), Image.Resampling.BILINEAR, whole, reducing_gap=2)
 
 
-def _opened(file: Path | str | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+def _open(file: Path | str | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
     """Open the image file, a regular one; what is open already stays so."""
     return open_regular(file, LARGEST_FILE) if isinstance(file, str | Path) else nullcontext(file)
 
 
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
     """`image` in 8-bit grey ("L") or colour ("RGB"), whatever it was in."""
     from PIL import Image
 
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_in_8_bits(np.asarray(image), image.mode, image.format))
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, image.format))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
 
-def _in_8_bits(values: NDArray[Any], mode: str, kind: str | None) -> Pixels:
+def _to_8_bits(values: NDArray[Any], mode: str, kind: str | None) -> Pixels:
     """Return grey `values` in 8 bits, by one rule for each of Pillow's modes, whatever this image's own maximum is.
 
     16 bits: 0 to 65,535 become 0 to 255. 32-bit whole numbers: 0 to 2^31 - 1 become 0 to 255; where none is above 255,
@@ -196,16 +196,16 @@ def begin_reading() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
-    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_after(parent: int) -> None:
+def _end_with(parent: int) -> None:
     while os.getppid() == parent:  # on Windows it always is
         time.sleep(1)
     os._exit(1)
 
 
-def lost(name: str, reason: str) -> DataError:
+def lost_image_error(name: str, reason: str) -> DataError:
     """The error about an image that was there when the run began."""
     return DataError(f"The image {name} could be read before, and cannot any more: {reason}.")
 
@@ -222,5 +222,5 @@ def read_files(files: Sequence[str | tuple[str, bytes]], look: ImageFormat) -> P
         try:
             out[row] = look.read(source)
         except DataError as error:
-            raise lost(name, str(error)) from error
+            raise lost_image_error(name, str(error)) from error
     return out

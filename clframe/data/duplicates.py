@@ -14,7 +14,7 @@ Duplicates = Literal["refuse", "drop", "keep"]
 ROWS = 1024  # that a thread reads at a time
 
 
-def settled(
+def resolve_duplicates(
     duplicates: Duplicates,
     tested: int,
     tests: int,
@@ -51,7 +51,7 @@ def settled(
     return f"{told} (`{option.removeprefix('--set ')}{duplicates}`)."
 
 
-def digests(x: Tensor) -> list[bytes]:
+def hash_rows(x: Tensor) -> list[bytes]:
     """Return the SHA-256 of each row of `x` [N, ...], by several threads."""
     rows = x.detach().cpu().contiguous().flatten(1) if x.dim() > 1 else x.detach().cpu().contiguous()[:, None]
 

@@ -18,10 +18,10 @@ import torch
 from loky import get_reusable_executor
 from torch import Tensor
 
-from clframe.data.decode import ImageFormat, Pixels, begin_reading, lost, read_files
+from clframe.data.decode import ImageFormat, Pixels, begin_reading, lost_image_error, read_files
 from clframe.data.listing import SHOWN, LeftOut, walk
 from clframe.errors import DataError, UsageError
-from clframe.system.reading import expanded
+from clframe.system.reading import expand_home
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +46,7 @@ def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> lis
     """
     left = LeftOut() if left is None else left
     found: list[Path] = []
-    for path in map(expanded, paths):
+    for path in map(expand_home, paths):
         if path.is_dir():
             inside, others = walk(path, left)
             if not inside:
@@ -83,23 +83,23 @@ def read_image(path: str | Path, look: ImageFormat, scale: float = 255) -> Tenso
         values = torch.from_numpy(np.array(look.read(path)))
     except DataError as error:
         raise DataError(f"The image {path} cannot be read: {error}.") from error
-    return _scaled(values, scale)
+    return _scale(values, scale)
 
 
-def picture(image: Image.Image, look: ImageFormat, scale: float = 255) -> Tensor:
+def convert_image(image: Image.Image, look: ImageFormat, scale: float = 255) -> Tensor:
     """Return an image that Pillow holds as `read_image` would from its file. Raises `DataError` likewise."""
     try:
-        values = torch.from_numpy(np.array(look.of(image)))
+        values = torch.from_numpy(np.array(look.convert(image)))
     except DataError as error:
         raise DataError(f"The image {image!r} cannot be read: {error}.") from error
-    return _scaled(values, scale)
+    return _scale(values, scale)
 
 
-def _scaled(values: Tensor, scale: float) -> Tensor:
+def _scale(values: Tensor, scale: float) -> Tensor:
     return values if scale == 255 else values.to(torch.float32) * (scale / 255)
 
 
-class Held(Protocol):
+class EmbeddedFile(Protocol):
     """An image file that a larger one holds; its text says where it is there."""
 
     def read_bytes(self) -> bytes:
@@ -107,7 +107,7 @@ class Held(Protocol):
         ...
 
 
-class Files:
+class ImageFiles:
     """Image files that other processes read, in the background where they are asked for in time.
 
     Threads would take turns with each other and with the training for Python's lock, which a small image needs for
@@ -120,14 +120,16 @@ class Files:
         workers: processes, which all files of this process share; None: one for each core that it may use.
     """
 
-    def __init__(self, paths: Sequence[str | Path | Held], look: ImageFormat, workers: int | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path | EmbeddedFile], look: ImageFormat, workers: int | None = None
+    ) -> None:
         # whole paths: the processes stay in the folder that was the current one when they began
         self.paths = [os.path.abspath(path) if isinstance(path, str | Path) else path for path in paths]
         self.look = look
-        self.workers = min(workers or cores(), MOST)
+        self.workers = min(workers or count_cores(), MOST)
         self._coming: dict[int, tuple[Future[Pixels], int]] = {}  # for a position, who reads it, and its row there
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Files:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ImageFiles:
         return self  # a copy of a data set has the same files
 
     def expect(self, where: Iterable[int]) -> None:
@@ -136,7 +138,7 @@ class Files:
         if not new or current_process().daemon or sys.stdout is None or sys.stderr is None:
             return
         share = min(AT_ONCE, -(-len(new) // self.workers))
-        with _safe_path(), _without_ctrl_c():
+        with _set_safe_path(), _block_ctrl_c():
             pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
             for start in range(0, len(new), share):
                 part = new[start : start + share]
@@ -170,11 +172,11 @@ class Files:
         try:
             return str(path), path.read_bytes()
         except (OSError, DataError) as error:
-            raise lost(str(path), getattr(error, "strerror", None) or str(error)) from error
+            raise lost_image_error(str(path), getattr(error, "strerror", None) or str(error)) from error
 
 
 @contextmanager
-def _without_ctrl_c() -> Iterator[None]:
+def _block_ctrl_c() -> Iterator[None]:
     """Inside, a process that starts is deaf to Ctrl-C from its first moment on, and this one hears it afterwards."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -188,7 +190,7 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def _safe_path() -> Iterator[None]:
+def _set_safe_path() -> Iterator[None]:
     """Inside, a Python process that starts, such as a tracker of resources, imports nothing of the current folder."""
     before = {name: os.environ.get(name) for name in SAFE}
     os.environ.update(SAFE)
@@ -213,11 +215,11 @@ class LazyImages:
     """
 
     def __init__(
-        self, sources: Sequence[Files | Tensor], rows: Tensor | None = None, device: torch.device | str = "cpu"
+        self, sources: Sequence[ImageFiles | Tensor], rows: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self._sources = tuple(sources)
         if rows is None:
-            counts = [len(s.paths) if isinstance(s, Files) else len(s) for s in self._sources]
+            counts = [len(s.paths) if isinstance(s, ImageFiles) else len(s) for s in self._sources]
             rows = torch.cat([torch.stack([torch.full((n,), k), torch.arange(n)], 1) for k, n in enumerate(counts)])
         self._rows = rows  # [N, 2] source and position, on the CPU
         self.device = torch.device(device)
@@ -229,14 +231,14 @@ class LazyImages:
     def shape(self) -> torch.Size:
         """As of a tensor."""
         first = self._sources[0]
-        return torch.Size((len(self), *(first.look.shape if isinstance(first, Files) else first.shape[1:])))
+        return torch.Size((len(self), *(first.look.shape if isinstance(first, ImageFiles) else first.shape[1:])))
 
     @property
     def dtype(self) -> torch.dtype:
         """What joining all sources gives; of files alone uint8."""
         kind = torch.uint8
         for source in self._sources:
-            kind = torch.promote_types(kind, torch.uint8 if isinstance(source, Files) else source.dtype)
+            kind = torch.promote_types(kind, torch.uint8 if isinstance(source, ImageFiles) else source.dtype)
         return kind
 
     def __getitem__(self, where: Tensor | slice) -> LazyImages:
@@ -253,7 +255,7 @@ class LazyImages:
 
     def aminmax(self) -> tuple[Tensor, Tensor]:
         """Bounds of all values, without reading a file: those that 8-bit images can have."""
-        ends = [s.aminmax() for s in self._sources if not isinstance(s, Files) and s.numel()]
+        ends = [s.aminmax() for s in self._sources if not isinstance(s, ImageFiles) and s.numel()]
         low = min([0.0, *(float(end.min) for end in ends)])
         return torch.tensor(low), torch.tensor(max([255.0, *(float(end.max) for end in ends)]))
 
@@ -261,7 +263,7 @@ class LazyImages:
         """Begin to read the rows at the positions, or in the slice `where`, in the background."""
         rows = self._rows[where.cpu() if isinstance(where, Tensor) else where].tolist()
         for k, source in enumerate(self._sources):
-            if isinstance(source, Files):
+            if isinstance(source, ImageFiles):
                 source.expect([i for of, i in rows if of == k])
 
     def read(self) -> Tensor:
@@ -272,22 +274,22 @@ class LazyImages:
             where = self._rows[mine, 1]
             if not len(mine):
                 continue
-            found = source.read(where.tolist()) if isinstance(source, Files) else source[where.to(source.device)]
+            found = source.read(where.tolist()) if isinstance(source, ImageFiles) else source[where.to(source.device)]
             if len(mine) == len(self):
                 return found.to(self.device, self.dtype)
             out[mine.to(self.device)] = found.to(self.device, self.dtype)
         return out
 
 
-Images = Tensor | LazyImages
+RawImages = Tensor | LazyImages
 
 
-def concat_images(parts: Sequence[Images]) -> Images:
+def concat_images(parts: Sequence[RawImages]) -> RawImages:
     """The rows of all `parts`, in their order; read later if one of them is."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
         return torch.cat(tensors)
-    sources: list[Files | Tensor] = []
+    sources: list[ImageFiles | Tensor] = []
     rows = []
     for part in parts:
         lazy = LazyImages([part], device=part.device) if isinstance(part, Tensor) else part
@@ -300,7 +302,7 @@ def concat_images(parts: Sequence[Images]) -> Images:
     return LazyImages(sources, torch.cat(rows), parts[0].device)
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -15,11 +15,11 @@ SUFFIXES = (  # of the formats that `clframe.data.decode` reads
 SILENT = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave behind
 SHOWN = 5  # kinds of files at most that a sentence lists
 
-HIDDEN = "hidden files or folders"
-LINKS = "links to folders"
-LOCKED = "folders that cannot be read"
-OTHERS = "files of other kinds"
-BESIDE = "images beside the class folders"
+HIDDEN_FILES = "hidden files or folders"
+FOLDER_LINKS = "links to folders"
+UNREADABLE_FOLDERS = "folders that cannot be read"
+OTHER_FILES = "files of other kinds"
+IMAGES_BESIDE = "images beside the class folders"
 
 
 class LeftOut:
@@ -41,7 +41,7 @@ class LeftOut:
         if example not in examples and len(examples) < SHOWN:
             examples.append(example)
 
-    def told(self, what: str) -> list[str]:
+    def sentences(self, what: str) -> list[str]:
         """Return the sentence on what is left out of `what`, the folder; none if there is nothing."""
         reasons = [f"{reason} ({n}: {', '.join(self.examples[reason])})" for reason, n in sorted(self.counts.items())]
         return [f"Left out of {what}: {', '.join(reasons)}."] if reasons else []
@@ -61,9 +61,9 @@ def class_folders(base: Path, left: LeftOut | None = None) -> list[Path]:
             if not hidden:
                 found.append(path)
             elif left and path.name not in SILENT:
-                left.add(HIDDEN, path.name)
+                left.add(HIDDEN_FILES, path.name)
         elif left and path.suffix.lower() in SUFFIXES:
-            left.add(HIDDEN if hidden else BESIDE, path.name)
+            left.add(HIDDEN_FILES if hidden else IMAGES_BESIDE, path.name)
     return sorted(found, key=lambda path: by_name(path.name))
 
 
@@ -81,26 +81,26 @@ def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:
             with os.scandir(at) as scanned:
                 entries = sorted(scanned, key=lambda entry: entry.name)
         except OSError:
-            left.add(LOCKED, os.path.relpath(at, folder))
+            left.add(UNREADABLE_FOLDERS, os.path.relpath(at, folder))
             continue
         for entry in entries:
             suffix = Path(entry.name).suffix.lower()
             if _is_folder(entry):
                 if is_hidden(entry.name):
                     if entry.name not in SILENT:
-                        left.add(HIDDEN, entry.name)
+                        left.add(HIDDEN_FILES, entry.name)
                 elif entry.is_symlink():
-                    left.add(LINKS, entry.name)
+                    left.add(FOLDER_LINKS, entry.name)
                 else:
                     waiting.append(entry.path)
             elif is_hidden(entry.name):
                 if suffix in SUFFIXES:
-                    left.add(HIDDEN, entry.name)
+                    left.add(HIDDEN_FILES, entry.name)
             elif suffix in SUFFIXES:
                 images.append(entry.path)
             else:
                 others[suffix or entry.name] += 1
-                left.add(OTHERS, suffix or entry.name)
+                left.add(OTHER_FILES, suffix or entry.name)
     return sorted(images), others
 
 

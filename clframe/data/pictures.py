@@ -20,7 +20,7 @@ GAP = 2
 CAPTION = 16  # pixels: the height of a line of text
 
 
-def grid(images: Tensor, columns: int | None = None) -> Tensor:
+def draw_grid(images: Tensor, columns: int | None = None) -> Tensor:
     """Images [N, C, h, w] from 0 to 1 as one picture [H, W, 3] uint8, row by row, about as wide as high.
 
     `columns` are the images of a row, where that is not to be chosen. Where C is neither 1 nor 3 the first channel is
@@ -42,7 +42,7 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return functional.pad(rowwise.flatten(2, 3).flatten(0, 1), (0, 0, 0, GAP, 0, GAP), value=255)
 
 
-def sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
+def draw_sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
     """Training images of each experience of `scenario`, raw, as one picture [H, W, 3] with a caption above each row.
 
     A row has `columns` images, shared among the classes in their order, as far as there are so many.
@@ -69,7 +69,7 @@ def sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
             for label, count in zip(experience.classes, shares.diff().tolist(), strict=True)
         ]
         shown = data.rows(torch.cat(where).to(data.device)).x.float() / scenario.transform.scale
-        row = grid(shown, columns).numpy()
+        row = draw_grid(shown, columns).numpy()
         caption = Image.new("RGB", (row.shape[1], CAPTION), "white")
         names = ", ".join(scenario.class_names[label] for label in experience.classes)
         ImageDraw.Draw(caption).text((GAP, GAP), f"{experience.index + 1}: {names}", "black")
@@ -77,7 +77,7 @@ def sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
     return np.concatenate(strips)
 
 
-def png(image: NDArray[np.uint8]) -> bytes:
+def encode_png(image: NDArray[np.uint8]) -> bytes:
     """`image` [H, W, 3] as a PNG file."""
     from PIL import Image
 

@@ -13,7 +13,7 @@ from clframe.data.batch import ImageData
 from clframe.data.transform import Transform, check_transform
 from clframe.data.values import check_images
 from clframe.errors import UsageError
-from clframe.system.texts import told
+from clframe.system.texts import quote
 
 Setting = Literal["class", "task", "domain"]
 Part = Literal["train", "test"]
@@ -22,7 +22,7 @@ Part = Literal["train", "test"]
 def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
     """Return the names of the classes of the scenario `name` as texts. Raises `UsageError` if they are no list."""
     if not isinstance(class_names, Iterable):
-        raise UsageError(f"The class names of `{name}` are {told(class_names)}: give a list with one for each label.")
+        raise UsageError(f"The class names of `{name}` are {quote(class_names)}: give a list with one for each label.")
     return tuple(map(str, class_names))
 
 
@@ -152,7 +152,7 @@ class Scenario:
             raise IndexError(f"Scenario `{self.name}` has {len(self)} experiences, none with number {index}.")
 
         def load(part: str) -> ImageData:
-            data = self._checked(index, "test") if part == "test" else self._train_or_val(index, part)
+            data = self._load_checked(index, "test") if part == "test" else self._train_or_val(index, part)
             return data.of_task(index)
 
         return Experience(index, index, self.classes[index], load)
@@ -199,7 +199,7 @@ class Scenario:
         if self._move:
             self._move(device)
 
-    def _checked(self, index: int, part: Part) -> ImageData:
+    def _load_checked(self, index: int, part: Part) -> ImageData:
         """Return what `load` gives. Raises `DataError` if its images are not as `transform` and a network take them."""
         data = self._load(index, part)
         if (index, part) not in self._seen:
@@ -210,7 +210,7 @@ class Scenario:
         return data
 
     def _train_or_val(self, index: int, part: str) -> ImageData:
-        data = self._checked(index, "train")
+        data = self._load_checked(index, "train")
         held = torch.zeros(len(data), dtype=torch.bool)
         if self.val_share:
             generator = torch.Generator().manual_seed(self._val_seed * 10_007 + index)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.errors import DataError, UsageError, cannot_write
 from clframe.renamed import update_mode
-from clframe.system.reading import Unreadable, expanded, parse_json, read_bytes, shown
-from clframe.system.texts import cut, told
+from clframe.system.reading import Unreadable, expand_home, parse_json, quote_path, read_bytes
+from clframe.system.texts import cut, quote
 
 if TYPE_CHECKING:
     from clframe.data.batch import ImageData
@@ -58,7 +58,7 @@ def describe_split(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> di
         "experiences": [
             {
                 "classes": [scenario.class_names[label] for label in experience.classes],
-                **{part: _counted(getattr(experience, part)) for part in ("train", "test")},
+                **{part: _summarize(getattr(experience, part)) for part in ("train", "test")},
             }
             for experience in scenario
         ],
@@ -71,7 +71,7 @@ def checksum(scenario: Scenario) -> str:
     for experience in scenario:
         total.update(json.dumps(list(experience.classes)).encode())
         for part in (experience.train, experience.test):
-            total.update(_sum(part).encode())
+            total.update(_hash_rows(part).encode())
     return total.hexdigest()
 
 
@@ -82,9 +82,9 @@ def read_split(path: Path) -> dict[str, Any]:
         UsageError: if there is no such file, or it holds something else.
     """
     try:
-        data = parse_json(read_bytes(expanded(path), LARGEST), path)
+        data = parse_json(read_bytes(expand_home(path), LARGEST), path)
     except Unreadable as error:
-        raise UsageError(f"The scenario {shown(path)} cannot be read: {error.reason}.") from error
+        raise UsageError(f"The scenario {quote_path(path)} cannot be read: {error.reason}.") from error
     spec = data.get("scenario") if isinstance(data, dict) else None
     if not (
         isinstance(data, dict)
@@ -98,12 +98,12 @@ def read_split(path: Path) -> dict[str, Any]:
         )
     if data.get("format") != SPLIT_FORMAT:
         raise UsageError(
-            f"The scenario {path} has format {told(data.get('format'))}, and this clframe reads format {SPLIT_FORMAT}."
+            f"The scenario {path} has format {quote(data.get('format'))}, and this clframe reads format {SPLIT_FORMAT}."
         )
     return {**update_mode(spec), PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
 
 
-def settled(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:
+def settled_problems(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:
     """A sentence for each option in `given` that the split of `file`, in `path`, has settled otherwise."""
     return [
         f"`scenario.{name}` is {cut(json.dumps(given[name]))}, and {path} settles it as {cut(json.dumps(file[name]))}: "
@@ -120,7 +120,7 @@ def pinned_problems(pinned: object) -> list[str]:
     ):
         return []
     return [
-        f"`scenario.{PINNED}` is {told(pinned)}; it must hold the checksums `data` and `split` of a scenario's file."
+        f"`scenario.{PINNED}` is {quote(pinned)}; it must hold the checksums `data` and `split` of a scenario's file."
     ]
 
 
@@ -138,11 +138,11 @@ def check(scenario: Scenario, pinned: Mapping[str, str]) -> None:
         )
 
 
-def _counted(data: ImageData) -> dict[str, Any]:
-    return {"images": len(data), "sha256": _sum(data)}
+def _summarize(data: ImageData) -> dict[str, Any]:
+    return {"images": len(data), "sha256": _hash_rows(data)}
 
 
-def _sum(data: ImageData) -> str:
+def _hash_rows(data: ImageData) -> str:
     """SHA-256 of positions and labels, as 64-bit numbers, the lowest byte first."""
     total = hashlib.sha256()
     for column in (data.index, data.y):

@@ -24,7 +24,7 @@ def least_classes() -> int:
     return 1 if _following.get() else 2
 
 
-def first_return(classes: Sequence[Sequence[int]]) -> tuple[int, int, int] | None:
+def find_returning_class(classes: Sequence[Sequence[int]]) -> tuple[int, int, int] | None:
     """The earlier experience, the first one with a class of it, from 0, and the class; None: no class comes back."""
     owner: dict[int, int] = {}
     for index, group in enumerate(classes):

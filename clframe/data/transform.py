@@ -15,7 +15,7 @@ from clframe.data.batch import Batch, ImageData
 from clframe.data.decode import ImageFormat
 from clframe.errors import UsageError
 from clframe.options import CountOrZero, validated
-from clframe.system.texts import told
+from clframe.system.texts import quote
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Transform:
                 values = torch.as_tensor(getattr(self, name), dtype=torch.float64).flatten().tolist()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise UsageError(
-                    f"`Transform.{name}` is {told(getattr(self, name))}: give a number for each channel, or one."
+                    f"`Transform.{name}` is {quote(getattr(self, name))}: give a number for each channel, or one."
                 ) from error
             object.__setattr__(self, name, tuple(values))
         if len(self.mean) != len(self.std):

@@ -21,8 +21,8 @@ from clframe.errors import DataError, UsageError
 from clframe.evaluate import Reading, Readings
 from clframe.model import IncrementalNet, evaluating, masked
 from clframe.options import suited
-from clframe.system.reading import expanded
-from clframe.system.texts import told
+from clframe.system.reading import expand_home
+from clframe.system.texts import quote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -211,7 +211,7 @@ class Trained(nn.Module):
         self.reading(task)
         top = suited(int, top)
         if type(top) is not int or top < 1:
-            raise UsageError(f"`top` is {told(top)}; it must be a whole number, 1 at least.")
+            raise UsageError(f"`top` is {quote(top)}; it must be a whole number, 1 at least.")
         paths: Sequence[Path | None]
         raw = self._stacked(images)
         if raw is None:
@@ -220,7 +220,7 @@ class Trained(nn.Module):
             left = LeftOut()
             paths = files.image_files(cast(Sequence[str | Path], named), left)
             if left_out is not None:
-                left_out += left.told("the folders")
+                left_out += left.sentences("the folders")
         else:
             paths = [None] * len(raw)
         if isinstance(task, Tensor) and task.dim() and len(task) != len(paths):
@@ -265,7 +265,7 @@ class Trained(nn.Module):
         """
         from clframe.deploy.export import export  # it is needed by few
 
-        return export(self, expanded(path), format, cast("int | None", _asked(task)))
+        return export(self, expand_home(path), format, cast("int | None", _asked(task)))
 
     def _stacked(self, images: Files | Images | Image.Image | Sequence[Image.Image]) -> Tensor | None:
         """Arrays as one [B, ...]; None of files. Raises `UsageError` if they are not as the model takes them."""
@@ -286,7 +286,7 @@ class Trained(nn.Module):
                 return torch.empty(0, *self.scenario.input_shape)
             if kinds == {"picture"}:
                 look, scale = self._look(), self.scenario.transform.scale
-                return torch.stack([files.picture(image, look, scale) for image in given])
+                return torch.stack([files.convert_image(image, look, scale) for image in given])
             shapes = sorted({tuple(image.shape) for image in given})
             if len(shapes) > 1:
                 raise UsageError(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
@@ -351,7 +351,7 @@ def _asked(task: Any) -> Tensor | int | None:
         except (TypeError, ValueError, RuntimeError):
             whole = torch.empty(0)
     if isinstance(whole, Tensor) and (whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool):
-        raise UsageError(f"`task` is {told(task)}; it must be one whole number, or one for each image.")
+        raise UsageError(f"`task` is {quote(task)}; it must be one whole number, or one for each image.")
     return cast("Tensor | int | None", whole)
 
 

@@ -25,7 +25,7 @@ from clframe.runs.record import described_in, scenario_of
 from clframe.runs.results import read_results
 from clframe.runs.state import position_of
 from clframe.settings import OBJECT, Config, TrainSettings
-from clframe.system.reading import expanded, held_by, reason, shown
+from clframe.system.reading import blame_file, expand_home, quote_path, reason
 
 if TYPE_CHECKING:
     from clframe.engine import Engine
@@ -75,7 +75,7 @@ class Base:
             loaded = checkpoint.load(self.path / "checkpoints", problems.append)
         except DataError as error:
             raise DataError(f"The run in {self.path} cannot be extended: {error}") from error
-        with held_by(self.path / "checkpoints"):
+        with blame_file(self.path / "checkpoints"):
             position = position_of(loaded[0])
         if position["experience"] != len(self.scenario):
             gone = f"The run in {self.path} cannot be extended, as its last checkpoint is gone."
@@ -154,7 +154,7 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
     try:
         found = class_folders(folder, left)
     except OSError as error:
-        raise DataError(f"`run.old_images` is {shown(folder)}, which cannot be read: {reason(error)}.") from error
+        raise DataError(f"`run.old_images` is {quote_path(folder)}, which cannot be read: {reason(error)}.") from error
     if strangers := [path.name for path in found if _plain(path.name) not in learned]:
         raise UsageError(
             f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
@@ -184,9 +184,9 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
     run = engine.run
     experience = run.experience
     if run.config.run.old_images is not None:
-        folder, left = expanded(run.config.run.old_images), LeftOut()
+        folder, left = expand_home(run.config.run.old_images), LeftOut()
         experience = old_images(folder, run.scenario, experience, left)
-        for note in left.told(shown(folder)):
+        for note in left.sentences(quote_path(folder)):
             run.emit("message", text=note)
     for plugin in plugins:
         for name, call in engine.calls["after_experience"]:

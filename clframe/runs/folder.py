@@ -20,13 +20,13 @@ import filelock
 import torch
 from torch import Tensor
 
-from clframe.data.pictures import png
+from clframe.data.pictures import encode_png
 from clframe.errors import DataError, RunError, UsageError
 from clframe.evaluate import Row
 from clframe.runs import checkpoint, sums
 from clframe.runs.results import RESULTS_FILE, Results, check_format
 from clframe.system import writing
-from clframe.system.reading import held_by, parse_json, read_bytes, read_json, reason, shown
+from clframe.system.reading import blame_file, parse_json, quote_path, read_bytes, read_json, reason
 from clframe.system.writing import to_json, write_text
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
@@ -72,7 +72,9 @@ class RunFolder:
             raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
         except (OSError, ValueError) as error:  # ValueError: no file can be called so
             remedy = "name another with `--output`" if new else "make it writable"
-            raise DataError(f"The run folder {shown(path)} cannot be written: {reason(error)}; {remedy}.") from error
+            raise DataError(
+                f"The run folder {quote_path(path)} cannot be written: {reason(error)}; {remedy}."
+            ) from error
 
     def _check(self, new: bool) -> None:
         path = self.path
@@ -89,7 +91,7 @@ class RunFolder:
             )
         if not new:
             if not (path / CONFIG).is_file():
-                raise DataError(f"{shown(path)} is not a run folder: it has no config.yaml.")
+                raise DataError(f"{quote_path(path)} is not a run folder: it has no config.yaml.")
             writing.refuse_links(path, WRITTEN)
 
     def close(self) -> None:
@@ -252,7 +254,7 @@ class RunFolder:
     def cut_metrics(self, size: int) -> None:
         """Forget the lines that were written after the checkpoint that a resume starts from."""
         if (self.path / "metrics.jsonl").exists():
-            writing.cut(self.path / "metrics.jsonl", size)
+            writing.truncate(self.path / "metrics.jsonl", size)
 
     def keep_scores(self, after: int, row: Row) -> None:
         """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N].
@@ -278,7 +280,7 @@ class RunFolder:
         (self.path / "pictures").mkdir(exist_ok=True)
         file = self.path / "pictures" / f"{name.replace('/', '-')}-{experience + 1}.png"
         with writing.create(file) as stream:
-            stream.write(png(picture.numpy()))
+            stream.write(encode_png(picture.numpy()))
 
     def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> list[str]:
         """Write the trained model, the predictions, the sums, and last the results: they say that it is finished.
@@ -360,7 +362,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     try:
         description = read_json(path / "model.json")
         check_format(description, path / "model.json")
-        with held_by(path / "model.json"):
+        with blame_file(path / "model.json"):
             state = parse_json(description.pop("state"), path / "model.json")
         return description, state, checkpoint.read_tensors(path / "model.safetensors")
     except OSError as error:

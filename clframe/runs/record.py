@@ -24,7 +24,7 @@ from clframe.model import class_mask, masked
 from clframe.renamed import update_mode
 from clframe.runs import checkpoint, state
 from clframe.runs.results import RESULTS_FORMAT, Results, read_results
-from clframe.system.reading import expanded, held_by
+from clframe.system.reading import blame_file, expand_home
 
 if TYPE_CHECKING:
     from clframe.engine import Engine
@@ -166,7 +166,7 @@ def _calibration(
 
 def _joint(folder: str | None, reading: str) -> list[float | None] | None:
     """Accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
-    return read_results(expanded(folder)).accuracy.get(reading, [None])[-1] if folder else None
+    return read_results(expand_home(folder)).accuracy.get(reading, [None])[-1] if folder else None
 
 
 def _in_words(reading: str, logits: str) -> str:
@@ -247,7 +247,7 @@ def _scenario_of(described: Mapping[str, Any]) -> Scenario:
 
 def described_in(path: Path, description: Mapping[str, Any]) -> Scenario:
     """The scenario that `description`, from model.json of the run folder `path`, holds. Raises `DataError`."""
-    with held_by(path / "model.json"):
+    with blame_file(path / "model.json"):
         _Described.model_validate(description)
         return scenario_of(description["scenario"])
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from clframe.errors import DataError
 from clframe.runs import sums
 from clframe.runs.opening import open_model
-from clframe.system.reading import expanded, held_by, read_json
+from clframe.system.reading import blame_file, expand_home, read_json
 
 if TYPE_CHECKING:
     from clframe.deploy.trained import Trained
@@ -184,7 +184,7 @@ class Results:
     @classmethod
     def read(cls, folder: str | Path) -> Results:
         """The results of the finished run in `folder`. Raises `DataError` if there are none."""
-        folder = expanded(folder)
+        folder = expand_home(folder)
         results = read_results(folder)
         if told := sums.missing(folder):
             warnings.warn(told, stacklevel=2)
@@ -201,9 +201,9 @@ def read_results(folder: Path) -> Results:
     except DataError as error:
         raise DataError(f"{folder} holds no results of a finished run that can be read ({error}).") from error
     check_format(data, folder / RESULTS_FILE)
-    with held_by(folder / RESULTS_FILE):
+    with blame_file(folder / RESULTS_FILE):
         _Shape.model_validate(data)
-    with held_by(folder / "timings.json"):
+    with blame_file(folder / "timings.json"):
         dict(timings)
     return Results(data, timings, folder)
 

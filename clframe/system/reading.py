@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from clframe.errors import ClframeError, DataError, UsageError, of_the_system, out_of_memory
-from clframe.system.texts import cut, printable, told
+from clframe.system.texts import cut, escape_unprintable, quote
 
 JSON_LIMIT = 32 * 2**20  # bytes; parsed, the worst JSON of this size takes 0.7 GB
 KINDS = {
@@ -27,11 +27,11 @@ class Unreadable(DataError):
     """A file that cannot be read; `reason` says why, without the path and without a full stop."""
 
     def __init__(self, path: object, reason: str) -> None:
-        super().__init__(f"{shown(path)} cannot be read: {reason}.")
+        super().__init__(f"{quote_path(path)} cannot be read: {reason}.")
         self.reason = reason
 
 
-def expanded(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Return `path` with ``~`` replaced by the user's home folder.
 
     Raises:
@@ -41,10 +41,10 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except TypeError as error:
-        raise UsageError(f"{told(path)} is a `{type(path).__name__}`: give the path of a file or folder.") from error
+        raise UsageError(f"{quote(path)} is a `{type(path).__name__}`: give the path of a file or folder.") from error
     except RuntimeError as error:
         raise DataError(
-            f"{shown(path)} begins with `~` and names no user of this machine: write the folder out."
+            f"{quote_path(path)} begins with `~` and names no user of this machine: write the folder out."
         ) from error
 
 
@@ -116,7 +116,7 @@ def parse_json(text: str | bytes, path: str | Path) -> Any:
 
 
 @contextmanager
-def held_by(file: str | Path) -> Iterator[None]:
+def blame_file(file: str | Path) -> Iterator[None]:
     """Inside, values from `file` are used; whatever one of another kind raises becomes a `DataError` naming `file`."""
     try:
         yield
@@ -131,13 +131,13 @@ def held_by(file: str | Path) -> Iterator[None]:
             said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         said = cut(" ".join(said.split()))
         raise DataError(
-            f"{shown(file)} holds something else than clframe writes ({said}): put the file back as it was."
+            f"{quote_path(file)} holds something else than clframe writes ({said}): put the file back as it was."
         ) from error
 
 
-def shown(path: object) -> str:
+def quote_path(path: object) -> str:
     """Return the text of a path for a sentence: cut to 200 characters, and without what a terminal cannot show."""
-    return cut(printable(str(path)))
+    return cut(escape_unprintable(str(path)))
 
 
 def reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ def cut(text: str, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
-def told(value: object, length: int = 200) -> str:
+def quote(value: object, length: int = 200) -> str:
     """Return `value` as Python writes it, for a sentence: of `length` characters at most."""
     try:
         return cut(repr(value), length)
@@ -25,12 +25,12 @@ def told(value: object, length: int = 200) -> str:
         return f"a {type(value).__name__} of too many digits"
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return `text` in one line that a terminal only shows: other characters become escapes such as ``\\x1b``."""
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def bounded(text: str) -> str:
+def shorten_lines(text: str) -> str:
     """Return `text`, the sentences of an error, of which long ones are cut and, of very many, the last are counted."""
     lines = text.split("\n")
     more = [f"... and {len(lines) - SENTENCES:,} more."] if len(lines) > SENTENCES else []

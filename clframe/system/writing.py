@@ -88,7 +88,7 @@ def append(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Shorten the file `path` to `size` bytes, if it is longer. Raises `OSError` if that is a link."""
     with os.fdopen(os.open(path, os.O_WRONLY | NO_LINK), "ab") as file:
         file.truncate(min(size, os.fstat(file.fileno()).st_size))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clframe.checks import learned
+from clframe.checks import n_learned
 from clframe.data.batch import Batch
 from clframe.model import IncrementalNet
 from clframe.toolkit.inversion import Statistics, dreaming_problems, explain_out_of_memory, observe_norms, reinitialize
@@ -270,7 +270,7 @@ def generator_problems(run: Run, plugin: Plugin, alternative: str) -> Iterator[s
                 f"`{run.scenario.name}` brings old ones back: choose a scenario whose experiences share no class."
             )
             return
-        if len(classes) == 1 and i >= max(1, learned(run)):
+        if len(classes) == 1 and i >= max(1, n_learned(run)):
             name = run.scenario.class_names[classes[0]]
             yield (
                 f"`{plugin.name}` learns new classes among themselves, and experience {i + 1} of "

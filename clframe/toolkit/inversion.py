@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clframe.data.batch import ImageData
-from clframe.data.files import Images
+from clframe.data.files import RawImages
 from clframe.data.transform import Transform
 from clframe.errors import RunError
 from clframe.model import IncrementalNet, class_mask, initialized_by, masked, snapshot
@@ -382,7 +382,7 @@ def to_raw(x: Tensor, transform: Transform) -> Tensor:
     return x * transform.scale
 
 
-def valid_range(transform: Transform, images: Images) -> tuple[Tensor, Tensor]:
+def valid_range(transform: Transform, images: RawImages) -> tuple[Tensor, Tensor]:
     """The lowest and the highest normalised value of each channel, [C, 1, 1] twice.
 
     Raw, they are 0 and the transform's scale, or what occurs in the raw `images` [N, C, H, W] where that is more.
