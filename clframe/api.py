@@ -16,7 +16,6 @@ from torch import nn
 from clframe import registry
 from clframe.checks import check_run
 from clframe.config import resolve, to_yaml
-from clframe.context import Listener
 from clframe.data import split_file
 from clframe.data.build import Arrays
 from clframe.data.scenario import Scenario
@@ -25,6 +24,7 @@ from clframe.errors import (
     DataError,
     UsageError,
 )
+from clframe.events import Listener
 from clframe.launch import (
     base_of,
     begin_from,
@@ -133,7 +133,7 @@ def run_config(
             begin_from(engine, base)
             check_run(engine.run, engine.stream)
             for note in engine.stream.notes:
-                engine.run.emit("message", text=note)
+                engine.run.tell(note)
             ended = base.last_checkpoint() if base else None
             if folder:
                 config.run.device = str(device)

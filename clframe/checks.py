@@ -26,7 +26,7 @@ def check_run(run: Run, scenario: Scenario) -> None:
     Raises:
         UsageError: with one sentence for each reason.
     """
-    run.describe(scenario, len(scenario) - 1)  # all of it
+    run._describe(scenario, len(scenario) - 1)  # all of it
     problems = [
         f"The plugin `{plugin.name}` cannot serve the setting `{scenario.setting}` of `{scenario.name}`; it serves "
         + " and ".join(f"`{setting}`" for setting in plugin.serves)
@@ -42,7 +42,7 @@ def check_run(run: Run, scenario: Scenario) -> None:
     problems += [problem for plugin in run.plugins for problem in plugin.problems(run)]
     if problems:
         raise UsageError(*problems)
-    run.describe(scenario, 0)
+    run._describe(scenario, 0)
 
 
 def _logits_problems(run: Run) -> list[str]:

@@ -15,14 +15,12 @@ from torch.nn import functional
 from clframe.data.batch import Batch, ImageData
 from clframe.data.pictures import draw_grid
 from clframe.data.scenario import Experience, Scenario
+from clframe.events import Event, ImagesLogged, Listener, Logged, Message, Tick
 from clframe.model import IncrementalNet, Outputs, class_mask, evaluating, freeze, masked, thaw
 from clframe.plugin import Plugin
 from clframe.renamed import OF_RUNS, now_called
 from clframe.settings import Config, TrainSettings
 from clframe.training import Phase, Sampler
-
-Record = dict[str, Any]
-Listener = Callable[[Record], None]
 
 
 class Run:
@@ -45,7 +43,7 @@ class Run:
         is_loaded: whether this is a finished run that was loaded, in which nothing is trained.
         device: where model and data are.
         plugins: in the order of calling.
-        listeners: called with each record (a dict with a ``kind``) that the run emits; see `log`.
+        listeners: called with each event of the run (`clframe.events`); see `log`.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Run:
         self.config = config
         self._settings = config.train.of(0), config.train
         self.device = device
-        self.describe(scenario, 0)
+        self._describe(scenario, 0)
         self.model = model.to(device).train()
         self.plugins = tuple(plugins)
         self.listeners = list(listeners)
@@ -78,15 +76,15 @@ class Run:
         wanted = [logits for plugin in plugins if (logits := plugin.wanted_logits(self))]
         default = wanted[0] if wanted else "own" if scenario.setting == "task" else "seen"
         self.logits: str = config.train.logits or default
-        self.generators: dict[str, torch.Generator] = {}
-        self.sampler: Sampler | None = None
+        self._generators: dict[str, torch.Generator] = {}
+        self._sampler: Sampler | None = None
         self.is_loaded = False
         self.frozen: list[str] = []  # names of parameters that `freeze` froze for the experience
-        self.hook_call = ""  # the call that a resume would repeat; within a step, or in another hook, there is none
-        self.tick_done: dict[str, int] = {}  # by `hook_call` and name
-        self.pause: Callable[[], None] = lambda: None  # the engine's: save if it is time, stop if a signal asked for it
+        self._hook_call = ""  # the call that a resume would repeat; within a step, or in another hook, there is none
+        self._tick_done: dict[str, int] = {}  # by `_hook_call` and name
+        self._pause: Callable[[], None] = lambda: None  # set by the engine: save or stop, if it is time
 
-    def describe(self, scenario: Scenario, index: int) -> None:
+    def _describe(self, scenario: Scenario, index: int) -> None:
         """Let hooks know `scenario` as far as it was known when the experience of that index came."""
         self.scenario = scenario.described(index)
         n_classes = len(self.scenario.class_names)
@@ -97,17 +95,17 @@ class Run:
     @property
     def step(self) -> int:
         """The step of the phase under way, from 0."""
-        return self.sampler.step - 1 if self.sampler else 0
+        return self._sampler.step - 1 if self._sampler else 0
 
     @property
     def steps_in_phase(self) -> int:
         """Steps of the phase under way."""
-        return self.sampler.steps if self.sampler else 0
+        return self._sampler.steps if self._sampler else 0
 
     @property
     def batches_per_epoch(self) -> int:
         """Steps in an epoch of the phase under way; 1 between phases."""
-        return self.sampler.batches_per_epoch if self.sampler else 1
+        return self._sampler.batches_per_epoch if self._sampler else 1
 
     @property
     def epoch(self) -> int:
@@ -194,10 +192,10 @@ class Run:
 
     def rng(self, name: str) -> torch.Generator:
         """The generator (on the CPU) of that name: a plugin's only source of randomness, saved in checkpoints."""
-        if name not in self.generators:
+        if name not in self._generators:
             digest = hashlib.sha256(f"{self.config.run.seed}/{name}".encode()).digest()
-            self.generators[name] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return self.generators[name]
+            self._generators[name] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return self._generators[name]
 
     def batch(self, rows: ImageData, augment: torch.Generator | None = None) -> Batch:
         """`rows` as the model takes them, on the device; augmented if a generator is given."""
@@ -238,7 +236,7 @@ class Run:
         kept = {id(parameter) for parameter in trained}
         self.freeze([name for name, parameter in self.model.named_parameters() if id(parameter) not in kept])
 
-    def thaw(self) -> None:
+    def _thaw(self) -> None:
         """Let the parameters that `freeze` froze be trained again; the engine calls this between experiences."""
         thaw(self.model, self.frozen)
         self.frozen = []
@@ -267,7 +265,7 @@ class Run:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Record named values: in `metrics.jsonl`, in TensorBoard, with every other listener."""
-        self.emit("log", experience=self.experience.index, total_step=self.total_steps, values=dict(values))
+        self._emit(Logged(self.experience.index, self.total_steps, dict(values)))
 
     def log_images(self, name: str, images: Tensor) -> None:
         """Let people see `images` [N, C, H, W], raw as those of the data set, of the experience under way.
@@ -275,12 +273,16 @@ class Run:
         They are one picture, row by row, in the run folder and in TensorBoard. `name` begins with the plugin's.
         """
         picture = draw_grid(images.float() / self.scenario.transform.scale)
-        self.emit("images", name=name, experience=self.experience.index, picture=picture)
+        self._emit(ImagesLogged(name, self.experience.index, picture))
 
-    def emit(self, kind: str, **fields: Any) -> None:
-        """Give the record of that kind to all listeners."""
+    def tell(self, text: str) -> None:
+        """Send a message for the user to all listeners."""
+        self._emit(Message(text))
+
+    def _emit(self, event: Event) -> None:
+        """Give `event` to all listeners."""
         for listener in self.listeners:
-            listener({"kind": kind, **fields})
+            listener(event)
 
 
 class Ticks:
@@ -292,13 +294,13 @@ class Ticks:
 
     def __init__(self, run: Run, name: str, n: int, resumable: bool) -> None:
         self._run, self._name, self._n = run, name, n
-        self._key, self._resumable = run.hook_call + name, resumable and bool(run.hook_call)
-        self.start = run.tick_done.get(self._key, 0)
+        self._key, self._resumable = run._hook_call + name, resumable and bool(run._hook_call)
+        self.start = run._tick_done.get(self._key, 0)
 
     def __iter__(self) -> Iterator[int]:
         for i in range(self.start, self._n):
             yield i
-            self._run.emit("tick", name=self._name, i=i + 1, n=self._n)
+            self._run._emit(Tick(self._name, i + 1, self._n))
             if self._resumable:
-                self._run.tick_done[self._key] = i + 1
-                self._run.pause()
+                self._run._tick_done[self._key] = i + 1
+                self._run._pause()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clframe import compose
+from clframe import compose, events
 from clframe.checks import check_labels, check_terms
 from clframe.context import Run
 from clframe.data.batch import Batch, ImageData, join
@@ -156,30 +156,25 @@ class Engine:
         self.rate = Rate()
         self.signal = 0
         self.last_save = time.monotonic()
-        run.pause = self.pause
+        run._pause = self.pause
 
     # --------------------------------------------------------------------- the course of an experience
 
     def remaining(self) -> Iterator[Experience]:
         """Yield the experiences that are left, and describe each to the plugins."""
         run = self.run
-        run.emit(
-            "start",
-            scenario=self.stream.name,
-            n_experiences=len(self.stream),
-            total_step=run.total_steps,
-            accuracy={reading: list(rows) for reading, rows in run.accuracy.items()},
-            validation={reading: list(rows) for reading, rows in run.validation.items()},
-        )
+        accuracy = {mode: list(rows) for mode, rows in run.accuracy.items()}
+        validation = {mode: list(rows) for mode, rows in run.validation.items()}
+        run._emit(events.Started(self.stream.name, len(self.stream), run.total_steps, accuracy, validation))
         if self.oracle:
             run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
         for index in range(self.position.experience, len(self.stream)):
             experience = self.stream[index]
-            run.describe(self.stream, index)
+            run._describe(self.stream, index)
             run.experience = experience.for_training()
             classes = list(experience.classes)
             names = [self.stream.class_names[c] for c in classes]
-            run.emit("experience", index=index, task=experience.task, classes=classes, class_names=names)
+            run._emit(events.ExperienceBegan(index, experience.task, classes, names))
             self.tell_hints()
             self.clock.lap()
             yield experience
@@ -190,7 +185,7 @@ class Engine:
         New weights depend on the seed and on the size of the head alone.
         """
         run = self.run
-        run.thaw()
+        run._thaw()
         known = run.scenario.classes
         coming = known if run.logits == "all" else known[: experience.index + 1]
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
@@ -217,13 +212,13 @@ class Engine:
         for name, call in self.calls[hook]:
             if [hook, name] in self.position.done:
                 continue
-            run.hook_call = f"{hook}/{name}/"
+            run._hook_call = f"{hook}/{name}/"
             for answer in call(run=run, **arguments):  # at most one, as pluggy drops None
                 marked = isinstance(answer, ImageData)
                 answers[name] = answer.to(run.device).marked(self.origins[name]) if marked else answer
             self.position.done.append([hook, name])
-            run.tick_done = {tick: i for tick, i in run.tick_done.items() if not tick.startswith(run.hook_call)}
-            run.hook_call = ""
+            run._tick_done = {tick: i for tick, i in run._tick_done.items() if not tick.startswith(run._hook_call)}
+            run._hook_call = ""
             self.pause()
         return {plugin.name: answers[plugin.name] for plugin in run.plugins if plugin.name in answers}
 
@@ -262,21 +257,21 @@ class Engine:
                 f"The phase `{phase.name}` of {run.progress_label} trains nothing: no parameter{wanted} requires "
                 "gradients."
             )
-        run.sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
-        run.emit("phase", name=phase.name, steps=run.sampler.steps, experience=run.experience.index)
+        run._sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
+        run._emit(events.PhaseBegan(phase.name, run._sampler.steps, run.experience.index))
         with training_only(run.model, self.trained.values()):
             if self.resumed is not None:  # the optimizers were restored with it
-                run.sampler.load(self.resumed)
+                run._sampler.load(self.resumed)
                 self.resumed = None
             elif phase.name == "train" and run.optimizer is not None:
                 extend_optimizer(run.optimizer, self.trained, run.settings)
             else:
                 self.kept_optimizer = run.optimizer
-                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run.sampler.steps else None
+                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run._sampler.steps else None
             self.rate.begin()
             yield self.batches(data)
             self.check_finite()
-        self.trainable = run.sampler = None
+        self.trainable = run._sampler = None
         self.position.phase += 1
         if not (phase.name == "train" and run.settings.keep_optimizer):
             run.optimizer, self.kept_optimizer = self.kept_optimizer, None
@@ -284,7 +279,7 @@ class Engine:
 
     def batches(self, data: ImageData) -> Iterator[Batch]:
         """The batches of the phase under way, at the learning rate of each step."""
-        run, sampler = self.run, self.run.sampler
+        run, sampler = self.run, self.run._sampler
         if sampler is None or not sampler.steps:
             return
         augment = run.rng("loader") if run.scenario.transform.augments else None
@@ -362,10 +357,10 @@ class Engine:
         if log or self.losses.full:
             self.check_finite()
         if log:
-            run.emit("step", **self.progress())
+            run._emit(events.StepTaken(**self.progress()))
         if rate := self.rate.count(len(batch)):
             left = (run.steps_in_phase - run.step - 1) * len(batch) / rate
-            run.emit("progress", **self.progress(), images_per_second=rate, seconds_left=left)
+            run._emit(events.Progress(**self.progress(), images_per_second=rate, seconds_left=left))
 
     def progress(self) -> dict[str, Any]:
         """The fields of a record about the step that was taken."""
@@ -402,7 +397,7 @@ class Engine:
             if plugin.name not in self.hinted and (hints := list(plugin.hints(self.run))):
                 self.hinted.add(plugin.name)
                 for hint in hints:
-                    self.run.emit("message", text=hint)
+                    self.run.tell(hint)
 
     def tell_silent_terms(self) -> None:
         """Emit which loss terms were 0 at every step of the experience, each once in a run."""
@@ -413,7 +408,7 @@ class Engine:
         for term, effective in self.position.effective.items():
             if not effective and self.position.steps > 1 and term not in self.silent:
                 self.silent.add(term)
-                run.emit("message", text=f"The loss term `{term}` was 0 at every step of {run.progress_label}.{why}")
+                run.tell(f"The loss term `{term}` was 0 at every step of {run.progress_label}.{why}")
 
     def hints(self) -> list[str]:
         """What plugins know to keep the run from learning."""
@@ -453,7 +448,7 @@ class Engine:
             self.position.done.append(["evaluate", ""])
             for part, row in rows.items():
                 accuracies = dict(row.accuracy)
-                run.emit("eval", experience=index, total_step=run.total_steps, part=part, rows=accuracies)
+                run._emit(events.Evaluated(index, run.total_steps, part, accuracies))
         self.clock.lap()
 
     def count_seconds(self) -> None:
@@ -497,16 +492,8 @@ class Engine:
         with self.clock.stopped():
             for part in self.parts():
                 for reading, accuracy in self.evaluated(predictor, part=part).accuracy.items():
-                    run.emit(
-                        "within",
-                        experience=run.experience.index,
-                        phase=run.phase.name,
-                        epoch=run.epoch,
-                        total_step=run.total_steps,
-                        part=part,
-                        reading=reading,
-                        row=accuracy,
-                    )
+                    place = (run.experience.index, run.phase.name, run.epoch, run.total_steps)
+                    run._emit(events.EpochEvaluated(*place, part, reading, accuracy))
 
     def evaluate_untrained(self, predictor: Predictor) -> None:
         """Keep the untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
@@ -528,7 +515,7 @@ class Engine:
                 call(run=self.run)
             except Exception as error:
                 first = first or error
-        self.run.thaw()
+        self.run._thaw()
         if first is not None and sys.exc_info()[1] is None:  # an error under way must not be replaced
             raise first
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from clframe import contract, registry
-from clframe.context import Listener, Run
+from clframe.context import Run
 from clframe.data.scenario import Scenario
 from clframe.data.streams import following
 from clframe.deploy.trained import Trained
@@ -28,6 +28,7 @@ from clframe.errors import (
     of_the_system,
     out_of_memory,
 )
+from clframe.events import Ended, Event, Listener, Message
 from clframe.model import IncrementalNet, seed_torch
 from clframe.networks import check_backbone, prepare
 from clframe.options import explain
@@ -257,7 +258,7 @@ def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
                 f"A file or the system failed in {run.progress_label}: {refused}.{engine.how_to_go_on()}"
             ) from error
         raise
-    run.emit("end", folder=str(run.folder) if run.folder else None)
+    run._emit(Ended(str(run.folder) if run.folder else None))
     run.optimizer = engine.kept_optimizer = None  # what the trained model does without
     engine.collected.clear()
     return replace(results, answering=lambda: trained_model(engine))
@@ -287,11 +288,11 @@ def blame(engine: Engine, error: Exception) -> str | None:
 def folder_writer(folder: RunFolder) -> Listener:
     """Return the listener that keeps the records of a run in its folder."""
 
-    def write(record: dict[str, Any]) -> None:
-        if record["kind"] in ("step", "within", "eval", "log"):
-            folder.append_metrics(record)
-        elif record["kind"] == "images":
-            folder.keep_picture(record["name"], record["experience"], record["picture"])
+    def write(event: Event) -> None:
+        if event["kind"] in ("step", "within", "eval", "log"):
+            folder.append_metrics(dict(event))
+        elif event["kind"] == "images":
+            folder.keep_picture(event["name"], event["experience"], event["picture"])
 
     return write
 
@@ -299,4 +300,4 @@ def folder_writer(folder: RunFolder) -> Listener:
 def tell(listeners: Sequence[Listener] | Listener, text: str) -> None:
     """Send a message to `listeners` before there is a run that could."""
     for listener in [listeners] if callable(listeners) else listeners:
-        listener({"kind": "message", "text": text})
+        listener(Message(text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.console import Console, Group
@@ -15,6 +15,9 @@ from rich.text import Text
 
 from clframe.cli.show import HELD_OUT, READINGS, percent
 from clframe.system.texts import escape_unprintable
+
+if TYPE_CHECKING:
+    from clframe.events import Event
 
 REDRAW = 0.25  # seconds
 NAMED = 6  # names at most that a line has
@@ -39,8 +42,8 @@ class Live:
         self.index = 0
         self.classes = ""
         self.phase = ""
-        self.step: dict[str, Any] = {}
-        self.tick: dict[str, Any] | None = None
+        self.step: Event | None = None
+        self.tick: Event | None = None
         self.rows: dict[str, dict[int, list[float | None]]] = {}
         self.held_out: dict[str, list[float | None]] = {}  # for each reading its latest row
         self.within: dict[str, tuple[int, list[float | None]]] = {}  # the latest epoch's, of the experience under way
@@ -62,7 +65,7 @@ class Live:
             self.screen.transient = error is None or not self.scenario
             self.screen.stop()
 
-    def __call__(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: Event) -> None:
         """Take in one record of the run."""
         kind = record["kind"]
         if handle := getattr(self, f"_{kind}", None):
@@ -74,28 +77,28 @@ class Live:
 
     # ----------------------------------------------------------------------------------------- records
 
-    def _start(self, record: dict[str, Any]) -> None:
+    def _start(self, record: Event) -> None:
         self.scenario, self.n = record["scenario"], record["n_experiences"]
         self.rows = {reading: dict(enumerate(rows)) for reading, rows in record["accuracy"].items()}
         self.held_out = {reading: rows[-1] for reading, rows in record.get("validation", {}).items() if rows}
 
-    def _experience(self, record: dict[str, Any]) -> None:
+    def _experience(self, record: Event) -> None:
         self.index, self.classes = record["index"], _listed(record["classes"], record["class_names"])
         self.began = time.monotonic()
-        self.step, self.tick, self.within = {}, None, {}
+        self.step, self.tick, self.within = None, None, {}
         self._plain(f"{self._place()}: {self.classes}")
 
-    def _phase(self, record: dict[str, Any]) -> None:
+    def _phase(self, record: Event) -> None:
         self.phase, self.phase_began = record["name"], time.monotonic()
-        self.step, self.tick = {}, None
+        self.step, self.tick = None, None
 
-    def _progress(self, record: dict[str, Any]) -> None:
+    def _progress(self, record: Event) -> None:
         self.step, self.tick = record, None
 
-    def _tick(self, record: dict[str, Any]) -> None:
+    def _tick(self, record: Event) -> None:
         self.tick = record
 
-    def _within(self, record: dict[str, Any]) -> None:
+    def _within(self, record: Event) -> None:
         reading, row = record["reading"], record["row"]
         place = f"{self._place()}, epoch {record['epoch'] + 1}"
         if record.get("part") == "val":
@@ -105,7 +108,7 @@ class Live:
             self.within[reading] = record["epoch"] + 1, row
             self._plain(f"{place}: {_in_words(reading, row)}")
 
-    def _eval(self, record: dict[str, Any]) -> None:
+    def _eval(self, record: Event) -> None:
         learnt = record["experience"] + 1
         rows = "; ".join(_in_words(reading, row[:learnt]) for reading, row in record["rows"].items())
         if record.get("part") == "val":
@@ -118,7 +121,7 @@ class Live:
             self.rows.setdefault(reading, {})[record["experience"]] = row
         self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
 
-    def _message(self, record: dict[str, Any]) -> None:
+    def _message(self, record: Event) -> None:
         self.console.print(escape_unprintable(record["text"]), markup=False, soft_wrap=True)
 
     def _plain(self, text: str) -> None:
@@ -137,7 +140,7 @@ class Live:
             now.append(self.phase)
         if step:
             now += [f"epoch {step['epoch'] + 1}", f"step {step['step']:,} of {step['steps']:,}"]
-            now += [f"{step['images_per_second']:,.0f} images/s", f"{_duration(self._left())} left"]
+            now += [f"{step['images_per_second']:,.0f} images/s", f"{_duration(self._left(step['seconds_left']))} left"]
         parts: list[Any] = [Text(f"{escape_unprintable(self.scenario)}: " + "  ".join(now), style="bold")]
         if step:
             losses = [f"{name} {loss:.4g}" for name, loss in step["losses"].items()]
@@ -179,9 +182,8 @@ class Live:
             drawn.add_row(name, *([""] if first else []), *shown, percent(_mean(row[:seen])))
         return drawn
 
-    def _left(self) -> float:
-        """Seconds to the end of the run, if each experience to come takes as long as this one."""
-        left: float = self.step["seconds_left"]
+    def _left(self, left: float) -> float:
+        """Return the seconds to the end of the run, if each experience to come takes as long as this one."""
         so_far = time.monotonic() - self.phase_began
         return left + (self.n - self.index - 1) * (self.took or so_far + left)
 

@@ -22,7 +22,7 @@ from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
 
 if TYPE_CHECKING:
-    from clframe.context import Listener
+    from clframe.events import Listener
     from clframe.runs.results import Results
     from clframe.settings import Config
 

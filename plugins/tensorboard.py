@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from clframe.context import Record, Run
+    from clframe.context import Run
+    from clframe.events import Event
     from clframe.settings import Config
 
 VALIDATION = "validation_"  # prefix of the groups of accuracies on held-out images
@@ -84,7 +85,7 @@ class TensorBoard(Plugin):
             self.writer.close()
         self.writer = self.listener = None
 
-    def write(self, run: Run, record: Record) -> None:
+    def write(self, run: Run, record: Event) -> None:
         """Write the contents of a record, and flush them to the system: no checkpoint is ahead of the curves."""
         kind = record["kind"]
         if kind == "start":

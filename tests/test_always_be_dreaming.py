@@ -194,7 +194,7 @@ def test_a_run_stopped_while_the_generator_learns_goes_on_to_the_same_bits(
 
     def pause(engine: Engine) -> None:
         calls[0] += 1
-        if engine.run.hook_call.startswith("before_experience/always-be-dreaming/"):
+        if engine.run._hook_call.startswith("before_experience/always-be-dreaming/"):
             within.append(calls[0])
         if calls[0] == stop[0]:
             engine.signal = signal.SIGTERM

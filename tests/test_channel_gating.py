@@ -369,7 +369,7 @@ def test_a_stop_within_a_tasks_gan_changes_no_bit(scenario, tmp_path: Path, monk
         calls += 1
         if calls == stop:
             engine.signal = signal.SIGTERM
-        elif engine.run.tick_done and stop == 0:
+        elif engine.run._tick_done and stop == 0:
             within.append(calls)
         original(engine)
 

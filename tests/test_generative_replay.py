@@ -604,7 +604,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     original = Engine.pause
 
     def pause(engine: Engine) -> None:
-        done = engine.run.tick_done.get("after_experience/generative-replay/generative-replay")
+        done = engine.run._tick_done.get("after_experience/generative-replay/generative-replay")
         if at and done == at["tick"] and engine.run.experience.index == at["experience"]:
             engine.signal = signal.SIGTERM
         original(engine)

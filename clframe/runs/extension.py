@@ -187,7 +187,7 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
         folder, left = expand_home(run.config.run.old_images), LeftOut()
         experience = old_images(folder, run.scenario, experience, left)
         for note in left.sentences(quote_path(folder)):
-            run.emit("message", text=note)
+            run.tell(note)
     for plugin in plugins:
         for name, call in engine.calls["after_experience"]:
             if name == plugin.name:

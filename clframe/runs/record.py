@@ -101,7 +101,7 @@ def results_of(engine: Engine) -> Results:
             "fitted": fitted,
         }
         for lost in engine.folder.finish(results, trained, description):
-            run.emit("message", text=lost)
+            run.tell(lost)
     return results
 
 

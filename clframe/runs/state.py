@@ -86,17 +86,17 @@ def take(engine: Engine) -> dict[str, Any]:
             **asdict(engine.position),
             "done": [d for d in engine.position.done if not (d[0] == "extra_data" and d[1] in keep_nothing)],
         },
-        "ticks": dict(run.tick_done),
+        "ticks": dict(run._tick_done),
         "total_steps": run.total_steps,
         "model": dict(run.model.state_dict()),
         "trainable": trainable if engine.trainable is None else engine.trainable,
         "frozen": run.frozen,
         "optimizer": run.optimizer,
         "kept_optimizer": engine.kept_optimizer,
-        "sampler": run.sampler.state() if run.sampler else engine.resumed,  # which waits for its phase
+        "sampler": run._sampler.state() if run._sampler else engine.resumed,  # which waits for its phase
         "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
         "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
-        "rng": {name: generator.get_state() for name, generator in run.generators.items()},
+        "rng": {name: generator.get_state() for name, generator in run._generators.items()},
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
         "accuracy": run.accuracy,
@@ -151,7 +151,7 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
         name: unpack(entries[name], tensors, device=run.device) for name in _Kinds.model_fields if name in entries
     }
     _Kinds.model_validate(values)
-    run.tick_done.update(values["ticks"])
+    run._tick_done.update(values["ticks"])
     run.total_steps = values["total_steps"]
     load_model(run.model, values["model"])
     trainable = set(values["trainable"])
@@ -207,7 +207,7 @@ def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]
     structures = {}
     needed = grown_in(packed)
     for index in range(count):
-        engine.run.describe(engine.stream, index)
+        engine.run._describe(engine.stream, index)
         engine.run.experience = experience = engine.stream[index].for_training()
         engine.grow_head(experience)
         engine.hook.grow(run=engine.run, experience=experience)

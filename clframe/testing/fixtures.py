@@ -21,6 +21,7 @@ from clframe.data.scenario import Experience, Scenario, Setting
 from clframe.data.transform import Transform
 from clframe.engine import AT_PAUSE, Engine
 from clframe.errors import ClframeError, Interrupted
+from clframe.events import Event
 from clframe.hooks import HOOKS, hookimpl
 from clframe.plugin import Plugin
 from clframe.runs.results import Results
@@ -166,7 +167,7 @@ class Recorder(Plugin):
         self.before: list[dict[str, Tensor]] = []
         self.after: list[dict[str, Tensor]] = []
         self.evaluated: list[dict[str, Tensor]] = []
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Event] = []
 
     @hookimpl
     def before_run(self, run: Run) -> None:
@@ -275,7 +276,7 @@ def stop_at(place: int | Callable[[Engine], bool] = 0, by: signal.Signals = sign
     pauses = Pauses()
 
     def look(engine: Engine) -> None:
-        pauses.calls.append(engine.run.hook_call)
+        pauses.calls.append(engine.run._hook_call)
         if place(engine) if callable(place) else len(pauses) == place:
             engine.signal = by
 
