@@ -171,8 +171,8 @@ MUTATIONS = (
         "relevance",
         "`channel-gating.relevance` is ignored",
         "clframe/toolkit/channel_gates.py",
-        "= often > relevant",
-        "= often > 0",
+        "= rates > relevant",
+        "= rates > 0",
         "test_the_share_of_images_that_makes_a_kernel_relevant_counts",
     ),
     _made(

@@ -1,7 +1,7 @@
-"""Backbones by name: networks that map images to features, to be built for the images of a scenario.
+"""Backbones by name: networks that map images to features, built for the images of a scenario.
 
-Each factory takes the shape of one image and options; what it returns has ``width`` and ``features(x)``
-(`clframe.model.Backbone`), and calling it gives the features.
+Each factory takes the shape of one image and options. It returns a module with ``width`` and ``features(x)``
+(`clframe.model.Backbone`), which returns the features when it is called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FeatureNet(nn.Module):
     """A network whose output is its features.
 
     Args:
-        net: maps images [B, ...] to features [B, width].
+        net: a module that maps images [B, ...] to features [B, width].
         width: number of features.
     """
 
@@ -35,12 +35,12 @@ class FeatureNet(nn.Module):
         self.width = width
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the images `x`."""
+        """Return the features [B, width] of the images `x`."""
         features: Tensor = self.net(x)
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same as `features`."""
+        """Return the features [B, width] of the images `x`, as `features` does."""
         return self.features(x)
 
 
@@ -65,7 +65,7 @@ def mlp_100(input_shape: tuple[int, ...]) -> nn.Module:
 
 
 def cnn_small(input_shape: tuple[int, ...], *, widths: list[Count] = [32, 32, 64]) -> nn.Module:  # noqa: B006
-    """3x3 convolutions, each with BatchNorm and ReLU, then the average pixel; the second one is of stride 2.
+    """3x3 convolutions, each with BatchNorm and ReLU, then the average pixel; the second convolution has stride 2.
 
     For images from 8x8 (scikit-learn's digits) to 28x28 (MNIST).
 
@@ -86,7 +86,7 @@ def resnet32(input_shape: tuple[int, ...], *, last_relu: bool = True) -> nn.Modu
     He et al., Deep residual learning for image recognition (2016), section 4.2, option A.
 
     Options:
-        last_relu: end in a ReLU, as He et al. do; iCaRL's network does not, so that features can be negative.
+        last_relu: end in a ReLU, as He et al. do; without it features can be negative, as in iCaRL's network.
     """
     channels = _channels(input_shape, "resnet32")
     return ResNet(channels, widths=(16, 32, 64), blocks=5, shortcut="A", last_relu=last_relu)
@@ -114,11 +114,11 @@ class ResNet(nn.Module):
     """A residual network of basic blocks, up to and including the average over the image.
 
     Args:
-        channels: of the images.
-        widths: channels of each stage; every stage but the first halves the image.
-        blocks: blocks of each stage.
-        shortcut: where the shape changes, ``A`` takes every second pixel and adds zero channels, ``B`` is a
-            1x1 convolution with BatchNorm.
+        channels: number of channels of the images.
+        widths: number of channels of each stage; every stage but the first halves the image.
+        blocks: number of blocks of each stage.
+        shortcut: where the shape changes, ``A`` takes every second pixel and adds channels of zeros, ``B`` is a 1x1
+            convolution with BatchNorm.
         last_relu: end in a ReLU.
         large: begin with a 7x7 convolution of stride 2 and max pooling, not with a 3x3 convolution.
     """
@@ -156,14 +156,14 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the images `x`."""
+        """Return the features [B, width] of the images `x`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return x.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same as `features`."""
+        """Return the features [B, width] of the images `x`, as `features` does."""
         return self.features(x)
 
 
@@ -187,14 +187,14 @@ class BasicBlock(nn.Module):
                 self.downsample = nn.Sequential(projection, nn.BatchNorm2d(fan_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H / stride, W / stride]."""
+        """Map [B, C, H, W] to [B, C', H / stride, W / stride]."""
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         summed: Tensor = self.last(out + self.downsample(x))
         return summed
 
 
 class Subsample(nn.Module):
-    """Every `stride`-th pixel, and `extra` channels of zeros, half of them in front: option A of He et al."""
+    """The shortcut of option A of He et al.: every `stride`-th pixel, and `extra` channels of zeros, half in front."""
 
     def __init__(self, stride: int, extra: int) -> None:
         super().__init__()
@@ -202,13 +202,13 @@ class Subsample(nn.Module):
         self.extra = extra
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C + extra, H / stride, W / stride]."""
+        """Map [B, C, H, W] to [B, C + extra, H / stride, W / stride]."""
         front = self.extra // 2
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, front, self.extra - front))
 
 
 def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: bool | str = False) -> nn.Module:
-    """A classifier of torchvision without its last linear layer, named ``torchvision:resnet50``, for example.
+    """Build a classifier of torchvision without its last linear layer, named ``torchvision:resnet50``, for example.
 
     Raises:
         UsageError: if torchvision has no such classifier or weights, or it cannot take the scenario's images.
@@ -225,7 +225,7 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
     if _channels(input_shape, name) != 3:
         raise UsageError(
             f"`{name}` takes images of 3 channels, and the scenario's have {input_shape[0]}: choose another "
-            "model, or a scenario with colour images."
+            "model, or a scenario with color images."
         )
     chosen = None
     if weights:
@@ -245,14 +245,24 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
 
 
 def _weights(enum: type, weights: str, name: str) -> object:
-    """The member `weights` of torchvision's `enum`, after making sure that its file holds tensors only."""
+    """Return the member `weights` of torchvision's `enum`, after making sure that its file holds tensors only.
+
+    Args:
+        enum: the weights that torchvision offers for the classifier.
+        weights: name of a member of `enum`.
+        name: name of the backbone, for error sentences.
+
+    Raises:
+        UsageError: if `enum` has no such member.
+        DataError: if the file cannot be downloaded or read.
+    """
     if weights not in (choices := list(getattr(enum, "__members__", {}))):
         raise UsageError(
             f"`model.weights` is {weights!r}, which `{name}` does not have.{did_you_mean(weights, choices)}"
         )
     chosen = getattr(enum, weights)
     try:
-        # torchvision's own loading unpickles whatever a file holds; after this, the file is known to be safe
+        # torchvision's own loading unpickles any object in a file; after this, the file is known to be safe
         with contextlib.redirect_stdout(sys.stderr):  # where torch announces a download
             chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (URLError, TimeoutError, ConnectionError) as error:
@@ -260,7 +270,7 @@ def _weights(enum: type, weights: str, name: str) -> object:
             f"The weights of `{name}` could not be downloaded ({getattr(error, 'reason', error)}): put the "
             f"file of {chosen.url} into {torch.hub.get_dir()}/checkpoints, or leave out `model.weights`."
         ) from error
-    except Exception as error:  # torch.load raises whatever the damage leads to
+    except Exception as error:  # which exception torch.load raises depends on the damage
         path = f"{torch.hub.get_dir()}/checkpoints/{urlsplit(chosen.url).path.rsplit('/', 1)[-1]}"
         raise DataError(
             f"The weights of `{name}` could not be read from {path}: delete the file, or put that of "
@@ -270,12 +280,12 @@ def _weights(enum: type, weights: str, name: str) -> object:
 
 
 def _check(net: nn.Module, input_shape: tuple[int, ...], width: int, name: str) -> None:
-    """Refuse a network that does not map images of `input_shape` to [B, width]."""
+    """Raise `UsageError` if `net` does not map images of `input_shape` to [B, width]."""
     net.eval()  # no running statistics move, no random numbers are drawn
     try:
         with torch.no_grad():
             out = net(torch.zeros(2, *input_shape))
-    except Exception as error:  # what a network says of images that it cannot take is its own affair
+    except Exception as error:  # a backbone may raise any exception for unsupported input sizes
         size = "x".join(map(str, input_shape[1:]))
         raise UsageError(f"`{name}` cannot take images of {size} pixels ({error}): choose another model.") from error
     net.train()
@@ -284,10 +294,12 @@ def _check(net: nn.Module, input_shape: tuple[int, ...], width: int, name: str) 
 
 
 def _channels(input_shape: tuple[int, ...], name: str) -> int:
+    """Return the number of channels of the images, or raise `UsageError` if their shape is not that of images."""
     if len(input_shape) != 3:
         raise UsageError(f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}.")
     return input_shape[0]
 
 
 def _conv(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution without bias that keeps the size of the image, but for the stride."""
     return nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False)

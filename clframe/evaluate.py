@@ -1,4 +1,7 @@
-"""Accuracy rows, one per reading that the run has, through the predictor and nothing else."""
+"""Evaluation: accuracy rows, one for each evaluation mode of the run, computed through the predictor alone.
+
+An evaluation mode, a *reading* in the code and in files, says which classes an image may be assigned to.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clframe.data.batch import ImageData
 from clframe.data.scenario import Scenario, Setting
+from clframe.data.transform import Transform
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
 
 Reading = Literal["class", "task", "domain"]
@@ -18,17 +23,17 @@ EvalPart = Literal["test", "val"]  # which images are evaluated: test images, or
 
 
 class Predictor(nn.Module):
-    """Base of the modules that the hook ``predictor`` returns; any module with these attributes will do.
+    """The base of modules that the hook ``predictor`` returns; any module with these attributes fits.
 
-    ``forward(x, task)`` maps normalised images [B, ...], and their tasks [B] or None, to scores [B, C] of all classes
-    of the head. Classes that a reading rules out are masked by the caller.
+    ``forward(x, task)`` maps normalized images [B, ...], and their tasks [B] or None, to scores [B, C] of all classes
+    of the head. The caller masks the classes that an evaluation mode rules out.
 
     Attributes:
-        scores: ``logits``, or ``distances`` (negated), of which no NLL and no calibration error is computed.
-        uses_task: the scores depend on the task that is given.
-        needs_task: there are no scores without a task, so the run has no class-incremental reading, nor of a task that
-            is not learnt yet.
-        n_classes: how many of the head's classes, from the first, it can answer with; None: all.
+        scores: ``logits``, or ``distances`` (negated), for which no NLL and no calibration error is computed.
+        uses_task: whether the scores depend on the given task.
+        needs_task: whether there are no scores without a task. Such a run has no class-incremental evaluation, and none
+            for tasks that are not learned yet.
+        n_classes: how many of the head's classes, from the first, are possible answers; None: all.
     """
 
     scores: ClassVar[Literal["logits", "distances"]] = "logits"
@@ -38,7 +43,7 @@ class Predictor(nn.Module):
 
 
 class ModelPredictor(Predictor):
-    """The model's own logits: the predictor of a run whose plugins bring none."""
+    """The predictor of a run whose plugins bring none: the model's own logits."""
 
     uses_task = False
 
@@ -47,17 +52,17 @@ class ModelPredictor(Predictor):
         self.model = model
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        """Logits [B, C]."""
+        """Return the logits [B, C]."""
         logits: Tensor = self.model(x, task).logits
         return logits
 
 
 class TaskPredictor(ModelPredictor):
-    """The logits of a network that computes something else for each task, which has to be told.
+    """The predictor of a network that computes something different for each task, and needs the task: its logits.
 
     Args:
         model: the network.
-        n_classes: classes of the tasks learnt so far; for later ones there is nothing to compute with.
+        n_classes: number of classes of the tasks learned so far; for later tasks there is nothing to compute with.
     """
 
     uses_task = True
@@ -69,11 +74,13 @@ class TaskPredictor(ModelPredictor):
 
 
 class NearestMean(Predictor):
-    """Negated distances of an image's normalised feature to class means; -inf for classes that have none.
+    """The predictor by the nearest class mean: negated distances of an image's normalized feature to the means.
+
+    Classes without a mean have the score -inf.
 
     Args:
-        model: gives the features.
-        means: [C, D] of length 1, of the first C classes of the head; NaN for a class without images.
+        model: the network that computes the features.
+        means: [C, D] of length 1, for the first C classes of the head; NaN for a class without images.
     """
 
     scores = "distances"
@@ -87,9 +94,9 @@ class NearestMean(Predictor):
         self.n_classes: int = len(self.means)
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        """Scores [B, C] of all classes of the head."""
+        """Return the scores [B, C] of all classes of the head."""
         feature = functional.normalize(self.model.features(x), dim=1)
-        if torch.compiler.is_compiling():  # an export; ONNX has no `cdist`
+        if torch.compiler.is_compiling():  # for an export: ONNX has no `cdist`
             distances = (feature[:, None] - self.means).square().sum(2).sqrt()
         else:  # not by products, which lose half of the digits where two points are near each other
             distances = torch.cdist(feature, self.means, compute_mode="donot_use_mm_for_euclid_dist")
@@ -98,56 +105,60 @@ class NearestMean(Predictor):
 
 
 def n_answerable(predictor: nn.Module, n_classes: int) -> int:
-    """How many of the `n_classes` of the head `predictor` can answer with."""
+    """Return how many of the `n_classes` of the head are possible answers of `predictor`."""
     limit: int | None = getattr(predictor, "n_classes", None)
     return n_classes if limit is None else limit
 
 
 @dataclass(frozen=True)
 class Readings:
-    """Which classes count as possible answers in each reading of a run.
+    """The classes that are possible answers in each evaluation mode of a run.
 
     Attributes:
-        setting: of the scenario.
-        classes: of each experience of the scenario.
+        setting: the setting of the scenario.
+        classes: the classes of each experience of the scenario.
     """
 
     setting: Setting
     classes: Sequence[Sequence[int]]
 
     def names(self, predictor: nn.Module) -> list[Reading]:
-        """The readings of a run with this predictor."""
+        """Return the evaluation modes of a run with this predictor."""
         if self.setting == "class":
             return ["task"] if getattr(predictor, "needs_task", False) else ["class", "task"]
         return [self.setting]
 
     @property
     def common(self) -> Reading:
-        """The reading that every run of this setting has."""
+        """Return the evaluation mode that every run of this setting has."""
         return "task" if self.setting == "class" else self.setting
 
     def choices(self, reading: Reading, after: int, on: int) -> Sequence[int]:
-        """The classes to choose from after experience `after` for images of experience `on`."""
+        """Return the classes to choose from, after experience `after`, for images of experience `on`."""
         if reading == "task":
             return self.classes[on]
         return sorted({c for group in self.classes[: after + 1] for c in group})
 
     def covers(self, reading: Reading, after: int, on: int, n_classes: int) -> bool:
-        """Whether a head of `n_classes` can answer for experience `on`: an earlier one, or one it has classes for."""
-        return on <= after or (
-            max(self.classes[on]) < n_classes and set(self.classes[on]) <= set(self.choices(reading, after, on))
-        )
+        """Return whether a head of `n_classes` can answer for experience `on`, after experience `after`.
+
+        It can for the experiences so far, and for later ones of which it has all classes.
+        """
+        if on <= after:
+            return True
+        wanted = self.classes[on]
+        return max(wanted) < n_classes and set(wanted) <= set(self.choices(reading, after, on))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation.
+    """The result of one evaluation, on all experiences of a scenario.
 
     Attributes:
-        accuracy: for each reading, from 0 to 1 on each experience; None where the head does not cover it, and where
-            there is one class to choose from, so that every answer is right.
-        scores: for each reading [N, C] float32, on the CPU, of each experience; None where there are none.
-        labels: [N] int64, on the CPU, of each experience.
+        accuracy: for each evaluation mode, the accuracy from 0 to 1 on each experience; None where the head does not
+            cover the experience, and where there is one class to choose from, so that every answer is right.
+        scores: for each evaluation mode, [N, C] float32 on the CPU for each experience; None where there are none.
+        labels: [N] int64 on the CPU for each experience.
         kind: ``logits`` or ``distances``, as the predictor declares its scores.
     """
 
@@ -157,9 +168,10 @@ class Row:
     kind: str
 
     def blank_copy(self) -> Row:
-        """A row of the same shape that says nothing."""
+        """Return a copy whose accuracies and scores are all None."""
         accuracy: dict[Reading, list[float | None]] = {r: [None] * len(row) for r, row in self.accuracy.items()}
-        return Row(accuracy, {r: [None] * len(row) for r, row in self.scores.items()}, self.labels, self.kind)
+        scores: dict[Reading, list[Tensor | None]] = {r: [None] * len(row) for r, row in self.scores.items()}
+        return Row(accuracy, scores, self.labels, self.kind)
 
 
 def evaluate(
@@ -173,16 +185,26 @@ def evaluate(
     keep_scores: bool,
     part: EvalPart = "test",
 ) -> Row:
-    """Evaluate on the test images of all experiences of `scenario` that the head covers after experience `after`.
+    """Evaluate on the images of all experiences of `scenario` that the head covers after experience `after`.
 
-    Or, as `part` says, on the training images that are held out for validation.
+    Args:
+        predictor: maps images and tasks to scores, see `Predictor`.
+        scenario: the experiences and the transform.
+        readings: the evaluation modes of the run.
+        after: index of the latest experience learned.
+        n_classes: number of classes of the head.
+        device: the device of the predictor.
+        batch_size: images at a time.
+        keep_scores: keep the scores in the result.
+        part: the test images, or the training images that are held out for validation.
     """
     row = Row({}, {}, [], getattr(predictor, "scores", "logits"))
     names = readings.names(predictor)
     for name in names:
-        row.accuracy[name], row.scores[name] = [], []
+        row.accuracy[name] = []
+        row.scores[name] = []
     uses_task = getattr(predictor, "uses_task", True)
-    # a later task may have classes that are known, and still nothing to compute with
+    # a later task may have classes of the head, and still nothing to compute with
     last = after if getattr(predictor, "needs_task", False) else len(scenario) - 1
     n_classes = n_answerable(predictor, n_classes)
     with evaluating(predictor), torch.no_grad():
@@ -190,22 +212,17 @@ def evaluate(
             covered = [name for name in names if on <= last and readings.covers(name, after, on, n_classes)]
             data = getattr(experience, part).to(device) if covered else None
             if data is not None and not len(data):
-                data = None  # there is no accuracy on no images
+                data = None  # without images there is no accuracy
             row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())
-            scores: Tensor | None = None  # where they do not depend on the task, they serve every reading
+            scores: Tensor | None = None  # if they do not depend on the task, every mode uses them
             for name in names:
                 if data is None or name not in covered:
                     row.accuracy[name].append(None)
                     row.scores[name].append(None)
                     continue
-                tell = uses_task and name == "task"
-                if scores is None or tell:
-                    scores = torch.cat(
-                        [
-                            predictor(scenario.transform.normalize(p.x), p.task if tell else None)
-                            for p in data.parts(batch_size)
-                        ]
-                    ).float()
+                with_task = uses_task and name == "task"
+                if scores is None or with_task:
+                    scores = _scores(predictor, scenario.transform, data, batch_size, with_task)
                     kept = scores.cpu() if keep_scores else None
                 row.scores[name].append(kept)
                 choices = readings.choices(name, after, on)
@@ -215,3 +232,10 @@ def evaluate(
                 correct = masked(scores, class_mask(choices, scores.shape[1], device)).argmax(1) == data.y
                 row.accuracy[name].append(correct.sum().item() / len(data))
     return row
+
+
+def _scores(predictor: nn.Module, transform: Transform, data: ImageData, batch_size: int, with_task: bool) -> Tensor:
+    """Return the scores [N, C] float32 of all images of `data`, with their tasks if `with_task`."""
+    return torch.cat(
+        [predictor(transform.normalize(p.x), p.task if with_task else None) for p in data.parts(batch_size)]
+    ).float()

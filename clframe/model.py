@@ -1,4 +1,4 @@
-"""The network that grows: a backbone, a head of blocks, and copies of both."""
+"""The incremental network: a backbone, a head that grows by blocks, and frozen copies of both."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from clframe.errors import UsageError
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What a backbone offers: features [B, width] of images [B, ...]. Any `nn.Module` with both will do."""
+    """The protocol of a backbone: features [B, width] of images [B, ...]; any `nn.Module` that offers both fits."""
 
     width: int
 
     def features(self, x: Tensor) -> Tensor:
-        """Features [B, width] of the images `x`."""
+        """Return the features [B, width] of the images `x`."""
         ...
 
 
 class Outputs:
-    """What the network says of a batch.
+    """The outputs of the network for a batch.
 
     Attributes:
         features: [B, D] penultimate features.
-        logits: [B, C] of all classes of the head; the column is the label.
+        logits: [B, C] for all classes of the head; the column is the label.
     """
 
     __slots__ = ("_ends", "features", "logits")
@@ -47,31 +47,36 @@ class Outputs:
         self._ends = ends
 
     def head(self, k: int) -> Tensor:
-        """Logits [B, c] of the k-th block of the head."""
-        return self.logits[:, self._ends[k - 1] if k else 0 : self._ends[k]]
+        """Return the logits [B, c] of the k-th block of the head, counted from 0."""
+        start = self._ends[k - 1] if k else 0
+        return self.logits[:, start : self._ends[k]]
 
 
 class PerTask(nn.Module):
-    """A module that computes something else for each task.
+    """A module that computes something different for each task.
 
-    `IncrementalNet.forward` tells it by `task` whose turn it is, and `IncrementalNet.select` while nothing is told.
+    `IncrementalNet.forward` sets `task` to the task of the images, `IncrementalNet.select` to the task to compute for
+    where the task of the images is not given.
     """
 
     task = 0
 
 
 class IncrementalNet(nn.Module):
-    """A backbone and a head that is a list of linear blocks, one per growth; column = label.
+    """A backbone and a head, a list of linear blocks of which each growth adds one; the column is the label.
 
-    Whole tensors, one block each, carry anchors, freezing and optimizer state.
+    Anchors, freezing and optimizer state belong to whole tensors: those of one block.
 
     Args:
         backbone: a module with ``features(x) -> [B, D]`` and ``width`` (= D).
         blocks: number of classes of each block that the head has from the start.
 
+    Raises:
+        UsageError: if the backbone lacks ``features`` or ``width``.
+
     Attributes:
-        grown: number of experiences that it has grown for; a copy of it can be rebuilt by growing as often.
-        selected: the task that its `PerTask` modules compute for where none is told; None: it has no such modules.
+        grown: number of experiences that the network has grown for; growing as often rebuilds its structure.
+        selected: the task that its `PerTask` modules compute for where none is given; None: it has no such modules.
     """
 
     def __init__(self, backbone: nn.Module, blocks: Sequence[int] = ()) -> None:
@@ -85,29 +90,29 @@ class IncrementalNet(nn.Module):
         self.head = nn.ModuleList()
         self.grown = 0
         self.selected: int | None = None
-        self.given_hooks = frozenset(hooks_of(backbone))  # which compute, or note, what their author wants
+        self.given_hooks = frozenset(hooks_of(backbone))  # they belong to the backbone, and are copied with it
         for size in blocks:
             self.grow(size)
 
     @property
     def n_classes(self) -> int:
-        """Classes that the head has."""
+        """Return the number of classes of the head."""
         return sum(self.blocks)
 
     @property
     def blocks(self) -> list[int]:
-        """Classes of each block."""
+        """Return the number of classes of each block."""
         return [block.out_features for block in self.head]  # type: ignore[misc]
 
     def blocks_of(self, classes: Collection[int]) -> list[int]:
-        """Which blocks of the head have any of these classes, by number."""
+        """Return the numbers, from 0, of the head's blocks that have any of these classes."""
         ends = list(itertools.accumulate(self.blocks))
         return [k for k, end in enumerate(ends) if any(end - self.blocks[k] <= c < end for c in classes)]
 
     def grow(self, size: int) -> nn.Linear:
-        """Add a block for `size` new classes, initialised as `nn.Linear` is, on the model's device."""
+        """Add a block for `size` new classes, initialized as `nn.Linear` is, on the model's device, and return it."""
         like = next(self.backbone.parameters(), torch.empty(0))
-        # drawn in the same numbers whatever the precision
+        # drawn in float32, so that the numbers are the same in every precision
         block = nn.Linear(self.backbone.width, size, device=like.device, dtype=torch.float32).to(like.dtype)
         self.head.append(block)
         return block
@@ -120,30 +125,36 @@ class IncrementalNet(nn.Module):
         return self.backbone.features(x)
 
     def select(self, task: int) -> None:
-        """Let the `PerTask` modules compute for `task` from now on, wherever none is told."""
+        """Make the `PerTask` modules compute for `task` from now on, wherever no task is given."""
         self.selected = task
-        self._turn(task)
+        self._set_task(task)
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Outputs:
-        """Outputs for normalised images `x` [B, ...]; `task` [B] tells `PerTask` modules what to compute for."""
+        """Return the outputs for images.
+
+        Args:
+            x: [B, ...] normalized images.
+            task: [B] the task that `PerTask` modules compute for, image by image; None: the selected one.
+        """
         if task is None or self.selected is None:
             return self._outputs(x)
-        tasks = task.unique().tolist()  # the one thing that a step asks the device for, of such a network
+        tasks = task.unique().tolist()  # the only copy from the device in a step of such a network
         try:
             places = [(task == t).nonzero().flatten() for t in tasks] if len(tasks) > 1 else [slice(None)]
             parts = []
             for t, where in zip(tasks, places, strict=True):
-                self._turn(t)
+                self._set_task(t)
                 parts.append(self._outputs(x[where]))
         finally:
-            self._turn(self.selected)
+            self._set_task(self.selected)
         if len(parts) == 1:
             return parts[0]
         back = torch.cat(places).argsort()  # type: ignore[arg-type]
-        features, logits = (torch.cat([getattr(p, name) for p in parts])[back] for name in ("features", "logits"))
+        features = torch.cat([part.features for part in parts])[back]
+        logits = torch.cat([part.logits for part in parts])[back]
         return Outputs(features, logits, list(itertools.accumulate(self.blocks)))
 
-    def _turn(self, task: int) -> None:
+    def _set_task(self, task: int) -> None:
         for module in self.modules():
             if isinstance(module, PerTask):
                 module.task = task
@@ -151,7 +162,7 @@ class IncrementalNet(nn.Module):
     def _outputs(self, x: Tensor) -> Outputs:
         features = self.features(x)
         ends = list(itertools.accumulate(self.blocks))
-        # one product for all blocks; not by task, where an answer's last bits must not depend on later blocks
+        # one product for all blocks, but not with tasks: an answer's last bits must not depend on later blocks
         if len(ends) > 1 and self.selected is None and all(map(_is_plain, self.head)):
             weight = torch.cat([block.weight for block in self.head])  # type: ignore[misc]
             bias = torch.cat([block.bias for block in self.head])  # type: ignore[misc]
@@ -161,27 +172,28 @@ class IncrementalNet(nn.Module):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether nobody but its weight and bias has a say in what this linear block computes."""
+    """Return whether a block of the head computes what its weight and bias say: no hook, no method of its own."""
     hooked = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
     return type(block) is nn.Linear and not hooked and "forward" not in vars(block)
 
 
 def class_mask(classes: Sequence[int], n_classes: int, device: torch.device | None = None) -> Tensor:
-    """[n_classes] bool, true at `classes` (those that the head does not have are left out)."""
+    """Return a mask [n_classes] bool, true at `classes`; classes that the head does not have are left out."""
     mask = torch.zeros(n_classes, dtype=torch.bool, device=device)
     mask[[c for c in classes if c < n_classes]] = True
     return mask
 
 
 def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """`logits` [B, C], -inf where `mask` ([C] or [B, C], true = takes part) is false; None: all take part."""
+    """Return `logits` [B, C], with -inf where `mask` ([C] or [B, C] bool) is false; without a mask, unchanged."""
     return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Let no parameter whose name is like one of `patterns` (as in shells) be trained; names of those that were.
+    """Freeze the parameters whose name fits one of `patterns` (as in shells); return the names of those it froze.
 
-    Frozen parameters are in no optimizer, so weight decay and momentum do not move them either.
+    Parameters that were frozen before are not returned. Frozen parameters are in no optimizer, so weight decay and
+    momentum do not move them either.
     """
     wanted = tuple(patterns)
     found = {
@@ -195,7 +207,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def thaw(model: nn.Module, names: Collection[str]) -> None:
-    """Let the parameters of these names be trained again."""
+    """Make the parameters of these names trainable again; names that `model` does not have are ignored."""
     for name, parameter in model.named_parameters():
         if name in names:
             parameter.requires_grad_(True)
@@ -234,7 +246,7 @@ def graph_of(output: Tensor) -> Graph:
     return graph
 
 
-HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")  # how attributes with them end
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")  # endings of attribute names
 
 
 def hooks_of(model: nn.Module) -> dict[int, Any]:
@@ -244,10 +256,11 @@ def hooks_of(model: nn.Module) -> dict[int, Any]:
 
 
 def memo_for(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for `copy.deepcopy` of `model`, of what it holds and cannot, or must not, be copied as it is.
+    """Return a memo for `copy.deepcopy` of `model`: what cannot, or must not, be copied as it is.
 
-    A tensor with a graph cannot: the weights that torch's older weight normalization and pruning compute before each
-    forward pass. What a hook belongs to must not, unless it is a module of the network: it would be copied whole.
+    Tensors with a graph cannot be copied: weights that torch's older weight normalization and pruning compute before
+    each forward pass. The object that a hook is a method of must not be copied, as it would be copied whole, unless it
+    is a module of the network.
     """
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in held if not value.is_leaf}
@@ -262,10 +275,13 @@ def memo_for(model: nn.Module) -> dict[int, Any]:
 
 
 def snapshot(model: IncrementalNet) -> IncrementalNet:
-    """Return a frozen copy in eval mode, without hooks but for those that the backbone had when it was given."""
+    """Return a frozen copy in evaluation mode, with the hooks that the backbone had when it was given, and no others.
+
+    A plugin's teacher is such a copy.
+    """
     memo = memo_for(model)
     own: frozenset[int] = getattr(model, "given_hooks", frozenset())
-    # a hook may be a method of a plugin, which would be copied with all that it holds: have none to copy
+    # a hook may be a method of a plugin, which would be copied with all that it holds: copy no hook at first
     places = [
         (hooks, memo.setdefault(id(hooks), OrderedDict()))
         for module in model.modules()
@@ -280,7 +296,7 @@ def snapshot(model: IncrementalNet) -> IncrementalNet:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in eval mode inside; afterwards every sub-module is in the mode that it had."""
+    """Put modules into evaluation mode inside the block; afterwards each sub-module is in its former mode."""
     modes = [(m, m.training) for module in modules for m in module.modules()]
     try:
         for module in modules:
@@ -293,9 +309,13 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def normalizing_by_batch(model: nn.Module, like: nn.Module) -> Iterator[None]:
-    """`model` in eval mode inside, but for the batch norms that train in `like`, a network of the same modules.
+    """Put `model` into evaluation mode inside the block, but for the batch norms that are in train mode in `like`.
 
-    Those normalise by the batch's own statistics, as they do in training, and their running ones stay.
+    Those normalize by the statistics of the batch, as in training, and their running statistics stay as they are.
+
+    Args:
+        model: the network to compute with.
+        like: a network of the same modules, whose modes decide.
     """
     norms = [
         norm
@@ -305,7 +325,8 @@ def normalizing_by_batch(model: nn.Module, like: nn.Module) -> Iterator[None]:
     with evaluating(model):
         try:
             for norm in norms:
-                norm.training, norm.track_running_stats = True, False
+                norm.training = True
+                norm.track_running_stats = False
             yield
         finally:
             for norm in norms:
@@ -314,9 +335,9 @@ def normalizing_by_batch(model: nn.Module, like: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def initialized_by(generator: torch.Generator, device: torch.device | None = None) -> Iterator[None]:
-    """Modules whose weights are drawn inside, on the CPU or `device`, have those that `generator` decides.
+    """Draw the weights of modules that are built inside the block, on the CPU or on `device`, from `generator`.
 
-    Torch's own generators stay as they are.
+    The state of torch's own generators is restored afterwards.
     """
     cuda = [device] if device is not None and device.type == "cuda" else []
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -326,7 +347,7 @@ def initialized_by(generator: torch.Generator, device: torch.device | None = Non
 
 
 def seed_torch(seed: int, device: torch.device | None) -> None:
-    """Seed torch's global generators of the CPU and of `device`: `torch.manual_seed` would seed all devices'."""
+    """Seed torch's global generators of the CPU and of `device` alone; `torch.manual_seed` would seed all devices."""
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):

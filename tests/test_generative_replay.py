@@ -672,7 +672,7 @@ def test_options_that_contradict_each_other_are_refused(tiny) -> None:
         ({"hidden": []}, "`generative-replay.hidden` is empty: the generator needs the width of one layer at least."),
         (
             {"generator": "wgan", "prior": "class"},
-            "`generative-replay.prior=class` is one of the autoencoder's: set `generative-replay.generator=vae`.",
+            "`generative-replay.prior=class` is an option of the autoencoder: set `generative-replay.generator=vae`.",
         ),
     ):
         assert refusal(tiny(), GenerativeReplay(**options)) == (sentence,)

@@ -322,7 +322,7 @@ def test_fallback_by_vmap_and_sample_by_sample_agree(monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> dict[str, Tensor]:
         raise RuntimeError("no batching rule")
 
-    monkeypatch.setattr(GradientSums, "_by_vmap", refuse)
+    monkeypatch.setattr(GradientSums, "_sums_by_vmap", refuse)
     assert_equal(fisher(model, x, "exact"), by_vmap, 1e-12)
 
 

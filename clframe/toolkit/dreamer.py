@@ -1,7 +1,8 @@
-"""A generator of dreams: a network that makes images out of noise, and learns from a trained one which it knows.
+"""Data-free generation: a generator of images that is trained by a trained network alone, for data-free replay.
 
-The terms of Always Be Dreaming (Smith et al., ICCV 2021) as pure functions, the generator's network and its training.
-Images are normalised. In DeepInversion (`clframe.toolkit.inversion`) each image is sought by itself instead.
+This module holds the terms of Always Be Dreaming (Smith et al., ICCV 2021) as pure functions, the generator's network
+and its training. Images are normalized. In DeepInversion (`clframe.toolkit.inversion`), each image is optimized by
+itself instead.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
     from clframe.plugin import Plugin
 
 EPS = 1e-8
-SMOOTHING = math.sqrt(2)  # the standard deviation, in pixels, that the kernel of the authors' code has
+SMOOTHING = math.sqrt(2)  # standard deviation of the smoothing kernel in pixels, as in the authors' code
 
 
 class Generator(nn.Module):
-    """Noise [B, `noise`] to images [B, C, H, W]: a linear layer, and three convolutions between two enlargements.
+    """A network from noise [B, `noise`] to images [B, C, H, W]: a linear layer, then three convolutions and upsampling.
 
-    The authors' generator for CIFAR, but that its last batch norm learns the mean and the scale of the pixels: theirs
-    stay 0 and 1, which fits images that were normalised so.
+    It is the authors' generator for CIFAR, except that its last batch norm learns the mean and the scale of the pixels;
+    those of the authors stay 0 and 1, which fits images that are normalized to them.
 
     Args:
-        shape: of an image; its sides are divisible by 4.
+        shape: shape of an image, whose sides are divisible by 4.
         noise: length of the noise.
-        width: channels of the first maps, half of which the last ones have.
+        width: number of channels of the first maps; the last maps have half of them.
     """
 
     def __init__(self, shape: Sequence[int], noise: int = 1000, width: int = 128) -> None:
@@ -63,49 +64,61 @@ class Generator(nn.Module):
         )
 
     def forward(self, noise: Tensor) -> Tensor:
-        """Images of noise from N(0, 1)."""
+        """Map standard normal noise [B, `noise`] to images [B, C, H, W]."""
         images: Tensor = self.net(self.first(noise).unflatten(1, self.maps))
         return images
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """`n` images, of noise that `generator`, on the CPU, draws."""
+        """Return `n` images for noise that `generator`, on the CPU, draws."""
         noise = torch.randn(n, self.noise, generator=generator)
         images: Tensor = self(noise.to(self.first.weight.device))
         return images
 
 
 def confidence(logits: Tensor, temperature: float) -> Tensor:
-    """The cross-entropy of the logits [B, K], divided by the temperature, against the class that leads; a scalar."""
+    """Compute the mean cross-entropy of logits [B, K], over the temperature, with their own top class; a scalar."""
     return functional.cross_entropy(logits / temperature, logits.argmax(1))
 
 
 def imbalance(logits: Tensor) -> Tensor:
-    """1 + sum_c p_c log p_c / log K, with p the mean softmax of the logits [B, K]; a scalar.
+    """Compute 1 + sum_c p_c log p_c / log K, with p the mean softmax of the logits [B, K]; a scalar.
 
-    0 where all classes have the same share, 1 where one has all; where there is one class, 0.
+    It is 0 if all classes have the same share, 1 if one class has all, and 0 if there is one class.
     """
     k = logits.shape[1]
-    log_p = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # finite where a share is too small to be one
-    return 1 + (log_p.exp() * log_p).sum() / math.log(k) if k > 1 else logits.sum() * 0
+    if k == 1:
+        return logits.sum() * 0  # with a graph
+    log_p = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))  # finite for shares that round to 0
+    return 1 + (log_p.exp() * log_p).sum() / math.log(k)
 
 
 def gaussian_divergence(seen: Sequence[Statistics]) -> Tensor:
-    """KL(N(running) || N(batch)) for each channel that enters a batch norm, averaged within and over layers; a scalar.
+    """Compute KL(N(running) || N(batch)) of each input channel of batch norms, averaged over channels, then layers.
 
-    log(s' / s) - (1 - (s^2 + (m - m')^2) / s'^2) / 2, with m and s^2 the running mean and variance, m' and s'^2 the
-    batch's. The order is that of the authors' code.
+    The divergence of a channel is log(s' / s) - (1 - (s^2 + (m - m')^2) / s'^2) / 2, with the running mean m and
+    variance s^2, and the batch's m' and s'^2. The order of both distributions is that of the authors' code.
+
+    Args:
+        seen: statistics of at least one batch norm, from `observe_norms`.
+
+    Returns:
+        a scalar.
     """
     layers = []
     for found in seen:
-        mean, stored = found.running
-        stored, var = stored + EPS, found.var + EPS
+        mean, running_var = found.running
+        running_var = running_var + EPS
+        var = found.var + EPS
         away = (mean - found.mean).square()
-        layers.append(((var / stored).log() - 1 + (stored + away) / var).mean() / 2)
+        layers.append(((var / running_var).log() - 1 + (running_var + away) / var).mean() / 2)
     return torch.stack(layers).mean()
 
 
 def roughness(x: Tensor) -> Tensor:
-    """The mean square of what a Gaussian of 5 x 5 pixels takes off the images [B, C, H, W]; a scalar."""
+    """Compute the mean squared difference of images [B, C, H, W] and their smoothed copies; a scalar.
+
+    The images are smoothed by a Gaussian kernel of 5 x 5 pixels.
+    """
     line = torch.exp(-torch.arange(-2.0, 3.0, device=x.device, dtype=x.dtype).square() / (2 * SMOOTHING**2))
     kernel = line[:, None] * line / line.sum().square()
     padded = functional.pad(x, (2, 2, 2, 2), mode="reflect")
@@ -116,7 +129,15 @@ def roughness(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GeneratorTerms:
-    """What the terms of `generator_loss` are multiplied by, and the temperature of the first."""
+    """The factors of the terms of `generator_loss`, and a temperature.
+
+    Attributes:
+        confidence: factor of `confidence`.
+        temperature: temperature of `confidence`.
+        balance: factor of `imbalance`.
+        statistics: factor of `gaussian_divergence`.
+        smooth: factor of `roughness`.
+    """
 
     confidence: float = 1.0
     temperature: float = 1e3
@@ -126,12 +147,14 @@ class GeneratorTerms:
 
 
 def generator_loss(teacher: IncrementalNet, x: Tensor, terms: GeneratorTerms) -> Tensor:
-    """The weighted sum of `confidence`, `imbalance`, `gaussian_divergence` and `roughness` (Smith et al.); a scalar.
+    """Compute the weighted sum of `confidence`, `imbalance`, `gaussian_divergence` and `roughness`; a scalar.
+
+    This is the loss of the generator of Smith et al.
 
     Args:
-        teacher: the network whose images are made, in eval mode and frozen.
-        x: normalised images [B, C, H, W], on the graph of the generator.
-        terms: their weights.
+        teacher: the network whose images are generated, in evaluation mode and frozen.
+        x: normalized images [B, C, H, W], with a graph to the generator.
+        terms: the factors.
     """
     with observe_norms(teacher) as seen:
         logits = teacher(x).logits
@@ -144,20 +167,20 @@ def generator_loss(teacher: IncrementalNet, x: Tensor, terms: GeneratorTerms) ->
 
 
 class Dreamer(nn.Module):
-    """A generator and the Adam that trains it.
+    """A generator of images of a trained network, and the Adam that trains it.
 
-    A checkpoint holds it as any module, so that a plugin that builds it before the run and declares it among its state
-    can be stopped between two steps of `learn`.
+    A checkpoint stores it like any module, so that a plugin that builds it before the run and declares it among its
+    state can be stopped between two steps of `learn`.
 
     Args:
-        shape: of an image.
+        shape: shape of an image.
         noise, width: see `Generator`.
-        lr: of Adam.
+        lr: learning rate of Adam.
     """
 
     def __init__(self, shape: Sequence[int], noise: int, width: int, lr: float) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):  # its weights come before each experience
+        with torch.random.fork_rng(devices=[]):  # the weights of training are drawn in `learn`
             self.generator = Generator(shape, noise, width).eval()
         self.lr = lr
         self._begin()
@@ -165,18 +188,18 @@ class Dreamer(nn.Module):
     def learn(
         self, run: Run, name: str, teacher: IncrementalNet, terms: GeneratorTerms, iterations: int, batch_size: int
     ) -> None:
-        """Begin anew and learn to make images that `teacher` knows.
+        """Train the generator, from new weights, to generate images of the classes of `teacher`.
 
         Args:
             run: the run, in a hook that is called once an experience.
-            name: of the plugin: for its randomness, for progress and for what is logged, see `describe_dreams`.
+            name: name of the plugin, for its random numbers, its progress and its curves, see `describe_dreams`.
             teacher: the frozen network.
-            terms: of the loss.
-            iterations: how many steps.
-            batch_size: images of each.
+            terms: the factors of the loss.
+            iterations: number of steps.
+            batch_size: number of images in each step.
 
         Raises:
-            RunError: if memory ends; the sentence names the plugin's option ``batch_size``.
+            RunError: if there is not enough memory; the sentence names the plugin's option ``batch_size``.
         """
         rng = run.rng(name)
         self.generator.train()
@@ -191,31 +214,47 @@ class Dreamer(nn.Module):
                 self.adam.step()
         self.generator.eval()
         with torch.no_grad():
-            told = describe_dreams(teacher, self.generator.draw(batch_size, rng))
-        run.log({f"{name}/{what}": value for what, value in told.items()})
+            curves = describe_dreams(teacher, self.generator.draw(batch_size, rng))
+        run.log({f"{name}/{curve}": value for curve, value in curves.items()})
 
     @torch.no_grad()
     def draw_batch(self, n: int, teacher: IncrementalNet, tasks: Tensor, rng: torch.Generator) -> Batch:
-        """`n` new images of weight 0, each of the class that `teacher` sees in it, and that class's task."""
+        """Generate a batch of `n` images of weight 0, each with the class that `teacher` assigns to it.
+
+        Args:
+            n: number of images.
+            teacher: the network that labels the images.
+            tasks: [C] the task of each class.
+            rng: on the CPU, for the noise.
+        """
         x = self.generator.draw(n, rng)
         y = teacher(x).logits.argmax(1)
         return Batch(x, y, torch.full_like(y, -1), tasks[y], x.new_zeros(n), torch.zeros_like(y))
 
     def _begin(self) -> None:
+        """Start with a new optimizer."""
         self.adam = torch.optim.Adam(self.generator.parameters(), lr=self.lr)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict holds besides the generator."""
+        """Return the content of a state dict besides the generator."""
         return self.adam.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.adam.load_state_dict(state)
 
 
 @torch.no_grad()
 def describe_dreams(teacher: IncrementalNet, x: Tensor) -> dict[str, float]:
-    """Of the normalised images `x`: the mean of the teacher's highest share, their imbalance and their divergence."""
+    """Return the curves of generated images: ``confidence``, ``imbalance`` and ``divergence``.
+
+    ``confidence`` is the mean of the teacher's highest probability, ``imbalance`` and ``divergence`` are those of
+    `imbalance` and `gaussian_divergence`.
+
+    Args:
+        teacher: the network whose images are generated, in evaluation mode.
+        x: normalized images [B, C, H, W].
+    """
     with observe_norms(teacher) as seen:
         logits = teacher(x).logits
     return {
@@ -226,38 +265,42 @@ def describe_dreams(teacher: IncrementalNet, x: Tensor) -> dict[str, float]:
 
 
 def head_logits(net: IncrementalNet, features: Tensor) -> Tensor:
-    """Logits [B, C] that the head of `net` gives to features [B, D]."""
+    """Return the logits [B, C] of the head of `net` for features [B, D]."""
     return torch.cat([block(features) for block in net.head], 1)
 
 
 def local_cross_entropy(logits: Tensor, y: Tensor, n_old: int) -> Tensor:
-    """Cross-entropy over the new classes, the columns from `n_old` on; [B], without a meaning for old labels."""
+    """Compute the cross-entropy over the new classes, the columns from `n_old` on; [B], meaningless for old labels."""
     return functional.cross_entropy(logits[:, n_old:], (y - n_old).clamp(min=0), reduction="none")
 
 
 def balanced_cross_entropy(logits: Tensor, y: Tensor, n_old: int) -> Tensor:
-    """n_old / C times the mean cross-entropy of the images of old classes, plus 1 - n_old / C times that of new ones.
+    """Compute the mean cross-entropy in which old classes have the share n_old / C of the weight; a scalar.
+
+    The mean over the images of old classes counts n_old / C, that over the images of new classes 1 - n_old / C.
 
     Args:
         logits: [B, C].
         y: [B] labels; those below `n_old` are old.
         n_old: number of old classes.
     """
-    share, old = n_old / logits.shape[1], (y < n_old).to(logits.dtype)
+    share = n_old / logits.shape[1]
+    old = (y < n_old).to(logits.dtype)
     weight = share * old / old.sum().clamp(min=1) + (1 - share) * (1 - old) / (1 - old).sum().clamp(min=1)
     return torch.dot(weight, functional.cross_entropy(logits, y, reduction="none"))
 
 
 def generator_problems(run: Run, plugin: Plugin, alternative: str) -> Iterator[str]:
-    """Return the reasons why `plugin` cannot have a generator, and a loss among new classes, in this run.
+    """Yield a sentence for each reason why `plugin` cannot have a generator, and a loss among new classes, in this run.
 
     Args:
-        run: describes the scenario.
-        plugin: the one that dreams.
+        run: the run, with its scenario.
+        plugin: the plugin that generates images.
         alternative: name of a method that takes images of any size, for the error sentence.
     """
     yield from dreaming_problems(run, plugin)
-    shape, seen = run.scenario.input_shape, set[int]()
+    shape = run.scenario.input_shape
+    seen: set[int] = set()
     if len(shape) == 3 and (shape[1] % 4 or shape[2] % 4):
         yield (
             f"`{plugin.name}` makes images whose sides are divisible by 4, and those of the scenario are {shape[1]} x "

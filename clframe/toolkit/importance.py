@@ -22,7 +22,7 @@ from clframe.toolkit.per_sample import GradientSums, Reduce, zeros_for
 if TYPE_CHECKING:
     from clframe.context import Run
 
-CHUNK = 1 << 19  # numbers of the images taken at a time: small ones in larger batches than they are trained in
+CHUNK = 1 << 19  # numbers in the images taken at a time: small images come in larger batches than in training
 
 Labels = Literal["exact", "sampled", "empirical", "argmax"]
 
@@ -34,22 +34,27 @@ def label_cotangents(
     y: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Vectors v_k [B, C] such that sum_k (J^T v_k)^2 is the diagonal of the Fisher information of each sample.
+    """Return vectors v_k [B, C] such that sum_k (J^T v_k)^2 is the diagonal of each sample's Fisher information.
 
-    With p the softmax over the logits that `mask` lets take part, and g_c = d log p_c / d logits = e_c - p:
+    With p the softmax over the logits that `mask` includes, and g_c = d log p_c / d logits = e_c - p:
 
-    - ``exact``, the expectation over the model's own labels, sum_c p_c g_c g_c^T = diag(p) - p p^T. Its columns would
-      cost a backward pass for each label. Any factor of this matrix gives the same sum of squares; the Cholesky factor,
-      known in closed form (Tanabe and Sagae, J. R. Stat. Soc. B 54, 1992), has one column less, and none is computed by
-      subtraction, so that a label of probability 1 - 1e-9 loses no digits.
-    - ``sampled``: g of a label drawn from p by `generator`; ``empirical``: of `y`; ``argmax``: of the likeliest label.
+    - ``exact``: the expectation over the model's own labels, sum_c p_c g_c g_c^T = diag(p) - p p^T. The columns g_c
+      would cost a backward pass for each label. Any factor of this matrix gives the same sum of squares. The Cholesky
+      factor, known in closed form (Tanabe and Sagae, J. R. Stat. Soc. B 54, 1992), has one column less, and no column
+      is computed by subtraction, so that a label of probability 1 - 1e-9 loses no digits.
+    - ``sampled``: g of a label drawn from p by `generator`.
+    - ``empirical``: g of the label in `y`.
+    - ``argmax``: g of the likeliest label.
 
     Args:
         logits: [B, C], detached.
         labels: the rule.
-        mask: [C] or [B, C], true where a logit takes part; None: all do.
+        mask: [C] or [B, C] bool, true for logits that take part; None: all do.
         y: [B] labels, for ``empirical``.
         generator: on the CPU, for ``sampled``.
+
+    Raises:
+        ValueError: if the rule is ``empirical`` and `y` is None.
     """
     p = masked(logits, mask).softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if labels == "exact":
@@ -65,9 +70,16 @@ def label_cotangents(
 
 
 def norm_cotangents(logits: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-    """The gradient [B, C] of ||z||_2^2 with respect to the logits z that `mask` lets take part: 2 z.
+    """Return the gradient [B, C] of ||z||_2^2 with respect to the logits z that `mask` includes: 2 z.
 
     The mean over samples of |J^T 2z| is the importance of MAS (Aljundi et al., ECCV 2018, section 4.1).
+
+    Args:
+        logits: z [B, C], detached.
+        mask: [C] or [B, C] bool, true for logits that take part; None: all do.
+
+    Returns:
+        a list of this one cotangent, in the form of `label_cotangents`.
     """
     active = logits if mask is None else logits.masked_fill(~mask, 0.0)
     return [2 * active]
@@ -75,24 +87,36 @@ def norm_cotangents(logits: Tensor, mask: Tensor | None = None) -> list[Tensor]:
 
 @torch.no_grad()
 def add_path_step(omega: list[Tensor], gradients: list[Tensor], before: list[Tensor], after: list[Tensor]) -> None:
-    """Add to `omega`, in place, ``-g (after - before)``: what a step took off the loss (Zenke et al., 2017, eq. 3).
+    """Add ``-g (after - before)``, the decrease of the loss in a step, to `omega` in place (Zenke et al., 2017, eq. 3).
 
     Args:
         omega: the path integral so far of each tensor.
-        gradients: of the task's loss alone, before the step.
-        before, after: the weights before and after it; `before` is overwritten.
+        gradients: g, the gradients of the task's loss alone, before the step.
+        before: the weights before the step; they are overwritten.
+        after: the weights after the step.
     """
-    torch._foreach_sub_(before, after)
-    torch._foreach_addcmul_(omega, gradients, before)
+    torch._foreach_sub_(before, after)  # before - after
+    torch._foreach_addcmul_(omega, gradients, before)  # eq. 3
 
 
 def path_importance(omega: Tensor, start: Tensor, end: Tensor, xi: float) -> Tensor:
-    """``omega / ((end - start)^2 + xi)`` (Zenke et al., eq. 5): the loss taken off, by the square of the way."""
+    """Return ``omega / ((end - start)^2 + xi)``: the decrease of the loss over the squared distance moved.
+
+    Zenke et al., Continual learning through synaptic intelligence (2017), equation 5.
+
+    Args:
+        omega: the path integral over a task.
+        start, end: the weights before and after the task.
+        xi: damping, above 0.
+    """
     return omega / ((end - start).square() + xi)
 
 
 def _cholesky_columns(p: Tensor) -> list[Tensor]:
-    """Of diag(p) - p p^T: s_k = sqrt(p_k q_k / (p_k + q_k)) (e_k - p_{>k} / q_k), where q_k = sum of p_{>k}."""
+    """Return the Cholesky columns of diag(p) - p p^T for probabilities p [B, C].
+
+    Column k is s_k = sqrt(p_k q_k / (p_k + q_k)) (e_k - p_{>k} / q_k), where q_k is the sum of p_{>k}.
+    """
     active = (p != 0).any(0).nonzero().flatten().tolist()
     columns = []
     for k in active[:-1]:
@@ -107,16 +131,16 @@ def _cholesky_columns(p: Tensor) -> list[Tensor]:
 
 
 class Quadratic(nn.Module):
-    """A penalty ``1/2 sum_i A_i (theta_i - m_i)^2 + constant`` on named parameters, in float32 (or their float64).
+    """A penalty ``1/2 sum_i A_i (theta_i - m_i)^2 + constant`` on named parameters, in float32 (float64 for float64).
 
-    Its size does not depend on how many penalties were added to it: a sum of quadratics is one quadratic. It is empty
-    at first; parameters that come later (blocks of the head) are not in it until it is told of them. A checkpoint holds
-    it as any module.
+    The memory that the penalty takes does not depend on how many penalties were added to it: a sum of quadratics is one
+    quadratic. The penalty is empty at first; a parameter that comes later (a block of the head) is part of it once
+    `add` or `replace` names it. A checkpoint stores the penalty like any module.
 
     Attributes:
         anchor: m, by name of the parameter.
         precision: A >= 0, by name of the parameter.
-        constant: the value at the anchor: what the penalties that were added disagree on.
+        constant: the value at the anchor, by which the added penalties contradict each other.
     """
 
     def __init__(self) -> None:
@@ -128,19 +152,21 @@ class Quadratic(nn.Module):
 
     @torch.no_grad()
     def add(self, precision: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
-        """Add ``1/2 sum_i F_i (theta_i - t_i)^2``, with F `precision` and t `anchor` (which may hold more names).
+        """Add ``1/2 sum_i F_i (theta_i - t_i)^2`` to the penalty.
 
         The new anchor is the mean of the old ones, weighted by their precisions: A' = A + F, m' = m + F/A' (t - m), and
-        the constant grows by 1/2 sum A F/A' (t - m)^2. No step subtracts what it has added before, so nothing cancels.
+        the constant grows by 1/2 sum A F/A' (t - m)^2. No term is subtracted again, so that no digits cancel.
+
+        Args:
+            precision: F >= 0, by name of the parameter.
+            anchor: t, by name of the parameter; names without a precision are ignored.
         """
         self._largest = None
         for name, added in precision.items():
-            self._join(added.device)
+            self._move_to(added.device)
             if name not in self.precision:
-                self.precision[name], self.anchor[name] = (
-                    added.clone(),
-                    anchor[name].detach().to(added.dtype, copy=True),
-                )
+                self.precision[name] = added.clone()
+                self.anchor[name] = anchor[name].detach().to(added.dtype, copy=True)
                 continue
             old = self.precision[name]
             away = anchor[name] - self.anchor[name]
@@ -151,19 +177,23 @@ class Quadratic(nn.Module):
 
     @torch.no_grad()
     def replace(self, precision: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
-        """Become ``1/2 sum_i F_i (theta_i - t_i)^2``, with F `precision` and t `anchor` (which may hold more names)."""
-        self.anchor, self.precision, self.constant = {}, {}, 0.0
+        """Replace the penalty by ``1/2 sum_i F_i (theta_i - t_i)^2``, with the arguments of `add`."""
+        self.anchor = {}
+        self.precision = {}
+        self.constant = 0.0
         self.add(precision, anchor)
 
     def forward(self, parameters: Mapping[str, Tensor], limits: Mapping[str, float] | None = None) -> Tensor:
-        """The value at `parameters`, by name, with a gradient; names that it does not hold play no part.
+        """Return the value at `parameters`, a scalar with a gradient.
 
-        Precisions of a parameter named in `limits` count as at most that number.
+        Args:
+            parameters: by name; those that are not part of the penalty are ignored.
+            limits: the largest precision that counts, by name of the parameter; larger ones count as this number.
         """
         if not self.anchor:
             return torch.zeros(())
         theta = [parameters[name] for name in self.anchor]
-        self._join(theta[0].device)
+        self._move_to(theta[0].device)
         precision = self.precision
         if limits:
             precision = {n: a.clamp(max=limits[n]) if n in limits else a for n, a in precision.items()}
@@ -177,30 +207,32 @@ class Quadratic(nn.Module):
         return self._largest
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict holds."""
+        """Return the content of a state dict."""
         return {"anchor": self.anchor, "precision": self.precision, "constant": self.constant}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_extra_state` gave."""
-        self.anchor, self.precision = dict(state["anchor"]), dict(state["precision"])
+        """Restore what `get_extra_state` returned."""
+        self.anchor = dict(state["anchor"])
+        self.precision = dict(state["precision"])
         self.constant = state["constant"]
         self._largest = None
 
-    def _join(self, device: torch.device) -> None:
-        """Be on `device`: what a checkpoint gave back is on the CPU."""
+    def _move_to(self, device: torch.device) -> None:
+        """Move the tensors to `device`: those that a checkpoint restores are on the CPU."""
         for values in (self.anchor, self.precision):
             if values and next(iter(values.values())).device != device:
                 values.update({name: value.to(device) for name, value in values.items()})
 
 
 class ImportanceMean(nn.Module):
-    """The mean over images of per-sample statistics, found chunk by chunk.
+    """The mean over images of per-sample statistics, computed chunk by chunk.
 
-    A plugin that declares it among its state can be stopped between two chunks. It is empty before and afterwards.
+    A plugin that declares this module among its state can be stopped between two chunks. The module is empty before and
+    after a computation.
 
     Attributes:
-        rows: positions of the images of the mean under way.
-        partial: sums over those of them that are done, by name of the parameter.
+        rows: positions of the images whose mean is being computed.
+        partial: sums over the images done so far, by name of the parameter.
     """
 
     def __init__(self) -> None:
@@ -208,7 +240,7 @@ class ImportanceMean(nn.Module):
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is under way."""
+        """Forget the computation under way."""
         self.rows = torch.empty(0, dtype=torch.int64)
         self.partial: dict[str, Tensor] = {}
 
@@ -222,16 +254,19 @@ class ImportanceMean(nn.Module):
         add: Callable[[GradientSums, Batch], None],
         reduce: Reduce = "square",
     ) -> dict[str, Tensor]:
-        """The mean over `data`, or over `samples` of its images that ``run.rng(name)`` draws, by name of the parameter.
+        """Compute the mean over images, or go on with a computation that was stopped.
 
         Args:
             run: the run.
-            name: of the plugin, for its randomness and for progress.
-            data: the images; none is augmented.
-            samples: how many of them; None: all.
-            parameters: to find statistics of.
+            name: name of the plugin, for its random numbers and its progress.
+            data: the images; they are not augmented.
+            samples: number of images that ``run.rng(name)`` draws; None: all are used.
+            parameters: the parameters to compute statistics of, by name.
             add: adds a batch of images to the sums.
             reduce: see `clframe.toolkit.per_sample.GradientSums`.
+
+        Returns:
+            the means, by name of the parameter.
         """
         if not self.partial:
             self.rows = torch.randperm(len(data), generator=run.rng(name))[:samples]
@@ -245,28 +280,30 @@ class ImportanceMean(nn.Module):
         return mean
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict holds."""
+        """Return the content of a state dict."""
         return {"rows": self.rows, "partial": self.partial}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_extra_state` gave."""
-        self.rows, self.partial = state["rows"], dict(state["partial"])
+        """Restore what `get_extra_state` returned."""
+        self.rows = state["rows"]
+        self.partial = dict(state["partial"])
 
 
 def weighted_penalty(run: Run, strength: float, penalty: Quadratic) -> Tensor:
-    """Return ``strength * penalty`` at the weights of `run`, with no curvature that SGD would overshoot.
+    """Return ``strength * penalty`` at the weights of `run`, with curvatures limited to what SGD can follow.
 
     Gradient descent on a quadratic of curvature c diverges unless lr * c < 2, with momentum m unless
     lr * c < 2 (1 + m), with Nesterov's unless lr * c < 2 (1 + m) / (1 + 2 m). At half of that bound the slowest mode
     shrinks fastest, so under SGD each ``strength * A_i`` counts as at most half of the bound over the learning rate of
-    its parameter. Adam rescales gradients and has no such bound: there the penalty is the papers'.
+    its parameter. Adam rescales gradients and has no such bound: with Adam the penalty is that of the papers.
 
     Args:
-        run: the run, for its weights and its learning rate.
+        run: the run, with its weights and its learning rate.
         strength: the factor of the penalty.
         penalty: the quadratic.
     """
-    settings, m = run.settings, run.settings.momentum
+    settings = run.settings
+    m = settings.momentum
     limits = {}
     if settings.optimizer == "sgd" and strength > 0:
         bound = 2 * (1 + m) / (1 + 2 * m * settings.nesterov)
@@ -280,7 +317,7 @@ def weighted_penalty(run: Run, strength: float, penalty: Quadratic) -> Tensor:
 
 
 class _HalfSquares(torch.autograd.Function):
-    """1/2 sum A (theta - m)^2 with its gradient A (theta - m), found in fewer passes over memory than autograd's."""
+    """The value 1/2 sum A (theta - m)^2 and its gradient A (theta - m), in fewer passes over memory than autograd's."""
 
     @staticmethod
     def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:

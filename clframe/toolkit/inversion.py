@@ -1,7 +1,8 @@
-"""Dreaming: images made from a trained network alone, from what its batch norms remember of the real ones.
+"""Model inversion: images optimized from noise through a trained network, for data-free replay.
 
-The terms of DeepInversion (Yin et al., CVPR 2020) as pure functions, and `Dreaming`, which moves images
-by them. All work in the model's input space, in which images are normalised; `to_raw` leads back to the data set's.
+Such images are called *dreams*, as in the paper's title. The terms of DeepInversion (Yin et al., Dreaming to distill,
+CVPR 2020), which use the running statistics of batch norms, are pure functions; `Dreaming` optimizes images by them.
+All work in the input space of the model, in which images are normalized; `to_raw` returns to that of the data set.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ if TYPE_CHECKING:
     from clframe.context import Run
     from clframe.plugin import Plugin
 
-NO_SHARE = -1e4  # a logit whose softmax is 0, where -inf would make a gradient that is not a number
-SHOWN = 64
+NO_SHARE = -1e4  # a logit whose softmax is 0; -inf would make the gradient NaN
+SHOWN = 64  # images at most that are logged
 
 
 class Statistics(NamedTuple):
-    """What entered a batch norm in one forward pass.
+    """The statistics of the input of a batch norm in one forward pass.
 
     Attributes:
         norm: the batch norm, whose running statistics are those of the real images.
-        mean: [C], over the batch and, of maps, over space; with a graph to the images.
-        var: [C], so; biased, that is, the mean of squares.
+        mean: [C], over the batch and, for maps, over space; with a graph to the images.
+        var: [C], over the same; biased, that is, the mean of the squared deviations.
     """
 
     norm: _BatchNorm
@@ -49,23 +50,24 @@ class Statistics(NamedTuple):
 
     @property
     def running(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] of the real images, as the norm kept them."""
-        mean, var = self.norm.running_mean, self.norm.running_var
+        """Return the running mean and variance [C] of the norm: those of the real images."""
+        mean = self.norm.running_mean
+        var = self.norm.running_var
         assert mean is not None and var is not None, "`norms_of` has no norm without them"  # noqa: PT018
         return mean, var
 
 
 def norms_of(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of `model` that keep running statistics."""
+    """Return the batch norms of `model` that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 @contextmanager
 def observe_norms(model: nn.Module) -> Iterator[list[Statistics]]:
-    """The statistics of what enters each of `norms_of(model)`, in the order of the forward passes inside.
+    """Collect the statistics of the inputs of `norms_of(model)`, in the order of the forward passes in the block.
 
-    The hooks are removed at the end, also after an error. The network should be in eval mode: in training, its running
-    statistics would move.
+    The hooks are removed at the end, also after an error. The network should be in evaluation mode: in train mode, its
+    running statistics would change.
     """
     seen: list[Statistics] = []
 
@@ -83,10 +85,13 @@ def observe_norms(model: nn.Module) -> Iterator[list[Statistics]]:
 
 
 def feature_distance(seen: Sequence[Statistics]) -> Tensor:
-    """R_feature, how far batch statistics are from the real images'; a scalar.
+    """Compute R_feature, the distance of batch statistics from those of the real images; a scalar.
 
-    sum_l ||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2. What torch keeps running is the unbiased
-    variance: n / (n - 1) times what `seen` would say of the very same images.
+    It is sum_l ||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2. The running variance of torch is unbiased:
+    n / (n - 1) times the variance in `seen` for the same images.
+
+    Args:
+        seen: statistics of at least one batch norm, from `observe_norms`.
     """
     distances = []
     for found in seen:
@@ -96,10 +101,10 @@ def feature_distance(seen: Sequence[Statistics]) -> Tensor:
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """The L2 norms of the differences of neighbours, horizontal, vertical and along both diagonals; a scalar.
+    """Sum the L2 norms of the differences of adjacent pixels: horizontal, vertical and along both diagonals; a scalar.
 
-    Each norm is that of the whole batch [B, C, H, W] as one vector, as the authors' code has it, for which their
-    weights are made.
+    Each norm is that of the whole batch [B, C, H, W] as one vector, as in the authors' code, for which their weights
+    were chosen.
     """
     differences = (
         x[..., :, 1:] - x[..., :, :-1],
@@ -111,25 +116,35 @@ def total_variation(x: Tensor) -> Tensor:
 
 
 def jensen_shannon(one: Tensor, other: Tensor, temperature: float = 3.0) -> Tensor:
-    """JS(p, q) = (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats, from 0 to ln 2; [B, C] to [B].
+    """Compute JS(p, q) = (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats, from 0 to ln 2; [B, C] to [B].
 
-    p and q are the softmaxes of the logits divided by the temperature, 3 in the authors' code. No share is clamped, as
-    that would stop gradients. A logit of -inf takes no part; it must do so in both.
+    p and q are the softmaxes of the logits divided by the temperature, 3 in the authors' code. No probability is
+    clamped, as that would stop gradients. A logit of -inf takes no part; it must be -inf in both.
+
+    Args:
+        one, other: logits [B, C].
+        temperature: above 0.
     """
-    p, q = ((z.masked_fill(z == -torch.inf, NO_SHARE * temperature) / temperature).log_softmax(1) for z in (one, other))
-    m = torch.logaddexp(p, q) - math.log(2)
-    return (p.exp() * (p - m) + q.exp() * (q - m)).sum(1) / 2
+
+    def log_softmax(z: Tensor) -> Tensor:
+        finite = z.masked_fill(z == -torch.inf, NO_SHARE * temperature)
+        return (finite / temperature).log_softmax(1)
+
+    log_p = log_softmax(one)
+    log_q = log_softmax(other)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1) / 2
 
 
 @dataclass(frozen=True)
 class InversionTerms:
-    """What the terms of `inversion_loss` are multiplied by.
+    """The factors of the terms of `inversion_loss`.
 
     Attributes:
-        feature: of R_feature.
-        tv: of the total variation.
-        l2: of ||x||_2, the mean over the images of each one's norm.
-        compete: of R_compete = 1 - JS, which is low where teacher and rival disagree.
+        feature: factor of R_feature.
+        tv: factor of the total variation.
+        l2: factor of ||x||_2, the mean norm of the images.
+        compete: factor of R_compete = 1 - JS, which is low where teacher and rival disagree.
     """
 
     feature: float = 10.0
@@ -146,17 +161,17 @@ def inversion_loss(
     mask: Tensor | None = None,
     rival: IncrementalNet | None = None,
 ) -> Tensor:
-    """CE(z(x), y) + tv TV(x) + l2 ||x||_2 + feature R_feature(x) + compete (1 - JS(z(x), r(x))), a scalar.
+    """Compute CE(z(x), y) + tv TV(x) + l2 ||x||_2 + feature R_feature(x) + compete (1 - JS(z(x), r(x))), a scalar.
 
-    R_DI of Yin et al., and with a rival, their student, R_ADI.
+    This is R_DI of Yin et al.; with a rival, which is their student, it is R_ADI.
 
     Args:
-        teacher: the network whose images are dreamt, in eval mode and frozen.
-        x: normalised images [B, C, H, W].
-        y: [B] what they are to be images of.
-        weights: of the terms.
-        mask: [B, C] the logits that take part of each image; None: all.
-        rival: a network with the same head, in eval mode and frozen, that the teacher is to disagree with.
+        teacher: z, the network to invert, in evaluation mode and frozen.
+        x: normalized images [B, C, H, W].
+        y: [B] the labels that the images are optimized for.
+        terms: the factors.
+        mask: [B, C] bool, the logits that take part for each image; None: all.
+        rival: r, a network with the same head, in evaluation mode and frozen, with which the teacher is to disagree.
     """
     with observe_norms(teacher) as seen:
         logits = masked(teacher(x).logits, mask)
@@ -173,29 +188,41 @@ def inversion_loss(
 
 @torch.no_grad()
 def assess_images(teacher: IncrementalNet, x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
-    """R_feature of the normalised images `x`, and the share of them in which the teacher sees what `y` says."""
+    """Return R_feature of the images, and the share of them that the teacher classifies as `y`.
+
+    Args:
+        teacher: the network that was inverted, in evaluation mode.
+        x: normalized images [B, C, H, W].
+        y: [B] labels.
+        mask: [B, C] bool, the logits that take part for each image; None: all.
+    """
     with observe_norms(teacher) as seen:
         logits = masked(teacher(x).logits, mask)
     return feature_distance(seen).item(), (logits.argmax(1) == y).float().mean().item()
 
 
 def jitter_images(x: Tensor, jitter: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """All images [B, C, H, W] rolled by as many pixels, -`jitter` to `jitter` each way, and mirrored every second time.
+    """Shift all images of a batch by the same random number of pixels, and mirror them half of the time.
 
-    The generator is on the CPU.
+    Args:
+        x: images [B, C, H, W].
+        jitter: the largest shift in each direction; pixels that leave at one side return at the other.
+        flip: mirror the images with probability 1/2.
+        generator: on the CPU.
     """
     down, right = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
-    x = x.roll((down, right), (2, 3)) if down or right else x
+    if down or right:
+        x = x.roll((down, right), (2, 3))
     return x.flip(3) if flip and torch.rand((), generator=generator) < 0.5 else x
 
 
 @dataclass(frozen=True)
 class DreamOptions:
-    """How images are dreamt.
+    """The options of a plugin that describe how images are optimized.
 
     Attributes:
-        weights: of the terms of `inversion_loss`.
-        per_class: images of each class.
+        terms: the factors of the terms of `inversion_loss`.
+        per_class: number of images of each class.
         iterations: steps of Adam on each image, and of the rival's optimizer after each round.
         lr: learning rate of the images.
         rounds: 1 without a rival. With a rival, the first round has none; in each later round, images are found on
@@ -204,8 +231,8 @@ class DreamOptions:
         flip: see `jitter_images`; None: as the scenario's augmentation does.
         clip: keep the images within `valid_range`.
         batch_size: images at a time, at most.
-        temperature: of the rival's distillation.
-        anneal: let the learning rate fall to 0 along half a cosine.
+        temperature: temperature of the rival's distillation.
+        anneal: decrease the learning rate to 0 along half a cosine.
     """
 
     terms: InversionTerms = field(default_factory=InversionTerms)
@@ -222,16 +249,16 @@ class DreamOptions:
 
 
 class Dreaming(nn.Module):
-    """The making of images from a network.
+    """The optimization of images through a trained network.
 
-    A checkpoint holds it as any module, so that a plugin that declares it among its state can be stopped between two
-    steps. It is empty before and after `of`.
+    A checkpoint stores it like any module, so that a plugin that declares it among its state can be stopped between two
+    steps. It is empty before and after a call of `dream`.
 
     Attributes:
-        x: the images under way, normalised.
-        adam: what moves them.
-        images: those that are done, raw; None: none are.
-        rival, rival_optimizer: the rival's weights and its optimizer, as state dicts; None: there is none.
+        x: the images that are being optimized, normalized; None: there are none.
+        adam: the optimizer of these images.
+        images: the finished images, raw; None: there are none.
+        rival, rival_optimizer: state dicts of the rival and its optimizer; None: there is no rival.
     """
 
     x: Tensor | None
@@ -245,19 +272,19 @@ class Dreaming(nn.Module):
         self._clear()
 
     def dream(self, run: Run, name: str, teacher: IncrementalNet, options: DreamOptions) -> ImageData:
-        """Dreams of all old classes of `run`, raw, each with the task of its class, and of weight 0.
+        """Return raw images of all old classes of `run`, optimized from noise, with their class's task and weight 0.
 
-        R_feature, and the share of dreams that the teacher takes for what they are to be, are logged of noise and of
-        dreams.
+        R_feature, and the accuracy of the teacher on the labels that the images are optimized for, are logged for the
+        noise and for the finished images.
 
         Args:
             run: the run, in a hook that is called once an experience.
-            name: of the plugin: for its randomness, for progress and for what is logged.
-            teacher: the network that has learnt those classes, from `clframe.model.snapshot`.
-            options: how.
+            name: name of the plugin, for its random numbers, its progress and its curves.
+            teacher: the network that has learned those classes, from `clframe.model.snapshot`.
+            options: the options of the optimization.
 
         Raises:
-            RunError: if memory ends; the sentence names the plugin's option ``batch_size``.
+            RunError: if there is not enough memory; the sentence names the plugin's option ``batch_size``.
         """
         rounds = split_targets(run.previous_classes, options.per_class, options.rounds, options.batch_size)
         with explain_out_of_memory(run, f"{name}.batch_size"):
@@ -271,18 +298,23 @@ class Dreaming(nn.Module):
         return images
 
     def begin(self, x: Tensor, lr: float) -> None:
-        """Dream from `x` on, of which a copy is made, at this learning rate."""
+        """Begin to optimize a copy of the images `x`, with the learning rate `lr`."""
         self.x = x.detach().clone().requires_grad_()
         self.adam = torch.optim.Adam([self.x], lr=lr)
 
     def slow_down(self, lr: float, done: float) -> None:
-        """Go on at the learning rate that belongs to the share `done` of a half cosine from `lr` to 0."""
+        """Set the learning rate to its value at the share `done`, from 0 to 1, of a half cosine from `lr` to 0."""
         assert self.adam is not None
         for group in self.adam.param_groups:
             group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
 
     def step(self, loss: Callable[[Tensor], Tensor], bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The images after one step down `loss`, a scalar function of them, and back into `bounds`, low and high."""
+        """Take a step of Adam on `loss`, clamp the images to `bounds`, and return them.
+
+        Args:
+            loss: from the images to a scalar.
+            bounds: the lowest and the highest values; None: the images are not clamped.
+        """
         assert self.x is not None
         assert self.adam is not None
         self.adam.zero_grad()
@@ -294,8 +326,10 @@ class Dreaming(nn.Module):
     def _round(
         self, run: Run, name: str, k: int, teacher: IncrementalNet, options: DreamOptions, parts: Sequence[Tensor]
     ) -> None:
-        """Dreams of the labels `parts`, one part after the other."""
-        generator, transform, shape = run.rng(name), run.scenario.transform, run.scenario.input_shape
+        """Optimize images of the labels in `parts`, one part after the other, in the round `k`, counted from 0."""
+        generator = run.rng(name)
+        transform = run.scenario.transform
+        shape = run.scenario.input_shape
         low, high = (bound.to(run.device) for bound in valid_range(transform, run.experience.train.images))
         jitter = min(shape[1:]) // 16 if options.jitter is None else options.jitter
         flip = transform.flip if options.flip is None else options.flip
@@ -305,7 +339,7 @@ class Dreaming(nn.Module):
         heads = torch.stack([class_mask(group, n, run.device) for group in run.scenario.classes])
         for i in run.ticks(f"{name}: dreams {k + 1}", len(parts) * options.iterations, resumable=True):
             y = parts[i // options.iterations].to(run.device)
-            # where tasks are told, each class is among those of its task, which may be classes of other tasks, too
+            # in task-incremental learning, a class competes with those of its task; a class may be in several tasks
             mask = heads[tasks[y]] if run.scenario.setting == "task" else None
             if i % options.iterations == 0:
                 noise = torch.randn(len(y), *shape, generator=generator).to(run.device)
@@ -324,7 +358,7 @@ class Dreaming(nn.Module):
                 self.images = ImageData.concat([done] if self.images is None else [self.images, done])
 
     def _teach_rival(self, run: Run, name: str, k: int, teacher: IncrementalNet, options: DreamOptions) -> None:
-        """Distil the teacher, on the dreams so far, into the rival, as the run trains its own network."""
+        """Distill the teacher into the rival on the images so far, with the run's training settings."""
         assert self.images is not None
         generator = run.rng(name)
         ticks = run.ticks(f"{name}: rival {k}", options.iterations, resumable=True)
@@ -342,72 +376,99 @@ class Dreaming(nn.Module):
             optimizer.zero_grad()
             kl_divergence(q, rival(x).logits, options.temperature).mean().backward()
             optimizer.step()
-            self.rival, self.rival_optimizer = rival.state_dict(), optimizer.state_dict()
+            self.rival = rival.state_dict()
+            self.rival_optimizer = optimizer.state_dict()
 
     def _rival(self, teacher: IncrementalNet) -> IncrementalNet:
+        """Return the rival as a frozen network, built like the teacher."""
         rival = snapshot(teacher)
         assert self.rival is not None
         rival.load_state_dict(self.rival)
         return rival
 
     @staticmethod
-    def _log(run: Run, name: str, of: str, found: tuple[float, float]) -> None:
-        run.log({f"{name}/feature/{of}": found[0], f"{name}/accuracy/{of}": found[1]})
+    def _log(run: Run, name: str, kind: str, found: tuple[float, float]) -> None:
+        """Log the two numbers that `assess_images` returned, for images of this kind."""
+        run.log({f"{name}/feature/{kind}": found[0], f"{name}/accuracy/{kind}": found[1]})
 
     def _clear(self) -> None:
-        self.x = self.adam = self.images = self.rival = self.rival_optimizer = None
+        """Forget all images and the rival."""
+        self.x = None
+        self.adam = None
+        self.images = None
+        self.rival = None
+        self.rival_optimizer = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict holds."""
-        about = {name: getattr(self, name) for name in ("images", "rival", "rival_optimizer")}
-        x, adam = self.x, self.adam
-        return {"x": x if x is None else x.detach(), "adam": adam if adam is None else adam.state_dict(), **about}
+        """Return the content of a state dict."""
+        return {
+            "x": None if self.x is None else self.x.detach(),
+            "adam": None if self.adam is None else self.adam.state_dict(),
+            "images": self.images,
+            "rival": self.rival,
+            "rival_optimizer": self.rival_optimizer,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self._clear()
         if state["x"] is not None:
             self.begin(state["x"], 0.0)
             assert self.adam is not None
             self.adam.load_state_dict(state["adam"])
-        for name in ("images", "rival", "rival_optimizer"):
-            setattr(self, name, state[name])
+        self.images = state["images"]
+        self.rival = state["rival"]
+        self.rival_optimizer = state["rival_optimizer"]
 
 
 def to_raw(x: Tensor, transform: Transform) -> Tensor:
-    """Normalised images [B, C, ...] as float32 ones in the units of the data set: undoes ``transform.normalize``."""
+    """Undo ``transform.normalize``: return normalized images [B, C, ...] in the units of the data set, float32."""
     if transform.mean:
-        mean, std = torch.tensor((transform.mean, transform.std), device=x.device).view(2, -1, *[1] * (x.dim() - 2))
+        per_channel = (-1, *[1] * (x.dim() - 2))
+        mean, std = torch.tensor((transform.mean, transform.std), device=x.device).view(2, *per_channel)
         x = x * std + mean
     return x * transform.scale
 
 
 def valid_range(transform: Transform, images: RawImages) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest normalised value of each channel, [C, 1, 1] twice.
+    """Return the lowest and the highest normalized value of each channel, [C, 1, 1] each.
 
-    Raw, they are 0 and the transform's scale, or what occurs in the raw `images` [N, C, H, W] where that is more.
+    The raw values are 0 and the transform's scale, or the extremes of `images` where those go beyond.
+
+    Args:
+        transform: the transform of the scenario.
+        images: raw images [N, C, H, W].
     """
     least, most = images.aminmax()
-    lowest, highest = min(0.0, least.item()), max(transform.scale, most.item())
-    low, high = transform.normalize(
-        torch.tensor([[lowest], [highest]], device=images.device).expand(2, images.shape[1])[:, :, None, None]
-    )
+    ends = torch.tensor([[min(0.0, least.item())], [max(transform.scale, most.item())]], device=images.device)
+    low, high = transform.normalize(ends.expand(2, images.shape[1])[:, :, None, None])
     return low, high
 
 
 def split_targets(classes: Sequence[int], per_class: int, rounds: int, batch_size: int) -> list[list[Tensor]]:
-    """The labels of `per_class` dreams of each class: for each round, parts [<= batch_size] of nearly equal size.
+    """Split the labels of `per_class` images of each class into rounds, and each round into parts of nearly equal size.
 
-    Classes take turns, so that every part is balanced, as its statistics are to be those of all images.
+    Classes take turns, so that every part is balanced: its statistics should be those of all real images.
+
+    Args:
+        classes: the labels.
+        per_class: number of images of each class.
+        rounds: number of rounds; those without any label are left out.
+        batch_size: number of labels in a part, at most.
+
+    Returns:
+        the parts of each round, [<= batch_size] int64 each.
     """
     labels = torch.tensor(classes).repeat(per_class)
-    return [
-        list(some.tensor_split(math.ceil(len(some) / batch_size))) for some in labels.tensor_split(rounds) if len(some)
-    ]
+    parts = []
+    for in_round in labels.tensor_split(rounds):
+        if len(in_round):
+            parts.append(list(in_round.tensor_split(math.ceil(len(in_round) / batch_size))))
+    return parts
 
 
 def reinitialize(model: nn.Module, generator: torch.Generator) -> None:
-    """Give the layers of `model` the weights that they begin with, from a seed that `generator`, on the CPU, draws."""
+    """Initialize the layers of `model` again, from a seed that `generator`, on the CPU, draws."""
     with initialized_by(generator, next(model.parameters()).device):
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
@@ -415,14 +476,14 @@ def reinitialize(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def reinitialized_copy(model: IncrementalNet, generator: torch.Generator) -> IncrementalNet:
-    """A copy of `model` that has learnt nothing; see `reinitialize`."""
+    """Return a copy of `model` with new initial weights; see `reinitialize`."""
     copied = snapshot(model)
     reinitialize(copied, generator)
     return copied
 
 
 def select_preview(images: ImageData, most: int = SHOWN) -> Tensor:
-    """As many of the images as `most`, of each class as many as of any other, class by class: what people are shown."""
+    """Select at most `most` images to show, the same number of each class, class by class; [N, ...]."""
     classes = images.y.unique().tolist()
     each = max(1, most // len(classes))
     where = [(images.y == c).nonzero().flatten()[:each] for c in classes[:most]]
@@ -430,7 +491,7 @@ def select_preview(images: ImageData, most: int = SHOWN) -> Tensor:
 
 
 def dreaming_problems(run: Run, plugin: Plugin) -> Iterator[str]:
-    """Reasons why `plugin` cannot dream in this run."""
+    """Yield a sentence for each reason why `plugin` cannot optimize images in this run."""
     shape = run.scenario.input_shape
     if len(shape) != 3:
         yield (
@@ -446,12 +507,12 @@ def dreaming_problems(run: Run, plugin: Plugin) -> Iterator[str]:
 
 @contextmanager
 def explain_out_of_memory(run: Run, option: str) -> Iterator[None]:
-    """Raises `RunError`, which says that a smaller `option` needs less, where memory ends inside."""
+    """Raise `RunError` if memory runs out in the block, with a sentence that advises a smaller `option`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not full and not re.search("out of memory|allocate memory|enough memory", str(error)):  # as the CPU says it
+        if not full and not re.search("out of memory|allocate memory|enough memory", str(error)):  # of the CPU
             raise
         raise RunError(
             f"Out of memory on {run.device} while dreaming for {run.progress_label}: a smaller `{option}` needs less."

@@ -1,8 +1,8 @@
-"""Exemplar memory: which images of the past are kept, and how they are drawn again.
+"""Exemplar memory: which images of earlier experiences are kept, and how they are drawn for rehearsal.
 
-A memory is an `ImageData` as the data set has it (uint8 images, labels, tasks, positions), small enough to be the state
-of a plugin; None is an empty one. A *group* is what a budget is shared among: the images of one class of one task, so
-that a class that comes back in another domain is another group.
+A memory is an `ImageData` in the form of the data set (uint8 images, labels, tasks, positions), small enough to be the
+state of a plugin; None is an empty memory. A budget is shared among *groups*: a group is the images of one class of one
+task, so that a class that returns in another domain is another group.
 """
 
 from __future__ import annotations
@@ -19,42 +19,57 @@ Order = Callable[[ImageData, int], Tensor]
 
 
 def quota(total: int, groups: int, *, ceil: bool = False) -> int:
-    """Images of each group, where `total` are shared evenly: floor(total / groups), or the ceiling.
+    """Return the number of images of each group if `total` are shared evenly: floor(total / groups), or the ceiling.
 
-    With the ceiling, as iCaRL's code has it, the memory may hold up to one image more for each group.
+    With the ceiling, which iCaRL's code uses, the memory may hold up to one image more for each group.
     """
     return -(-total // groups) if ceil else total // groups
 
 
 def too_small(size: int, groups: int, option: str) -> list[str]:
-    """The sentence that refuses a memory of `size` images, which `option` asks for, for so many groups."""
+    """Return the sentence that refuses a memory of `size` images for `groups` groups, if it has room for fewer.
+
+    Args:
+        size: number of images in the memory.
+        groups: number of classes to remember.
+        option: name of the option that holds the size, such as ``er.size``.
+    """
     if size >= groups:
         return []
     return [f"`{option}` is {size}, and there are {groups} classes to remember: give each of them one image at least."]
 
 
 def groups_of(rows: ImageData) -> list[Tensor]:
-    """The positions of each group in `rows`, in their order; groups by task and label."""
+    """Return the positions of each group in `rows`, in the order of the rows; groups are sorted by task and label."""
+    if not len(rows):
+        return []
     _, which = torch.unique(torch.stack([rows.task, rows.y]), dim=1, return_inverse=True)
-    return [(which == k).nonzero().flatten() for k in range(int(which.max()) + 1)] if len(rows) else []
+    return [(which == k).nonzero().flatten() for k in range(int(which.max()) + 1)]
 
 
 def balanced(memory: Memory, new: ImageData, count: int, order: Order) -> ImageData:
-    """The first `count` images of each group in `memory`, which stay in their order, and `count` of each in `new`.
+    """Return a memory of `count` images of each group: the first ones in `memory`, in their order, and those of `new`.
 
     Args:
-        memory: the images of earlier groups.
+        memory: the images of earlier groups, the most important of each group first.
         new: all images of the groups to add.
-        count: images of each group.
-        order: of the images of one group, and `count`, the positions of those to keep, the most important first.
+        count: number of images of each group.
+        order: from the images of one group, and `count`, to the positions of those to keep, the most important first.
     """
     kept = [] if memory is None else [memory.rows(where[:count]) for where in groups_of(memory)]
-    chosen = [(group := new.rows(where)).rows(order(group, count)) for where in groups_of(new)]
+    chosen = []
+    for where in groups_of(new):
+        group = new.rows(where)
+        chosen.append(group.rows(order(group, count)))
     return ImageData.concat([*kept, *chosen]).loaded()
 
 
 def at_random(generator: torch.Generator) -> Order:
-    """An order for `balanced`: at random."""
+    """Return an order for `balanced` that selects images at random.
+
+    Args:
+        generator: on the CPU.
+    """
 
     def order(rows: ImageData, count: int) -> Tensor:
         return torch.randperm(len(rows), generator=generator)[:count].to(rows.y.device)
@@ -63,20 +78,21 @@ def at_random(generator: torch.Generator) -> Order:
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """The images whose mean follows the mean of all best, at every length (Welling, 2009; iCaRL, algorithm 4).
+    """Select images so that the mean of the first k is close to the mean of all (Welling, 2009; iCaRL, algorithm 4).
 
-    p_k = argmin || mu - (phi(x) + sum_{j<k} phi(p_j)) / k || over the images x that are not taken yet, where mu is the
-    mean of `features`. The first m of a longer selection are the selection of m.
+    p_k = argmin || mu - (phi(x) + sum_{j<k} phi(p_j)) / k || over the images x that are not selected yet, where mu is
+    the mean of `features`. The first m of a longer selection are the selection of m.
 
     Args:
         features: phi [N, D], each of length 1 in iCaRL.
-        count: how many to select, at most N.
+        count: number of images to select; at most N are.
 
     Returns:
-        [count] positions, in the order of selection.
+        positions [min(count, N)], in the order of selection.
     """
-    mean, squares = features.mean(0, dtype=torch.float64), features.square().sum(1)
-    rest = torch.zeros_like(mean)  # k mu - sum_{j<k} phi(p_j): what the next one should be like
+    mean = features.mean(0, dtype=torch.float64)
+    squares = features.square().sum(1)
+    rest = torch.zeros_like(mean)  # k mu - sum_{j<k} phi(p_j): the ideal next feature
     taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     selected = []
     for _ in range(min(count, len(features))):
@@ -89,21 +105,26 @@ def herding(features: Tensor, count: int) -> Tensor:
 
 
 def reservoir(memory: Memory, rows: ImageData, seen: int, size: int, generator: torch.Generator) -> ImageData:
-    """A uniform sample of `size` of all images that ever came by (Vitter, 1985, algorithm R), brought up to date.
+    """Update a uniform sample of all images seen so far by new ones (Vitter, 1985, algorithm R), and return it.
 
     Args:
-        memory: the sample of the first `seen` images; it is written to.
-        rows: the images that come by now, in this order.
+        memory: the sample of the first `seen` images; it is modified in place once it is full.
+        rows: the new images, in the order in which they were seen.
+        seen: number of images seen before.
+        size: number of images in the sample.
+        generator: on the CPU.
     """
     free = max(0, size - seen)
     if memory is None or free:
-        memory = copy_rows(_joined(memory, rows.rows(slice(free))))
-        rows, seen = rows.rows(slice(free, None)), max(seen, size)
+        memory = copy_rows(_join(memory, rows.rows(slice(free))))
+        rows = rows.rows(slice(free, None))
+        seen = max(seen, size)
     passed = torch.arange(seen + 1, seen + 1 + len(rows), dtype=torch.float64)
     slots = (torch.rand(len(rows), generator=generator, dtype=torch.float64) * passed).long().tolist()
-    last = {slot: i for i, slot in enumerate(slots) if slot < size}  # of two images in one slot the later one stays
+    last = {slot: i for i, slot in enumerate(slots) if slot < size}  # of two images in one slot, the later one stays
     if last:
-        where, which = (torch.tensor([*part], device=rows.y.device) for part in (last.keys(), last.values()))
+        where = torch.tensor([*last.keys()], device=rows.y.device)
+        which = torch.tensor([*last.values()], device=rows.y.device)
         for name in ("x", "y", "index", "task"):
             getattr(memory, name)[where] = getattr(rows, name)[which]
         for name, target in memory.targets.items():
@@ -112,23 +133,31 @@ def reservoir(memory: Memory, rows: ImageData, seen: int, size: int, generator: 
 
 
 def ring(memory: Memory, rows: ImageData, count: int) -> ImageData:
-    """The latest `count` images of each group, `rows` being the latest of all, in this order."""
-    joined = _joined(memory, rows)
+    """Return a memory of the latest `count` images of each group; `rows` are newer than those of `memory`."""
+    joined = _join(memory, rows)
     return joined.rows(torch.cat([where[-count:] for where in groups_of(joined)]))
 
 
-def _joined(memory: Memory, rows: ImageData) -> ImageData:
+def _join(memory: Memory, rows: ImageData) -> ImageData:
+    """Return the images of `memory`, if there are any, and then `rows`."""
     return rows if memory is None else ImageData.concat([memory, rows])
 
 
 def copy_rows(rows: ImageData) -> ImageData:
-    """A copy of `rows` that can be written to, all of weight 1 and of the experience itself."""
-    index, task = (column.clone(memory_format=torch.contiguous_format) for column in (rows.index, rows.task))
+    """Return a copy of `rows` that can be modified in place, with weight 1 and the origin of an experience's images."""
+    index = rows.index.clone(memory_format=torch.contiguous_format)
+    task = rows.task.clone(memory_format=torch.contiguous_format)
     targets = {name: target.clone() for name, target in rows.targets.items()}
     return ImageData(rows.x.clone(), rows.y.clone(), index=index, task=task, targets=targets)
 
 
 def draw(memory: ImageData, count: int, generator: torch.Generator) -> ImageData:
-    """`count` different images of `memory` at random; all of them where it has fewer."""
+    """Draw `count` different images of `memory` at random; all of them if there are fewer.
+
+    Args:
+        memory: the images.
+        count: number of images to draw.
+        generator: on the CPU.
+    """
     where = torch.randperm(len(memory), generator=generator)[:count]
     return memory.rows(where.to(memory.y.device))

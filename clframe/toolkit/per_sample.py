@@ -23,7 +23,7 @@ Reduce = Literal["square", "abs"]
 
 
 def zeros_for(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros to accumulate statistics of `parameters` in: float32, float64 for parameters that are."""
+    """Return zeros in which to sum statistics of `parameters`, by name: float32, or float64 for float64 parameters."""
     return {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
         for name, p in parameters.items()
@@ -31,26 +31,26 @@ def zeros_for(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class GradientSums:
-    """Sums over samples of the squared, or absolute, gradient of each sample, in eval mode.
+    """Sums over samples of the squared, or absolute, gradient of each sample, in evaluation mode.
 
-    The gradient of a sample is that of a batch of this sample alone; nothing is averaged before it is squared. Linear,
-    Conv2d and BatchNorm layers that a forward pass calls once are solved in closed form from their input and the
-    gradient of their output, and one forward pass serves all cotangents. Every other parameter (of other layers, of a
-    layer called twice, shared, parametrized, of another name, used without its layer being called) goes through
-    `torch.func.vmap`, or sample by sample where that fails or gives something else for the first sample.
+    The gradient of a sample is that of a batch of this sample alone; no gradients are averaged before they are squared.
+    Linear, Conv2d and BatchNorm layers that a forward pass calls once are solved in closed form from their input and
+    the gradient of their output, and one forward pass serves all cotangents. All other parameters (of other layers, of
+    a layer called twice, shared, parametrized, of another name, or used without a call of their layer) go through
+    `torch.func.vmap`, or sample by sample where vmap fails or gives another result for the first sample.
 
     The model is left as it was: no hooks, no ``.grad``, the same modes, running statistics and ``requires_grad``.
 
     Args:
         model: the network.
-        sums: tensors to add to, by name of the parameter, as `zeros_for` makes them. Other parameters are left out.
+        sums: tensors to add to, by name of the parameter, as `zeros_for` returns them. Other parameters are left out.
         reduce: ``square`` or ``abs``.
         max_elements: bound on the elements of the temporary tensors (unfolded inputs, per-sample gradients) of one
-            layer, though one sample at least is taken at a time. None: 2^20 on the CPU, whose cache holds them, 2^26
-            elsewhere.
+            layer; at least one sample is taken at a time. None: 2^20 on the CPU, so that they fit into its cache, and
+            2^26 on other devices.
 
     Raises:
-        UsageError: if samples depend on each other, by a batch norm without running statistics or otherwise.
+        UsageError: if samples depend on each other, through a batch norm without running statistics or otherwise.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class GradientSums:
         for name, module in model.named_modules():
             if isinstance(module, batchnorm._BatchNorm) and module.running_mean is None:
                 raise UsageError(
-                    f"Importance cannot be computed: the layer `{name}` normalises by the statistics of the batch "
+                    f"Importance cannot be computed: the layer `{name}` normalizes by the statistics of the batch "
                     "(`track_running_stats=False`), so one image's gradient depends on the others; let it track them."
                 )
             # exactly these classes: a subclass, or a forward method of its own, may compute something else
@@ -80,22 +80,25 @@ class GradientSums:
                 self._layers.append(module)
 
     def add(self, x: Tensor, task: Tensor | None, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        """Add ``sum_b sum_k f(J_b^T v_kb)`` over the samples b, J_b being the Jacobian of the logits of sample b.
+        """Add ``sum_b sum_k f(J_b^T v_kb)`` over the samples b, where J_b is the Jacobian of the logits of sample b.
 
         Args:
-            x: [B, ...] normalised images.
-            task: [B], as the model takes it.
-            cotangents: from the detached logits [B, C] to the vectors v_k [B, C]: gradients, with respect to the
+            x: [B, ...] normalized images.
+            task: [B] tasks, for the model; None: not given.
+            cotangents: from the detached logits [B, C] to the vectors v_k [B, C], the gradients, with respect to the
                 logits, of losses that are sums over samples.
+
+        Raises:
+            UsageError: if the logits of one image depend on the others.
         """
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), evaluating(self._model):
-            with self._recorded() as calls:
+            with self._record_calls() as calls:
                 logits = self._model(x, task).logits
             if self._row_is_sample is None:
-                self._look_at_one(x[:1], None if task is None else task[:1], logits[:1])
+                self._check_first_sample(x[:1], None if task is None else task[:1], logits[:1])
             vectors = cotangents(logits.detach())
             if logits.requires_grad and vectors:
-                solved, rest = self._divide(calls, logits)
+                solved, rest = self._split(calls, logits)
                 if solved:
                     self._add_closed_form(solved, logits, vectors)
                 if rest:
@@ -104,16 +107,26 @@ class GradientSums:
 
     @torch.no_grad()
     def add_local(self, x: Tensor, task: Tensor | None, delta: Callable[[Tensor], Tensor]) -> None:
-        """Add, for each layer by itself, f of what `delta` makes of its output [B, ...], times its input.
+        """Add f(delta(z) a) for each layer by itself, where a is its input and z its output [B, ...].
 
-        With ``relu`` for `delta` the sums of a Linear layer are ``f(F_j F_i)``: activities of the units that a weight
-        connects, a Hebbian rule. Only Linear and Conv2d layers have such a rule; weights of others stay as they are.
+        With ``relu`` for `delta` the sums of a Linear layer are ``f(F_j F_i)``, the activities of the units that a
+        weight connects: a Hebbian rule. Linear and Conv2d layers alone have such a rule; the sums of other parameters
+        stay as they are.
+
+        Args:
+            x: [B, ...] normalized images.
+            task: [B] tasks, for the model; None: not given.
+            delta: from the output of a layer to a tensor of its shape, in place of the gradient.
+
+        Raises:
+            UsageError: if the logits of one image depend on the others, or a layer is given something else than a row
+                for each image.
         """
         with torch.autocast(x.device.type, enabled=False), evaluating(self._model):
-            with self._recorded() as calls:
+            with self._record_calls() as calls:
                 logits = self._model(x, task).logits
             if self._row_is_sample is None:
-                self._look_at_one(x[:1], None if task is None else task[:1], logits[:1])
+                self._check_first_sample(x[:1], None if task is None else task[:1], logits[:1])
         for call in calls:
             if isinstance(call.module, nn.Linear | nn.Conv2d):
                 if call.rows != len(x) or call.module not in (self._row_is_sample or ()):
@@ -124,39 +137,49 @@ class GradientSums:
                 for kind, parameter in call.parameters():
                     if id(parameter) in self._names:
                         call.sums[kind] = self._sums[self._names[id(parameter)]]
-                form = _CLOSED_FORMS[type(call.module)](call, self._f, self._elements(x.device))
+                form = _CLOSED_FORMS[type(call.module)](call, self._f, self._element_limit(x.device))
                 form.add(delta(call.output))
                 form.finish()
 
     @torch.no_grad()
-    def _look_at_one(self, x: Tensor, task: Tensor | None, among_others: Tensor) -> None:
-        """What the first sample alone tells of the network, given its logits among others."""
-        with self._recorded() as calls:
+    def _check_first_sample(self, x: Tensor, task: Tensor | None, among_others: Tensor) -> None:
+        """Compare the logits of the first sample alone with its logits in the batch, and note which layers get samples.
+
+        Args:
+            x: [1, ...] the first image.
+            task: [1] its task.
+            among_others: [1, C] its logits in the batch.
+
+        Raises:
+            UsageError: if both differ.
+        """
+        with self._record_calls() as calls:
             alone = self._model(x, task).logits
-        # a layer that is given one row for one sample, and B for B, is given samples as rows
+        # the rows of a layer are samples if it gets one row for one sample, and B for B
         self._row_is_sample = {call.module for call in calls if call.rows == 1}
-        # far above what rounding (TF32 included) makes of a batch of another size
+        # far above the differences that rounding (TF32 included) makes between batches of different sizes
         if (alone - among_others).abs().max() > 0.01 * alone.abs().max() + 1e-6:
             raise UsageError(
-                "Importance cannot be computed: in eval mode the network's logits of one image depend on the others of "
-                "its batch, so one image has no gradient of its own; make the backbone treat each image by itself."
+                "Importance cannot be computed: in evaluation mode the network's logits of one image depend on the "
+                "others of its batch, so one image has no gradient of its own; make the backbone treat each image by "
+                "itself."
             )
 
     @contextmanager
-    def _recorded(self) -> Iterator[list[_Call]]:
-        """The calls of the layers with a closed form, in the forward passes inside."""
+    def _record_calls(self) -> Iterator[list[_Call]]:
+        """Record the calls of the layers with a closed form, in the forward passes inside the block."""
         calls: list[_Call] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             a = args[0] if args else kwargs["input"]
-            # the edge, not the output: an activation that works in place changes what the output stands for
+            # the edge, not the output: an activation that works in place makes the output stand for another node
             edge = get_gradient_edge(output) if output.requires_grad else None
             batched = output.dim() > (3 if isinstance(module, nn.Conv2d) else 1)
-            # a copy, as the next layer may work in place; with a graph nobody asks for it
+            # a copy, as the next layer may work in place; it is used only where there is no graph
             kept = torch.empty(0) if torch.is_grad_enabled() else output.clone()
             calls.append(_Call(module, a.detach(), a._version, edge, len(output) if batched else 0, kept))
 
-        # first in line, so that the output is the layer's own whatever other hooks make of it
+        # prepended, so that the output is the layer's own, before other hooks change it
         hooks = [m.register_forward_hook(record, prepend=True, with_kwargs=True) for m in self._layers]
         try:
             yield calls
@@ -164,11 +187,12 @@ class GradientSums:
             for hook in hooks:
                 hook.remove()
 
-    def _divide(self, calls: Sequence[_Call], logits: Tensor) -> tuple[list[_Call], dict[str, nn.Parameter]]:
-        """Calls that account for all of a parameter's gradient, and the parameters that none accounts for."""
+    def _split(self, calls: Sequence[_Call], logits: Tensor) -> tuple[list[_Call], dict[str, nn.Parameter]]:
+        """Return the calls that account for all of a parameter's gradient, and the parameters that no call covers."""
         graph = graph_of(logits)
         times = Counter(call.module for call in calls)
-        solved, rest = [], {n: p for n, p in self._parameters.items() if graph.uses[id(p)]}
+        solved = []
+        rest = {name: p for name, p in self._parameters.items() if graph.uses[id(p)]}
         for call in calls:
             whole = (
                 times[call.module] == 1
@@ -188,7 +212,8 @@ class GradientSums:
         return solved, rest
 
     def _add_closed_form(self, calls: Sequence[_Call], logits: Tensor, vectors: Sequence[Tensor]) -> None:
-        forms = [_CLOSED_FORMS[type(call.module)](call, self._f, self._elements(logits.device)) for call in calls]
+        """Add the sums of the parameters for which `calls` account, by one backward pass for each cotangent."""
+        forms = [_CLOSED_FORMS[type(call.module)](call, self._f, self._element_limit(logits.device)) for call in calls]
         edges = [call.edge for call in calls if call.edge is not None]
         for k, vector in enumerate(vectors):
             more = k + 1 < len(vectors)
@@ -200,43 +225,45 @@ class GradientSums:
             form.finish()
 
     def _add_rest(self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor) -> None:
-        """The same for `parameters` of any layer; `vectors` [B, K, C] holds the cotangents of each sample."""
+        """Add the sums of `parameters` of any layer, for the cotangents [B, K, C] of each sample."""
         if self._vmap_works is None:
             first = None if task is None else task[:1]
             self._vmap_works = self._vmap_agrees(parameters, x[:1], first, vectors[:1])
         if self._vmap_works:
             try:
-                found = self._by_vmap(parameters, x, task, vectors)
+                found = self._sums_by_vmap(parameters, x, task, vectors)
             except (RuntimeError, ValueError):
                 self._vmap_works = False
         if not self._vmap_works:
-            found = self._one_by_one(parameters, x, task, vectors)
+            found = self._sums_one_by_one(parameters, x, task, vectors)
         for name, value in found.items():
             self._sums[name] += value
 
     def _vmap_agrees(
         self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
     ) -> bool:
-        """Return whether vmap works on one sample, and gives what its gradients do, but for rounding.
+        """Return whether vmap works on one sample, and gives the sums of its gradients, up to rounding.
 
-        Not every module can go: one that reads values, or calls an operator without a batching rule. One that holds
-        its parameters in another place as well (a list of them, a function) would compute with those.
+        vmap fails for modules that read values of tensors, or call an operator without a batching rule. A module that
+        also holds its parameters in another place (a list, a function) would compute with those.
         """
         try:
-            found = self._by_vmap(parameters, x, task, vectors)
+            found = self._sums_by_vmap(parameters, x, task, vectors)
         except (RuntimeError, ValueError):
             return False
-        wanted = self._one_by_one(parameters, x, task, vectors)
+        wanted = self._sums_one_by_one(parameters, x, task, vectors)
         return all(
             (found[name] - value).abs().max() <= 0.01 * value.abs().max() + 1e-12 for name, value in wanted.items()
         )
 
-    def _by_vmap(
+    def _sums_by_vmap(
         self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
     ) -> dict[str, Tensor]:
-        def of_sample(x: Tensor, task: Tensor | None, vectors: Tensor) -> dict[str, Tensor]:
+        """Return the sums of `parameters`, by name, with the gradients of many samples at a time."""
+
+        def sums_of_sample(x: Tensor, task: Tensor | None, vectors: Tensor) -> dict[str, Tensor]:
             def logits(values: dict[str, Tensor]) -> Tensor:
-                with _replaced(self._model, {id(parameters[name]): value for name, value in values.items()}):
+                with _replace_parameters(self._model, {id(parameters[name]): value for name, value in values.items()}):
                     output = self._model(x[None], None if task is None else task[None])
                 return output.logits[0]  # type: ignore[no-any-return]
 
@@ -246,20 +273,21 @@ class GradientSums:
 
         found = zeros_for(parameters)
         size = sum(p.numel() for p in parameters.values()) * vectors.shape[1]
-        rows = max(1, self._elements(x.device) // size)
+        rows = max(1, self._element_limit(x.device) // size)
         tasks = [None] * len(x) if task is None else task.split(rows)
         for part, part_task, part_vectors in zip(x.split(rows), tasks, vectors.split(rows), strict=False):
             in_dims = (0, None if task is None else 0, 0)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than one by one
-                sums = vmap(of_sample, in_dims)(part, part_task, part_vectors)
+                sums = vmap(sums_of_sample, in_dims)(part, part_task, part_vectors)
             for name, value in sums.items():
                 found[name] += value.sum(0)
         return found
 
-    def _one_by_one(
+    def _sums_one_by_one(
         self, parameters: dict[str, nn.Parameter], x: Tensor, task: Tensor | None, vectors: Tensor
     ) -> dict[str, Tensor]:
+        """Return the sums of `parameters`, by name, with one backward pass for each sample and cotangent."""
         found = zeros_for(parameters)
         for b in range(len(x)):
             logits = self._model(x[b : b + 1], None if task is None else task[b : b + 1]).logits
@@ -272,16 +300,17 @@ class GradientSums:
                         total += self._f(gradient)
         return found
 
-    def _elements(self, device: torch.device) -> int:
+    def _element_limit(self, device: torch.device) -> int:
+        """Return the bound on the elements of temporary tensors on `device`."""
         return self._max_elements or (1 << 20 if device.type == "cpu" else 1 << 26)
 
 
 @contextmanager
-def _replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, `model` computes with `values` in the place of its parameters, given by their ids.
+def _replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Make `model` compute with `values` in place of its parameters, by their ids, inside the block.
 
-    `torch.func.functional_call` leaves its tensors in a module that stands at two places. Tensors that modules compute
-    inside and keep, as older weight normalization does, are put back, too.
+    This replaces `torch.func.functional_call`, which leaves its tensors in a module that stands at two places. Tensors
+    that modules compute and keep inside, as older weight normalization does, are put back, too.
     """
     places = [(m._parameters, key, p) for m in model.modules() for key, p in m._parameters.items() if id(p) in values]
     kept = [(vars(m), key, v) for m in model.modules() for key, v in vars(m).items() if isinstance(v, Tensor)]
@@ -296,7 +325,17 @@ def _replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """One call of a layer: its input (and the input's version then), its output or where that stands in the graph."""
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        module: the layer.
+        input: the input of the layer, detached.
+        version: the version of the input at the call; a later one shows that it was modified in place.
+        edge: the place of the output in the graph; None: it requires no gradients.
+        rows: number of rows of the output; 0: it has no batch dimension.
+        output: a copy of the output; empty if there is a graph.
+        sums: sums of the parameters for which this call accounts, ``weight`` and ``bias``.
+    """
 
     module: Any
     input: Tensor
@@ -306,15 +345,21 @@ class _Call:
     output: Tensor
 
     def __post_init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # of the parameters for which this call accounts: weight, bias
+        self.sums: dict[str, Tensor] = {}
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return those that a closed form knows; others that stand in the layer are computed with elsewhere."""
+        """Return the parameters with a closed form, by kind; other parameters of the layer are used elsewhere."""
         return [(kind, p) for kind, p in self.module.named_parameters(recurse=False) if kind in ("weight", "bias")]
 
 
 class _ClosedForm:
-    """Adds f(per-sample gradient) of one layer's parameters, given the gradients of its output one by one."""
+    """The sums of f(per-sample gradient) of one layer's parameters, from one gradient of its output after the other.
+
+    Args:
+        call: the call of the layer, with the sums to add to.
+        f: square or absolute value.
+        max_elements: bound on the elements of temporary tensors.
+    """
 
     def __init__(self, call: _Call, f: Callable[[Tensor], Tensor], max_elements: int) -> None:
         self.module = call.module
@@ -324,20 +369,20 @@ class _ClosedForm:
         self.max_elements = max_elements
 
     def add(self, delta: Tensor) -> None:
-        """Take `delta` [B, ...], the gradient of the layer's output."""
+        """Add the gradients of the samples for `delta` [B, ...], a gradient of the layer's output."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """All gradients were given."""
+        """Complete the sums after the last gradient."""
 
     def _add_products(self, delta: Tensor, a: Tensor) -> None:
-        """The weight's gradient of sample n is the sum over positions l of ``delta[n, g, :, l] a[n, g, :, l]^T``."""
+        """Add the weight's gradients, of sample n ``delta[n, g, :, l] a[n, g, :, l]^T`` summed over positions l."""
         gradient = torch.matmul(delta, a.transpose(-2, -1))
         self.sums["weight"] += self.f(gradient).sum(0).view_as(self.sums["weight"])
 
 
 class _Linear(_ClosedForm):
-    """z = W a + b: the gradient of one sample is delta a^T, so its f is f(delta) f(a)^T, summed by one product."""
+    """The form of z = W a + b: a sample's gradient is delta a^T, so that f(delta) f(a)^T is summed by one product."""
 
     def __init__(self, call: _Call, f: Callable[[Tensor], Tensor], max_elements: int) -> None:
         super().__init__(call, f, max_elements)
@@ -357,7 +402,7 @@ class _Linear(_ClosedForm):
                 self.sums["bias"] += self.total.sum(0)
 
     def _add_positions(self, delta: Tensor, a: Tensor) -> None:
-        """For inputs [B, L, in]: the gradient of a sample is a sum over its positions."""
+        """Add the gradients for inputs [B, L, in], which are sums over the positions of a sample."""
         if "weight" in self.sums:
             rows = max(1, self.max_elements // self.module.weight.numel())
             for d, part in zip(delta.split(rows), a.split(rows), strict=True):
@@ -367,10 +412,11 @@ class _Linear(_ClosedForm):
 
 
 class _Conv2d(_ClosedForm):
-    """Unfolded, a convolution is a linear layer at every position of its output, and the gradient a sum over them."""
+    """The form of a convolution: unfolded, it is a linear layer at each output position, whose gradients are summed."""
 
     def add(self, delta: Tensor) -> None:
-        conv, groups = self.module, self.module.groups
+        conv = self.module
+        groups = conv.groups
         if "weight" in self.sums:
             positions = delta.shape[2] * delta.shape[3]
             unfolded = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1] * positions
@@ -381,27 +427,22 @@ class _Conv2d(_ClosedForm):
             self.sums["bias"] += self.f(delta.sum((2, 3))).sum(0)
 
     def _unfold(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """[n, groups, inputs of one output, positions]; `functional.unfold` takes two to five times as long."""
+        """Unfold `x` to [n, groups, inputs of one output, positions].
+
+        `functional.unfold` takes two to five times as long.
+        """
         conv = self.module
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode).contiguous()
         n, channels, row, column = x.stride()
-        windows = x.as_strided(
-            (*x.shape[:2], *conv.kernel_size, *size),
-            (
-                n,
-                channels,
-                row * conv.dilation[0],
-                column * conv.dilation[1],
-                row * conv.stride[0],
-                column * conv.stride[1],
-            ),
-        )
+        within = (row * conv.dilation[0], column * conv.dilation[1])
+        between = (row * conv.stride[0], column * conv.stride[1])
+        windows = x.as_strided((*x.shape[:2], *conv.kernel_size, *size), (n, channels, *within, *between))
         return windows.reshape(len(x), conv.groups, -1, size[0] * size[1])
 
 
 class _BatchNorm(_ClosedForm):
-    """In eval mode z = w x^ + b with x^ fixed: the gradients of a sample are sums over its positions."""
+    """The form of z = w x^ + b, with x^ fixed in evaluation mode: a sample's gradients are sums over its positions."""
 
     def __init__(self, call: _Call, f: Callable[[Tensor], Tensor], max_elements: int) -> None:
         super().__init__(call, f, max_elements)
@@ -411,12 +452,12 @@ class _BatchNorm(_ClosedForm):
 
     def add(self, delta: Tensor) -> None:
         if "weight" in self.sums:
-            self.sums["weight"] += self.f(self._over_positions(delta * self.normalized)).sum(0)
+            self.sums["weight"] += self.f(self._sum_positions(delta * self.normalized)).sum(0)
         if "bias" in self.sums:
-            self.sums["bias"] += self.f(self._over_positions(delta)).sum(0)
+            self.sums["bias"] += self.f(self._sum_positions(delta)).sum(0)
 
     @staticmethod
-    def _over_positions(x: Tensor) -> Tensor:
+    def _sum_positions(x: Tensor) -> Tensor:
         return x.flatten(2).sum(2) if x.dim() > 2 else x
 
 

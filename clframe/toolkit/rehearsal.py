@@ -1,4 +1,4 @@
-"""Training of generative models on one set of images after another, beside samples of their own copies."""
+"""Generative rehearsal: a generative model is trained on new images and on samples of its own earlier copy."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 
 
 class Rehearsal(nn.Module):
-    """A generative model that learns one set of images after another, and rehearses those that it learnt before.
+    """A generative model that learns one set of images after another, and rehearses the earlier sets.
 
-    Beside the new images it learns those of its own copy from before the set. A checkpoint holds it as any module, in
-    the middle of a set, too.
+    Besides the new images, the model learns samples of its own copy from before the set. A checkpoint stores it like
+    any module, in the middle of a set, too.
 
     Args:
-        build: gives a new model.
+        build: builds a new model.
         scale: the raw value of images that becomes 1.
-        lr: of the model's Adam; None: the source's.
+        lr: learning rate of the model's Adam; None: the rate of the source.
 
     Attributes:
         model: the generative model.
-        previous: its copy from before the latest set, frozen.
-        losses: of the latest iteration.
-        met: labels of the images that it rehearsed: a class without images is never drawn; None: that is not known, as
-            of a checkpoint of an earlier clframe, and any class is.
+        previous: the copy of the model from before the latest set, frozen.
+        losses: the losses of the latest iteration.
+        left: positions of the images that are not drawn yet in this pass through the set.
+        met: labels of the images learned so far, as a class without images must not be drawn; None: not known, after a
+            checkpoint of an earlier clframe, so that all classes are drawn.
     """
 
     met: list[int] | None
@@ -45,19 +46,30 @@ class Rehearsal(nn.Module):
         super().__init__()
         self.model = build()
         self.previous = copy.deepcopy(self.model).requires_grad_(False)
-        self.build, self.scale, self.lr = build, scale, lr
+        self.build = build
+        self.scale = scale
+        self.lr = lr
         self.optimizer = self.model.optimizer(lr)
         self.losses: dict[str, Tensor] = {}
         self.met = []
-        self.left = torch.empty(0, dtype=torch.int64)  # positions of images that are yet to be met
+        self.left = torch.empty(0, dtype=torch.int64)
 
     def recall(self, n: int, among: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """`n` raw images, and the classes that they were drawn of, any of the first `among`; None: it knows none."""
+        """Sample `n` raw images, and return them with their classes, drawn among the first `among`.
+
+        Args:
+            n: number of images.
+            among: number of classes to draw from.
+            generator: on the CPU.
+
+        Returns:
+            images [n, *shape], and labels [n] int64, or None if the model has no classes.
+        """
         y = self._draw_classes(n, among, generator)
         return self.model.sample(n, generator, y) * self.scale, y
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
-        """Know of so many classes, if it knows any; where there are new ones, the optimizer begins anew."""
+        """Extend a conditional model to `classes` classes; if there are new ones, the optimizer starts again."""
         before = self.model.classes
         for model in (self.model, self.previous):
             model.grow(classes, generator)
@@ -65,9 +77,11 @@ class Rehearsal(nn.Module):
             self.optimizer = self.model.optimizer(self.lr)
 
     def begin(self, fresh: bool = False, keep_optimizer: bool = False) -> None:
-        """A new set of images comes: the model as it is now is the previous one.
+        """Begin a new set of images: the model as it is now becomes the previous one.
 
-        It goes on from its weights, or from `fresh` ones; its optimizer's state is kept with them if `keep_optimizer`.
+        Args:
+            fresh: train from new weights, not from the present ones.
+            keep_optimizer: keep the state of the optimizer, if the weights are kept.
         """
         self.previous.load_state_dict(self.model.state_dict())
         if fresh:
@@ -76,21 +90,22 @@ class Rehearsal(nn.Module):
             self.optimizer = self.model.optimizer(self.lr)
 
     def learn(self, data: ImageData, share: float, batch_size: int, old: int, generator: torch.Generator) -> None:
-        """One iteration on `batch_size` images of `data`, which come in random order, and as many of the previous copy.
+        """Train for one iteration on images of `data`, in random order, and as many samples of the previous copy.
 
         Args:
-            data: the set, raw, where the model is.
-            share: of the new images in the loss; the rest is the others'. 1: there are no others.
-            batch_size: of each kind.
-            old: number of classes that the previous copy learnt; it is asked for any of them.
-            generator: on the CPU, of all randomness.
+            data: the set, with raw images, on the model's device.
+            share: share of the new images in the loss; the samples have the rest. 1: there are no samples.
+            batch_size: number of images of each kind.
+            old: number of classes that the previous copy learned, among which the samples' classes are drawn.
+            generator: on the CPU, for all random numbers.
         """
         n = min(batch_size, len(data))
 
         def draw() -> Mixture:
             if len(self.left) < n:
                 self.left = torch.randperm(len(data), generator=generator)
-            where, self.left = self.left[:n], self.left[n:]
+            where = self.left[:n]
+            self.left = self.left[n:]
             rows = data.rows(where.to(data.device))
             new = rows.x.float() / self.scale, rows.y if self.model.classes else None, share
             if share == 1:
@@ -103,9 +118,18 @@ class Rehearsal(nn.Module):
     def rehearse(
         self, run: Run, owner: str, data: ImageData, share: float, iterations: int, *, fresh: bool = False
     ) -> dict[str, float]:
-        """A whole set, in so many ticks of the plugin `owner`, between which the run can be saved; the latest losses.
+        """Train on a whole set, and return the latest losses; the run can be saved between two iterations.
 
-        Raises `RunError`, naming `owner`, if these are not finite.
+        Args:
+            run: the run.
+            owner: name of the plugin, for its random numbers and its progress.
+            data: the set, with raw images, on the model's device.
+            share: see `learn`.
+            iterations: number of iterations, each of which is a tick of the plugin.
+            fresh: see `begin`.
+
+        Raises:
+            RunError: if the losses are not finite; the sentence names `owner`.
         """
         ticks = run.ticks(owner, iterations, resumable=True)
         if ticks.start == 0:
@@ -117,7 +141,11 @@ class Rehearsal(nn.Module):
         return self.end(owner)
 
     def end(self, owner: str) -> dict[str, float]:
-        """The set is learnt: the latest losses. Raises `RunError`, naming `owner`, if they are not finite."""
+        """End the set, and return the latest losses.
+
+        Raises:
+            RunError: if they are not finite; the sentence names the plugin `owner`.
+        """
         self.left = self.left[:0]
         losses = {name: value.item() for name, value in self.losses.items()}
         if not all(map(math.isfinite, losses.values())):
@@ -128,29 +156,31 @@ class Rehearsal(nn.Module):
         return losses
 
     def _draw_classes(self, n: int, among: int, generator: torch.Generator) -> Tensor | None:
-        """`n` labels, any of the first `among` classes of which there were images; None: the model knows no classes."""
+        """Draw `n` labels among the first `among` classes of which there were images; None if it has no classes."""
         met = [label for label in self.met or range(among) if label < among]
         y = self.model.draw_classes(n, len(met), generator)
         return None if y is None else torch.tensor(met, device=y.device)[y]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict holds beside both models."""
+        """Return the content of a state dict besides both models."""
         return {"optimizer": self.optimizer.state_dict(), "losses": self.losses, "left": self.left, "met": self.met}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.left, self.met = dict(state["losses"]), state["left"], state.get("met")
+        self.losses = dict(state["losses"])
+        self.left = state["left"]
+        self.met = state.get("met")
 
 
 @dataclass(frozen=True)
 class GeneratorOptions:
-    """A generative model as options of a plugin describe it.
+    """The options of a plugin that describe its generative model.
 
     Attributes:
-        generator: `VAE` or `WGAN`.
-        net, hidden, z, critic_steps: as these have them.
-        prior: whether the autoencoder has a Gaussian for each class.
+        generator: ``vae`` for a `VAE`, ``wgan`` for a `WGAN`.
+        net, hidden, z, critic_steps: see `VAE` and `WGAN`.
+        prior: ``class`` for an autoencoder with a Gaussian for each class.
     """
 
     generator: Literal["vae", "wgan"] = "vae"
@@ -161,17 +191,17 @@ class GeneratorOptions:
     critic_steps: int = 5
 
     def build(self, shape: Sequence[int], classes: int, generator: torch.Generator) -> GenerativeModel:
-        """A model for images of `shape` and so many classes, on the CPU, with weights that `generator` decides."""
+        """Build the model for images of `shape` and `classes` classes on the CPU, with weights drawn by `generator`."""
         with initialized_by(generator):
             if self.generator == "wgan":
                 return WGAN(shape, self.net, self.hidden, self.z, self.critic_steps)
             return VAE(shape, self.net, self.hidden, self.z, classes if self.prior == "class" else None)
 
     def problems(self, shape: Sequence[int], owner: str) -> Iterator[str]:
-        """A sentence for each reason why `owner`, which has options of these names, cannot have it."""
+        """Yield a sentence for each reason why the plugin `owner`, which has options of these names, cannot have it."""
         if self.hidden is not None and not self.hidden:
             yield f"`{owner}.hidden` is empty: the generator needs the width of one layer at least."
         elif self.net == "conv":
             yield from conv_problems(shape, len(self.hidden or DEFAULT_WIDTHS[self.net]), f"`{owner}.net=conv`")
         if self.generator == "wgan" and self.prior == "class":
-            yield f"`{owner}.prior=class` is one of the autoencoder's: set `{owner}.generator=vae`."
+            yield f"`{owner}.prior=class` is an option of the autoencoder: set `{owner}.generator=vae`."

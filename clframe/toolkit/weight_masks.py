@@ -1,8 +1,8 @@
-"""Binary masks on the weights of a network, a set for each task, and single entries that no optimizer may move.
+"""Masks on the weights of a network for each task, and pinned entries, which no optimizer can move.
 
-`WeightMask` and `WeightOwner` are `clframe.model.PerTask` modules, installed in the hook ``grow`` as parametrizations
-of a layer's weight, in a backbone of any kind. `PinnedEntries` keeps single entries of parameters as they are, whatever
-the optimizer.
+`WeightMask` and `WeightOwner` are `clframe.model.PerTask` modules. The hook ``grow`` installs them as parametrizations
+of the weights of layers, in a backbone of any kind. `PinnedEntries` keeps single entries of parameters at their values
+under any optimizer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _Threshold(torch.autograd.Function):
+    """The threshold of `threshold`, with the identity as its backward pass."""
+
     @staticmethod
     def forward(ctx: Any, real: Tensor, threshold: float, ternary: bool) -> Tensor:
         mask = (real > threshold).to(real.dtype)
@@ -32,44 +34,54 @@ class _Threshold(torch.autograd.Function):
 
 
 def threshold(real: Tensor, at: float, ternary: bool = False) -> Tensor:
-    """1 where `real` > `at`, else 0; and -1 where it is below 0, if `ternary`. Backward it is the identity.
+    """Return 1 where `real` > `at`, else 0; if `ternary`, -1 where `real` is below 0.
 
-    The straight-through estimator of Mallya, Davis and Lazebnik (Piggyback, ECCV 2018), section 3.
+    The backward pass is the identity: the straight-through estimator of Mallya, Davis and Lazebnik (Piggyback, ECCV
+    2018), section 3.
     """
     mask: Tensor = _Threshold.apply(real, at, ternary)
     return mask
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """The values [n] bool as bits of [ceil(n / 8)] uint8."""
+    """Pack the values [n] bool into the bits of [ceil(n / 8)] uint8."""
     padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.uint8, device=bits.device)
     padded[: len(bits)] = bits
     return (padded.view(-1, 8) << _places(bits)).sum(1).to(torch.uint8)
 
 
 def unpack_bits(data: Tensor, n: int) -> Tensor:
-    """The first `n` bits of what `pack_bits` gave, [n] bool."""
+    """Unpack the first `n` bits of what `pack_bits` returned, as [n] bool."""
     return ((data[:, None] >> _places(data)) & 1).flatten()[:n].bool()
 
 
 def _places(like: Tensor) -> Tensor:
+    """Return the places of the bits in a byte, on the device of `like`."""
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
 def undecayed_parameter(values: Tensor) -> nn.Parameter:
-    """A parameter of these values that no weight decay pulls at: 0 is no natural place for it."""
+    """Create a parameter of these values, exempt from weight decay, for which 0 is no sensible prior."""
     parameter = nn.Parameter(values)
     parameter.decays = False  # type: ignore[attr-defined]  # read where the optimizer is built
     return parameter
 
 
 def layers_of(net: nn.Module) -> dict[str, nn.Linear | _ConvNd]:
-    """The linear layers and convolutions of `net`, by name."""
+    """Return the linear layers and convolutions of `net`, by name."""
     return {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
 
 
 def mask_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]:
-    """Put what `build` makes of each layer's weight between the weight and the layer; what was put there, by layer."""
+    """Install a parametrization on the weight of each layer of `net`.
+
+    Args:
+        net: the backbone.
+        build: from the weight of a layer to the module that the layer's weight passes through.
+
+    Returns:
+        the installed modules, by the name of the layer.
+    """
     made = {}
     for name, layer in layers_of(net).items():
         made[name] = build(layer.weight)
@@ -78,23 +90,27 @@ def mask_weights(net: nn.Module, build: Callable[[Tensor], M]) -> dict[str, M]:
 
 
 def find_modules(net: nn.Module, kind: type[M]) -> dict[str, M]:
-    """All modules of a kind in `net`, by the name of the layer that they are in or around."""
+    """Return all modules of a kind in `net`, by the name of the layer that they parametrize or contain."""
     found = {name: m for name, m in net.named_modules() if isinstance(m, kind)}
     return {name.removesuffix(".parametrizations.weight.0"): m for name, m in found.items()}
 
 
 class WeightMask(PerTask):
-    """A parametrisation: the weight times a binary (or ternary) mask of the task.
+    """A parametrization that multiplies a weight with a binary (or ternary) mask of the task.
 
-    The mask that is being learnt is a real one, a parameter; of those that are learnt only the bits remain: one for
-    each weight, two if `ternary`. Tasks before `first` have the weight itself.
+    The mask of the task in training is the threshold of a parameter, the real mask. Of learned masks the bits alone
+    remain: one for each weight, two if `ternary`. Tasks before `first` use the weight itself.
 
     Args:
-        weight: that is masked.
+        weight: the weight to mask.
         first: the first task that has a mask.
-        init: of the real mask.
+        init: initial value of the real mask.
         at: the threshold of the real mask.
         ternary: see `threshold`.
+
+    Attributes:
+        bits: [tasks, 1, bytes] uint8, or [tasks, 2, bytes] if `ternary`: the masks of the tasks.
+        real: the real mask, in the shape of the weight; None between tasks.
     """
 
     bits: Tensor
@@ -102,19 +118,26 @@ class WeightMask(PerTask):
 
     def __init__(self, weight: Tensor, first: int, init: float, at: float, ternary: bool = False) -> None:
         super().__init__()
-        self.first, self.init, self.at, self.ternary = first, init, at, ternary
+        self.first = first
+        self.init = init
+        self.at = at
+        self.ternary = ternary
         self.shape = weight.shape
         self.register_parameter("real", None)
         self.register_buffer("bits", pack_bits(weight.new_zeros(weight.numel(), dtype=torch.bool)).expand(0, 2, -1))
 
     def begin(self, weight: Tensor) -> None:
-        """A task comes; also replayed before its mask is loaded."""
+        """Begin the mask of another task; also called to rebuild the structure before a mask is loaded.
+
+        Args:
+            weight: the weight to mask, for shape, precision and device.
+        """
         self.real = undecayed_parameter(torch.full_like(weight, self.init))
         row = self.bits.new_zeros(1, 2 if self.ternary else 1, -(-weight.numel() // 8))
         self.bits = torch.cat([self.bits[:, : row.shape[1]], row])
 
     def finish(self) -> float:
-        """The task is learnt: keep the bits alone; the share of weights that it uses."""
+        """End the mask of the latest task: keep its bits alone, and return the share of weights that it uses."""
         with torch.no_grad():
             mask = self.mask()
         signs = (mask > 0, mask < 0) if self.ternary else (mask > 0,)
@@ -123,7 +146,7 @@ class WeightMask(PerTask):
         return (mask != 0).float().mean().item()
 
     def mask(self) -> Tensor:
-        """Of the task whose turn it is, in the shape of the weight, which has one."""
+        """Return the mask of the current task, which has one, in the shape of the weight."""
         k = self.task - self.first
         if self.real is not None and k >= len(self.bits) - 1:
             return threshold(self.real, self.at, self.ternary)
@@ -131,23 +154,26 @@ class WeightMask(PerTask):
         return signs[0] - signs[1] if self.ternary else signs[0]
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the task computes with."""
-        return weight * self.mask() if self.task >= self.first and len(self.bits) else weight
+        """Return the weight that the current task computes with."""
+        if self.task < self.first or not len(self.bits):
+            return weight
+        return weight * self.mask()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}real" not in state:  # it was saved after the task was learnt
+        if f"{prefix}real" not in state:  # it was saved after the task was learned
             self.real = None
         super()._load_from_state_dict(state, prefix, *args)
 
 
 class WeightOwner(PerTask):
-    """A parametrisation: what the tasks up to the one whose turn it is own of the weight; the rest is 0.
+    """A parametrization that shows a task the weights owned by tasks up to it; all other entries are 0.
 
-    The latest task sees all of it: what nobody owns is its to train, and 0 when it is done.
+    The latest task computes with the whole weight: it trains the entries without an owner, and those that it does not
+    take are 0 after it.
 
     Attributes:
-        owner: [as the weight] uint8, for each entry the number of its task, from 1; 0: it is free.
-        latest: the latest task.
+        owner: [as the weight] uint8, for each entry the number of its task, from 1; 0: the entry is free.
+        latest: index of the latest task.
     """
 
     owner: Tensor
@@ -158,7 +184,12 @@ class WeightOwner(PerTask):
         self.register_buffer("owner", torch.zeros_like(weight, dtype=torch.uint8))
 
     def take(self, weight: Tensor, share: float) -> None:
-        """The latest task takes the largest `share` of the free entries, in magnitude; the others become 0."""
+        """Give the largest `share` of the free entries, by magnitude, to the latest task; set the others to 0.
+
+        Args:
+            weight: the weight, modified in place.
+            share: from 0 to 1.
+        """
         free = (self.owner == 0).nonzero(as_tuple=True)
         values = weight.detach()[free].abs()
         count = round(share * len(values))
@@ -168,31 +199,31 @@ class WeightOwner(PerTask):
             weight.masked_fill_(self.owner == 0, 0.0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the task computes with."""
+        """Return the weight that the current task computes with."""
         if self.task >= self.latest:
             return weight
         return weight * ((self.owner > 0) & (self.owner <= self.task + 1))
 
 
 class PinnedEntries:
-    """Entries of parameters that stay exactly as they are now, whatever the optimizer, its momentum or its decay do.
+    """Entries of parameters that stay exactly at their values of now, despite momentum and weight decay.
 
     Args:
-        entries: pairs of a parameter, and a mask of the entries that are held, which can be broadcast to its shape.
+        entries: pairs of a parameter and a mask [bool] of the entries to pin, which can be broadcast to its shape.
     """
 
     def __init__(self, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         self.entries = [(p, mask.expand_as(p), p.detach().clone()) for p, mask in entries]
 
     def clear_gradients(self) -> None:
-        """To be called before the optimizer's step, and before gradients are clipped."""
+        """Clear the gradients of the pinned entries: before gradients are clipped, and before the optimizer's step."""
         for parameter, mask, _ in self.entries:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(mask, 0.0)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """To be called after the step."""
+        """Restore the values of the pinned entries after the optimizer's step."""
         for parameter, mask, value in self.entries:
             parameter.copy_(torch.where(mask, value, parameter))
 
@@ -201,13 +232,13 @@ class PinnedEntries:
 
 
 def weight_problems(plugin: str, net: nn.Module, layers: Mapping[str, nn.Module], model: str) -> Iterator[str]:
-    """One sentence for each reason for which `plugin` cannot divide the weights of the `layers` of `net` among tasks.
+    """Yield a sentence for each reason why `plugin` cannot divide the weights of the `layers` of `net` among tasks.
 
     Args:
-        plugin: the name of the plugin.
+        plugin: name of the plugin.
         net: the backbone.
-        layers: whose weights those are, by name.
-        model: the name of the backbone.
+        layers: the layers whose weights are divided, by name.
+        model: name of the backbone.
     """
     if not layers:
         yield f"`{plugin}` works on linear layers and convolutions, and `{model}` has none: choose another `--model`."
@@ -231,6 +262,6 @@ def weight_problems(plugin: str, net: nn.Module, layers: Mapping[str, nn.Module]
 
 
 def list_names(names: Sequence[str], most: int = 3) -> str:
-    """The first of the `names`, for a sentence."""
-    told = ", ".join(f"`{name}`" for name in names[:most])
-    return f"{told} and {len(names) - most} more" if len(names) > most else told
+    """Return the first `most` of the `names` as part of a sentence, with the number of the others."""
+    listed = ", ".join(f"`{name}`" for name in names[:most])
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
