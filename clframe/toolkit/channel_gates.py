@@ -224,7 +224,7 @@ def frozen_names(model: IncrementalNet, task: int) -> list[str]:
         return []
     convs = find_modules(model, ConditionalConv).values()
     norms = find_modules(model, TaskNorm).values()
-    trained = [conv.layer for conv in convs]
+    trained: list[nn.Module] = [conv.layer for conv in convs]
     trained += [conv.gates[task] for conv in convs]
     trained += [norm.norms[task] for norm in norms]
     ids = {id(p) for module in trained for p in module.parameters()}
