@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import clframe
-from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot
+from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot, testing
 from clframe.backbones import cnn_small
-from clframe.engine import Engine
-from clframe.errors import Interrupted, RunError, UsageError
+from clframe.errors import RunError, UsageError
 from clframe.plugins.always_be_dreaming import AlwaysBeDreaming
 from clframe.toolkit import dreamer
 
@@ -187,35 +185,20 @@ def test_each_generator_begins_anew_and_so_does_its_optimizer(tiny) -> None:
     assert steps == [6, 6]
 
 
-def test_a_run_stopped_while_the_generator_learns_goes_on_to_the_same_bits(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls, stop, within = Engine.pause, [0], [0], []
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if engine.run._hook_call.startswith("before_experience/always-be-dreaming/"):
-            within.append(calls[0])
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
+def test_a_run_stopped_while_the_generator_learns_goes_on_to_the_same_bits(tiny, tmp_path: Path) -> None:
     options = SHORT | {"iterations": 3}
-    settings: dict[str, Any] = {"epochs": 1, "batch_size": 24}
-    whole = learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**options), output=str(tmp_path / "whole"), **settings)
-    places = list(within)
-    assert len(places) == 2 * 3
-    for k in places:
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**options), output=str(folder), **settings)
-        stop[0] = 0
-        resumed = clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), plugins=[AlwaysBeDreaming(**options)])
-        assert resumed.data == whole.data
-        for file in ("results.json", "model.safetensors", "metrics.jsonl", "pictures/always-be-dreaming-3.png"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+    def begin(folder: Path) -> None:
+        learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**options), output=str(folder), epochs=1, batch_size=24)
+
+    def go_on(folder: Path) -> None:
+        clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), plugins=[AlwaysBeDreaming(**options)])
+
+    files = ("results.json", "model.safetensors", "metrics.jsonl", "pictures/always-be-dreaming-3.png")
+    stopped = testing.stop_and_resume(
+        tmp_path, begin, go_on, lambda pauses: pauses.within("before_experience/always-be-dreaming/"), files
+    )
+    assert len(stopped) == 2 * 3
 
 
 def test_a_first_experience_of_one_class_is_learnt(tiny_arrays) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import clframe
-from clframe import Plugin, hookimpl
-from clframe.engine import Engine
-from clframe.errors import Interrupted, UsageError
+from clframe import Plugin, hookimpl, testing
+from clframe.errors import UsageError
 from clframe.model import evaluating
 from clframe.plugins.channel_gating import ChannelGating
 from clframe.toolkit.channel_gates import ConditionalConv, firing_rates
@@ -358,37 +356,22 @@ def test_a_loaded_run_answers_as_the_run_did_and_holds_no_image(scenario, tmp_pa
     assert not any(image.numpy().tobytes() in written for e in stream for image in e.train.x)
 
 
-def test_a_stop_within_a_tasks_gan_changes_no_bit(scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_within_a_tasks_gan_changes_no_bit(scenario, tmp_path: Path) -> None:
     """The run is saved in the midst of `after_experience`; nothing that comes before may be done twice."""
     options = {"memory": "generative", "generator_iterations": 4, **QUICK}
-    stop, calls = 0, 0
-    original = Engine.pause
 
-    def pause(engine: Engine) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == stop:
-            engine.signal = signal.SIGTERM
-        elif engine.run._tick_done and stop == 0:
-            within.append(calls)
-        original(engine)
+    def begin(folder: Path) -> None:
+        learn(scenario("class", experiences=2), ChannelGating(**options), train={"epochs": 1}, output=str(folder))
 
-    monkeypatch.setattr(Engine, "pause", pause)
-    within: list[int] = []
+    def go_on(folder: Path) -> None:
+        clframe.resume(folder, scenario=scenario("class", experiences=2), plugins=[ChannelGating(**options)])
 
-    def stream() -> Any:
-        return scenario("class", experiences=2)
+    def places(pauses: testing.Pauses) -> list[int]:
+        within = pauses.within("after_experience/channel-gating/")
+        assert len(within) == 8
+        return [within[1], within[6]]
 
-    learn(stream(), ChannelGating(**options), train={"epochs": 1}, output=str(tmp_path / "whole"))
-    assert len(within) == 8
-    for stop in (within[1], within[6]):
-        calls, folder = 0, tmp_path / str(stop)
-        with pytest.raises(Interrupted):
-            learn(stream(), ChannelGating(**options), train={"epochs": 1}, output=str(folder))
-        stop = -1
-        clframe.resume(folder, scenario=stream(), plugins=[ChannelGating(**options)])
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    testing.stop_and_resume(tmp_path, begin, go_on, places)
 
 
 # ------------------------------------------------------------------------------------------ on real images

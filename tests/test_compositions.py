@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import signal
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, compose, contract, hookimpl, registry
+from clframe import Plugin, compose, contract, hookimpl, registry, testing
 from clframe.context import Run
-from clframe.engine import Engine
-from clframe.errors import Interrupted, UsageError
+from clframe.errors import UsageError
 
 CLASSES = {name: registry.plugin_class(name) for name in registry.names("plugin")}
 METHODS = [name for name, cls in CLASSES.items() if not (cls.observer or cls.variants)]
@@ -262,32 +260,20 @@ def test_a_method_and_a_user_who_want_other_logits_are_refused(tiny):
     )
 
 
-def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    calls, stop = [0], [0]
-    original = Engine.pause
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
+def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: Path):
     names = ("ewc", "lwf", "si")
     train = {"optimizer": "adam", "lr": 0.01, "keep_optimizer": True}
-    whole = learn(tiny(shape=(1, 8, 8)), built(*names), train, output=str(tmp_path / "whole"))
-    assert whole.losses.keys() == {"base", *names}
-    assert all(values[-1] > 0 for values in whole.losses.values())
-    pauses = calls[0]
-    for k in range(2, pauses, max(1, pauses // 8)):
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(tiny(shape=(1, 8, 8)), built(*names), train, output=str(folder))
-        stop[0] = 0
+    witnesses: list[Witness] = []
+
+    def begin(folder: Path) -> None:
+        witnesses.append(learn(tiny(shape=(1, 8, 8)), built(*names), train, output=str(folder)))
+
+    def go_on(folder: Path) -> None:
         clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), model=ConvFC(), plugins=[*built(*names), Witness()])
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+    testing.stop_and_resume(tmp_path, begin, go_on, places=8)
+    assert witnesses[0].losses.keys() == {"base", *names}
+    assert all(values[-1] > 0 for values in witnesses[0].losses.values())
 
 
 def why(a: str, b: str, context: Any) -> str:

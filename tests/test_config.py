@@ -1,14 +1,11 @@
-import signal
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import clframe
-from clframe import Plugin, UsageError, hookimpl, registry
+from clframe import Plugin, UsageError, hookimpl, registry, testing
 from clframe.config import resolve, to_yaml
-from clframe.engine import Engine
-from clframe.errors import Interrupted
 from clframe.settings import RunSettings, TrainSettings
 from clframe.strict_yaml import parse_yaml
 
@@ -421,42 +418,27 @@ def test_the_first_experiences_settings_are_kept_in_the_written_configuration(fi
     assert resolve(yaml_file=file(to_yaml(config))) == config
 
 
-def test_the_first_experiences_settings_are_in_force_after_a_resume(tiny, tmp_path, monkeypatch):
+def test_the_first_experiences_settings_are_in_force_after_a_resume(tiny, tmp_path):
     """In the first experience and in the second, to the last bit; the optimizer is of another kind in each."""
-    calls, stop = [0], [0]
-    original = Engine.pause
+    train = COMMON | {"first": {"iterations": 7, "batch_size": 6, "optimizer": "adam", "lr": 0.002}}
+    whole: list[Settings] = []
+    stopped_in: set[int] = set()
 
-    def pause(engine):
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
+    def begin(folder):
+        whole.append(Settings())
+        clframe.run(tiny(), "mlp-100", whole[-1:], train=train, run={"output": str(folder), "tensorboard": False})
 
-    monkeypatch.setattr(Engine, "pause", pause)
-    first = {"iterations": 7, "batch_size": 6, "optimizer": "adam", "lr": 0.002}
-    train = COMMON | {"first": first}
-
-    def go(folder, seeing):
-        settings = {"output": str(folder), "tensorboard": False}
-        return clframe.run(tiny(), "mlp-100", [seeing], train=train, run=settings)
-
-    whole = Settings()
-    go(tmp_path / "whole", whole)
-    stops = set()
-    for k in range(2, calls[0], 3):
-        folder, stopped, resumed = tmp_path / str(k), Settings(), Settings()
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted) as caught:
-            go(folder, stopped)
-        stops.add(str(caught.value).partition(" in ")[2].partition(";")[0])
-        stop[0] = 0
+    def go_on(folder):
+        stopped_in.add(len(whole[-1].seen))
+        resumed = Settings()
         clframe.resume(folder, scenario=tiny(), plugins=[resumed])
         for i, seen in resumed.seen.items():
-            assert {name: seen[name] for name in FIXED} == {name: whole.seen[i][name] for name in FIXED}
-        for name in ("results.json", "model.safetensors"):
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+            assert {name: seen[name] for name in FIXED} == {name: whole[0].seen[i][name] for name in FIXED}
         assert "iterations: 7" in (folder / "config.yaml").read_text()
-    assert {"experience 1 of 3", "experience 2 of 3"} < stops
+
+    files = ("results.json", "model.safetensors")
+    testing.stop_and_resume(tmp_path, begin, go_on, lambda pauses: range(2, len(pauses), 3), files)
+    assert {1, 2} < stopped_in
 
 
 def test_what_suits_a_plugin_comes_between_the_scenario_and_the_user() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +24,10 @@ from clframe import (
     hookimpl,
     snapshot,
     split_classes,
+    testing,
 )
 from clframe.backbones import cnn_small
-from clframe.engine import Engine
-from clframe.errors import Interrupted, RunError, UsageError
+from clframe.errors import RunError, UsageError
 from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.lwf import LwF
 from clframe.toolkit import inversion
@@ -370,40 +369,21 @@ def test_competition_finds_images_that_the_rival_does_not_know(tiny) -> None:
 
 
 @pytest.mark.parametrize("compete", [0.0, 0.5])
-def test_a_run_stopped_within_a_dream_goes_on_to_the_same_bits(
-    compete: float, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_stopped_within_a_dream_goes_on_to_the_same_bits(compete: float, tiny, tmp_path: Path) -> None:
     """At every step of the dreams, of the rival, and between them."""
     options = {"per_class": 3, "iterations": 2, "batch_size": 4, "compete": compete, "rounds": 2}
-    original, calls, stop, within = Engine.pause, [0], [0], []
 
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if engine.run._hook_call.startswith("before_experience/deep-inversion/"):
-            within.append(calls[0])
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
+    def begin(folder: Path) -> None:
+        learn(tiny(2, shape=(1, 8, 8)), DeepInversion(**options), output=str(folder), epochs=1, batch_size=24)
 
-    monkeypatch.setattr(Engine, "pause", pause)
+    def go_on(folder: Path) -> None:
+        clframe.resume(folder, scenario=tiny(2, shape=(1, 8, 8)), plugins=[DeepInversion(**options)])
 
-    def stream() -> clframe.Scenario:
-        return tiny(2, shape=(1, 8, 8))
-
-    settings: dict[str, Any] = {"epochs": 1, "batch_size": 24}
-    whole = learn(stream(), DeepInversion(**options), output=str(tmp_path / "whole"), **settings)
-    places = list(within)
-    assert len(places) == (3 * 2 if not compete else 2 * 2 + 2 + 2)  # of nine dreams, four at a time, or five and four
-    for k in places:
-        folder = tmp_path / str(k)
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            learn(stream(), DeepInversion(**options), output=str(folder), **settings)
-        stop[0] = 0
-        resumed = clframe.resume(folder, scenario=stream(), plugins=[DeepInversion(**options)])
-        assert resumed.data == whole.data
-        for file in ("results.json", "model.safetensors", "metrics.jsonl", "pictures/deep-inversion-2.png"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    files = ("results.json", "model.safetensors", "metrics.jsonl", "pictures/deep-inversion-2.png")
+    stopped = testing.stop_and_resume(
+        tmp_path, begin, go_on, lambda pauses: pauses.within("before_experience/deep-inversion/"), files
+    )
+    assert len(stopped) == (3 * 2 if not compete else 2 * 2 + 2 + 2)  # of nine dreams, four at a time, or five and four
 
 
 def test_domains_are_dreamt_of_with_all_classes(tiny_arrays) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clframe
-from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry
+from clframe import ImageData, Plugin, Scenario, Transform, change_domains, hookimpl, registry, testing
 from clframe.cli.main import main
 from clframe.data.listing import HIDDEN_FILES, IMAGES_BESIDE, LeftOut
-from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.plugins.ewc import EWC
 from clframe.runs import checkpoint
@@ -108,9 +106,7 @@ def test_a_run_that_is_extended_equals_the_uninterrupted_one_to_the_bit(
 
 
 @pytest.mark.parametrize("name", ["", *METHODS])
-def test_a_run_is_extended_again_and_again_and_stopped_on_the_way(
-    name: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_is_extended_again_and_again_and_stopped_on_the_way(name: str, tiny: Any, tmp_path: Path):
     """One experience, two extensions by one each, the second stopped and resumed: as three in one run, to the bit."""
     setting = registry.plugin_class(name).serves[0] if name else "class"
     model = "mlp-100" if name == "finetune-fc" else "cnn-small"
@@ -119,15 +115,7 @@ def test_a_run_is_extended_again_and_again_and_stopped_on_the_way(
     clframe.run(whole, model, plugins, train=train, run={"output": str(tmp_path / "whole"), "tensorboard": False})
     clframe.run(part(whole, 0, 1), model, plugins, train=train, run={"output": str(folders[0]), "tensorboard": False})
     clframe.extend(folders[0], part(whole, 1, 2), run={"output": str(folders[1]), "tensorboard": False})
-    original, calls = Engine.pause, [0]
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        engine.signal = signal.SIGTERM if calls[0] == 5 else 0
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
-    with pytest.raises(Interrupted):
+    with testing.stop_at(5), pytest.raises(Interrupted):
         clframe.extend(folders[1], part(whole, 2, 3), run={"output": str(folders[2]), "tensorboard": False})
     extended = clframe.resume(folders[2], scenario=part(whole, 2, 3))
     assert same(tmp_path / "whole", folders[2])
@@ -151,22 +139,14 @@ def test_a_head_for_all_classes_at_once_learns_otherwise_when_it_does_not_know_o
     assert first.keys() < extended.keys()
 
 
-def test_a_prior_for_each_class_grows_with_the_classes(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_prior_for_each_class_grows_with_the_classes(tiny: Any, tmp_path: Path):
     """Where the new Gaussians begin is drawn later than in one run, so that the bits differ; a resume's do not."""
     whole, options = tiny(shape=(1, 8, 8)), METHODS["generative-replay"] | {"prior": "class"}
     learnt_twice(whole, tmp_path, [{"generative-replay": options}])
     _, tensors = checkpoint.load(tmp_path / "extended" / "checkpoints", print)
     assert tensors["/plugins/generative-replay/generator/model.prior_mean"].shape == (6, 4)
-    original, calls = Engine.pause, [0]
-
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        engine.signal = signal.SIGTERM if calls[0] == 12 else 0
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
     run = {"output": str(tmp_path / "stopped"), "tensorboard": False}
-    with pytest.raises(Interrupted):
+    with testing.stop_at(12), pytest.raises(Interrupted):
         clframe.extend(tmp_path / "first", part(whole, 2, 3), run=run)
     clframe.resume(tmp_path / "stopped", scenario=part(whole, 2, 3))
     assert same(tmp_path / "stopped", tmp_path / "extended")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, hookimpl, snapshot
-from clframe.engine import Engine
-from clframe.errors import Interrupted, RunError, UsageError
+from clframe import Plugin, hookimpl, snapshot, testing
+from clframe.errors import RunError, UsageError
 from clframe.plugins.feature_extraction import FeatureExtraction, TwoLayers
+from clframe.testing import Recorder
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 MOVERS = {  # all that moves weights whose gradient is zero
@@ -44,67 +43,10 @@ class Small(nn.Module):
         return self.own(self.linear(x.flatten(1)).relu())
 
 
-class Witness(Plugin):
-    """Keeps the network's state before and after each experience."""
-
-    name = "witness"
-    observer = True
-
-    def __init__(self) -> None:
-        self.before: list[dict[str, Tensor]] = []
-        self.after: list[dict[str, Tensor]] = []
-        self.phases_seen: list[tuple[int, str]] = []
-
-    @hookimpl
-    def before_run(self, run):
-        self.model = run.model
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        self.before.append(copied(run.model))
-
-    @hookimpl
-    def after_step(self, run, batch):
-        if run.step == 0:
-            self.phases_seen.append((run.experience.index, run.phase.name))
-
-    @hookimpl
-    def after_experience(self, run, experience):
-        self.after.append(copied(run.model))
-
-    def changed(self, index: int) -> set[str]:
-        """What of the network the experience changed."""
-        before, after = self.before[index], self.after[index]
-        return {name for name, value in after.items() if not torch.equal(value, before[name])}
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
     return clframe.run(
         scenario, model or Small(), plugins, train=TRAIN | (train or {}), run={"tensorboard": False, **run}
     )
-
-
-class Stop:
-    """The signal arrives just before the k-th pause of the process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.k, self.calls = 0, 0
-        original = Engine.pause
-
-        def pause(engine: Engine) -> None:
-            self.calls += 1
-            if self.calls == self.k:
-                engine.signal = signal.SIGTERM
-            original(engine)
-
-        monkeypatch.setattr(Engine, "pause", pause)
-
-    def at(self, k: int) -> None:
-        self.k, self.calls = k, 0
 
 
 HEAD_1 = {"head.1.weight", "head.1.bias"}
@@ -117,21 +59,21 @@ OWN = {"backbone.own.weight", "backbone.own.bias"}  # what the user froze
 def test_an_experience_changes_the_new_head_and_nothing_else(tiny, setting: str, mover: str):
     """Guards against rows frozen by zeroing gradients, which momentum, Adam and weight decay move, and against batch
     norms left in training mode, those that learn nothing included."""
-    witness = Witness()
-    learn(tiny(setting=setting), FeatureExtraction(), witness, train=MOVERS[mover])
-    first = witness.changed(0)
+    recorder = Recorder()
+    learn(tiny(setting=setting), FeatureExtraction(), recorder, train=MOVERS[mover])
+    first = recorder.changed(0)
     assert {"backbone.conv.weight", "backbone.norm.running_mean", "backbone.plain.running_var"} < first
     assert {"head.0.weight", "head.0.bias"} < first
-    assert witness.changed(1) == HEAD_1
-    assert witness.changed(2) == HEAD_2
+    assert recorder.changed(1) == HEAD_1
+    assert recorder.changed(2) == HEAD_2
 
 
 def test_without_it_the_same_run_changes_everything(tiny):
     """What the test above asserts is the method's doing."""
-    witness = Witness()
-    learn(tiny(setting="task"), witness, train=MOVERS["adam"])
-    trained = {name for name in witness.after[1] if "backbone.own" not in name}
-    assert witness.changed(1) == trained
+    recorder = Recorder()
+    learn(tiny(setting="task"), recorder, train=MOVERS["adam"])
+    trained = {name for name in recorder.after[1] if "backbone.own" not in name}
+    assert recorder.changed(1) == trained
 
 
 @pytest.mark.parametrize("hidden", [None, 5])
@@ -160,35 +102,35 @@ def test_where_the_task_is_told_nothing_is_forgotten(tiny, hidden: int | None):
 
 
 def test_in_domains_the_one_head_goes_on_learning(tiny):
-    witness = Witness()
-    learn(tiny(setting="domain"), FeatureExtraction(), witness, train=MOVERS["sgd"])
-    assert witness.changed(1) == witness.changed(2) == {"head.0.weight", "head.0.bias"}
+    recorder = Recorder()
+    learn(tiny(setting="domain"), FeatureExtraction(), recorder, train=MOVERS["sgd"])
+    assert recorder.changed(1) == recorder.changed(2) == {"head.0.weight", "head.0.bias"}
 
 
 @pytest.mark.parametrize("logits", ["seen", "all"])
 def test_a_head_that_stands_from_the_start_is_trained_block_by_block(tiny, logits: str):
     """Blocks of classes to come are no old ones; with the loss over all logits they are trained, too."""
-    witness = Witness()
-    learn(tiny(), FeatureExtraction(), witness, train={"logits": logits})
-    assert witness.changed(1) == HEAD_1 | (HEAD_2 if logits == "all" else set())
-    assert witness.changed(2) == HEAD_2
+    recorder = Recorder()
+    learn(tiny(), FeatureExtraction(), recorder, train={"logits": logits})
+    assert recorder.changed(1) == HEAD_1 | (HEAD_2 if logits == "all" else set())
+    assert recorder.changed(2) == HEAD_2
 
 
 def test_features_that_came_with_weights_stay_from_the_first_experience_on(tiny):
-    witness = Witness()
-    learn(tiny(), FeatureExtraction(pretrained=True, hidden=3), witness, train=MOVERS["adam"])
-    assert [len(witness.changed(i)) for i in range(3)] == [4, 4, 4]
+    recorder = Recorder()
+    learn(tiny(), FeatureExtraction(pretrained=True, hidden=3), recorder, train=MOVERS["adam"])
+    assert [len(recorder.changed(i)) for i in range(3)] == [4, 4, 4]
     for i in range(3):
-        assert {name.split(".")[0] + name.split(".")[1] for name in witness.changed(i)} == {f"head{i}"}
-        assert isinstance(witness.model.head[i], TwoLayers)
+        assert {name.split(".")[0] + name.split(".")[1] for name in recorder.changed(i)} == {f"head{i}"}
+        assert isinstance(recorder.model.head[i], TwoLayers)
     expected = Small().state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in witness.model.backbone.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in recorder.model.backbone.state_dict().items())
 
 
 def test_a_new_head_has_a_hidden_layer_of_that_many_units(tiny):
-    witness = Witness()
-    learn(tiny(), FeatureExtraction(hidden=5), witness)
-    first, *others = witness.model.head
+    recorder = Recorder()
+    learn(tiny(), FeatureExtraction(hidden=5), recorder)
+    first, *others = recorder.model.head
     assert type(first) is nn.Linear
     for block in others:
         assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
@@ -198,17 +140,17 @@ def test_a_new_head_has_a_hidden_layer_of_that_many_units(tiny):
             "out.bias": (2,),
         }
     names = {f"head.2.{layer}.{kind}" for layer in ("hidden", "out") for kind in ("weight", "bias")}
-    assert witness.changed(2) == names
+    assert recorder.changed(2) == names
     features = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     p = dict(others[0].named_parameters())
     hidden = (features @ p["hidden.weight"].T + p["hidden.bias"]).clamp(min=0)
     torch.testing.assert_close(others[0](features), hidden @ p["out.weight"].T + p["out.bias"])
-    assert witness.model.blocks == [2, 2, 2]
+    assert recorder.model.blocks == [2, 2, 2]
     x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    copied_net, expected = snapshot(witness.model), witness.model.eval()(x)
+    copied_net, expected = snapshot(recorder.model), recorder.model.eval()(x)
     assert torch.equal(copied_net(x).logits, expected.logits)
     assert torch.equal(expected.head(1), others[0](expected.features))
-    witness.model.train()
+    recorder.model.train()
 
 
 def test_hidden_layers_are_drawn_from_the_seed_and_leave_the_global_generator_alone(tiny):
@@ -231,10 +173,10 @@ def test_hidden_layers_are_drawn_from_the_seed_and_leave_the_global_generator_al
     before, after = Before(), After()
     drawn = []
     for seed in (1, 1, 2):
-        witness = Witness()
+        recorder = Recorder()
         around = () if drawn else (before, after)
-        learn(tiny(), *around[:1], FeatureExtraction(hidden=5), *around[1:], witness, seed=seed)
-        drawn.append([witness.before[i][f"head.{i}.hidden.weight"] for i in (1, 2)])
+        learn(tiny(), *around[:1], FeatureExtraction(hidden=5), *around[1:], recorder, seed=seed)
+        drawn.append([recorder.before[i][f"head.{i}.hidden.weight"] for i in (1, 2)])
     assert all(torch.equal(a, b) for a, b in zip(before.states, after.states, strict=True))
     assert len(before.states) == 3
     first, again, other = drawn
@@ -245,30 +187,24 @@ def test_hidden_layers_are_drawn_from_the_seed_and_leave_the_global_generator_al
 
 
 @pytest.mark.parametrize("options", [{"hidden": 5}, {"hidden": 5, "pretrained": True, "warm_up": 1.0}])
-def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any):
+def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, options: Any):
     """The hidden layers are built again before their weights are loaded, and what was frozen is frozen again."""
-    stop = Stop(monkeypatch)
     train = {"epochs": 1} | MOVERS["adam"]
+    recorders: list[Recorder] = []
 
-    def go(folder: Path, witness: Witness) -> None:
-        learn(tiny(), FeatureExtraction(**options), witness, train=train, output=str(folder))
+    def begin(folder: Path) -> None:
+        recorders.append(Recorder())
+        learn(tiny(), FeatureExtraction(**options), recorders[-1], train=train, output=str(folder))
 
-    whole = Witness()
-    go(tmp_path / "whole", whole)
-    pauses = stop.calls
-    for k in range(2, pauses, max(1, pauses // 6)):
-        folder, stopped, resumed = tmp_path / str(k), Witness(), Witness()
-        stop.at(k)
-        with pytest.raises(Interrupted):
-            go(folder, stopped)
-        assert frozen(stopped.model) == frozen(whole.model) == OWN
-        stop.at(0)
-        clframe.resume(folder, scenario=tiny(), model=Small(), plugins=[FeatureExtraction(**options), resumed])
-        assert frozen(resumed.model) == OWN
-        assert all(module.training for module in resumed.model.modules())
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    loaded = clframe.load(tmp_path / "whole", model=Small(), plugins=[FeatureExtraction(**options), Witness()])
+    def go_on(folder: Path) -> None:
+        recorders.append(Recorder())
+        clframe.resume(folder, scenario=tiny(), model=Small(), plugins=[FeatureExtraction(**options), recorders[-1]])
+        assert all(module.training for module in recorders[-1].model.modules())
+
+    testing.stop_and_resume(tmp_path, begin, go_on, places=6)
+    assert all(frozen(recorder.model) == OWN for recorder in recorders)
+    whole = recorders[0]
+    loaded = clframe.load(tmp_path / "whole", model=Small(), plugins=[FeatureExtraction(**options), Recorder()])
     x = tiny()[2].test.x
     whole.model.eval()
     assert torch.equal(loaded(x), whole.model(x.float() / 255).logits)
@@ -293,22 +229,25 @@ def test_afterwards_the_model_is_as_trainable_as_before(tiny, fails: bool):
                 assert not run.model.backbone.plain.training
                 raise KeyError("lost")
 
-    witness = Witness()
-    plugins = FeatureExtraction(), Failing(), witness
+    recorder = Recorder()
+    plugins = FeatureExtraction(), Failing(), recorder
     if fails:
         with pytest.raises(RunError, match="failing"):
             learn(tiny(), *plugins)
     else:
         learn(tiny(), *plugins)
-    assert frozen(witness.model) == OWN
-    assert all(module.training for module in witness.model.modules())
+    assert frozen(recorder.model) == OWN
+    assert all(module.training for module in recorder.model.modules())
 
 
 def test_its_warm_up_is_a_phase_of_the_new_head(tiny):
-    witness = Witness()
-    learn(tiny(), FeatureExtraction(warm_up=1.0), witness)
-    assert witness.phases_seen == [(0, "train"), (1, "warm-up"), (1, "train"), (2, "warm-up"), (2, "train")]
-    assert witness.changed(2) == HEAD_2
+    recorder = Recorder()
+    learn(tiny(), FeatureExtraction(warm_up=1.0), recorder)
+    assert [where[:2] for where in recorder.phase_steps()] == [
+        (0, "train"),
+        *((i, phase) for i in (1, 2) for phase in ("warm-up", "train")),
+    ]
+    assert recorder.changed(2) == HEAD_2
 
 
 @pytest.mark.parametrize(("option", "value"), [("warm_up", 0.5), ("hidden", 4)])

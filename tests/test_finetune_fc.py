@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, hookimpl
-from clframe.engine import Engine
-from clframe.errors import Interrupted, UsageError
+from clframe import Plugin, hookimpl, testing
+from clframe.errors import UsageError
 from clframe.plugins.finetune_fc import FinetuneFC
 
 MOVERS = {  # all that moves weights whose gradient is zero
@@ -177,38 +175,23 @@ def test_its_warm_up_trains_the_new_head_alone(tiny):
 
 
 @pytest.mark.parametrize("model", [ConvFC, None])
-def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any):
+def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, model: Any):
     """What was frozen is frozen again, and afterwards all is trainable, where it was stopped and where it ended."""
-    calls, stop = [0], [0]
-    original = Engine.pause
 
-    def pause(engine: Engine) -> None:
-        calls[0] += 1
-        if calls[0] == stop[0]:
-            engine.signal = signal.SIGTERM
-        original(engine)
+    def begin(folder: Path) -> None:
+        witnesses.append(Witness())
+        learn(tiny(), FinetuneFC(), witnesses[-1], model=model() if model else "mlp-100", output=str(folder))
 
-    monkeypatch.setattr(Engine, "pause", pause)
-    given = {"model": model()} if model else {}
-
-    def go(folder: Path, witness: Witness) -> None:
-        learn(tiny(), FinetuneFC(), witness, model=model() if model else "mlp-100", output=str(folder))
-
-    go(tmp_path / "whole", Witness())
-    pauses = calls[0]
-    for k in range(3, pauses, max(1, pauses // 5)):
-        folder, stopped, resumed = tmp_path / str(k), Witness(), Witness()
-        calls[0], stop[0] = 0, k
-        with pytest.raises(Interrupted):
-            go(folder, stopped)
-        stop[0] = 0
+    def go_on(folder: Path) -> None:
+        witnesses.append(Witness())
         given = {"model": model()} if model else {}
-        clframe.resume(folder, scenario=tiny(), plugins=[FinetuneFC(), resumed], **given)
-        for witness in (stopped, resumed):
-            assert all(p.requires_grad for p in witness.model.parameters())
-            assert all(module.training for module in witness.model.modules())
-        for file in ("results.json", "model.safetensors", "predictions.safetensors"):
-            assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        clframe.resume(folder, scenario=tiny(), plugins=[FinetuneFC(), witnesses[-1]], **given)
+
+    witnesses: list[Witness] = []
+    testing.stop_and_resume(tmp_path, begin, go_on, places=5)
+    for witness in witnesses:
+        assert all(p.requires_grad for p in witness.model.parameters())
+        assert all(module.training for module in witness.model.modules())
 
 
 def test_a_backbone_that_lacks_the_layers_is_refused(tiny):

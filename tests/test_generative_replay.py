@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import clframe
-from clframe import Batch, ImageData, Plugin, Transform, hookimpl, registry, snapshot, split_classes
+from clframe import Batch, ImageData, Plugin, Transform, hookimpl, registry, snapshot, split_classes, testing
 from clframe.context import Run
-from clframe.engine import Engine
 from clframe.errors import Interrupted, RunError, UsageError
 from clframe.plugins import generative_replay
 from clframe.plugins.generative_replay import GenerativeReplay
@@ -597,22 +596,6 @@ def test_flat_inputs_are_learnt_and_not_shown(tiny_arrays, tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------- stop and resume
 
 
-@pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """A run is stopped at the pause after the tick and in the experience that it names, if that comes."""
-    at: dict[str, int] = {}
-    original = Engine.pause
-
-    def pause(engine: Engine) -> None:
-        done = engine.run._tick_done.get("after_experience/generative-replay/generative-replay")
-        if at and done == at["tick"] and engine.run.experience.index == at["experience"]:
-            engine.signal = signal.SIGTERM
-        original(engine)
-
-    monkeypatch.setattr(Engine, "pause", pause)
-    return at
-
-
 @pytest.mark.parametrize(
     ("options", "train"),
     [
@@ -621,9 +604,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         ({"fresh": True}, {"optimizer": "adam"}),
     ],
 )
-def test_the_generator_s_training_goes_on_to_the_same_bits(
-    options: Any, train: Any, stopping: dict[str, int], tiny, tmp_path: Path
-) -> None:
+def test_the_generator_s_training_goes_on_to_the_same_bits(options: Any, train: Any, tiny, tmp_path: Path) -> None:
     """After its first iteration, in the middle, and after the last one, when nothing but its end is left."""
     files = ("results.json", "model.safetensors", "predictions.safetensors", "pictures/generative-replay-2.png")
 
@@ -633,14 +614,16 @@ def test_the_generator_s_training_goes_on_to_the_same_bits(
     def run(folder: Path) -> None:
         learn(tiny(shape=(1, 8, 8)), built(), run={"output": str(folder)}, **train)
 
+    def ticked(tick: int, engine: Any) -> bool:
+        done = engine.run._tick_done.get("after_experience/generative-replay/generative-replay")
+        return done == tick and engine.run.experience.index == 1
+
     run(tmp_path / "whole")
     logged = [line for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines() if '"log"' in line]
     for tick in (1, 4, 8):
         folder = tmp_path / str(tick)
-        stopping.update(tick=tick, experience=1)
-        with pytest.raises(Interrupted):
+        with testing.stop_at(partial(ticked, tick)), pytest.raises(Interrupted):
             run(folder)
-        stopping.clear()
         clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), plugins=[built()])
         for file in files:
             assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

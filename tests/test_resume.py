@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 from pathlib import Path
@@ -15,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import clframe
-from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, hookimpl, snapshot
-from clframe.engine import Engine
+from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, hookimpl, snapshot, testing
 from clframe.errors import DataError, Interrupted, RunError, UsageError
 from clframe.evaluate import ModelPredictor
 from clframe.runs import checkpoint
@@ -128,67 +126,48 @@ class Busy(Plugin):
         self.final: list[Tensor] = [*self.values["list"], torch.tensor(self.count)]
 
 
-class StopAt:
-    """Replaces `Engine.pause`: the signal arrives just before the k-th pause of the process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.k, self.calls = 0, 0
-        original = Engine.pause
-
-        def pause(engine: Engine) -> None:
-            self.calls += 1
-            if self.calls == self.k:
-                engine.signal = signal.SIGTERM
-            original(engine)
-
-        monkeypatch.setattr(Engine, "pause", pause)
-
-    def at(self, k: int) -> None:
-        self.k, self.calls = k, 0
-
-
 def stream(tiny: Any) -> clframe.Scenario:
     scenario = tiny(shape=(1, 8, 8))
     scenario.transform = Transform(pad=1, flip=True, mean=(0.2,), std=(0.3,))
     return scenario
 
 
+FILES = ("results.json", "model.safetensors", "model.json", "predictions.safetensors", "split.json")
+
+
 def files(folder: Path) -> dict[str, bytes]:
-    names = ("results.json", "model.safetensors", "model.json", "predictions.safetensors", "split.json", "config.yaml")
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: (folder / name).read_bytes() for name in (*FILES, "config.yaml")}
 
 
-def test_a_stop_at_any_point_changes_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stop = StopAt(monkeypatch)
-    whole = Busy()
-    clframe.run(stream(tiny), "cnn-small", [whole], train=TRAIN, run={"output": str(tmp_path / "whole")})
-    pauses = stop.calls
-    assert pauses > 50
-    expected = files(tmp_path / "whole")
-    for k in range(1, pauses + 1, 6):
-        folder = tmp_path / f"stopped-{k}"
-        stop.at(k)
-        with pytest.raises(Interrupted, match=f"clframe resume {folder}"):
-            clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(folder)})
+def test_a_stop_at_any_point_changes_no_bit(tiny, tmp_path: Path):
+    runs: list[Busy] = []
+
+    def begin(folder: Path) -> None:
+        runs.append(Busy())
+        clframe.run(stream(tiny), "cnn-small", runs[-1:], train=TRAIN, run={"output": str(folder)})
+
+    def go_on(folder: Path) -> None:
         resumed = Busy()
-        stop.at(0)
         clframe.resume(folder, scenario=stream(tiny), model=None, plugins=[resumed])
-        assert all(torch.equal(a, b) for a, b in zip(whole.final, resumed.final, strict=True)), k
-        assert files(folder) == expected, k
+        assert all(torch.equal(a, b) for a, b in zip(runs[0].final, resumed.final, strict=True)), folder
+
+    def places(pauses: testing.Pauses) -> range:
+        assert len(pauses) > 50
+        return range(1, len(pauses) + 1, 6)
+
+    testing.stop_and_resume(tmp_path, begin, go_on, places, (*FILES, "config.yaml"))
 
 
-def test_many_stops_of_one_run_change_no_bit(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stop = StopAt(monkeypatch)
+def test_many_stops_of_one_run_change_no_bit(tiny, tmp_path: Path):
     clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(tmp_path / "whole")})
     folder, stops = tmp_path / "stopped", 0
-    stop.at(7)
-    with pytest.raises(Interrupted):
+    with testing.stop_at(7), pytest.raises(Interrupted, match=f"clframe resume {folder}"):
         clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(folder)})
     while True:
-        stop.at(7)
         stops += 1
         try:
-            clframe.resume(folder, scenario=stream(tiny), plugins=[Busy()])
+            with testing.stop_at(7):
+                clframe.resume(folder, scenario=stream(tiny), plugins=[Busy()])
         except Interrupted:
             continue
         break
@@ -207,28 +186,20 @@ def test_many_stops_of_one_run_change_no_bit(tiny, tmp_path: Path, monkeypatch: 
     ],
     ids=str,
 )
-def test_a_resume_that_is_stopped_before_its_first_step_changes_no_bit(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: dict[str, Any]
-):
+def test_a_resume_that_is_stopped_before_its_first_step_changes_no_bit(tiny, tmp_path: Path, plugin: dict[str, Any]):
     """Plugins that keep all experiences are asked again for their images, before the phase under way goes on."""
-    stop = StopAt(monkeypatch)
-    settings: dict[str, Any] = {"plugins": [plugin], "train": TRAIN | {"epochs": 1}}
-    clframe.run(stream(tiny), "mlp-100", **settings, run={"output": str(tmp_path / "whole")})
-    pauses, expected = stop.calls, files(tmp_path / "whole")
-    del expected["config.yaml"]
-    for k in range(3, pauses, 14):
-        folder = tmp_path / f"stopped-{k}"
-        stop.at(k)
-        with pytest.raises(Interrupted):
-            clframe.run(stream(tiny), "mlp-100", **settings, run={"output": str(folder)})
+
+    def begin(folder: Path) -> None:
+        train = TRAIN | {"epochs": 1}
+        clframe.run(stream(tiny), "mlp-100", [plugin], train=train, run={"output": str(folder)})
+
+    def go_on(folder: Path) -> None:
         for _ in range(2):
-            stop.at(1)
-            with pytest.raises(Interrupted):
+            with testing.stop_at(1), pytest.raises(Interrupted):
                 clframe.resume(folder, scenario=stream(tiny))
-        stop.at(0)
         clframe.resume(folder, scenario=stream(tiny))
-        found = files(folder)
-        assert {name: found[name] for name in expected} == expected, k
+
+    testing.stop_and_resume(tmp_path, begin, go_on, lambda pauses: range(3, len(pauses), 14), FILES)
 
 
 def test_a_trained_run_is_loaded_and_answers_as_it_was_evaluated(tiny, tmp_path: Path):
@@ -247,17 +218,13 @@ def test_a_trained_run_is_loaded_and_answers_as_it_was_evaluated(tiny, tmp_path:
 
 
 @pytest.fixture
-def stopped(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path) -> Path:
     """The folder of a run that was stopped twice, so that it has two checkpoints."""
-    stop = StopAt(monkeypatch)
     folder = tmp_path / "stopped"
-    stop.at(8)
-    with pytest.raises(Interrupted):
+    with testing.stop_at(8), pytest.raises(Interrupted):
         clframe.run("split-digits", "mlp-100", ["ewc"], train={"iterations": 12}, run={"output": str(folder)})
-    stop.at(3)
-    with pytest.raises(Interrupted):
+    with testing.stop_at(3), pytest.raises(Interrupted):
         clframe.resume(folder)
-    stop.at(0)
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["000002", "000003"]
     return folder
 
@@ -273,18 +240,15 @@ class Terms(Plugin):
         return {"terms/never": nothing, "terms/once": nothing + (run.step == 0)}
 
 
-def test_a_loss_term_that_is_0_at_every_step_is_told_once_also_over_a_stop(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_loss_term_that_is_0_at_every_step_is_told_once_also_over_a_stop(tiny, tmp_path: Path):
     told: list[str] = []
     listeners = [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
     sentence = "The loss term `terms/never` was 0 at every step of experience 1 of 2."
     clframe.run(tiny(experiences=2), "mlp-100", [Terms()], train={"iterations": 6}, listeners=listeners)
     assert told == [sentence]
     told.clear()
-    stop = StopAt(monkeypatch)
-    stop.at(7)  # in the fourth step of the first experience, after the pauses of two hooks
-    with pytest.raises(Interrupted, match="experience 1 of 2"):
+    # in the fourth step of the first experience, after the pauses of two hooks
+    with testing.stop_at(7), pytest.raises(Interrupted, match="experience 1 of 2"):
         clframe.run(
             tiny(experiences=2),
             "mlp-100",
@@ -293,7 +257,6 @@ def test_a_loss_term_that_is_0_at_every_step_is_told_once_also_over_a_stop(
             run={"output": str(tmp_path / "run")},
             listeners=listeners,
         )
-    stop.at(0)
     assert told == []
     clframe.resume(tmp_path / "run", scenario=tiny(experiences=2), plugins=[Terms()], listeners=listeners)
     assert told == [sentence]
@@ -394,31 +357,25 @@ def test_a_full_disk_keeps_the_last_checkpoint(stopped: Path, monkeypatch: pytes
     assert (stopped / "results.json").exists()
 
 
-def test_objects_of_python_must_be_given_again(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stop = StopAt(monkeypatch)
-    stop.at(9)
-    with pytest.raises(Interrupted):
+def test_objects_of_python_must_be_given_again(tiny, tmp_path: Path):
+    with testing.stop_at(9), pytest.raises(Interrupted):
         clframe.run(stream(tiny), "cnn-small", [Busy()], train=TRAIN, run={"output": str(tmp_path / "run")})
-    stop.at(0)
     with pytest.raises(DataError, match="scenario `tiny` of this run is an object of a Python program"):
         clframe.resume(tmp_path / "run")
     with pytest.raises(DataError, match="plugin `busy` of this run"):
         clframe.resume(tmp_path / "run", scenario=stream(tiny))
 
 
-def test_changed_data_is_noticed(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stop = StopAt(monkeypatch)
-    stop.at(9)
-    with pytest.raises(Interrupted):
+def test_changed_data_is_noticed(tiny, tmp_path: Path):
+    with testing.stop_at(9), pytest.raises(Interrupted):
         clframe.run(stream(tiny), "cnn-small", train=TRAIN, run={"output": str(tmp_path / "run")})
-    stop.at(0)
     other = stream(tiny)
     other.checksum = "0" * 64
     with pytest.raises(DataError, match="data of `tiny` is not what the run"):
         clframe.resume(tmp_path / "run", scenario=other)
 
 
-def test_a_model_that_is_not_the_runs_is_refused(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_is_not_the_runs_is_refused(tiny, tmp_path: Path):
     class Flat(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
@@ -428,11 +385,8 @@ def test_a_model_that_is_not_the_runs_is_refused(tiny, tmp_path: Path, monkeypat
         def features(self, x: Tensor) -> Tensor:
             return self.layer(x.flatten(1))
 
-    stop = StopAt(monkeypatch)
-    stop.at(9)
-    with pytest.raises(Interrupted):
+    with testing.stop_at(9), pytest.raises(Interrupted):
         clframe.run(stream(tiny), Flat(8), train=TRAIN, run={"output": str(tmp_path / "run")})
-    stop.at(0)
     with pytest.raises(DataError, match=r"do not fit this model.*size mismatch for backbone.layer.weight"):
         clframe.resume(tmp_path / "run", scenario=stream(tiny), model=Flat(9))
 
@@ -564,16 +518,12 @@ def test_a_kept_optimizer_of_parameters_that_have_other_names_now_is_put_back(ti
         settings = {"tensorboard": False, "device": "cpu", **run}
         return clframe.run(tiny(setting="task"), "mlp-100", ["duplicate"], train=train, run=settings)
 
-    def pause(engine: Engine) -> None:
-        here = engine.position
-        engine.signal = signal.SIGTERM if here.experience == 1 and here.entered and not here.steps else 0
-        original(engine)
+    def here(engine: Any) -> bool:
+        return engine.position.experience == 1 and engine.position.entered and not engine.position.steps
 
-    whole, original = begin(), Engine.pause
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "pause", pause)
-        with pytest.raises(Interrupted):
-            begin(output=str(tmp_path / "run"))
+    whole = begin()
+    with testing.stop_at(here), pytest.raises(Interrupted):
+        begin(output=str(tmp_path / "run"))
     assert clframe.resume(tmp_path / "run", scenario=tiny(setting="task")).data == whole.data
 
 
@@ -586,15 +536,8 @@ def test_means_of_all_images_are_the_same_where_a_run_is_resumed_at_its_end(tiny
         plugin = {"icarl": {"size": 24, "read_out": "ncm"}}
         return clframe.run(tiny(), "mlp-100", [plugin], train={"iterations": 2, "batch_size": 8}, run=settings)
 
-    def pause(engine: Engine) -> None:
-        engine.signal = signal.SIGTERM if engine.position.experience == len(engine.stream) else 0
-        original(engine)
-
-    original = Engine.pause
     begin(tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "pause", pause)
-        with pytest.raises(Interrupted):
-            begin(tmp_path / "run")
+    with testing.stop_at(lambda engine: engine.position.experience == len(engine.stream)), pytest.raises(Interrupted):
+        begin(tmp_path / "run")
     clframe.resume(tmp_path / "run", scenario=tiny())
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clframe
-from clframe import DataError, Results, UsageError, registry
+from clframe import DataError, Results, UsageError, registry, testing
 from clframe.api import extension_config
 from clframe.cli.main import main
 from clframe.engine import Engine
@@ -38,16 +37,8 @@ READ = ("config.yaml", "model.json", "model.safetensors", "results.json", "timin
 
 def begin(folder: Path, stop: bool = False, **changes: Any) -> None:
     """Run in `folder`; stopped after the first step of the third experience."""
-    with pytest.MonkeyPatch.context() as patch:
-        original = Engine.pause
-
-        def pause(engine: Engine) -> None:
-            here = engine.position.experience == 2 and engine.position.steps == 1
-            engine.signal = signal.SIGTERM if stop and here else 0
-            original(engine)
-
-        patch.setattr(Engine, "pause", pause)
-        settings = {"output": str(folder), "tensorboard": False, "device": "cpu"}
+    settings = {"output": str(folder), "tensorboard": False, "device": "cpu"}
+    with testing.stop_at(lambda engine: stop and (engine.position.experience, engine.position.steps) == (2, 1)):
         try:
             clframe.run(**CALL | changes, run=settings)
         except Interrupted:
