@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,25 +122,26 @@ def to_yaml(config: Config) -> str:
 # ------------------------------------------------------------------------------------ the sections
 
 
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Add the sentences of a `UsageError` inside to `problems`, so that all mistakes are reported together."""
+    try:
+        yield
+    except UsageError as error:
+        problems += error.problems
+
+
 def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
     """The scenario with all its options, and the function that builds it (None if it is not known)."""
-    try:
-        layers = _with_split(layers)
-    except UsageError as error:
-        problems += error.problems
-        return {}, None
-    name, options = _merge(layers, DEFAULT_SCENARIO)
-    pinned = {split_file.PINNED: options.pop(split_file.PINNED)} if split_file.PINNED in options else {}
-    problems += [problem for value in pinned.values() for problem in split_file.pinned_problems(value)]
-    if OBJECT in options:
-        problems.append(_only_in_python("scenario", name))
-        return {}, None
-    try:
+    with _collected(problems):
+        name, options = _merge(_with_split(layers), DEFAULT_SCENARIO)
+        pinned = {split_file.PINNED: options.pop(split_file.PINNED)} if split_file.PINNED in options else {}
+        problems += [problem for value in pinned.values() for problem in split_file.pinned_problems(value)]
+        if OBJECT in options:
+            raise UsageError(_only_in_python("scenario", name))
         build = registry.builder("scenario", name)
-    except UsageError as error:
-        problems += error.problems
-        return {}, None
-    return {"name": name, **_checked(build, options, "scenario", name, problems), **pinned}, build
+        return {"name": name, **_checked(build, options, "scenario", name, problems), **pinned}, build
+    return {}, None
 
 
 def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,39 +165,32 @@ def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[
     name, options = _merge(layers, "")
     if not name:
         name, options = _merge([dict(suiting), options], DEFAULT_MODEL)
-    if OBJECT in options:
-        problems.append(_only_in_python("model", name))
-        return {}
-    try:
+    with _collected(problems):
+        if OBJECT in options:
+            raise UsageError(_only_in_python("model", name))
         build = registry.builder("model", name)
-    except UsageError as error:
-        problems += error.problems
-        return {}
-    start = suited(str | None, options.get(START))
-    if START in options and not isinstance(start, str):
-        problems.append(f"`model.{START}` is {quote(start)}; it must be the folder of a finished run.")
-    options = {option: value for option, value in options.items() if option != START}
-    return {"name": name, **_checked(build, options, "model", name, problems), **({START: start} if start else {})}
+        start = suited(str | None, options.get(START))
+        if START in options and not isinstance(start, str):
+            problems.append(f"`model.{START}` is {quote(start)}; it must be the folder of a finished run.")
+        options = {option: value for option, value in options.items() if option != START}
+        return {"name": name, **_checked(build, options, "model", name, problems), **({START: start} if start else {})}
+    return {}
 
 
 def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str, Any]:
     """All options of the plugin; it is built on the way, as its constructor may refuse a combination."""
-    if OBJECT in options:
-        problems.append(_only_in_python("plugin", name))
-        return {}
-    parts = [part.strip() for part in name.split(",")]
-    if len(parts) > 1 and set(parts) <= set(registry.names("plugin")):
-        repeated = " ".join(f"--plugin {part}" for part in parts)
-        problems.append(f"There is no plugin `{name}`. For several methods repeat `--plugin`: {repeated}.")
-        return {}
-    try:
+    with _collected(problems):
+        if OBJECT in options:
+            raise UsageError(_only_in_python("plugin", name))
+        parts = [part.strip() for part in name.split(",")]
+        if len(parts) > 1 and set(parts) <= set(registry.names("plugin")):
+            repeated = " ".join(f"--plugin {part}" for part in parts)
+            raise UsageError(f"There is no plugin `{name}`. For several methods repeat `--plugin`: {repeated}.")
         resolved = registry.build_plugin(name, options).public_options()
-    except UsageError as error:
-        problems += error.problems
-        return {}
-    if ":" in name:
-        resolved.pop("variant", None)  # where it is an argument
-    return resolved
+        if ":" in name:
+            resolved.pop("variant", None)  # where it is an argument
+        return resolved
+    return {}
 
 
 def _only_in_python(section: str, name: str) -> str:
@@ -206,12 +201,10 @@ def _only_in_python(section: str, name: str) -> str:
 
 
 def _checked(build: Any, options: Given, section: str, name: str, problems: list[str]) -> dict[str, Any]:
-    try:
+    with _collected(problems):
         values = validated(build, options, section, skip=registry.SUPPLIED, owner=f"the {section} `{name}`")
-    except UsageError as error:
-        problems += error.problems
-        return {}
-    return {public_name(option): value for option, value in values.items()}
+        return {public_name(option): value for option, value in values.items()}
+    return {}
 
 
 def _settings(kind: type[Kind], given: Given, where: str, problems: list[str]) -> Kind | None:
@@ -289,10 +282,8 @@ def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str,
             continue
         if public_name(option) in changes.get(section, {}):
             problems.append(f"`--set {section}.{public_name(option)}` is given twice.")
-        try:
+        with _collected(problems):
             changes.setdefault(section, {})[public_name(option)] = parse_yaml(value, f"`--set {cut(text)}`")
-        except UsageError as error:
-            problems += error.problems
     return changes
 
 

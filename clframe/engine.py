@@ -447,7 +447,7 @@ class Engine:
                 self.folder.keep_scores(index, self.row)
             self.position.done.append(["evaluate", ""])
             for part, row in rows.items():
-                accuracies = dict(row.accuracy)
+                accuracies = {str(mode): values for mode, values in row.accuracy.items()}
                 run._emit(events.Evaluated(index, run.total_steps, part, accuracies))
         self.clock.lap()
 

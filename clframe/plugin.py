@@ -17,7 +17,10 @@ class _Validated(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args:
             raise TypeError(f"{cls.__name__} takes its options by name only")
-        values = validated(cls, kwargs, getattr(cls, "name", "") or cls.__name__)
+        return cls.from_validated(validated(cls, kwargs, getattr(cls, "name", "") or cls.__name__))
+
+    def from_validated(cls, values: dict[str, Any]) -> Any:
+        """Build a plugin from options, by parameter name, that `clframe.options.validated` gave."""
         plugin = super().__call__(**values)
         plugin.options = values
         return plugin

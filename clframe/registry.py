@@ -165,7 +165,9 @@ def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
     # by parameter name: what is `lambda` outside is `lambda_` in the constructor
     given = validated(found, options, found.name, skip=("variant",), owner=f"the plugin `{name}`")
     with _blamed_on(offer):
-        return found(**({} if variant and found.name == name else _with_variant(offer, found, variant)), **given)
+        chosen = {} if variant and found.name == name else _with_variant(offer, found, variant)
+        built: Plugin = found.from_validated({**chosen, **given})
+        return built
 
 
 def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]:
