@@ -41,16 +41,16 @@ from clframe.launch import (
 from clframe.networks import unwrap_compiled
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint, state, sums
-from clframe.runs.extension import defaults, load_base
+from clframe.runs.extension import derive_options, load_base
 from clframe.runs.folder import (
     ENVIRONMENT,
     RunFolder,
     check_finished,
-    environment,
-    environment_changes,
+    compare_environments,
+    describe_environment,
     read_model,
 )
-from clframe.runs.record import described_in, split_of
+from clframe.runs.record import check_description, list_experiences
 from clframe.runs.results import Results
 from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, Config, TrainSettings
 from clframe.system.reading import blame_file, expand_home
@@ -138,8 +138,8 @@ def run_config(
             if folder:
                 config.run.device = str(device)
                 config.train.threads = torch.get_num_threads()
-                found = environment(device, config.run.seed, engine.stream.checksum)
-                folder.begin(to_yaml(config), found, split_of(engine.stream), described)
+                found = describe_environment(device, config.run.seed, engine.stream.checksum)
+                folder.begin(to_yaml(config), found, list_experiences(engine.stream), described)
             return carry_out(engine, lambda: begin_run(engine, base, ended))
         finally:
             if folder:
@@ -189,9 +189,9 @@ def _resumed(
         if config.run.device.startswith("cuda") and not torch.cuda.is_available():
             config.run.device = "auto"  # a change of the environment, which is refused below or allowed
         with environment_of(config) as device:
-            before = opened.environment()
-            now = environment(device, config.run.seed, before.get("data_sha256", ""))
-            changes = environment_changes(before, now)
+            before = opened.read_environment()
+            now = describe_environment(device, config.run.seed, before.get("data_sha256", ""))
+            changes = compare_environments(before, now)
             if changes and not allow_env_change:
                 raise DataError(
                     f"This environment is not the one of the run in {path} ({'; '.join(changes)}; {ENVIRONMENT}), so "
@@ -209,7 +209,15 @@ def _resumed(
             config.run.output = str(path)
             base = None if loaded else base_of(config)
             engine = build(
-                config, device, opened, scenario, model, plugins, listeners, opened.base(), restored=loaded is not None
+                config,
+                device,
+                opened,
+                scenario,
+                model,
+                plugins,
+                listeners,
+                opened.read_base(),
+                restored=loaded is not None,
             )
             if not loaded:
                 begin_from(engine, base)
@@ -313,7 +321,9 @@ def extension_config(
     joining = {name: values for name, values in (plugins or {}).items() if name not in old["plugins"]}
     changed = {name: values | dict((plugins or {}).get(name, {})) for name, values in named.items()} | joining
     own = OBJECT in scenario
-    carried = {"name": DEFAULT_SCENARIO} if own else {"name": scenario["name"], **defaults(base, scenario["name"])}
+    carried = (
+        {"name": DEFAULT_SCENARIO} if own else {"name": scenario["name"], **derive_options(base, scenario["name"])}
+    )
     device = old["run"]["device"]
     kept = {"output": None, "joint": None, "old_images": None, "extends": str(path.resolve())}
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -356,13 +366,13 @@ def load(
     """
     path = expand_home(folder)
     description, packed, tensors = read_model(path)
-    if told := sums.missing(path):
+    if told := sums.explain_missing(path):
         if listeners:
             tell(listeners, told)
         else:
             warnings.warn(told, stacklevel=2)
     config = read_config(path)
-    scenario = described_in(path, description)
+    scenario = check_description(path, description)
     config.run.tensorboard = False
     cpu = torch.device("cpu")
     with beside_no_run(), plain_torch(cpu), torch.random.fork_rng(devices=[]):

@@ -24,7 +24,7 @@ from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, evaluate, 
 from clframe.model import seed_torch
 from clframe.runs import checkpoint, state
 from clframe.runs.folder import RunFolder
-from clframe.runs.record import results_of
+from clframe.runs.record import collect_results
 from clframe.runs.results import Results
 from clframe.system.signals import noting
 from clframe.training import (
@@ -80,7 +80,7 @@ def learn(engine: Engine, begin: Callable[[], None]) -> Results:
             engine.evaluate(hook.predictor)
             engine.one_by_one("after_eval", experience=run.experience)
             engine.leave()
-        return results_of(engine)
+        return collect_results(engine)
     finally:
         engine.end("after_run")
 
@@ -422,7 +422,7 @@ class Engine:
             self.folder.settle()
         if self.folder.finished:
             return f" All results were written before: {self.run.folder} is the folder of a finished run."
-        kept = checkpoint.newest(self.folder.checkpoints)
+        kept = checkpoint.find_newest(self.folder.checkpoints)
         return f" The last good checkpoint is kept: `clframe resume {self.run.folder}` starts from it." if kept else ""
 
     # -------------------------------------------------------------------------------------- evaluation

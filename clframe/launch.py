@@ -43,7 +43,7 @@ from clframe.runs.folder import (
     check_finished,
     read_model,
 )
-from clframe.runs.record import scenario_of, temperatures
+from clframe.runs.record import fit_temperatures, restore_scenario
 from clframe.runs.results import Results
 from clframe.settings import OBJECT, START, Config
 from clframe.strict_yaml import parse_yaml
@@ -68,7 +68,7 @@ def begin_run(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) 
     if base and ended:
         with blame_file(base.path / "checkpoints"):
             state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
-        join(engine, base.joining(engine.run.plugins))
+        join(engine, base.find_joining(engine.run.plugins))
     engine.save()
     if engine.folder:  # a run that recorded something before its first checkpoint is whole could not be resumed
         engine.folder.settle()
@@ -176,7 +176,7 @@ def build(
             scenario = registry.build_scenario(check_named(config.scenario, "scenario"), config.run)
     if base is not None:
         with blame_file((folder.path if folder else Path(config.run.extends or "")) / BASE):
-            before = scenario_of(base)
+            before = restore_scenario(base)
         scenario = extend_scenario(before, scenario)
     given = {plugin_name(plugin): plugin for plugin in plugins}
     members = [
@@ -267,7 +267,7 @@ def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
 def trained_model(engine: Engine) -> Trained:
     """The trained model of a run that has ended, on the CPU, as `load` gives it."""
     with plain_torch(engine.run.device), torch.no_grad():
-        temperature, fitted = temperatures(engine)
+        temperature, fitted = fit_temperatures(engine)
         scenario = engine.stream.described()
         return Trained(engine.predictor(), scenario, engine.readings, temperature, fitted).to("cpu")
 

@@ -1,4 +1,4 @@
-"""What `plugins show` and `scenarios show` tell."""
+"""The commands `plugins show` and `scenarios show`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from clframe.data.scenario import Scenario
 
 
-def about_plugin(name: str, json: bool) -> None:
-    """Description, citation, options, hooks, settings and state of a plugin."""
+def show_plugin(name: str, json: bool) -> None:
+    """Print description, citation, options, hooks, settings and state of a plugin."""
     offer, _ = registry.find("plugin", name)
     cls = registry.plugin_class(name)
     options = options_of(cls, skip=("variant",))
@@ -28,18 +28,18 @@ def about_plugin(name: str, json: bool) -> None:
         "hooks": contract.hooks_of(cls),
         "settings": list(cls.serves),
         "state": list(cls.state),
-        "conflicts": ["every method that changes what is learnt"] if cls.isolates else list(cls.conflicts),
+        "conflicts": ["every method that changes what is learned"] if cls.isolates else list(cls.conflicts),
         "keeps training images": cls.keeps_images,
         "can be resumed": cls.resumes,
         **({"variants": [f"{offer.name}:{variant}" for variant in cls.variants]} if cls.variants else {}),
         **({"known problems": list(cls.known_problems)} if cls.known_problems else {}),
     }
-    description = _description(cls)
+    description = _describe(cls)
     sections = sections_of(cls)
     advice = {name: " ".join(sections[name].split()) for name in ("When to use", "Keeps") if name in sections}
     if json:
         known = {key.lower().replace(" ", "_"): value for key, value in (advice | facts).items()}
-        listed = [show.option_data(option) for option in options]
+        listed = [show.describe_option(option) for option in options]
         show.document({"name": cls.name, "description": description, **known, "options": listed})
         return
     show.lines(f"{cls.name}: {description}")
@@ -55,18 +55,18 @@ def about_plugin(name: str, json: bool) -> None:
         show.line(f"{key.capitalize()}: {text or 'none'}")
 
 
-def about_scenario(
+def show_scenario(
     name: str, sets: Sequence[str], data_root: str | None, save: Path | None, sheet: Path | None, json: bool
 ) -> None:
-    """Description, options, what suits a scenario, and its experiences where its data is at hand.
+    """Print description and options of a scenario, what suits it, and its experiences if its data is at hand.
 
     Args:
-        name: of the scenario, or of a file with a split.
-        sets: settings, as ``--set`` has them.
+        name: a scenario, or a file with a split.
+        sets: settings, as ``--set`` takes them.
         data_root: folder of the data sets.
         save: file to write the split to.
         sheet: file to write a picture of sample images to.
-        json: whether to print a JSON document.
+        json: print a JSON document.
     """
     from clframe.config import resolve
     from clframe.data import split_file
@@ -79,7 +79,7 @@ def about_scenario(
     offer, _ = registry.find("scenario", name)
     build = registry.builder("scenario", name)
     options = options_of(build, skip=registry.SUPPLIED)
-    description = _description(build)
+    description = _describe(build)
     model, train = registry.suited(build, name)
     experiences: list[list[str]] = []
     notes: list[str] = []
@@ -96,7 +96,7 @@ def about_scenario(
         notes = list(built.notes)
         experiences = [[built.class_names[label] for label in classes] for classes in built.classes]
     except ClframeError as error:
-        if sets or save or sheet or scenario != name:  # somebody asked for more than to see the options
+        if sets or save or sheet or scenario != name:  # more was asked for than the options
             raise
         missing = str(error)
     if json:
@@ -105,7 +105,7 @@ def about_scenario(
                 "name": name,
                 "description": description,
                 "package": f"{offer.package} {offer.version}",
-                "options": [show.option_data(option) for option in options],
+                "options": [show.describe_option(option) for option in options],
                 "model": model,
                 "train": train,
                 "setting": setting or None,
@@ -119,8 +119,8 @@ def about_scenario(
     show.line()
     show.options(options)
     show.line(f"Package: {offer.package} {offer.version}")
-    show.line(f"Model that suits it: {show.value(model) if model else 'none named'}")
-    settings = ", ".join(f"{key}={show.value(value)}" for key, value in train.items())
+    show.line(f"Model that suits it: {show.format_value(model) if model else 'none named'}")
+    settings = ", ".join(f"{key}={show.format_value(value)}" for key, value in train.items())
     show.line(f"Training that suits it: {settings or 'the defaults'}")
     if missing:
         show.line(f"Experiences: not known here. {missing}")
@@ -137,6 +137,7 @@ def about_scenario(
 
 
 def _draw(path: Path, scenario: Scenario) -> None:
+    """Write a picture of sample images of each experience to `path`. Raises as `cannot_write` if that fails."""
     from clframe.data.pictures import draw_sheet, encode_png
     from clframe.system.writing import write_bytes
 
@@ -146,6 +147,6 @@ def _draw(path: Path, scenario: Scenario) -> None:
         raise cannot_write("The sheet", path, error) from error
 
 
-def _description(documented: object) -> str:
-    """Return the docstring without its sections."""
+def _describe(documented: object) -> str:
+    """Return the docstring of a class or function without its sections."""
     return sections_of(documented)[""] or "no description"

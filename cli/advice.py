@@ -11,37 +11,39 @@ import typer
 
 EVERYWHERE = frozenset(("--help", "-h", "--debug", "--version"))
 OPTION = re.compile(r"(?<![\w/.-])--[a-z]+(?:-[a-z]+)*")
-COMMAND = re.compile(r"`clframe [^`]*`")  # whose options are its own
+COMMAND = re.compile(r"`clframe [^`]*`")  # it has options of its own
 
 
 @lru_cache(maxsize=1)
-def commands(app: typer.Typer) -> dict[tuple[str, ...], frozenset[str]]:
-    """Return for each command, by its words, such as ``("plugins", "list")``, the options that it has."""
+def list_options(app: typer.Typer) -> dict[tuple[str, ...], frozenset[str]]:
+    """Return the options of each command, by its words, such as ``("plugins", "list")``."""
 
-    def of(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], frozenset[str]]]:
+    def walk(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], frozenset[str]]]:
         inner = getattr(command, "commands", None)
         for name, one in (inner or {}).items():
-            yield from of(one, (*words, name))
+            yield from walk(one, (*words, name))
         if inner is None:
             named = (option for p in command.params for option in (*p.opts, *p.secondary_opts))
             yield words, EVERYWHERE.union(option for option in named if option.startswith("-"))
 
-    return dict(of(typer.main.get_command(app), ()))
+    return dict(walk(typer.main.get_command(app), ()))
 
 
-def options(app: typer.Typer, given: Sequence[str]) -> frozenset[str]:
+def find_options(app: typer.Typer, given: Sequence[str]) -> frozenset[str]:
     """Return the options of the command that the arguments `given` begin with."""
-    return next((known for words, known in commands(app).items() if tuple(given[: len(words)]) == words), EVERYWHERE)
+    return next(
+        (known for words, known in list_options(app).items() if tuple(given[: len(words)]) == words), EVERYWHERE
+    )
 
 
-def fitting(app: typer.Typer, sentence: str, given: Sequence[str]) -> str:
-    """Return `sentence`; followed by the command whose options it names, where the one in `given` lacks them.
+def add_command(app: typer.Typer, sentence: str, given: Sequence[str]) -> str:
+    """Return `sentence`; if it names options that the command in `given` lacks, followed by the command that has them.
 
-    Plugins, scenarios and run folders serve several commands, and do not know in which of them they are.
+    Plugins, scenarios and run folders serve several commands, and cannot tell which of them is running.
     """
-    known = options(app, given)
+    known = find_options(app, given)
     lacking = [o for o in dict.fromkeys(OPTION.findall(COMMAND.sub("", sentence))) if o not in known]
-    owners = [(words, [o for o in lacking if o in of]) for words, of in commands(app).items()]
+    owners = [(words, [o for o in lacking if o in of]) for words, of in list_options(app).items()]
     words, named = max(owners, key=lambda owner: len(owner[1]))  # of equals the first, which is `run`
     if not named:
         return sentence

@@ -1,4 +1,4 @@
-"""What `plugins check` and `scenarios check` tell: each part of the contract, and why it fails."""
+"""The commands `plugins check` and `scenarios check`: each part of the contract, and why it fails."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ if TYPE_CHECKING:
 
 
 def check_plugin(name: str, sets: Sequence[str], model: str | None, json: bool) -> int:
-    """The exit code of the checks of a plugin, which are printed."""
+    """Print the checks of a plugin and return the exit code: 1 if any failed."""
     from clframe import testing
 
-    _only(sets, name, "model")
+    _refuse_others(sets, name, "model")
     config = resolve(model=model or testing.MODEL, plugins=[name], sets=sets)
-    return _tell(testing.plugin(name, config.plugins[name], config.model), json)
+    return _print_outcomes(testing.plugin(name, config.plugins[name], config.model), json)
 
 
 def check_backbone(name: str, sets: Sequence[str], model: str | None, json: bool) -> int:
-    """The exit code of the checks of a backbone, which are printed."""
+    """Print the checks of a backbone and return the exit code: 1 if any failed."""
     from clframe import testing
 
     if model is not None:
         raise UsageError(f"`--model` is of plugins; `{name}` is the backbone to check: leave it out.")
-    _only(sets, "model")
+    _refuse_others(sets, "model")
     options = resolve(model=name, sets=sets).model
     del options["name"]
-    return _tell(testing.backbone(name, options), json)
+    return _print_outcomes(testing.backbone(name, options), json)
 
 
 def check_scenario(name: str, sets: Sequence[str], json: bool) -> int:
-    """The exit code of the checks of a scenario, which are printed."""
+    """Print the checks of a scenario and return the exit code: 1 if any failed."""
     from clframe import testing
 
-    _only(sets, "scenario")
+    _refuse_others(sets, "scenario")
     options = resolve(scenario=name, sets=sets).scenario
     del options["name"]
-    return _tell(testing.scenario(name, options), json)
+    return _print_outcomes(testing.scenario(name, options), json)
 
 
-def _only(sets: Sequence[str], *sections: str) -> None:
-    """Raise `UsageError` for a setting that no check would heed."""
+def _refuse_others(sets: Sequence[str], *sections: str) -> None:
+    """Raise `UsageError` for settings in `sets` of other `sections`, which no check would use."""
     places = [*sections, *(section.partition(":")[0] for section in sections)]
     strange = [given for given in sets if given.partition(".")[0] not in places]
     if strange:
@@ -55,15 +55,16 @@ def _only(sets: Sequence[str], *sections: str) -> None:
         )
 
 
-def _tell(subject: Subject, json: bool) -> int:
-    """Print each outcome as it comes; the exit code."""
+def _print_outcomes(subject: Subject, json: bool) -> int:
+    """Print the outcome of each check as soon as it is known, and return the exit code."""
     from clframe.testing import outcomes
 
     found = []
     for outcome in outcomes(subject):
         found.append(outcome)
         if not json:
-            show.line(f"{outcome.result:<8} {outcome.check}{': ' * bool(outcome.why)}{outcome.why}")
+            reason = f": {outcome.why}" if outcome.why else ""
+            show.line(f"{outcome.result:<8} {outcome.check}{reason}")
     failed = sum(outcome.result == "failed" for outcome in found)
     passed = sum(outcome.result == "passed" for outcome in found)
     if json:

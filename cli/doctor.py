@@ -1,4 +1,4 @@
-"""What `clframe doctor` looks at: what an installation has, and what it lacks."""
+"""The command `clframe doctor`: what an installation has, and what it lacks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PACKAGES = [
     *("clframe", "torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors", "tensorboard"),
     *("scikit-learn", "avalanche-lib"),
 ]
-# what an extra of that name brings, for those who need it
+# packages, each with the extra of clframe that brings it
 OPTIONAL = {"datasets": "huggingface", "onnx": "onnx", "pyarrow": "parquet"}
 
 
 def examine(data_root: str | None) -> dict[str, Any]:
-    """All findings, as the JSON document has them."""
+    """Return all findings, as the JSON document has them."""
     import torch
 
     from clframe.scenarios import sources
@@ -32,17 +32,18 @@ def examine(data_root: str | None) -> dict[str, Any]:
     root = data_folder(data_root)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in [*PACKAGES, *OPTIONAL]},
+        "versions": {"python": platform.python_version()}
+        | {name: _find_version(name) for name in [*PACKAGES, *OPTIONAL]},
         "device": {
             "auto": "cuda" if devices else "cpu",
             "cuda": devices,
             "threads": torch.get_num_threads(),
         },
-        "free_bytes": {"here": _free(Path.cwd()), "data": _free(root)},
+        "free_bytes": {"here": _count_free_bytes(Path.cwd()), "data": _count_free_bytes(root)},
         "data_root": str(root),
         "data": {name: str(path) if path else None for name, path in sources.find_all(root)},
-        "known_problems": _known_problems(),
-        "offers": [_tried(offer) for kind in registry.GROUPS for offer in registry.offers(kind)],
+        "known_problems": _list_known_problems(),
+        "offers": [_try_offer(offer) for kind in registry.GROUPS for offer in registry.offers(kind)],
     }
 
 
@@ -68,30 +69,31 @@ def report(found: Mapping[str, Any]) -> None:
         show.line(f"  {problem}")
 
 
-def _known_problems() -> list[str]:
-    """What plugins tell of the packages that they stand on, which are not imported for it."""
-    told: list[str] = []
+def _list_known_problems() -> list[str]:
+    """Return what plugins say about faults of the packages that they need; those packages are not imported."""
+    found: list[str] = []
     for name in registry.names("plugin"):
-        with suppress(UsageError):  # told with the offers
-            told += registry.plugin_class(name).known_problems
-    return told
+        with suppress(UsageError):  # reported with the offers
+            found += registry.plugin_class(name).known_problems
+    return found
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _free(folder: Path) -> int:
-    """Bytes free on the disk of `folder`, or of the nearest folder above it that exists."""
+def _count_free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of `folder`, or of the nearest folder above it that exists."""
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     return shutil.disk_usage(there).free
 
 
-def _tried(offer: registry.Offer) -> dict[str, Any]:
-    """One offer, with the reason why it cannot be used, if any."""
+def _try_offer(offer: registry.Offer) -> dict[str, Any]:
+    """Load an offer and return a description of it, with the reason why it cannot be used, if any."""
     problem = None
     try:
         registry.find(offer.kind, offer.name)

@@ -1,4 +1,4 @@
-"""What a run shows while it lasts: a live table on a terminal, plain lines in a pipe; both on stderr."""
+"""The progress of a run on stderr: a live table on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
-from clframe.cli.show import HELD_OUT, READINGS, percent
+from clframe.cli.show import HELD_OUT, MODES, format_percent
 from clframe.system.texts import escape_unprintable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ AT_ONCE = ("experience", "phase", "within", "eval", "end")  # kinds of records t
 
 
 class Live:
-    """A listener of a run that shows its course; a context that leaves the terminal in order.
+    """A listener that shows the progress of a run, and a context that restores the terminal.
 
     Args:
         quiet: show nothing but messages.
@@ -45,7 +45,7 @@ class Live:
         self.step: Event | None = None
         self.tick: Event | None = None
         self.rows: dict[str, dict[int, list[float | None]]] = {}
-        self.held_out: dict[str, list[float | None]] = {}  # for each reading its latest row
+        self.held_out: dict[str, list[float | None]] = {}  # for each evaluation mode its latest row
         self.within: dict[str, tuple[int, list[float | None]]] = {}  # the latest epoch's, of the experience under way
         self.began = self.phase_began = time.monotonic()
         self.took: float | None = None  # seconds of the latest finished experience
@@ -66,14 +66,14 @@ class Live:
             self.screen.stop()
 
     def __call__(self, record: Event) -> None:
-        """Take in one record of the run."""
+        """Show one record of the run, at once or with the next drawing."""
         kind = record["kind"]
         if handle := getattr(self, f"_{kind}", None):
             handle(record)
         now = time.monotonic()
         if self.screen and (kind in AT_ONCE or now - self.drawn >= REDRAW):
             self.drawn = now
-            self.screen.update(self._drawing(), refresh=True)
+            self.screen.update(self._draw(), refresh=True)
 
     # ----------------------------------------------------------------------------------------- records
 
@@ -83,7 +83,7 @@ class Live:
         self.held_out = {reading: rows[-1] for reading, rows in record.get("validation", {}).items() if rows}
 
     def _experience(self, record: Event) -> None:
-        self.index, self.classes = record["index"], _listed(record["classes"], record["class_names"])
+        self.index, self.classes = record["index"], _list_classes(record["classes"], record["class_names"])
         self.began = time.monotonic()
         self.step, self.tick, self.within = None, None, {}
         self._plain(f"{self._place()}: {self.classes}")
@@ -103,14 +103,14 @@ class Live:
         place = f"{self._place()}, epoch {record['epoch'] + 1}"
         if record.get("part") == "val":
             self.held_out[reading] = row
-            self._plain(f"{place}, {HELD_OUT}: {_in_words(reading, row)}")
+            self._plain(f"{place}, {HELD_OUT}: {_format_row(reading, row)}")
         else:
             self.within[reading] = record["epoch"] + 1, row
-            self._plain(f"{place}: {_in_words(reading, row)}")
+            self._plain(f"{place}: {_format_row(reading, row)}")
 
     def _eval(self, record: Event) -> None:
-        learnt = record["experience"] + 1
-        rows = "; ".join(_in_words(reading, row[:learnt]) for reading, row in record["rows"].items())
+        n_learned = record["experience"] + 1
+        rows = "; ".join(_format_row(reading, row[:n_learned]) for reading, row in record["rows"].items())
         if record.get("part") == "val":
             self.held_out = dict(record["rows"])
             self._plain(f"{self._place()}, {HELD_OUT}: {rows}")
@@ -119,7 +119,7 @@ class Live:
         self.tick, self.within = None, {}
         for reading, row in record["rows"].items():
             self.rows.setdefault(reading, {})[record["experience"]] = row
-        self._plain(f"{self._place()} learnt in {_duration(self.took)}: {rows}")
+        self._plain(f"{self._place()} learned in {_format_duration(self.took)}: {rows}")
 
     def _message(self, record: Event) -> None:
         self.console.print(escape_unprintable(record["text"]), markup=False, soft_wrap=True)
@@ -133,32 +133,38 @@ class Live:
     def _place(self) -> str:
         return f"experience {self.index + 1} of {self.n}"
 
-    def _drawing(self) -> Group:
+    def _draw(self) -> Group:
+        """Return the whole display: place, losses, the accuracy so far."""
         step, tick = self.step, self.tick
         now = [self._place()]
         if self.phase not in ("", "train"):
             now.append(self.phase)
         if step:
             now += [f"epoch {step['epoch'] + 1}", f"step {step['step']:,} of {step['steps']:,}"]
-            now += [f"{step['images_per_second']:,.0f} images/s", f"{_duration(self._left(step['seconds_left']))} left"]
+            now += [
+                f"{step['images_per_second']:,.0f} images/s",
+                f"{_format_duration(self._left(step['seconds_left']))} left",
+            ]
         parts: list[Any] = [Text(f"{escape_unprintable(self.scenario)}: " + "  ".join(now), style="bold")]
         if step:
             losses = [f"{name} {loss:.4g}" for name, loss in step["losses"].items()]
             parts.append(Text(f"loss: {', '.join(losses)}; learning rate {step['lr']:.3g}"))
         if tick:
             parts.append(Text(f"{escape_unprintable(tick['name'])}: {tick['i']:,} of {tick['n']:,}"))
-        parts += [self._accuracy(reading) for reading in dict.fromkeys([*self.rows, *self.within])]
-        learnt = self.index + 1
-        parts += [Text(f"{HELD_OUT.capitalize()}: {_in_words(r, row[:learnt])}") for r, row in self.held_out.items()]
+        parts += [self._draw_accuracy(reading) for reading in dict.fromkeys([*self.rows, *self.within])]
+        n_learned = self.index + 1
+        parts += [
+            Text(f"{HELD_OUT.capitalize()}: {_format_row(r, row[:n_learned])}") for r, row in self.held_out.items()
+        ]
         return Group(*parts)
 
-    def _accuracy(self, reading: str) -> Table:
-        """The rows so far; with many experiences the latest ones, and of their columns the latest.
+    def _draw_accuracy(self, reading: str) -> Table:
+        """Return the accuracy matrix so far; of many experiences, the latest rows and columns that fit the terminal.
 
         Where rows or columns are left out, "..." stands in their place.
         """
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        drawn.add_column(f"{READINGS.get(reading, reading)}, %")
+        drawn.add_column(f"{MODES.get(reading, reading)}, %")
         rows = {f"after {i + 1}": (i + 1, row) for i, row in self.rows.get(reading, {}).items()}
         if reading in self.within:
             epoch, row = self.within[reading]
@@ -178,12 +184,12 @@ class Live:
             tallest = max(1, tallest - 1)
             drawn.add_row("...")
         for name, (seen, row) in list(rows.items())[-tallest:]:
-            shown = [percent(row[j]) if j < len(row) else "" for j in columns]
-            drawn.add_row(name, *([""] if first else []), *shown, percent(_mean(row[:seen])))
+            shown = [format_percent(row[j]) if j < len(row) else "" for j in columns]
+            drawn.add_row(name, *([""] if first else []), *shown, format_percent(_mean(row[:seen])))
         return drawn
 
     def _left(self, left: float) -> float:
-        """Return the seconds to the end of the run, if each experience to come takes as long as this one."""
+        """Estimate the seconds to the end of the run, if each experience to come takes as long as this one."""
         so_far = time.monotonic() - self.phase_began
         return left + (self.n - self.index - 1) * (self.took or so_far + left)
 
@@ -193,13 +199,13 @@ def _mean(row: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _in_words(reading: str, row: list[float | None]) -> str:
-    known = " ".join(percent(share) for share in row if share is not None)
-    return f"{READINGS.get(reading, reading)} accuracy {percent(_mean(row))} % ({known})"
+def _format_row(reading: str, row: list[float | None]) -> str:
+    known = " ".join(format_percent(share) for share in row if share is not None)
+    return f"{MODES.get(reading, reading)} accuracy {format_percent(_mean(row))} % ({known})"
 
 
-def _listed(classes: list[int], names: list[str]) -> str:
-    """The names; a range, or the first of them, where they are many."""
+def _list_classes(classes: list[int], names: list[str]) -> str:
+    """Return the names of classes as a phrase: a range, or the first of them, if they are many."""
     if len(names) == 1:
         return f"class {names[0]}"
     if len(names) > 2 and names == [str(k) for k in range(classes[0], classes[-1] + 1)]:
@@ -209,7 +215,7 @@ def _listed(classes: list[int], names: list[str]) -> str:
     return "classes " + ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -42,7 +42,9 @@ app.add_typer(plugins_app, name="plugins")
 app.add_typer(scenarios_app, name="scenarios")
 
 
-def _completed(kind: registry.Kind) -> Callable[[str], list[str]]:
+def _complete(kind: registry.Kind) -> Callable[[str], list[str]]:
+    """Return a function that lists the names of this kind that begin with a given text."""
+
     def complete(incomplete: str) -> list[str]:
         return [name for name in registry.names(kind) if name.startswith(incomplete)]
 
@@ -57,15 +59,15 @@ DataRoot = Annotated[
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=VALUE", help="One option to check it with, such as NAME.size=20; repeatable."),
+    typer.Option("--set", metavar="A.B=VALUE", help="One option to check with, such as NAME.size=20; repeatable."),
 ]
-NewName = Annotated[str, typer.Argument(metavar="NAME", help="How a run will call it: small letters, digits, hyphens.")]
+NewName = Annotated[str, typer.Argument(metavar="NAME", help="Name in a run: small letters, digits, hyphens.")]
 NewFolder = Annotated[
     Path | None, typer.Option("--output", metavar="FOLDER", help="Folder to write [default: NAME, here].")
 ]
 OfPlugins = Annotated[
     Literal["plugin", "backbone"],
-    typer.Option(metavar="plugin|backbone", help="What it is [default: plugin].", show_default=False),
+    typer.Option(metavar="plugin|backbone", help="Kind of the component [default: plugin].", show_default=False),
 ]
 
 
@@ -80,14 +82,15 @@ def read_whole(text: str) -> int:
     raise typer.BadParameter(f"{text!r} is not a valid integer.")
 
 
-def _whole(help: str) -> Any:
+def _whole_number(help: str) -> Any:
+    """Return an option that takes a whole number."""
     return typer.Option(metavar="N", parser=read_whole, help=help)
 
 
 RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 Task = Annotated[
     int | None,
-    _whole("The images are of task N, the N-th experience; they count from 1."),
+    _whole_number("Task of the images: the N-th experience, counted from 1."),
 ]
 
 
@@ -96,7 +99,7 @@ def _clframe(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    pass  # `main` takes these two out of the arguments, so that they work in every place
+    pass  # `main` takes both out of the arguments, so that they work in every place
 
 
 @app.command()
@@ -107,8 +110,8 @@ def run(
             "--scenario",
             "-s",
             metavar="NAME",
-            help="What to learn [default: split-digits].",
-            autocompletion=_completed("scenario"),
+            help="Scenario to learn [default: split-digits].",
+            autocompletion=_complete("scenario"),
         ),
     ] = None,
     plugin: Annotated[
@@ -117,12 +120,13 @@ def run(
             "--plugin",
             "-p",
             metavar="NAME",
-            help="A method that takes part; repeatable [default: plain fine-tuning].",
-            autocompletion=_completed("plugin"),
+            help="Method to learn with; repeatable [default: plain fine-tuning].",
+            autocompletion=_complete("plugin"),
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE.yaml", help="Settings, such as a run's config.yaml.")
+        Path | None,
+        typer.Option("--config", "-c", metavar="FILE.yaml", help="File of settings, such as the config.yaml of a run."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -131,7 +135,8 @@ def run(
         ),
     ] = None,
     setting: Annotated[
-        str | None, typer.Option(metavar="class|task|domain", help="What is told at test time, and what is asked.")
+        str | None,
+        typer.Option(metavar="class|task|domain", help="Evaluation setting: class-, task- or domain-incremental."),
     ] = None,
     model: Annotated[
         str | None,
@@ -139,18 +144,18 @@ def run(
             "--model",
             "-m",
             metavar="NAME",
-            help="Backbone [default: what suits the scenario].",
-            autocompletion=_completed("model"),
+            help="Backbone [default: the one that suits the scenario].",
+            autocompletion=_complete("model"),
         ),
     ] = None,
-    epochs: Annotated[int | None, _whole("Passes over the data of each experience.")] = None,
-    iterations: Annotated[int | None, _whole("Steps per experience, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, _whole("Images of a step.")] = None,
+    epochs: Annotated[int | None, _whole_number("Passes over the data of each experience.")] = None,
+    iterations: Annotated[int | None, _whole_number("Steps per experience, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, _whole_number("Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    seed: Annotated[int | None, _whole("Of everything random [default: 0].")] = None,
-    limit: Annotated[int | None, _whole("Images per class, of training and of test data.")] = None,
+    seed: Annotated[int | None, _whole_number("Seed of all random numbers [default: 0].")] = None,
+    limit: Annotated[int | None, _whole_number("Images per class, in training and in test data.")] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute [default: auto].")
+        str | None, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on [default: auto].")
     ] = None,
     data_root: DataRoot = None,
     output: Annotated[
@@ -164,18 +169,18 @@ def run(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn a scenario and print how much of it is remembered."""
+    """Learn a scenario and print its accuracy matrix."""
     from clframe.config import resolve, to_yaml
 
-    def resolved() -> Config:
+    def resolve_all() -> Config:
         return resolve(
-            scenario=_given(name=scenario, setting=setting, limit=limit),
+            scenario=_drop_none(name=scenario, setting=setting, limit=limit),
             model=model,
             plugins=plugin or (),
             yaml_file=config,
             sets=set_ or (),
-            train=_given(epochs=epochs, iterations=iterations, batch_size=batch_size, lr=lr),
-            run=_given(
+            train=_drop_none(epochs=epochs, iterations=iterations, batch_size=batch_size, lr=lr),
+            run=_drop_none(
                 seed=seed,
                 device=device,
                 data_root=data_root,
@@ -186,16 +191,16 @@ def run(
         )
 
     def learn(listeners: Sequence[Listener]) -> Results:
-        settings = resolved()
+        settings = resolve_all()
         from clframe.api import run_config
 
-        with _in_a_folder(settings):
+        with _use_folder(settings):
             return run_config(settings, listeners=listeners)
 
     if not dry_run:
-        _shown(learn, quiet, json)
+        _show_run(learn, quiet, json)
         return
-    settings = resolved()
+    settings = resolve_all()
     compose.manager([registry.build_plugin(name, options) for name, options in settings.plugins.items()])
     if json:
         show.document(settings.model_dump())
@@ -208,19 +213,19 @@ def resume(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run.")],
     allow_env_change: Annotated[
         bool,
-        typer.Option("--allow-env-change", help="Go on with another torch, device or number of threads."),
+        typer.Option("--allow-env-change", help="Continue with another torch, device or number of threads."),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with a run that was stopped, to the same figures."""
+    """Continue a run that was stopped, to the same figures."""
 
     def go_on(listeners: Sequence[Listener]) -> Results:
         from clframe.api import resume
 
         return resume(folder, allow_env_change=allow_env_change, listeners=listeners, progress=False)
 
-    _shown(go_on, quiet, json)
+    _show_run(go_on, quiet, json)
 
 
 @app.command()
@@ -229,7 +234,7 @@ def extend(
     scenario: Annotated[
         str,
         typer.Option(
-            "--scenario", "-s", metavar="NAME", help="What to learn now.", autocompletion=_completed("scenario")
+            "--scenario", "-s", metavar="NAME", help="Scenario to learn next.", autocompletion=_complete("scenario")
         ),
     ],
     plugin: Annotated[
@@ -238,23 +243,25 @@ def extend(
             "--plugin",
             "-p",
             metavar="NAME",
-            help="A method that joins the run's, such as lwf; repeatable.",
-            autocompletion=_completed("plugin"),
+            help="Method that joins those of the run, such as lwf; repeatable.",
+            autocompletion=_complete("plugin"),
         ),
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Images of old classes, a folder of each, for a method that joins."),
+        typer.Option(
+            metavar="FOLDER", help="Images of old classes, one folder for each class, for a method that joins."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="One setting that is not to be the run's; repeatable."),
+        typer.Option("--set", metavar="A.B=VALUE", help="One setting that differs from those of the run; repeatable."),
     ] = None,
-    epochs: Annotated[int | None, _whole("Passes over the new data.")] = None,
-    iterations: Annotated[int | None, _whole("Steps, instead of epochs.")] = None,
+    epochs: Annotated[int | None, _whole_number("Passes over the new data.")] = None,
+    iterations: Annotated[int | None, _whole_number("Steps on the new data, instead of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    limit: Annotated[int | None, _whole("Images per class.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = None,
+    limit: Annotated[int | None, _whole_number("Images per class.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on.")] = None,
     data_root: DataRoot = None,
     output: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder of the new run [default: a new one under runs/].")
@@ -263,18 +270,21 @@ def extend(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Let the model of a finished run learn more; what is not set is as it was in the run, which stays as it is."""
+    """Train the model of a finished run on new data.
+
+    Settings that are not given are those of that run, which stays unchanged.
+    """
 
     def go_on(listeners: Sequence[Listener]) -> Results:
         from clframe.api import extension_config, run_config
 
         settings = extension_config(
             expand_home(folder),
-            {"name": scenario, **_given(limit=limit)},
+            {"name": scenario, **_drop_none(limit=limit)},
             plugins={name: {} for name in plugin or ()},
             sets=set_ or (),
-            train=_given(epochs=epochs, iterations=iterations, lr=lr),
-            run=_given(
+            train=_drop_none(epochs=epochs, iterations=iterations, lr=lr),
+            run=_drop_none(
                 old_images=images,
                 device=device,
                 data_root=data_root,
@@ -282,41 +292,46 @@ def extend(
                 tensorboard=False if no_tensorboard else None,
             ),
         )
-        with _in_a_folder(settings):
+        with _use_folder(settings):
             return run_config(settings, listeners=listeners)
 
-    _shown(go_on, quiet, json)
+    _show_run(go_on, quiet, json)
 
 
 @app.command()
 def predict(
     folder: RunFolderArgument,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files, and folders of them.")],
-    top: Annotated[int, typer.Option(metavar="K", help="How many classes of each image to tell.")] = 1,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Image files, and folders of image files.")],
+    top: Annotated[int, typer.Option(metavar="K", help="Number of classes to print for each image.")] = 1,
     task: Task = None,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out files that cannot be read, and name them.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say what images are, by the model of a finished run."""
-    from clframe.cli.use import predicted
+    """Classify images with the model of a finished run."""
+    from clframe.cli.predict import print_predictions
 
-    predicted(folder, images, top, task, skip_unreadable, json)
+    print_predictions(folder, images, top, task, skip_unreadable, json)
 
 
 @app.command()
 def export(
     folder: RunFolderArgument,
-    format_: Annotated[str, typer.Option("--format", metavar="safetensors|torch-export|onnx", help="Of the file.")],
-    output: Annotated[str, typer.Option("--output", metavar="FILE", help="Where to write it.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="safetensors|torch-export|onnx", help="Format of the file.")
+    ],
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="File to write.")],
     task: Task = None,
     json: Json = False,
 ) -> None:
-    """Write the model of a finished run to a file that answers as it does."""
-    from clframe.cli.use import exported
+    """Write the model of a finished run to a file.
 
-    exported(folder, format_, output, task, json)
+    The file takes raw images and gives the same scores; both are compared before the file is kept.
+    """
+    from clframe.cli.export import export_model
+
+    export_model(folder, format_, output, task, json)
 
 
 @app.command()
@@ -333,32 +348,32 @@ def doctor(data_root: DataRoot = None, json: Json = False) -> None:
 
 @plugins_app.command("list")
 def list_plugins(json: Json = False) -> None:
-    """List all plugins; nothing of them is imported."""
+    """List all plugins, without importing them."""
     _list("plugin", json)
 
 
 @plugins_app.command("show")
 def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("plugin"))], json: Json = False
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("plugin"))], json: Json = False
 ) -> None:
     """Show a plugin, its options and its hooks."""
-    from clframe.cli.about import about_plugin
+    from clframe.cli import about
 
-    about_plugin(name, json)
+    about.show_plugin(name, json)
 
 
 @plugins_app.command("check")
 def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("plugin"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("plugin"))],
     set_: Sets = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="NAME", help="Backbone to check it with [default: cnn-small]."),
+        typer.Option("--model", "-m", metavar="NAME", help="Backbone to check the plugin with [default: cnn-small]."),
     ] = None,
     kind: OfPlugins = "plugin",
     json: Json = False,
 ) -> int:
-    """Check that a plugin holds to the contract: what fails, and why."""
+    """Check a plugin against the contract, and print what fails and why."""
     from clframe.cli.contract import check_backbone, check_plugin
 
     if kind == "plugin":
@@ -368,7 +383,7 @@ def check_plugin(
 
 @plugins_app.command("new")
 def new_plugin(name: NewName, output: NewFolder = None, kind: OfPlugins = "plugin") -> None:
-    """Write a package with a plugin that works, to make one's own of."""
+    """Write a package with a working plugin, as a start for your own."""
     from clframe.cli.new import write
 
     write("plugin" if kind == "plugin" else "model", name, output)
@@ -376,11 +391,11 @@ def new_plugin(name: NewName, output: NewFolder = None, kind: OfPlugins = "plugi
 
 @scenarios_app.command("check")
 def check_scenario(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("scenario"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("scenario"))],
     set_: Sets = None,
     json: Json = False,
 ) -> int:
-    """Check that a scenario holds to the contract: what fails, and why."""
+    """Check a scenario against the contract, and print what fails and why."""
     from clframe.cli.contract import check_scenario
 
     return check_scenario(name, set_ or (), json)
@@ -388,7 +403,7 @@ def check_scenario(
 
 @scenarios_app.command("new")
 def new_scenario(name: NewName, output: NewFolder = None) -> None:
-    """Write a package with a scenario that works, to make one's own of."""
+    """Write a package with a working scenario, as a start for your own."""
     from clframe.cli.new import write
 
     write("scenario", name, output)
@@ -396,19 +411,20 @@ def new_scenario(name: NewName, output: NewFolder = None) -> None:
 
 @scenarios_app.command("list")
 def list_scenarios(json: Json = False) -> None:
-    """List all scenarios; nothing of them is imported."""
+    """List all scenarios, without importing them."""
     _list("scenario", json)
 
 
 @scenarios_app.command("show")
 def show_scenario(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_completed("scenario"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("scenario"))],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="One setting, as `run` takes it; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="One setting, as in `clframe run`; repeatable."),
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Write the split, to run from it with --scenario FILE.json."),
+        typer.Option(metavar="FILE.json", help="Write the split to a file for --scenario FILE.json."),
     ] = None,
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw some training images of each experience.")
@@ -417,13 +433,13 @@ def show_scenario(
     json: Json = False,
 ) -> None:
     """Show a scenario and its options; nothing is downloaded."""
-    from clframe.cli.about import about_scenario
+    from clframe.cli import about
 
-    about_scenario(name, set_ or (), data_root, save, sheet, json)
+    about.show_scenario(name, set_ or (), data_root, save, sheet, json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and give the exit code; every error ends here, as a sentence."""
+    """Run the command line and return the exit code; every error is printed here, as a sentence."""
     # GNU's OpenMP, which torch uses on Linux, lets idle threads spin: where another program wants their cores too, a
     # step of a small network takes fifty times as long. Spinning for microseconds is enough.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -432,20 +448,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     if given in ([], ["plugins"], ["scenarios"]):
         given.append("--help")
-    with streams.in_order() as output, streams.stoppable() as signals:
-        return _ended(given, debug, output, signals)
+    with streams.guard_streams() as output, streams.stop_on_signals() as signals:
+        return _run_command(given, debug, output, signals)
 
 
-def _ended(given: list[str], debug: bool, output: streams.Watched, signals: Sequence[int]) -> int:
-    """Do what the arguments `given` ask for and return the exit code; `signals` are those that came meanwhile."""
+def _run_command(given: list[str], debug: bool, output: streams.Watched, signals: Sequence[int]) -> int:
+    """Run the command `given`, print what ends it, and return the exit code; `signals` lists those that came."""
     try:
-        code = _done(given)
+        code = _dispatch(given)
         if code == INTERRUPTED:
-            return _stopped(signals)
+            return _report_stop(signals)
         sys.stdout.flush()
         return code
     except BaseException as error:
-        # rich leaves with SystemExit; an error under way, such as that of a run, is told nevertheless
+        # rich leaves with SystemExit; an error under way, such as that of a run, is printed nevertheless
         if output.broken and (isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)):
             return 0
         if isinstance(error, SystemExit | GeneratorExit):
@@ -455,17 +471,17 @@ def _ended(given: list[str], debug: bool, output: streams.Watched, signals: Sequ
 
             traceback.print_exception(error)
         if signals and isinstance(error, KeyboardInterrupt | typer.Abort):
-            return _stopped(signals)
-        code, sentences = _explained(error, advice.options(app, given))
+            return _report_stop(signals)
+        code, sentences = _explain(error, advice.find_options(app, given))
         for sentence in sentences:
-            show.note(f"clframe: {advice.fitting(app, cut(sentence, SENTENCE), given)}")
-        with suppress(OSError):  # a full disk, as told
+            show.note(f"clframe: {advice.add_command(app, cut(sentence, SENTENCE), given)}")
+        with suppress(OSError):  # a full disk, as printed
             sys.stdout.flush()
         return code
 
 
-def _done(given: list[str]) -> int:
-    """Do what the arguments `given` ask for; return the exit code."""
+def _dispatch(given: list[str]) -> int:
+    """Run the command that the arguments `given` name and return its exit code."""
     if given[:1] == ["--version"]:
         show.line(f"clframe {__version__}")
         return 0
@@ -479,8 +495,8 @@ def _done(given: list[str]) -> int:
     return app(args=given, prog_name="clframe", standalone_mode=False) or 0
 
 
-def _stopped(signals: Sequence[int]) -> int:
-    """Say what stopped the command and return its exit code."""
+def _report_stop(signals: Sequence[int]) -> int:
+    """Print what stopped the command and return its exit code."""
     if not signals:
         show.note("Interrupted.")
         return INTERRUPTED
@@ -488,17 +504,18 @@ def _stopped(signals: Sequence[int]) -> int:
     return 128 + signals[0]
 
 
-def _explained(error: BaseException, options: frozenset[str]) -> tuple[int, Sequence[str]]:
-    """The exit code of an error and what to tell of it, in a command that has these options."""
-    usage: Any = typer.BadParameter.__base__  # typer's error of wrong use has no public name
+def _explain(error: BaseException, options: frozenset[str]) -> tuple[int, Sequence[str]]:
+    """Return the exit code of an error and the sentences to print, in a command that has these options."""
+    usage: Any = typer.BadParameter.__base__  # typer's usage error has no public name
     if isinstance(error, ClframeError):
         return error.code, str(error).split("\n")
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx else "clframe"
-        told = error.format_message().rstrip(".")
-        if told.startswith("Got unexpected extra argument") and "plugin" in (error.ctx.params if error.ctx else {}):
-            told += "; for several methods repeat `--plugin`"
-        return 2, [f"{told}{'' if told.endswith('?') else '.'} See `{command} --help`."]
+        message = error.format_message().rstrip(".")
+        if message.startswith("Got unexpected extra argument") and "plugin" in (error.ctx.params if error.ctx else {}):
+            message += "; for several methods repeat `--plugin`"
+        end = "" if message.endswith("?") else "."
+        return 2, [f"{message}{end} See `{command} --help`."]
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return INTERRUPTED, ["Interrupted."]
     if out_of_memory(error):
@@ -525,17 +542,17 @@ def _at(error: OSError) -> str:
     return f" ({error.filename})" if error.filename else ""
 
 
-def _given(**options: object) -> dict[str, Any]:
+def _drop_none(**options: object) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 @contextmanager
-def _in_a_folder(config: Config) -> Iterator[None]:
-    """Inside, the run has a folder, a new one if none is named; that goes away if nothing was begun in it."""
+def _use_folder(config: Config) -> Iterator[None]:
+    """Give the run a new folder if it names none; a new folder in which nothing was begun is removed afterwards."""
     if config.run.output is not None:
         yield
         return
-    config.run.output = str(_new_folder(config))
+    config.run.output = str(_make_folder(config))
     try:
         yield
     finally:
@@ -543,8 +560,8 @@ def _in_a_folder(config: Config) -> Iterator[None]:
             Path(config.run.output).rmdir()
 
 
-def _new_folder(config: Config) -> Path:
-    """Make a folder under runs/ that was not there and return its path; of two processes, each gets its own."""
+def _make_folder(config: Config) -> Path:
+    """Make a new folder under runs/ and return its path; two processes never get the same one."""
     from datetime import datetime
 
     methods = "+".join(config.plugins)[:80] or "finetuning"
@@ -558,8 +575,8 @@ def _new_folder(config: Config) -> Path:
     return folder
 
 
-def _shown(work: Callable[[Sequence[Listener]], Results], quiet: bool, json: bool) -> None:
-    """Do the work of a run, showing its course, and print its results."""
+def _show_run(work: Callable[[Sequence[Listener]], Results], quiet: bool, json: bool) -> None:
+    """Do the work of a run, show its progress, and print its results."""
     from clframe.cli.live import Live
 
     with Live(quiet) as live:
@@ -568,6 +585,7 @@ def _shown(work: Callable[[Sequence[Listener]], Results], quiet: bool, json: boo
 
 
 def _list(kind: registry.Kind, json: bool) -> None:
+    """Print the name, package and description of everything of this kind that is installed."""
     found = registry.offers(kind)
     if json:
         show.document(

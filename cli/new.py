@@ -1,4 +1,4 @@
-"""`plugins new` and `scenarios new`: a whole package that installs, runs and passes the contract as it is."""
+"""The commands `plugins new` and `scenarios new`: a package that installs, runs and passes the contract as it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clframe.system.reading import expand_home
 
 GROUP_OF = {"plugin": "plugins", "scenario": "scenarios", "model": "plugins"}  # of the command line
 KIND_OF = {"plugin": "plugin", "scenario": "scenario", "model": "backbone"}
-TRY = {  # how one runs it
+TRY = {  # arguments of `clframe run` that use it
     "plugin": "--scenario split-digits --plugin $name",
     "scenario": "--scenario $name",
     "model": "--scenario split-digits --model $name",
@@ -58,7 +58,7 @@ pytest                       # the contract, and what the $kind must compute
 """
 
 PLUGIN = '''\
-"""$title: weights are pulled to where the latest experience left them."""
+"""$title: a quadratic penalty that pulls weights to their values after the latest experience."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ from torch import Tensor
 
 
 class $factory(clframe.Plugin):
-    """Penalises changes of weights, each as much: L = loss + strength sum (theta - theta*)^2.
+    """A penalty on changes of weights, all weights alike: L = loss + strength sum (theta - theta*)^2.
 
     Options:
         strength: of the penalty.
     """
 
     name = "$name"
-    hook_api = $hook_api  # the version of the hooks that it is written for
+    hook_api = $hook_api  # the version of the hooks that the plugin is written for
     state = ("anchor",)  # what a checkpoint must hold
     citation = ""  # the paper
 
@@ -85,14 +85,14 @@ class $factory(clframe.Plugin):
 
     @hookimpl
     def penalty(self, run: clframe.Run) -> dict[str, Tensor] | None:
-        """The pull; none in the first experience."""
+        """Return the penalty; None in the first experience, where there is nothing to protect."""
         weights = dict(run.model.named_parameters())
         pulls = [(weights[name] - anchor).square().sum() for name, anchor in self.anchor.items()]
         return {self.name: self.strength * sum(pulls)} if pulls else None
 
     @hookimpl
     def after_experience(self, run: clframe.Run) -> None:
-        """Where the weights are now."""
+        """Keep the weights of this experience as the anchor of the next ones."""
         self.anchor = {name: p.detach().clone() for name, p in run.model.named_parameters()}
 '''
 
@@ -127,7 +127,7 @@ def test_the_penalty_is_the_squared_distance_times_the_strength():
 '''
 
 SCENARIO = '''\
-"""$title: bars of many directions, two of them in each experience."""
+"""$title: bars in eight directions, two directions in each experience."""
 
 from __future__ import annotations
 
@@ -143,12 +143,12 @@ SIZE = 8
 def $factory(
     *, experiences: options.Count = 4, per_class: options.Count = 50, setting: clframe.data.Setting = "class"
 ) -> clframe.Scenario:
-    """Grey images of 8 by 8 with a bar in one of eight directions, on noise.
+    """Build gray images of 8 by 8 with a bar in one of eight directions, on noise.
 
     Options:
         experiences: how many groups the eight directions are divided into.
         per_class: training images of each direction.
-        setting: what is told at test time, and what is asked.
+        setting: class-, task- or domain-incremental.
     """
     names = tuple(f"{180 * k // ANGLES} degrees" for k in range(ANGLES))
     arrays = clframe.Arrays("bars", *draw(per_class, seed=0), *draw(20, seed=1), names, clframe.Transform())
@@ -156,7 +156,7 @@ def $factory(
 
 
 def draw(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """So many bars of each direction: images [N, 1, 8, 8] uint8, labels [N]."""
+    """Draw `per_class` bars of each direction: images [N, 1, 8, 8] uint8, labels [N]."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(ANGLES).repeat(per_class)
     angle = torch.pi * y / ANGLES
@@ -166,7 +166,7 @@ def draw(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     return (noise + 155 * (distance < 1)[:, None]).to(torch.uint8), y
 
 
-# what `clframe run` takes where the user chooses nothing
+# the defaults of `clframe run` for this scenario
 $factory.backbone = {"name": "mlp", "hidden": [64]}
 $factory.train = {"epochs": 5, "lr": 1e-3}
 '''
@@ -193,7 +193,7 @@ def test_each_experience_has_two_directions():
 '''
 
 BACKBONE = '''\
-"""$title: convolutions, and the mean of what they see."""
+"""$title: convolutions, then the mean over all places."""
 
 from __future__ import annotations
 
@@ -220,12 +220,12 @@ class $cls(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head is given of images [B, C, H, W]: [B, width]."""
+        """Compute the features [B, width] of images [B, C, H, W], which are the input of the head."""
         return self.layers(x).mean((2, 3))
 
 
 def $factory(input_shape: Sequence[int], *, width: options.Count = 32, depth: options.Count = 3) -> $cls:
-    """A few convolutions, for small images.
+    """Build a few convolutions, for small images.
 
     Options:
         width: channels of each layer.
@@ -258,16 +258,16 @@ SOURCES = {"plugin": (PLUGIN, PLUGIN_TEST), "scenario": (SCENARIO, SCENARIO_TEST
 
 
 def write(kind: registry.Kind, name: str, output: Path | None) -> None:
-    """Write the package of a `kind` called `name` to the folder `output`, and say how to go on.
+    """Write the package of a `kind` called `name` to the folder `output`, and print how to go on.
 
     Raises `UsageError` if the name or the folder cannot be used; nothing is written then.
     """
     folder = expand_home(output or name)
-    if problems := problems_of(kind, name):
+    if problems := find_problems(kind, name):
         raise UsageError(*problems)
     if folder.exists():
         raise UsageError(f"{folder} exists already: name another folder with `--output`.")
-    for file, text in files(kind, name).items():
+    for file, text in fill_templates(kind, name).items():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
     flag = _flag(kind)
@@ -277,8 +277,8 @@ def write(kind: registry.Kind, name: str, output: Path | None) -> None:
     show.line(f"Then run it: clframe run {Template(TRY[kind]).substitute(name=name)}")
 
 
-def problems_of(kind: registry.Kind, name: str) -> list[str]:
-    """One sentence for each reason why `name` cannot be that of a new package."""
+def find_problems(kind: registry.Kind, name: str) -> list[str]:
+    """Return one sentence for each reason why a new package cannot be called `name`."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         return [
             f"`{name}` is no name for a {KIND_OF[kind]}: take small letters, digits and single hyphens between them."
@@ -292,13 +292,13 @@ def problems_of(kind: registry.Kind, name: str) -> list[str]:
         return [f"`{name}` is a word of Python: choose another for the {KIND_OF[kind]}."]
     if found := [offer for offer in registry.offers(kind) if offer.name == name]:
         return [f"The package `{found[0].package}` offers a {KIND_OF[kind]} `{name}` already: choose another name."]
-    if taken := _installed(_package(name)):
-        return [f"A package `{taken}` is installed already: choose another name for the {KIND_OF[kind]}."]
+    if installed := _find_installed(_package(name)):
+        return [f"A package `{installed}` is installed already: choose another name for the {KIND_OF[kind]}."]
     return []
 
 
-def files(kind: registry.Kind, name: str) -> dict[str, str]:
-    """The files of the package by their names."""
+def fill_templates(kind: registry.Kind, name: str) -> dict[str, str]:
+    """Return the text of each file of the package, by the name of the file."""
     module = _package(name).replace("-", "_")
     values = {
         "name": name,
@@ -325,7 +325,7 @@ def _flag(kind: registry.Kind) -> str:
 
 
 def _package(name: str) -> str:
-    """The distribution: of a name of its own, as `name` may be that of anything in the package index."""
+    """Return the name of the distribution; the prefix keeps it apart from other packages called `name` on the index."""
     return f"clframe-{name}"
 
 
@@ -333,7 +333,8 @@ def _class(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("-"))
 
 
-def _installed(package: str) -> str | None:
+def _find_installed(package: str) -> str | None:
+    """Return the name of an installed distribution, or module, that is called like `package`; None if none is."""
     from importlib import metadata, util
 
     try:

@@ -1,4 +1,4 @@
-"""How commands print: tables on a terminal, plain lines in a pipe, one JSON document if asked."""
+"""Printing of commands: tables on a terminal, plain lines in a pipe, one JSON document if asked for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from clframe.options import Option
     from clframe.runs.results import Results
 
-READINGS = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
+MODES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
 HELD_OUT = "images held out"  # of the training images, by `train.val`
 Rows = Sequence[Sequence[str]]
 
 
 def line(text: str = "") -> None:
-    """Print one line to stdout; what a terminal would act on in `text`, such as a class's name, becomes an escape."""
+    """Print one line to stdout; characters of `text` that a terminal would act on become escapes."""
     print(escape_unprintable(text))
 
 
@@ -38,15 +38,15 @@ def note(text: str) -> None:
 
 
 def document(data: Mapping[str, Any] | Sequence[Any]) -> None:
-    """`data` as the one JSON document of a command."""
+    """Print `data` as the one JSON document of a command."""
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     text = json.dumps(data, indent=2, ensure_ascii=not utf8, default=str)
-    for one in text.split("\n"):  # JSON leaves some of them
+    for one in text.split("\n"):  # JSON escapes some of them only
         print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", one))
 
 
 def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
-    """A table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`)."""
+    """Print a table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`)."""
     headers, rows = (
         [escape_unprintable(header) for header in headers],
         [[escape_unprintable(cell) for cell in row] for row in rows],
@@ -74,66 +74,68 @@ def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
 
 
 def options(found: Sequence[Option]) -> None:
-    """The table of a plugin's, or a scenario's, options."""
+    """Print the table of the options of a plugin or scenario."""
     if not found:
         line("Options: none")
         return
     line("Options:")
     table(
         ["name", "type", "default", "meaning"],
-        [[option.name, option.type, default(option), option.doc] for option in found],
+        [[option.name, option.type, format_default(option), option.doc] for option in found],
     )
 
 
-def default(option: Option) -> str:
-    """The default of an option as YAML and ``--set`` write it."""
+def format_default(option: Option) -> str:
+    """Return the default of an option as YAML and ``--set`` write it."""
     from clframe.options import REQUIRED
 
-    return "(required)" if option.default is REQUIRED else value(option.default)
+    return "(required)" if option.default is REQUIRED else format_value(option.default)
 
 
-def value(given: object) -> str:
-    """A value as YAML and ``--set`` write it."""
+def format_value(given: object) -> str:
+    """Return a value as YAML and ``--set`` write it."""
     return given if isinstance(given, str) else json.dumps(given, default=str)
 
 
-def option_data(option: Option) -> dict[str, Any]:
-    """An option as JSON has it."""
+def describe_option(option: Option) -> dict[str, Any]:
+    """Return an option as the JSON documents hold it."""
     from clframe.options import REQUIRED
 
     known = {} if option.default is REQUIRED else {"default": option.default}
     return {"name": option.name, "type": option.type, **known, "doc": option.doc}
 
 
-def percent(share: float | None) -> str:
-    """A share of 1 in percent; a dash if there is none."""
+def format_percent(share: float | None) -> str:
+    """Return a share of 1 in percent; a dash for None."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def share(confidence: float | None) -> str:
-    """A confidence in percent, never rounded up to certainty; a dash if there is none."""
-    return "-" if confidence is None else f"{min(100 * confidence, 99.9):.1f}%" if confidence < 1 else "100.0%"
+def format_confidence(confidence: float | None) -> str:
+    """Return a confidence in percent, never rounded up to certainty; a dash for None."""
+    if confidence is None:
+        return "-"
+    return f"{min(100 * confidence, 99.9):.1f}%" if confidence < 1 else "100.0%"
 
 
 def results(finished: Results, as_json: bool) -> None:
-    """What a run ends with: the accuracy matrices, the measures, and where everything is."""
+    """Print the results of a run: the accuracy matrices, the measures, and the folder of the run."""
     folder = str(finished.folder) if finished.folder else None
     curves = folder and finished.folder and (finished.folder / "tensorboard").is_dir()
-    command = f"{_tensorboard()} --logdir {shlex.quote(folder)}" if folder and curves else None
+    command = f"{_find_tensorboard()} --logdir {shlex.quote(folder)}" if folder and curves else None
     if as_json:
         document({"folder": folder, "tensorboard": command, **finished.data, "timings": finished.timings})
         return
-    of_held_out = {f"{READINGS.get(r, r)}, {HELD_OUT}": matrix for r, matrix in finished.validation.items()}
-    of_test = {READINGS.get(r, r): matrix for r, matrix in finished.accuracy.items()}
+    of_held_out = {f"{MODES.get(r, r)}, {HELD_OUT}": matrix for r, matrix in finished.validation.items()}
+    of_test = {MODES.get(r, r): matrix for r, matrix in finished.accuracy.items()}
     for title, matrix in (of_test | of_held_out).items():
         line(f"Accuracy in percent, {title}:")
         columns = range(1, max(map(len, matrix), default=0) + 1)
         table(
             ["", *(f"on {j}" for j in columns)],
             [
-                [f"after {i}", *map(percent, row)]
+                [f"after {i}", *map(format_percent, row)]
                 for i, row in enumerate(matrix, start=1)
-                if any(share is not None for share in row)  # a joint run learns at its end, all at once
+                if any(share is not None for share in row)  # a joint run learns at its end, all experiences at once
             ],
             numbers=True,
         )
@@ -142,8 +144,8 @@ def results(finished: Results, as_json: bool) -> None:
     measures = finished.measures
     names = list(dict.fromkeys(name for of in measures.values() for name, v in of.items() if v is not None))
     table(
-        ["Measure, in percent", *(READINGS.get(reading, reading) for reading in measures)],
-        [[name.replace("_", " "), *(percent(of.get(name)) for of in measures.values())] for name in names],
+        ["Measure, in percent", *(MODES.get(reading, reading) for reading in measures)],
+        [[name.replace("_", " "), *(format_percent(of.get(name)) for of in measures.values())] for name in names],
         numbers=True,
     )
     for sentence in finished.notes():
@@ -156,8 +158,8 @@ def results(finished: Results, as_json: bool) -> None:
         line(f"Curves: {command}")
 
 
-def _tensorboard() -> str:
-    """The command that starts TensorBoard; the one beside this Python where none is on the path."""
+def _find_tensorboard() -> str:
+    """Return the command that starts TensorBoard; the one beside this Python if none is on the path."""
     if shutil.which("tensorboard"):
         return "tensorboard"
     beside = Path(sys.executable).with_name("tensorboard")

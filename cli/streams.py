@@ -1,4 +1,4 @@
-"""Standard streams and signals of a command: a reader that goes away, a stream that is closed, a request to stop."""
+"""Standard streams and signals of a command: a closed pipe, a closed stream, a request to stop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 
 class Watched:
-    """A standard stream whose first failure is remembered in ``broken``; and forgiven, if it holds only messages.
+    """A standard stream that remembers in ``broken`` that its reader went away; failures of messages may be ignored.
 
     Args:
-        stream: what is written to; after its first failure, the null device.
-        forgiven: a failure ends nothing.
+        stream: the stream to write to; after its first failure, the null device.
+        forgiven: a failure raises nothing.
     """
 
     def __init__(self, stream: Any, *, forgiven: bool) -> None:
@@ -52,7 +52,7 @@ class Watched:
 
 
 def silence(stream: Any) -> None:
-    """Let the descriptor of `stream` lead to the null device: what is buffered must not fail again at exit."""
+    """Redirect the descriptor of `stream` to the null device, so that buffered text does not fail again at exit."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -60,12 +60,12 @@ def silence(stream: Any) -> None:
 
 
 @contextmanager
-def in_order() -> Iterator[Watched]:
-    """Inside, both standard streams are open, take every character, and a broken standard error ends nothing.
+def guard_streams() -> Iterator[Watched]:
+    """Keep both standard streams open and writable for every character; a broken standard error raises nothing.
 
-    Gives standard output, whose ``broken`` says that its reader went away, as that of a pipe to `head`.
+    Yields standard output, whose ``broken`` says that its reader went away, such as `head` at the end of a pipe.
     """
-    with suppress(OSError):  # a file of the run must not get the number of a closed standard stream
+    with suppress(OSError):  # else a file of the run would get the number of a closed standard stream
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(descriptor, True)
         os.close(descriptor)
@@ -84,8 +84,8 @@ def in_order() -> Iterator[Watched]:
 
 
 @contextmanager
-def stoppable() -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does; the numbers that came are in the list."""
+def stop_on_signals() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does; the list holds the numbers that came."""
     came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -93,10 +93,10 @@ def stoppable() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield came  # only the main thread can be told of signals
+        yield came  # only the main thread can handle signals
         return
     numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
-    # what is ignored, as SIGHUP under `nohup`, stays so
+    # an ignored signal, such as SIGHUP under `nohup`, stays ignored
     before = {number: signal.getsignal(number) for number in numbers}
     numbers = [number for number in numbers if before[number] == signal.SIG_DFL]
     for number in numbers:

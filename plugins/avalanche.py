@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clframe.avalanche.adapter import quiet
+from clframe.avalanche.adapter import silence_warnings
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.errors import UsageError, did_you_mean
@@ -201,7 +201,7 @@ class AvalanchePlugin(Plugin):
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
         """Call the events with which Avalanche's `train` ends."""
-        with quiet(DeprecationWarning):
+        with silence_warnings(DeprecationWarning):
             self._call("after_training_exp", **self.arguments)
             self._call("after_training")
         self.memory = None
@@ -394,7 +394,7 @@ def _repeat(loader: Iterable[Any]) -> Iterator[Any]:
 @lru_cache(maxsize=len(TESTED))
 def _make_class(variant: str) -> type[Plugin]:
     """Return the class of ``avalanche:variant``, whose options are those of Avalanche's constructor."""
-    with quiet(Warning):
+    with silence_warnings(Warning):
         from avalanche.training import plugins
     theirs: Any = getattr(plugins, TESTED[variant][0])
     hints = get_type_hints(theirs.__init__) | HINTS[variant]

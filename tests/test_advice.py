@@ -22,7 +22,7 @@ from clframe.settings import START, RunSettings, TrainSettings
 from clframe.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = advice.commands(app)
+COMMANDS = advice.list_options(app)
 FOREIGN = {"--verify", "--no-build-isolation", "--logdir"}  # of git, pip and TensorBoard
 SETTING = re.compile(r"`([a-z][a-z-]*)\.([a-z_0-9]+)(?:=([^`{]+))?`")
 OWN = {"huggingface": "huggingface:x", "torchvision": "torchvision:resnet18", "avalanche": "avalanche:SplitMNIST"}
@@ -58,8 +58,8 @@ def test_the_commands_and_their_options_are_found():
     assert {"--set", "-s", "--no-tensorboard", "--help"} <= COMMANDS["run",]
     assert COMMANDS["resume",] == {"--allow-env-change", "--json", "--quiet", "-q", *advice.EVERYWHERE}
     assert "--set" in COMMANDS["scenarios", "show"]
-    assert advice.options(app, ["scenarios", "show", "x"]) == COMMANDS["scenarios", "show"]
-    assert advice.options(app, ["rn"]) == advice.EVERYWHERE
+    assert advice.find_options(app, ["scenarios", "show", "x"]) == COMMANDS["scenarios", "show"]
+    assert advice.find_options(app, ["rn"]) == advice.EVERYWHERE
 
 
 def test_every_option_that_a_text_names_is_one_of_a_command():
@@ -71,7 +71,7 @@ def test_every_option_that_a_text_names_is_one_of_a_command():
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_what_a_command_advises_it_has_or_says_which_command_has_it(words: tuple[str, ...]):
     for text in filter(named, TEXTS):
-        said = advice.fitting(app, text, [*words, "x"])
+        said = advice.add_command(app, text, [*words, "x"])
         lacking = [option for option in named(text) if option not in COMMANDS[words] | FOREIGN]
         if not lacking:
             assert said == text
@@ -181,7 +181,7 @@ def test_an_error_advises_what_its_command_has(
     def fails(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_done", fails)
+    monkeypatch.setattr(cli, "_dispatch", fails)
     main(command.split())
     assert said in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import clframe
 from clframe import Plugin, hookimpl, registry
-from clframe.avalanche.adapter import quiet
+from clframe.avalanche.adapter import silence_warnings
 from clframe.cli.main import main
 from clframe.errors import DataError, UsageError
 from clframe.hooks import HOOKS
@@ -385,9 +385,9 @@ def test_what_avalanche_deprecates_and_calls_itself_is_not_told_and_other_warnin
 def test_what_is_not_told_is_no_error_either():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with quiet(DeprecationWarning):
+        with silence_warnings(DeprecationWarning):
             warnings.warn("theirs", DeprecationWarning, stacklevel=1)
-        with pytest.raises(UserWarning, match="ours"), quiet(DeprecationWarning):
+        with pytest.raises(UserWarning, match="ours"), silence_warnings(DeprecationWarning):
             warnings.warn("ours", UserWarning, stacklevel=1)
 
 

@@ -88,7 +88,7 @@ def test_run_writes_a_folder_and_prints_results_to_stdout_and_progress_to_stderr
     assert re.search(rf"^average accuracy +{100 * measure:.1f} ", out, re.M)
     assert lines[-1] == "Run folder: out"
     assert err.splitlines()[0] == "experience 1 of 5: classes 0 and 1"
-    assert re.match(r"experience 1 of 5 learnt in \d+\.\d s: class-incremental accuracy ", err.splitlines()[1])
+    assert re.match(r"experience 1 of 5 learned in \d+\.\d s: class-incremental accuracy ", err.splitlines()[1])
     assert len(err.splitlines()) == 10
 
 
@@ -283,7 +283,7 @@ def test_every_error_ends_as_a_sentence_and_an_exit_code(capsys, monkeypatch, er
     def fails(*arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_new_folder", fails)
+    monkeypatch.setattr(cli, "_make_folder", fails)
     assert main(["run"]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -486,11 +486,11 @@ def test_in_a_pipe_each_experience_and_evaluation_is_a_line(capsys):
     assert lines == [
         "experience 1 of 2: classes 0 and 1",
         "experience 1 of 2, epoch 2: class-incremental accuracy 50.0 % (50.0)",
-        "experience 1 of 2 learnt in T: class-incremental accuracy 100.0 % (100.0); "
+        "experience 1 of 2 learned in T: class-incremental accuracy 100.0 % (100.0); "
         "task-incremental accuracy 100.0 % (100.0)",
         "experience 2 of 2: classes 2 and 3",
         "experience 2 of 2, epoch 2: class-incremental accuracy 50.0 % (50.0 50.0)",
-        "experience 2 of 2 learnt in T: class-incremental accuracy 62.5 % (25.0 100.0); "
+        "experience 2 of 2 learned in T: class-incremental accuracy 62.5 % (25.0 100.0); "
         "task-incremental accuracy 62.5 % (25.0 100.0)",
         "The older checkpoint [is] used.",
     ]
@@ -564,16 +564,16 @@ def test_the_table_shows_epochs_and_marks_what_it_leaves_out(monkeypatch):
         live({"kind": "start", "scenario": "s", "n_experiences": 5, "accuracy": {"class": [[0.5] * 5]}})
         live({"kind": "experience", "index": 1, "task": 1, "classes": [2, 3], "class_names": ["2", "3"]})
         live({"kind": "within", "experience": 1, "epoch": 2, "reading": "class", "row": [0.25, 0.75, None, None, None]})
-        narrow = live._accuracy("class")
+        narrow = live._draw_accuracy("class")
         assert [column.header for column in narrow.columns][1:] == ["...", "on 3", "on 4", "on 5", "mean"]
         assert list(narrow.columns[0].cells)[-1] == "2, epoch 3"
         assert list(narrow.columns[-1].cells)[-1] == "50.0"
         monkeypatch.setenv("COLUMNS", "120")
         live.console._width = 120
-        wide = live._accuracy("class")
+        wide = live._draw_accuracy("class")
         assert [column.header for column in wide.columns][1:] == ["on 1", "on 2", "on 3", "on 4", "on 5", "mean"]
         live({"kind": "eval", "experience": 1, "total_step": 9, "rows": {"class": [0.25, 0.75, None, None, None]}})
-        assert list(live._accuracy("class").columns[0].cells) == ["after 1", "after 2"]
+        assert list(live._draw_accuracy("class").columns[0].cells) == ["after 1", "after 2"]
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(None, False), (False, False), (True, True)])

@@ -232,7 +232,7 @@ def test_the_command_writes_a_file_and_explains_wrong_input(
         (["run", "--format", "onxx", "--output", "c"], 2, "There is no format `onxx`. Did you mean `onnx`?"),
         (["run", "--format", "safetensors", "--output", "a"], 2, "a exists already: name another file"),
         (["run", "--format", "safetensors", "--output", "x/a"], 2, "There is no folder x to write a into"),
-        (["run", "--format", "safetensors", "--output", "c", "--task", "4"], 2, "has learnt the tasks 1 to 3"),
+        (["run", "--format", "safetensors", "--output", "c", "--task", "4"], 2, "has learned the tasks 1 to 3"),
         (["run", "--format", "safetensors"], 2, "Missing option '--output'"),
         (["stopped", "--format", "safetensors", "--output", "c"], 3, "The run in stopped is not finished"),
     ):

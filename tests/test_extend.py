@@ -22,7 +22,7 @@ from clframe.data.listing import HIDDEN_FILES, IMAGES_BESIDE, LeftOut
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.plugins.ewc import EWC
 from clframe.runs import checkpoint
-from clframe.runs.extension import old_images
+from clframe.runs.extension import read_old_images
 
 TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 METHODS: dict[str, dict[str, Any]] = {
@@ -368,12 +368,12 @@ def first(tiny: Any, tmp_path: Path) -> Path:
 
 def test_what_cannot_follow_is_refused_in_a_sentence_each(first: Path, tiny: Any, tiny_arrays: Any, tmp_path: Path):
     scenario = tiny()
-    with pytest.raises(UsageError, match="`tiny` is of the setting `task`, and the run learnt in `class`"):
+    with pytest.raises(UsageError, match="`tiny` is of the setting `task`, and the run learned in `class`"):
         clframe.extend(first, tiny(setting="task"))
-    with pytest.raises(UsageError, match=r"The images of `tiny` are \[1, 8, 8\], and the run learnt with \[1, 4, 4\]"):
+    with pytest.raises(UsageError, match=r"The images of `tiny` are \[1, 8, 8\], and the run learned with \[1, 4, 4\]"):
         clframe.extend(first, tiny(shape=(1, 8, 8)))
     scenario.transform = Transform(scale=16)
-    with pytest.raises(UsageError, match="go up to 16, and the run learnt with 255"):
+    with pytest.raises(UsageError, match="go up to 16, and the run learned with 255"):
         clframe.extend(first, scenario)
     with pytest.raises(UsageError, match="`named` has two classes `class 1`"):
         clframe.extend(first, named(tiny, ["class 1", "class 1"]))
@@ -606,7 +606,7 @@ def test_old_images_are_found_by_the_rule_of_training(tiny: Any, tmp_path: Path)
     (tmp_path / "old" / "cafe\u0301" / "._0.png").write_bytes(b"")
     (tmp_path / "old" / "0.png").write_bytes(b"")
     left = LeftOut()
-    found = old_images(tmp_path / "old", whole, whole[0], left).train
+    found = read_old_images(tmp_path / "old", whole, whole[0], left).train
     assert found.y.tolist() == [0] * 6
     assert found.x.shape == (6, 1, 4, 4)
     assert left.counts == {HIDDEN_FILES: 2, IMAGES_BESIDE: 1}

@@ -21,7 +21,7 @@ from clframe.cli.live import Live
 from clframe.cli.main import main
 from clframe.config import resolve
 from clframe.data.decode import FORMATS, ImageFormat
-from clframe.runs.folder import _commit
+from clframe.runs.folder import _find_commit
 from clframe.scenarios import sources, table
 from clframe.scenarios.folder import split_folder
 from clframe.scenarios.table import split_table
@@ -45,7 +45,7 @@ def test_the_commit_is_recorded_and_nothing_that_a_repository_configures_is_run(
     repository.mkdir()
     git(repository, "init", "--quiet")
     monkeypatch.chdir(repository)
-    assert _commit() is None  # there is none yet
+    assert _find_commit() is None  # there is none yet
     (repository / "file").write_text("one")
     (repository / ".gitattributes").write_text("* filter=own")
     git(repository, "add", ".")
@@ -56,10 +56,10 @@ def test_the_commit_is_recorded_and_nothing_that_a_repository_configures_is_run(
     git(repository, "status")
     assert marker.exists()  # the trap works
     marker.unlink()
-    assert _commit() == git(repository, "rev-parse", "HEAD")
+    assert _find_commit() == git(repository, "rev-parse", "HEAD")
     assert not marker.exists()
     monkeypatch.chdir(tmp_path)
-    assert _commit() is None
+    assert _find_commit() is None
 
 
 def test_readers_import_nothing_of_the_current_folder(tmp_path):

@@ -169,10 +169,10 @@ def test_new_refuses(installed: Path, tmp_path: Path, capsys, command: str, sent
 
 @pytest.mark.parametrize("kind", ["plugin", "scenario", "model"])
 def test_a_name_that_is_free_can_be_used(kind: registry.Kind):
-    from clframe.cli.new import problems_of
+    from clframe.cli.new import find_problems
 
     for name in ("gradient-noise", "plugin", "experience", "x2"):
-        assert problems_of(kind, name) == []
+        assert find_problems(kind, name) == []
 
 
 # what `check` says

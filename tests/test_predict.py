@@ -111,7 +111,7 @@ def test_distances_have_no_confidence(run: Any, tiny: Any, capsys: pytest.Captur
     assert main(["predict", str(folder), str(image)]) == 0
     printed = capsys.readouterr()
     assert printed.out.split("\t")[2].strip() == "-"
-    assert "answers by distances, of which there is no confidence" in printed.err
+    assert "answers by distances, which give no confidence" in printed.err
 
 
 # ------------------------------------------------------------------------------------ image files
@@ -215,7 +215,7 @@ def test_wrong_input_is_told_in_a_sentence_each(run: Any, tmp_path: Path):
         trained.predict(tmp_path / "empty")
     with pytest.raises(DataError, match=r"There is no file or folder .*nothing"):
         trained.predict(tmp_path / "nothing")
-    with pytest.raises(UsageError, match="There is no task 3: this model has learnt the tasks 0 to 2"):
+    with pytest.raises(UsageError, match="There is no task 3: this model has learned the tasks 0 to 2"):
         trained.predict(image, task=3)
     with pytest.raises(UsageError, match="`top` is 0"):
         trained.predict(image, top=0)
@@ -252,7 +252,7 @@ def test_the_command_prints_a_line_for_each_image_and_json(
         (["run", "x.png"], 3, "There is no file or folder x.png"),
         (["run"], 2, "Missing argument 'IMAGES...'"),
         (["run", "run", "--top", "0"], 2, "`--top` is 0; it must be 1 at least"),
-        (["run", "run", "--task", "4"], 2, "`--task` is 4, and this model has learnt the tasks 1 to 3"),
+        (["run", "run", "--task", "4"], 2, "`--task` is 4, and this model has learned the tasks 1 to 3"),
         (["run", "run/config.yaml"], 3, "The image run/config.yaml cannot be read: it is no image of a known kind"),
     ],
 )

@@ -452,10 +452,10 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypa
     folder.save({"weight": weight, "part": weight[1:], "rows": rows})
     weight += 1
     rows.append(2.0)
-    assert checkpoint.newest(folder.checkpoints) is None
+    assert checkpoint.find_newest(folder.checkpoints) is None
     busy.set()
     folder.save({"weight": weight})
-    assert checkpoint.newest(folder.checkpoints) is not None
+    assert checkpoint.find_newest(folder.checkpoints) is not None
     folder.close()
     found = [checkpoint._read(folder.checkpoints / name) for name in ("000001", "000002")]
     trees = [checkpoint.unpack(*loaded) for loaded in found]

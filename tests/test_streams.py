@@ -230,7 +230,7 @@ def test_two_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_pa
     monkeypatch.chdir(tmp_path)
     from clframe.config import resolve
 
-    folders = [cli._new_folder(resolve()) for _ in range(3)]
+    folders = [cli._make_folder(resolve()) for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.is_dir() for folder in folders)
 

@@ -251,13 +251,13 @@ def test_the_live_table_has_test_images_and_a_line_for_images_held_out():
         so_far = {"accuracy": {}, "validation": {"class": [[0.125, None]]}}
         live({"kind": "start", "scenario": "s", "n_experiences": 2, **so_far})
         live({"kind": "experience", "index": 0, "task": 0, "classes": [0, 1], "class_names": ["0", "1"]})
-        assert live._drawing().renderables[-1].plain == "Images held out: class-incremental accuracy 12.5 % (12.5)"
+        assert live._draw().renderables[-1].plain == "Images held out: class-incremental accuracy 12.5 % (12.5)"
         record = {"experience": 0, "epoch": 0, "phase": "train", "reading": "class"}
         live({"kind": "within", **record, "part": "test", "row": [0.5, None]})
         live({"kind": "within", **record, "part": "val", "row": [0.25, None]})
         assert live.within == {"class": (1, [0.5, None])}
-        assert live._drawing().renderables[-1].plain == "Images held out: class-incremental accuracy 25.0 % (25.0)"
+        assert live._draw().renderables[-1].plain == "Images held out: class-incremental accuracy 25.0 % (25.0)"
         live({"kind": "eval", "experience": 0, "total_step": 9, "part": "test", "rows": {"class": [1.0, None]}})
         live({"kind": "eval", "experience": 0, "total_step": 9, "part": "val", "rows": {"class": [0.75, None]}})
         assert live.rows == {"class": {0: [1.0, None]}}
-        assert live._drawing().renderables[-1].plain == "Images held out: class-incremental accuracy 75.0 % (75.0)"
+        assert live._draw().renderables[-1].plain == "Images held out: class-incremental accuracy 75.0 % (75.0)"

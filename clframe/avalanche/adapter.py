@@ -1,4 +1,4 @@
-"""clframe's plugins inside Avalanche: a plugin of its strategies that calls the hooks of one of ours."""
+"""clframe's plugins in Avalanche: a plugin of Avalanche's strategies that calls the hooks of a clframe plugin."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ ADAPTED = ("before_run", "before_experience", "phases", "penalty", "after_backwa
 
 
 def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "domain"] | None = None) -> Any:
-    """`plugin` as a plugin of Avalanche, for a strategy that trains on `benchmark` with one head for all its classes.
+    """Wrap `plugin` as a plugin of Avalanche, for a strategy that trains on `benchmark` with one head for all classes.
 
     The strategy's model is any module that maps images to the scores of all classes, by their numbers, through a last
     layer that is linear; the strategy's loss is over all of them (`train.logits=all`).
 
     Args:
-        plugin: one that adds to the loss, or acts on gradients and weights, such as `EWC(lambda_=50.0)`.
-        benchmark: the one that is trained on, in the order of its experiences.
+        plugin: a plugin that adds to the loss, or acts on gradients and weights, such as `EWC(lambda_=50.0)`.
+        benchmark: the benchmark of the training, in the order of its experiences.
         setting: as in `clframe.from_avalanche`.
 
     Returns:
         An instance of a class that derives from Avalanche's `SupervisedPlugin`.
 
     Raises:
-        UsageError: if the plugin needs what a strategy of Avalanche has no place for.
+        UsageError: if the plugin needs hooks that a strategy of Avalanche has no place for.
     """
-    with quiet(Warning):
+    with silence_warnings(Warning):
         from avalanche.training.plugins import SupervisedPlugin
 
     scenario = from_avalanche(benchmark, setting=setting)
@@ -65,11 +65,11 @@ def as_avalanche(plugin: Plugin, benchmark: Any, *, setting: Literal["class", "d
 
 
 class AvalancheModel(IncrementalNet):
-    """A network of Avalanche as clframe's plugins see one: its last linear layer is the head, all of it the backbone.
+    """A network of Avalanche as an `IncrementalNet`: the last linear layer is the head, all of it the backbone.
 
     Args:
-        module: maps images to scores [B, C], by the classes' own numbers.
-        order: those numbers, in the order of the labels.
+        module: maps images to scores [B, C], in the order of the class numbers.
+        order: class numbers in the order of the labels.
     """
 
     def __init__(self, module: nn.Module, order: Tensor) -> None:
@@ -80,23 +80,23 @@ class AvalancheModel(IncrementalNet):
                 f"The model must end in a linear layer of at least {int(order.max()) + 1} scores, one for each class "
                 "of the benchmark, from the start."
             )
-        self.head = nn.ModuleList(last)  # first, so that its parameters go by the name of a head's
+        self.head = nn.ModuleList(last)  # registered first, so that its parameters have the names of a head
         self.add_module("backbone", module)
         self.grown, self.selected = 0, None
         self.order = None if torch.equal(order, torch.arange(last[0].out_features)) else order
 
     @property
     def blocks(self) -> list[int]:
-        """One block, of all classes."""
+        """Return the size of the only block, which has all classes."""
         last: Any = self.head[0]
         return [last.out_features if self.order is None else len(self.order)]
 
     def features(self, x: Tensor) -> Tensor:
-        """What goes into the last layer."""
+        """Compute the features [B, D]: the input of the last layer."""
         return self._outputs(x).features
 
     def columns(self, scores: Tensor) -> Tensor:
-        """Scores [B, C] by label."""
+        """Return scores [B, C] in the order of the labels."""
         return scores if self.order is None else scores.index_select(1, self.order.to(scores.device))
 
     def _outputs(self, x: Tensor) -> Outputs:
@@ -110,17 +110,17 @@ class AvalancheModel(IncrementalNet):
 
 
 class _Adapted:
-    """The callbacks of what `as_avalanche` gives: each calls the plugin's hooks that have their place there."""
+    """Callbacks of the plugin that `as_avalanche` returns: each calls the clframe hooks of the same moment."""
 
     def __init__(self, plugin: Plugin, scenario: Scenario) -> None:
         super().__init__()
         self.plugin, self.scenario = plugin, scenario
         self.hook = compose.callers(compose.manager([plugin]))
         self.label = {number: label for label, number in enumerate(scenario.class_order)}
-        self.seen: list[Tensor] = []  # what went into the last layer in the latest forward pass
+        self.seen: list[Tensor] = []  # input of the last layer in the latest forward pass
 
     def before_training_exp(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """The experience begins, and with the first one the run."""
+        """Begin an experience, and before the first one the run."""
         if not self.plugin.has_run:
             self._begin(strategy)
         run = self.run
@@ -136,16 +136,16 @@ class _Adapted:
             )
 
     def before_forward(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """Look at what goes into the last layer."""
+        """Add a forward hook that keeps the input of the last layer."""
         self.seen.clear()
         self.watching = self.model.head[0].register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
 
     def after_forward(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """It was seen."""
+        """Remove the forward hook added in `before_forward`."""
         self.watching.remove()
 
     def before_backward(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """What the plugin adds to the loss."""
+        """Add the penalties of the plugin to the loss."""
         run = self.run
         y = torch.tensor([self.label[number] for number in strategy.mb_y.tolist()], device=run.device)
         self.batch = Batch(
@@ -168,20 +168,20 @@ class _Adapted:
                 strategy.loss = strategy.loss + term
 
     def after_backward(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """The gradients are there."""
+        """Call the plugin with the gradients in place."""
         self.hook.after_backward(run=self.run, batch=self.batch)
 
     def after_update(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """The optimizer has stepped."""
+        """Call the plugin after the optimizer's step."""
         self.hook.after_step(run=self.run, batch=self.batch)
         self.run.total_steps += 1
 
     def after_training_exp(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """The experience ends."""
+        """End the experience."""
         self.hook.after_experience(run=self.run, experience=self.run.experience)
 
     def _begin(self, strategy: Any) -> None:
-        """Build the context of the run, refusing what the plugin cannot serve."""
+        """Build the context of the run. Raises `UsageError` if the plugin cannot serve it."""
         from avalanche.models.dynamic_modules import DynamicModule
 
         plugin, scenario = self.plugin, self.scenario
@@ -217,14 +217,14 @@ class _Adapted:
 
 
 @contextmanager
-def quiet(kind: type[Warning]) -> Iterator[None]:
-    """Without warnings of this kind, which nobody who runs clframe can heed.
+def silence_warnings(kind: type[Warning]) -> Iterator[None]:
+    """Suppress warnings of this category, which users cannot act on.
 
-    Avalanche's import warns of what other packages do, its `ReplayPlugin` of a function of its own that it calls. A
-    filter alone would not do: such a function puts one of its own first, and leaves it there for the whole process.
+    Avalanche's import warns about other packages, its `ReplayPlugin` about a function of Avalanche that it calls. A
+    filter alone does not suffice: that function puts its own filter first, and leaves it there for the whole process.
     """
     with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("ignore", kind)  # else those who ask for errors in place of warnings get them
+        warnings.simplefilter("ignore", kind)  # else a user who turns warnings into errors gets them
         yield
     for warning in given:
         if not issubclass(warning.category, kind):

@@ -1,6 +1,6 @@
-"""A scenario read from a benchmark object as Avalanche has them: streams of experiences with data sets.
+"""Avalanche's benchmarks in clframe: a scenario read from streams of experiences with data sets.
 
-Avalanche is not imported: any object with these attributes will do.
+Avalanche is not imported: any object with these attributes is accepted.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ def from_avalanche(
     class_names: Sequence[str] | None = None,
     transform: Transform | None = None,
 ) -> Scenario:
-    """A scenario of the experiences of `benchmark`, whose classes become the labels 0, 1, ... as they appear.
+    """Return a scenario of the experiences of `benchmark`, whose classes become labels 0, 1, ... as they appear.
 
-    Of the benchmark are read ``train_stream`` and ``test_stream``, of each experience its ``dataset``, of a data set
-    its length, its ``targets`` (else the second item of each sample) and its samples ``(x, y, ...)``. The task of an
-    experience is its ``task_label``, else the third item of its samples, else its position. Classes that an experience
-    brings are ordered by ``benchmark.classes_order``, else by number. A single test experience is cut by classes: each
-    experience is tested on its own.
+    These attributes are read: ``train_stream`` and ``test_stream`` of the benchmark; ``dataset`` of each experience;
+    the length of a data set, its ``targets`` (else the second item of each sample) and its samples ``(x, y, ...)``. The
+    task of an experience is its ``task_label``, else the third item of its samples, else its position. New classes of
+    an experience are ordered by ``benchmark.classes_order``, else by number. A single test experience is cut by
+    classes, so that each experience is tested on its own classes.
 
-    Images are read one by one when an experience begins, in the data set's evaluation mode where it has one
-    (``dataset.eval()``), and held while they are used: augmentation is that of `transform`.
+    Images are read one by one when an experience begins, without the data set's augmentation if it can be switched off
+    (``dataset.eval()``), and held while they are used; augmentation is that of `transform`.
 
     Args:
-        benchmark: the object.
+        benchmark: the benchmark of Avalanche, or a similar object.
         setting: by default ``task`` if the experiences have different tasks; else ``domain`` if none brings a class
-            that the first lacks; else ``class``. In ``task``, the same class in another task is another one.
-        name: of the scenario.
-        class_names: of the benchmark's classes, by number; by default ``classes`` of the benchmark, or of the first
-            data set, else the numbers.
+            that the first lacks; else ``class``. In ``task``, the same class in two tasks counts as two classes.
+        name: name of the scenario.
+        class_names: names of the benchmark's classes, by number; by default ``classes`` of the benchmark, or of the
+            first data set, else the numbers.
         transform: from the raw images to the model's input; by default 8-bit images are divided by 255, and others
             stay as they are.
 
     Raises:
-        UsageError: if the object is no such benchmark, or cannot be learnt in this setting.
-        DataError: if its data does not fit together.
+        UsageError: if the object is no such benchmark, or cannot be learned in this setting.
+        DataError: if the parts of its data do not match.
     """
-    parts = {part: _stream(benchmark, part) for part in ("train", "test")}
+    parts = {part: _read_stream(benchmark, part) for part in ("train", "test")}
     data = _Data(parts["train"], parts["test"], name)
-    told = [_task(experience, f"experience {i} of `{name}`") for i, experience in enumerate(parts["train"])]
-    tasks = [i if task is None else task for i, task in enumerate(told)]
-    setting = setting or _setting(data, told)
+    labeled = [_read_task(experience, f"experience {i} of `{name}`") for i, experience in enumerate(parts["train"])]
+    tasks = [i if task is None else task for i, task in enumerate(labeled)]
+    setting = setting or _infer_setting(data, labeled)
     if setting == "task" and len(set(tasks)) < len(tasks):
         raise UsageError(
             f"The experiences of `{name}` have the tasks {tasks}; in the task setting each must have one of its own: "
@@ -64,7 +64,7 @@ def from_avalanche(
         )
     apart = tasks if setting == "task" else [0] * len(tasks)
     place = {c: i for i, c in enumerate(getattr(benchmark, "classes_order", ()))}
-    columns: dict[tuple[int, int], int] = {}  # by task, where that tells classes apart, and class
+    columns: dict[tuple[int, int], int] = {}  # by task, where tasks keep classes apart, and class
     for task, found in zip(apart, data.classes, strict=True):
         for c in sorted(found, key=lambda c: (place.get(c, c), c)):
             columns.setdefault((task, c), len(columns))
@@ -75,7 +75,7 @@ def from_avalanche(
         name,
         setting,
         [sorted(of_class.values()) for of_class in labels],
-        _names(columns, given, name),
+        _name_columns(columns, given, name),
         first.shape,
         lambda i, part: data.load(i, part, labels[i]),
         transform=transform or Transform(scale=255.0 if first.dtype == torch.uint8 else 1.0),
@@ -85,11 +85,12 @@ def from_avalanche(
 
 
 class _Data:
-    """The data sets of a benchmark, whose labels are known and whose images are read when asked for.
+    """Data sets of a benchmark: labels are read at once, images when they are used.
 
     Attributes:
-        train, test: the data set of each experience; one for all, if the benchmark tests all in one.
-        classes: of each experience, by the benchmark's numbers.
+        train: the training data set of each experience.
+        test: the test data set of each experience, or one for all.
+        classes: classes of each experience, by the benchmark's numbers.
     """
 
     def __init__(self, train: Sequence[Any], test: Sequence[Any], name: str) -> None:
@@ -99,11 +100,11 @@ class _Data:
                 "experience for each, or one for all."
             )
         self.name = name
-        self.train = [_evaluating(experience.dataset) for experience in train]
-        self.test = [_evaluating(experience.dataset) for experience in test]
-        self.targets = {"train": [_targets(d) for d in self.train], "test": [_targets(d) for d in self.test]}
+        self.train = [_without_augmentation(experience.dataset) for experience in train]
+        self.test = [_without_augmentation(experience.dataset) for experience in test]
+        self.targets = {"train": [_read_labels(d) for d in self.train], "test": [_read_labels(d) for d in self.test]}
         self.classes = [set(y.tolist()) for y in self.targets["train"]]
-        self.tests: dict[int, ImageData] = {}  # asked for after every experience, so they are kept
+        self.tests: dict[int, ImageData] = {}  # used after every experience, so they are kept
         for i, found in enumerate(self.classes):
             y = self.targets["test"][min(i, len(test) - 1)]
             if not found:
@@ -117,12 +118,12 @@ class _Data:
                 raise DataError(f"Experience {i} of `{name}` has no test images of its classes.")
 
     def image(self, i: int, part: Part, row: int) -> Tensor:
-        """One raw image of experience i."""
+        """Return one raw image of experience i."""
         dataset = (self.train if part == "train" else self.test)[i]
-        return _image(dataset[row][0], f"{part} image {row} of experience {i} of `{self.name}`")
+        return _to_tensor(dataset[row][0], f"{part} image {row} of experience {i} of `{self.name}`")
 
     def load(self, i: int, part: Part, labels: dict[int, int]) -> ImageData:
-        """The images of experience i with the columns `labels` of its classes."""
+        """Return the images of experience i, with the columns `labels` of its classes."""
         if part == "test" and i in self.tests:
             return self.tests[i]
         k = i if part == "train" else min(i, len(self.test) - 1)
@@ -139,7 +140,7 @@ class _Data:
         return data
 
     def checksum(self) -> str:
-        """SHA-256 of all labels and of each experience's first image: reading all images would take too long."""
+        """Compute the SHA-256 of all labels and of each experience's first image: reading all would take too long."""
         digest = hashlib.sha256()
         parts: tuple[Part, Part] = ("train", "test")
         for part in parts:
@@ -149,8 +150,8 @@ class _Data:
         return digest.hexdigest()
 
 
-def _stream(benchmark: Any, part: str) -> list[Any]:
-    """The experiences of one stream."""
+def _read_stream(benchmark: Any, part: str) -> list[Any]:
+    """Return the experiences of one stream. Raises `UsageError` if there are none with data sets."""
     stream = getattr(benchmark, f"{part}_stream", None)
     experiences = list(stream) if isinstance(stream, Iterable) else []
     if not experiences or not all(hasattr(experience, "dataset") for experience in experiences):
@@ -161,20 +162,20 @@ def _stream(benchmark: Any, part: str) -> list[Any]:
     return experiences
 
 
-def _evaluating(dataset: Any) -> Any:
-    """`dataset` without its augmentation, if it can do so."""
+def _without_augmentation(dataset: Any) -> Any:
+    """Return `dataset` without its augmentation, if that can be switched off."""
     return dataset.eval() if callable(getattr(dataset, "eval", None)) else dataset
 
 
-def _targets(dataset: Any) -> Tensor:
-    """All labels [N]."""
+def _read_labels(dataset: Any) -> Tensor:
+    """Return all labels [N]."""
     given = getattr(dataset, "targets", None)
     y = list(given) if given is not None else [dataset[row][1] for row in range(len(dataset))]
     return torch.tensor([int(label) for label in y], dtype=torch.int64)
 
 
-def _task(experience: Any, where: str) -> int | None:
-    """The task of an experience; None: it does not tell."""
+def _read_task(experience: Any, where: str) -> int | None:
+    """Return the task of an experience; None if it names none."""
     try:
         label = getattr(experience, "task_label", None)
     except ValueError:  # Avalanche's property, where there are several
@@ -184,14 +185,15 @@ def _task(experience: Any, where: str) -> int | None:
     return None if label is None else int(label)
 
 
-def _setting(data: _Data, told: Sequence[int | None]) -> Setting:
-    if None not in told and len(set(told)) == len(told) > 1:
+def _infer_setting(data: _Data, tasks: Sequence[int | None]) -> Setting:
+    """Return the setting that suits the tasks and classes of the experiences."""
+    if None not in tasks and len(set(tasks)) == len(tasks) > 1:
         return "task"
     return "domain" if all(found <= data.classes[0] for found in data.classes) else "class"
 
 
-def _names(columns: dict[tuple[int, int], int], given: Any, name: str) -> list[str]:
-    """The name of each column: a class that several tasks have is named with its task."""
+def _name_columns(columns: dict[tuple[int, int], int], given: Any, name: str) -> list[str]:
+    """Return the name of each column; the name of a class that several tasks have includes the task."""
     repeated = len({c for _, c in columns}) < len(columns)
     try:
         words = [str(c) if given is None else str(given[c]) for _, c in columns]
@@ -201,8 +203,8 @@ def _names(columns: dict[tuple[int, int], int], given: Any, name: str) -> list[s
     return [f"{word} ({task})" if repeated else word for word, (task, _) in zip(words, columns, strict=True)]
 
 
-def _image(x: Any, where: str) -> Tensor:
-    """`x` as a tensor: an array or a picture, [H, W] or [H, W, C], becomes [C, H, W]; a tensor stays as it is."""
+def _to_tensor(x: Any, where: str) -> Tensor:
+    """Return `x` as a tensor; an array or a picture, [H, W] or [H, W, C], becomes [C, H, W]."""
     if isinstance(x, Tensor):
         return x.detach().cpu()
     try:

@@ -1,4 +1,4 @@
-"""A trained model as a file that others can run: safetensors, torch.export, ONNX; checked to answer as it does here."""
+"""A trained model as a file for other programs: safetensors, torch.export, ONNX; its scores are checked first."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ if TYPE_CHECKING:
 
 Format = Literal["safetensors", "torch-export", "onnx"]
 FORMATS: tuple[str, ...] = get_args(Format)
-ONNX = ("onnx", "onnxscript")  # what torch.onnx needs
-TOLERANCE = 1e-4  # largest difference of scores, relative to the largest score: other kernels round otherwise
-BATCHES = (2, 5)  # images: the first is traced, and both are compared
+ONNX = ("onnx", "onnxscript")  # packages that torch.onnx needs
+TOLERANCE = 1e-4  # largest difference of scores, relative to the largest score: other kernels round differently
+BATCHES = (2, 5)  # numbers of images: the first batch is traced, both are compared
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how it was checked.
+    """A file that holds an exported model, and how the file was checked.
 
     Attributes:
-        path, format: of the file.
-        inputs: by name what the model in it takes.
-        difference: largest difference of its scores from those of the run's model; None: it was not run.
-        checked_with: what ran it; None: nothing that could is installed.
+        path: path of the file.
+        format: format of the file.
+        inputs: description of each input of the model, by name.
+        difference: largest difference of the file's scores from those of the run's model; None: the file was not run.
+        checked_with: package that ran the file; None: no package that can run it is installed.
     """
 
     path: Path
@@ -54,21 +55,21 @@ class Exported:
 
 
 class Deployed(nn.Module):
-    """The whole way from raw images to scores: normalisation, network, and the choice of the task's classes.
+    """A module from raw images to scores: normalization, network, and the choice of the task's classes.
 
     Args:
         trained: the model of a finished run.
-        task: that all images are of; None: `forward` is told, where ``takes_task``, or there is none to tell.
+        task: task of all images; None: `forward` is given the tasks if ``takes_task``, else none.
     """
 
     def __init__(self, trained: Trained, task: int | None) -> None:
         super().__init__()
-        # a copy of the module is not changed by what tracing does to it
+        # a copy, as tracing changes the module
         self.predictor = copy.deepcopy(trained.predictor).eval().requires_grad_(False)
         self.fixed = task
         self.takes_task = task is None and trained.needs_task
         transform, dims = trained.scenario.transform, len(trained.scenario.input_shape) - 1
-        factor, shift = constants(transform, dims)
+        factor, shift = find_constants(transform, dims)
         self.factor: Tensor
         self.shift: Tensor
         self.allowed: Tensor
@@ -83,17 +84,19 @@ class Deployed(nn.Module):
                     net.select(task)
 
     def forward(self, images: Tensor, task: Tensor | None = None) -> Tensor:
-        """Scores [B, C] of raw `images` [B, ...], of the tasks [B] int64 where it takes them."""
+        """Compute scores [B, C] of raw `images` [B, ...], within the tasks [B] int64 if it takes them."""
         x = images.to(torch.float32)
         x = x / self.factor if self.divides else x * self.factor + self.shift
         if self.fixed is not None:
-            task = torch.full(images.shape[:1], self.fixed, device=images.device)  # `len` would be fixed, too
+            task = torch.full(
+                images.shape[:1], self.fixed, device=images.device
+            )  # `len` would become a constant of the graph
         scores: Tensor = self.predictor(x, task if self.tells else None)
         return scores if task is None else masked(scores, self.allowed[:, : scores.shape[1]][task])
 
 
-def constants(transform: Transform, dims: int) -> tuple[Tensor, Tensor]:
-    """What raw values are divided by, and zero; or, where there is a mean, are multiplied by and what is added."""
+def find_constants(transform: Transform, dims: int) -> tuple[Tensor, Tensor]:
+    """Return the divisor of raw values, and zero; or, if there is a mean, the factor and the shift of raw values."""
     if not transform.mean:
         return torch.tensor(transform.scale, dtype=torch.float32), torch.zeros(())
     factor, shift = affine(transform, dims, torch.device("cpu"))
@@ -101,23 +104,23 @@ def constants(transform: Transform, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exported:
-    """Write `trained` to the file `path`, and check that what is read from it answers alike; see `Trained.export`."""
+    """Write `trained` to the file `path`, and check the scores of the model read from it; see `Trained.export`."""
     if kind not in FORMATS:
         raise UsageError(f"There is no format `{kind}`." + did_you_mean(kind, FORMATS))
     if path.exists():
         raise UsageError(f"{path} exists already: name another file.")
     if not path.parent.is_dir():
         raise UsageError(f"There is no folder {path.parent} to write {path.name} into.")
-    module = deployed(trained, task, kind)
-    inputs = [example(trained, module, n) for n in BATCHES]
+    module = build_module(trained, task, kind)
+    inputs = [draw_example(trained, module, n) for n in BATCHES]
     write = {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[kind]
     try:
-        with write_beside(path) as beside, torch.no_grad(), _quiet():
+        with write_beside(path) as beside, torch.no_grad(), _silence_exporters():
             loaded, checked_with = write(trained, module, inputs, beside)
             differences = []
             for given in inputs:
                 expected = trained(*given) if task is None else trained(*given, task)
-                differences += [_difference(expected, loaded(*given))] if loaded else []
+                differences += [_compare(expected, loaded(*given))] if loaded else []
             difference = max(differences, default=None)
             if difference is not None and difference > TOLERANCE:
                 raise RunError(
@@ -134,8 +137,8 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
     return Exported(path, kind, described, difference, checked_with)
 
 
-def deployed(trained: Trained, task: int | None, kind: str) -> Deployed:
-    """Return the module to export. Raises `UsageError` if its computation depends on data as no graph can."""
+def build_module(trained: Trained, task: int | None, kind: str) -> Deployed:
+    """Build the module to export. Raises `UsageError` if its computation depends on data in a way that no graph can."""
     if task is not None:
         trained.reading(task)
     by_task = any(isinstance(m, IncrementalNet) and m.selected is not None for m in trained.modules())
@@ -145,18 +148,18 @@ def deployed(trained: Trained, task: int | None, kind: str) -> Deployed:
             "fix a task (`--task`)."
         )
     module = Deployed(trained, task)
-    if by_task and task is not None:  # its path is selected, and no task is left to find
+    if by_task and task is not None:  # the path of the task is selected, so that none is inferred
         net = next(m for m in module.modules() if isinstance(m, IncrementalNet) and m.selected is not None)
         module.predictor, module.tells = ModelPredictor(net).eval(), False
         for part in list(net.modules()):
-            _applied(part)
+            _apply_mask(part)
     return module
 
 
-def _applied(part: nn.Module) -> None:
-    """Make weights under a mask what the mask makes of them.
+def _apply_mask(part: nn.Module) -> None:
+    """Replace weights under a mask by the masked weights.
 
-    Not by torch's `remove_parametrizations`, which changes the class, and that is also the original's of a copy.
+    torch's `remove_parametrizations` does not serve here: it changes the class, which a copy shares with its original.
     """
     if not parametrize.is_parametrized(part):
         return
@@ -167,8 +170,8 @@ def _applied(part: nn.Module) -> None:
         part.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-def example(trained: Trained, module: Deployed, n: int) -> tuple[Tensor, ...]:
-    """`n` random raw images, and tasks where the module takes them."""
+def draw_example(trained: Trained, module: Deployed, n: int) -> tuple[Tensor, ...]:
+    """Draw `n` random raw images, and tasks if the module takes them."""
     generator = torch.Generator().manual_seed(n)
     scale, shape = trained.scenario.transform.scale, (n, *trained.scenario.input_shape)
     if scale > 1:
@@ -181,11 +184,11 @@ def example(trained: Trained, module: Deployed, n: int) -> tuple[Tensor, ...]:
 Written = tuple[Callable[..., Tensor] | None, str | None]
 
 
-def about(trained: Trained) -> dict[str, str]:
-    """What a user of the file needs besides, as texts of JSON by name: the same in every format.
+def describe_model(trained: Trained) -> dict[str, str]:
+    """Return what a user of the file needs besides, as texts of JSON by name: the same in every format.
 
-    ``look`` is how image files become raw images (`clframe.data.decode.ImageFormat`); null where no files were learned
-    from.
+    ``look`` is how image files become raw images (`clframe.data.decode.ImageFormat`); null if the model was not trained
+    on image files.
     """
     scenario = trained.scenario
     look = scenario.transform.look
@@ -203,7 +206,7 @@ def about(trained: Trained) -> dict[str, str]:
 
 
 def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
-    checkpoint.write_tensors(path, dict(module.state_dict()), about(trained))
+    checkpoint.write_tensors(path, dict(module.state_dict()), describe_model(trained))
     empty = copy.deepcopy(module)
     for value in empty.state_dict().values():
         value.zero_()
@@ -212,9 +215,9 @@ def _safetensors(trained: Trained, module: Deployed, inputs: Any, path: Path) ->
 
 
 def _torch_export(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Written:
-    program = _traced(module, inputs[0])
-    content = BytesIO()  # torch's own writing ends the process where the system refuses it
-    extra = {"class_names.json": json.dumps(trained.class_names), "about.json": json.dumps(about(trained))}
+    program = _trace(module, inputs[0])
+    content = BytesIO()  # torch's own writing ends the process if the system refuses it
+    extra = {"class_names.json": json.dumps(trained.class_names), "about.json": json.dumps(describe_model(trained))}
     torch.export.save(program, content, extra_files=extra)
     with create(path) as file:
         file.write(content.getbuffer())
@@ -227,16 +230,18 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
             f"The format `onnx` needs {' and '.join(f'`{name}`' for name in missing)}: pip install 'clframe[onnx]'."
         )
     names = ["images", "task"][: len(inputs[0])]
-    traced = _traced(module, inputs[0])
+    traced = _trace(module, inputs[0])
     try:
         program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=["scores"], verbose=False)
         assert program is not None
-        program.model.metadata_props.update(about(trained))
-        content = program.model_proto.SerializeToString()  # torch's own writing chooses the format by the file's name
+        program.model.metadata_props.update(describe_model(trained))
+        content = (
+            program.model_proto.SerializeToString()
+        )  # torch's own writing chooses the format by the name of the file
     except (RuntimeError, ValueError, TypeError) as error:
         if of_the_system(error):
             raise
-        raise UsageError(_refused("torch.onnx", error.__cause__ or error)) from error
+        raise UsageError(_explain_refusal("torch.onnx", error.__cause__ or error)) from error
     with create(path) as file:
         file.write(content)
     if importlib.util.find_spec("onnxruntime") is None:
@@ -252,18 +257,19 @@ def _onnx(trained: Trained, module: Deployed, inputs: Any, path: Path) -> Writte
     return answer, "onnxruntime"
 
 
-def _traced(module: Deployed, given: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """The graph of the module for any number of images. Raises `UsageError` if there is none."""
+def _trace(module: Deployed, given: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Trace the graph of the module for any number of images. Raises `UsageError` if there is none."""
     many = {0: torch.export.Dim("batch", min=1)}
     try:
         return torch.export.export(
             module, given, dynamic_shapes=tuple(many for _ in given) if len(given) > 1 else (many,)
         )
-    except Exception as error:  # what it raises has no common base
-        raise UsageError(_refused("torch.export", error)) from error
+    except Exception as error:  # the errors of torch.export have no common base
+        raise UsageError(_explain_refusal("torch.export", error)) from error
 
 
-def _refused(what: str, error: BaseException) -> str:
+def _explain_refusal(what: str, error: BaseException) -> str:
+    """Return a sentence on a model that an exporter cannot follow."""
     text = " ".join(str(error).split())[:200]
     return (
         f"{what} cannot follow what this model computes ({type(error).__name__}: {text}); the format `safetensors` can "
@@ -271,8 +277,8 @@ def _refused(what: str, error: BaseException) -> str:
     )
 
 
-def _difference(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, relative to the largest score; infinite where one rules out what the other does not."""
+def _compare(expected: Tensor, found: Tensor) -> float:
+    """Return the largest difference, relative to the largest score; infinite if they rule out different classes."""
     ruled_out = expected.isinf()
     if expected.shape != found.shape or not torch.equal(ruled_out, found.isinf()):
         return float("inf")
@@ -285,8 +291,8 @@ def _shape(trained: Trained) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch's exporters say of themselves is of no use to who exports a model."""
+def _silence_exporters() -> Iterator[None]:
+    """Silence the exporters' own logs and warnings, which are of no use to a user."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

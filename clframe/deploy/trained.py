@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from clframe.deploy.export import Exported, Format
 
 BATCH = 256  # images at a time
-NAMED = 6  # classes at most that a sentence names
+NAMED = 6  # most classes that a sentence names
 Files = str | Path | Sequence[str | Path]
 Images = Tensor | NDArray[Any] | Sequence[Tensor] | Sequence[NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A class that an image may be of.
+    """A class that an image may belong to.
 
     Attributes:
-        name: of the class.
-        label: its column in the scores.
+        name: name of the class.
+        label: column of the class in the scores.
         score: logit, or negated distance.
-        confidence: the share that the model gives it, from 0 to 1; None where scores are distances.
+        confidence: share of the class, from 0 to 1; None if scores are distances.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image.
+    """The answers of the model to one image.
 
     Attributes:
-        path: of its file; None if it came as an array.
+        path: file of the image; None if it came as an array.
         answers: the likeliest first, as many as were asked for.
     """
 
@@ -66,12 +66,12 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        """The likeliest class."""
+        """Return the name of the likeliest class."""
         return self.answers[0].name
 
     @property
     def confidence(self) -> float | None:
-        """That of the likeliest class."""
+        """Return the confidence of the likeliest class."""
         return self.answers[0].confidence
 
 
@@ -79,15 +79,15 @@ class Trained(nn.Module):
     """The predictor of a finished run.
 
     Attributes:
-        class_names: for each column of the scores the name of its class.
-        predictor: the module behind it, which takes normalised images.
-        scenario: what was learnt, without images: classes of each task, shape of the images, normalisation.
-        scores: ``logits`` or ``distances``, of which there is no confidence.
-        temperature: for each reading what its logits are divided by for the confidence; empty where the run held no
-            images out to fit it (``train.val``).
-        fitted: for each reading what the temperature was fitted to: ``images``, their number; ``classes``, the labels
-            that they have; ``floor``, below which it was not put, as they are of some of the classes only. Empty for a
-            run of an earlier clframe.
+        class_names: name of the class of each column of the scores.
+        predictor: the wrapped module, which takes normalized images.
+        scenario: the scenario learned, without images: classes of each task, shape of the images, normalization.
+        scores: ``logits`` or ``distances``, which give no confidence.
+        temperature: for each evaluation mode the divisor of its logits for the confidence; empty if the run held out
+            no images to fit it (``train.val``).
+        fitted: for each evaluation mode what the temperature was fitted to: ``images``, their number; ``classes``,
+            their labels; ``floor``, the lower bound of the temperature where they are of some of the classes only.
+            Empty for a run of an earlier clframe.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Trained(nn.Module):
         self.temperature = dict(temperature or {})
         self.fitted = dict(fitted or {})
         self._names = readings.names(predictor)
-        # what may be answered within each task; in domains everything
+        # the possible answers within each task; in domains all classes
         n_classes, domain = len(self.class_names), "domain" in self._names
         self.allowed: Tensor
         allowed = torch.full((len(scenario), n_classes), domain)
@@ -116,37 +116,40 @@ class Trained(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The trained network below the head, which a method may have rebuilt."""
+        """Return the trained network below the head, which a method may have rebuilt."""
         return next(module for module in self.modules() if isinstance(module, IncrementalNet)).backbone
 
     @property
     def needs_task(self) -> bool:
-        """Whether it answers within a task only."""
+        """Return whether the model answers within a task only."""
         return self._names == ["task"]
 
     def reading(self, task: Tensor | int | None) -> Reading:
-        """How a question with this task is answered. Raises `UsageError` if it needs one, or there is no such task."""
+        """Return the evaluation mode that answers with this task.
+
+        Raises `UsageError` if the model needs a task and there is none, or has not learned that task.
+        """
         if task is None and self.needs_task:
             raise UsageError("This model answers within a task only: give `task`, one number or one for each image.")
         n = len(self.scenario)
         given = torch.as_tensor([] if task is None else task).flatten()
         if outside := [int(t) for t in given.tolist() if not 0 <= t < n]:
-            raise UsageError(f"There is no task {outside[0]}: this model has learnt the tasks 0 to {n - 1}.")
+            raise UsageError(f"There is no task {outside[0]}: this model has learned the tasks 0 to {n - 1}.")
         return self._names[-1 if task is not None else 0]
 
     def forward(self, images: Tensor, task: Tensor | int | None = None) -> Tensor:
-        """Scores [B, C] of raw `images` [B, ...] as the data set has them; -inf for classes that `task` rules out.
+        """Compute scores [B, C] of raw `images` [B, ...] as in the data set; -inf for classes that `task` rules out.
 
-        Raises `UsageError` if the run has no reading without a task and none is given, or has not learnt that task; if
-        the images are of another shape, or their values are not raw ones.
+        Raises `UsageError` if the run has no evaluation mode without a task and none is given, or has not learned that
+        task; if the images have another shape, or their values are not raw ones.
         """
-        task = _asked(task)
+        task = _read_task(task)
         self.reading(task)
         images = torch.as_tensor(images)
         self._check(images)
-        return self._scored(images, task)
+        return self._score(images, task)
 
-    def _scored(self, images: Tensor, task: Tensor | int | None) -> Tensor:
+    def _score(self, images: Tensor, task: Tensor | int | None) -> Tensor:
         if isinstance(task, int):
             task = torch.full((len(images),), task, device=images.device)
         with evaluating(self), torch.no_grad():
@@ -154,17 +157,17 @@ class Trained(nn.Module):
         return scores if task is None else masked(scores, self.allowed[task, : scores.shape[1]])
 
     def confidences(self, scores: Tensor, task: Tensor | int | None = None) -> Tensor | None:
-        """The shares [B, C] of the classes, softmax(scores / T), of `scores` with `task`; None of distances."""
+        """Return the shares [B, C] of the classes, softmax(scores / T), within `task`; None if scores are distances."""
         if self.scores == "distances":
             return None
         return (scores.double() / self.temperature.get(self.reading(task), 1.0)).softmax(1)
 
     def about_confidence(self, task: Tensor | int | None = None) -> str:
-        """A sentence on what the confidences rest on, for questions with this task."""
+        """Return a sentence on what the confidences rest on, for images with this task."""
         reading = self.reading(task)
         temperature, fitted = self.temperature.get(reading), self.fitted.get(reading)
         if self.scores == "distances":
-            return "This model answers by distances, of which there is no confidence."
+            return "This model answers by distances, which give no confidence."
         if temperature is None:
             return "The confidence is the network's own: a run with `train.val` above 0 fits it to images held out."
         if fitted is None:
@@ -192,30 +195,30 @@ class Trained(nn.Module):
         skipped: list[str] | None = None,
         left_out: list[str] | None = None,
     ) -> list[Prediction]:
-        """The likeliest classes of each image.
+        """Return the likeliest classes of each image.
 
         Args:
-            images: files and folders, or images that Pillow holds, which are brought to the model's size and colours
+            images: files and folders, or images that Pillow holds, which are brought to the model's size and colors
                 (`clframe.data.files.read_image`); or raw images as the data set has them: an array [B, ...] or a list.
-            top: how many classes of each, at most.
+            top: number of classes for each image, at most.
             task: one number, or one for each image.
-            skipped: files that cannot be read are left out, and a sentence on each is added here; None: they are
+            skipped: collects a sentence on each file that cannot be read, which is left out; None: such files are
                 refused.
-            left_out: a sentence is added here on what folders hold and is no image by its name, or is hidden.
+            left_out: collects sentences on files in folders that are hidden, or no images by their names.
 
         Raises:
-            DataError: if a file is missing or no image, or a folder has none.
-            UsageError: if a task is missing or is not known, or the images do not suit the model.
+            DataError: if a file is missing or no image, or a folder has no images.
+            UsageError: if a task is missing or unknown, or the images do not suit the model.
         """
-        task = _asked(task)
+        task = _read_task(task)
         self.reading(task)
         top = suited(int, top)
         if type(top) is not int or top < 1:
             raise UsageError(f"`top` is {quote(top)}; it must be a whole number, 1 at least.")
         paths: Sequence[Path | None]
-        raw = self._stacked(images)
+        raw = self._stack(images)
         if raw is None:
-            self._look()
+            self._find_format()
             named = [images] if isinstance(images, str | Path) else images
             left = LeftOut()
             paths = files.image_files(cast(Sequence[str | Path], named), left)
@@ -231,44 +234,47 @@ class Trained(nn.Module):
             part = range(start, min(start + BATCH, len(paths)))
             read = self._read(paths, part, problems) if raw is None else {i: raw[i] for i in part}
             if problems and skipped is None:
-                continue  # all files that cannot be read are told at once
+                continue  # all files that cannot be read are named at once
             if read:
                 of_read = task[list(read)] if isinstance(task, Tensor) and task.dim() else task
-                found += self._answers([paths[i] for i in read], torch.stack(list(read.values())), of_read, top)
+                found += self._answer([paths[i] for i in read], torch.stack(list(read.values())), of_read, top)
         if problems and skipped is None:
             raise DataError("\n".join(problems))
         if skipped is not None:
             skipped += problems
         return found
 
-    def _look(self) -> ImageFormat:
-        """How image files become raw images: as those that were learnt."""
+    def _find_format(self) -> ImageFormat:
+        """Return how image files become raw images: like those of the training."""
         return self.scenario.transform.look or files.image_format_of(self.scenario.input_shape)
 
     def export(self, path: str | Path, format: Format, *, task: int | None = None) -> Exported:
-        """Write the model to a file that takes raw images [B, ...] and gives scores [B, C]; normalisation is inside.
+        """Write the model to a file that takes raw images [B, ...] and gives scores [B, C], normalization included.
 
-        What is read from the file is compared with this model on a few images. Images are uint8, but for models of
-        images given as floats; a model that needs a task takes one for each image, too, [B] int64.
+        The model read from the file is compared with this one on a few images. Images are uint8, but for models of
+        images given as floats; a model that needs a task also takes one for each image, [B] int64.
 
         Args:
-            path: of the file, which must not be there yet.
-            format: ``safetensors``: the weights by name, and in the header class names, shape and normalisation;
+            path: path of the file, which must not exist yet.
+            format: ``safetensors``: the weights by name, and in the header class names, shape and normalization;
                 ``torch-export``: a program for `torch.export.load`; ``onnx``: which needs ``clframe[onnx]``.
-            task: answer within this task only. Networks that compute something else for each task need one, but for
-                ``safetensors``.
+            task: the only task that the file answers. Networks that compute something else for each task need one,
+                but for ``safetensors``.
 
         Raises:
-            UsageError: if there is no such format, the file is there, packages are missing, or no graph can hold what
+            UsageError: if there is no such format, the file exists, packages are missing, or no graph can hold what
                 the model computes.
-            RunError: if the file does not answer as the model does.
+            RunError: if the file gives other scores than the model.
         """
-        from clframe.deploy.export import export  # it is needed by few
+        from clframe.deploy.export import export  # few programs need it
 
-        return export(self, expand_home(path), format, cast("int | None", _asked(task)))
+        return export(self, expand_home(path), format, cast("int | None", _read_task(task)))
 
-    def _stacked(self, images: Files | Images | Image.Image | Sequence[Image.Image]) -> Tensor | None:
-        """Arrays as one [B, ...]; None of files. Raises `UsageError` if they are not as the model takes them."""
+    def _stack(self, images: Files | Images | Image.Image | Sequence[Image.Image]) -> Tensor | None:
+        """Return arrays and pictures as one [B, ...]; None for files.
+
+        Raises `UsageError` if they do not suit the model.
+        """
         if isinstance(images, str | Path):
             return None
         if not isinstance(images, Tensor | np.ndarray):
@@ -285,7 +291,7 @@ class Trained(nn.Module):
             if not given:
                 return torch.empty(0, *self.scenario.input_shape)
             if kinds == {"picture"}:
-                look, scale = self._look(), self.scenario.transform.scale
+                look, scale = self._find_format(), self.scenario.transform.scale
                 return torch.stack([files.convert_image(image, look, scale) for image in given])
             shapes = sorted({tuple(image.shape) for image in given})
             if len(shapes) > 1:
@@ -299,7 +305,7 @@ class Trained(nn.Module):
         return raw
 
     def _check(self, images: Tensor) -> None:
-        """Raise `UsageError` if raw `images` are not as the model takes them."""
+        """Raise `UsageError` if raw `images` do not suit the model."""
         shape, scale = self.scenario.input_shape, self.scenario.transform.scale
         if images.shape[1:] != shape:
             last = images.dim() == 4 and (images.shape[3], *images.shape[1:3]) == tuple(shape)
@@ -307,7 +313,7 @@ class Trained(nn.Module):
                 f"The images are {list(images.shape[1:])}, and this model takes {list(shape)}"
                 + (": channels come first, as `x.permute(0, 3, 1, 2)` of a tensor gives them." if last else ".")
             )
-        if images.dtype == torch.uint8:  # one image may be as good as black
+        if images.dtype == torch.uint8:  # no range to check: one image may be almost black
             return
         try:
             check_values(images, scale, "images", f"give raw values as those that were learned, from 0 to {scale:g}")
@@ -315,19 +321,19 @@ class Trained(nn.Module):
             raise UsageError(str(error)) from error
 
     def _read(self, paths: Sequence[Path | None], part: range, problems: list[str]) -> dict[int, Tensor]:
-        """The images of `part` by position; a sentence in `problems` on each that cannot be read."""
+        """Return the images of `part` by position; `problems` collects a sentence on each file that cannot be read."""
         read: dict[int, Tensor] = {}
         for i in part:
             try:
-                read[i] = files.read_image(str(paths[i]), self._look(), self.scenario.transform.scale)
+                read[i] = files.read_image(str(paths[i]), self._find_format(), self.scenario.transform.scale)
             except DataError as error:
                 problems.append(str(error))
         return read
 
-    def _answers(
+    def _answer(
         self, paths: Sequence[Path | None], images: Tensor, task: Tensor | int | None, top: int
     ) -> list[Prediction]:
-        scores = self._scored(images, task)
+        scores = self._score(images, task)
         shares = self.confidences(scores, task)
         labels = scores.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
         found = []
@@ -341,7 +347,7 @@ class Trained(nn.Module):
         return found
 
 
-def _asked(task: Any) -> Tensor | int | None:
+def _read_task(task: Any) -> Tensor | int | None:
     """Return `task`, one or one for each image, as a number or a tensor of whole numbers. Raises `UsageError`."""
     if task is None or isinstance(task, Tensor):
         whole = task
@@ -356,9 +362,9 @@ def _asked(task: Any) -> Tensor | int | None:
 
 
 def _kind(image: object) -> str | None:
-    """Return what an element of a list is that `Trained.predict` is given: a file, an array or a picture."""
+    """Return the kind of an element given to `Trained.predict`: a file, an array or a picture; None: none of them."""
     if isinstance(image, str | Path):
         return "file"
     if isinstance(image, Tensor | np.ndarray):
         return "array"
-    return "picture" if hasattr(image, "getbands") else None  # Pillow's, which not every process imports
+    return "picture" if hasattr(image, "getbands") else None  # of Pillow, which not every process imports

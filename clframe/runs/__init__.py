@@ -1,1 +1,1 @@
-"""Runs on the disk: the run folder, checkpoints, results, and runs that extend finished ones."""
+"""Runs on the disk: run folders, checkpoints, results, and the extension of finished runs."""

@@ -1,8 +1,8 @@
 """Checkpoints: a tree of plain values and tensors as JSON and safetensors, written whole or not at all.
 
 A checkpoint is a folder of three files: ``tree.json``, ``tensors.safetensors``, and ``manifest.json`` with the SHA-256
-of the other two, as neither format notices a flipped bit. It is written beside, synced and renamed into place; the two
-newest are kept. Nothing here reads or writes a pickle.
+of the other two, as neither format notices a flipped bit. The folder is written under another name, synced and renamed
+into place; the two newest checkpoints are kept. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from clframe.system.writing import save_file
 
 CHECKPOINT_FORMAT = 1  # of the files and of the tree in them; docs/reference/compatibility.md has the rule for changes
 CHECKPOINT_FILES = ("tree.json", "tensors.safetensors")
-KEPT = 2
+KEPT = 2  # checkpoints
 NAME = re.compile(r"[0-9]{1,18}")  # of a checkpoint
 
 
 class OtherFormat(DataError):
-    """A checkpoint is whole, and of another format than this clframe's."""
+    """A checkpoint that is whole, and of another format than the one that this clframe reads."""
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """`value` as JSON-able data, its tensors moved to `tensors` under their paths.
+    """Return `value` as data that JSON can hold; its tensors are moved to `tensors`, under their paths.
 
     Takes None, numbers, strings, tensors, lists, tuples, dicts with string or number keys, `ImageData`, modules and
     optimizers (by their state dicts). Raises `TypeError` for anything else.
@@ -47,7 +47,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        while path in tensors:  # keys with a slash in them may lead to one path
+        while path in tensors:  # two keys may give one path, if they contain slashes
             path += "'"
         tensors[path] = value
         return {"tensor": path} if value.device.type == "cpu" else {"tensor": path, "device": value.device.type}
@@ -82,23 +82,23 @@ def unpack(
     structures: Mapping[int, IncrementalNet] | None = None,
     device: torch.device | None = None,
 ) -> Any:
-    """The value that `pack` was given; tensors that were on a device go to `device`, those of the CPU stay there.
+    """Return the value that was packed; tensors that were on a device go to `device`, those of the CPU stay there.
 
-    Modules and optimizers are loaded into the one that `like` is. A network of `IncrementalNet`'s kind, a teacher, is
-    loaded into a copy of the structure that stands in `structures` under the number of experiences it has grown for.
+    A module or optimizer is loaded into `like`, which is returned. An `IncrementalNet`, such as a teacher, is loaded
+    into a copy of the network in `structures` whose key is the number of experiences for which the teacher has grown.
     """
     if not isinstance(data, dict):
         return data
     if "tensor" in data:
-        # a copy of its own: a view into the file's buffer is aligned otherwise, and another kernel might run on it
+        # a copy: a view into the file's buffer may have another alignment, for which torch may run another kernel
         tensor = tensors[data["tensor"]].clone()
         return tensor.to(device) if "device" in data else tensor
     if "list" in data or "tuple" in data:
         kind, given = next(iter(data.items()))
-        items = [unpack(v, tensors, _at(like, i), structures, device) for i, v in enumerate(given)]
+        items = [unpack(v, tensors, _find_item(like, i), structures, device) for i, v in enumerate(given)]
         return items if kind == "list" else tuple(items)
     if "dict" in data:
-        return {k: unpack(v, tensors, _at(like, k), structures, device) for k, v in data["dict"]}
+        return {k: unpack(v, tensors, _find_item(like, k), structures, device) for k, v in data["dict"]}
     if "images" in data:
         columns = unpack(data["images"], tensors, device=device)
         return ImageData(columns.pop("x"), columns.pop("y"), **columns)
@@ -113,16 +113,17 @@ def unpack(
     return like
 
 
-def grown_in(data: Any) -> set[int]:
-    """For how many experiences the networks in packed `data` have grown: the keys `unpack` needs of `structures`."""
+def collect_grown(data: Any) -> set[int]:
+    """Return the numbers of experiences for which networks in packed `data` have grown: the keys of `structures`."""
     if isinstance(data, list):
-        return {grown for item in data for grown in grown_in(item)}
+        return {grown for item in data for grown in collect_grown(item)}
     if isinstance(data, dict):
-        return {data["grown"]} if "grown" in data else grown_in(list(data.values()))
+        return {data["grown"]} if "grown" in data else collect_grown(list(data.values()))
     return set()
 
 
-def _at(container: Any, key: Any) -> Any:
+def _find_item(container: Any, key: Any) -> Any:
+    """Return the item of a container under `key`; None if there is none, or `container` is none."""
     if isinstance(container, Mapping):
         return container.get(key)
     if isinstance(container, list | tuple) and isinstance(key, int) and key < len(container):
@@ -131,9 +132,9 @@ def _at(container: Any, key: Any) -> Any:
 
 
 def detach_copy(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """`tree` packed, with copies of its tensors: what the run does next does not change them.
+    """Return `tree` packed, with copies of its tensors, which the next steps of the run do not change.
 
-    Raises `RunError` if something in it cannot be packed.
+    Raises `RunError` if something in `tree` cannot be packed.
     """
     tensors: dict[str, Tensor] = {}
     try:
@@ -144,11 +145,11 @@ def detach_copy(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
 
 
 def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
-    """Write the copy of `detach_copy` as the newest checkpoint in `folder`, whole or not at all; keep the one before.
+    """Write what `detach_copy` returned as the newest checkpoint in `folder`, whole or not at all, and return its path.
 
-    Raises `RunError` if the disk is full or cannot be written; the checkpoints that were there remain.
+    The checkpoint before it is kept. Raises `RunError` if the disk is full or cannot be written; older ones stay.
     """
-    number = max((int(p.name) for p in _checkpoints(folder)), default=0) + 1
+    number = max((int(p.name) for p in _list_checkpoints(folder)), default=0) + 1
     target, beside = folder / f"{number:06d}", folder / f".{number:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
         writing.sync(folder)
     except (OSError, DataError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        kept = newest(folder)
+        kept = find_newest(folder)
         if kept == target:
             raise RunError(
                 f"The checkpoint {target} is written, and its folder could not be brought to the disk ({error}): make "
@@ -182,21 +183,21 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
                 else "there is none yet: make room and resume, which begins the run again."
             )
         ) from error
-    for old in _checkpoints(folder)[:-KEPT]:
+    for old in _list_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tensor]]:
-    """The packed tree and the tensors of the newest checkpoint in `folder` that is whole; `tell` hears of damaged ones.
+    """Return the packed tree and the tensors of the newest checkpoint in `folder` that is whole.
 
-    Raises `DataError` if there is none.
+    `tell` is called with a sentence for each damaged one that is newer. Raises `DataError` if none is whole.
     """
     problems = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(_list_checkpoints(folder)):
         try:
             loaded = _read(path)
-        except OtherFormat:  # it is no damage, and the older one would take the run back
+        except OtherFormat:  # not damaged, and an older checkpoint would take the run back
             raise
         except DataError as error:
             problems.append(str(error))
@@ -211,12 +212,13 @@ def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tens
     )
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder`, unverified."""
-    return next(reversed(_checkpoints(folder)), None)
+def find_newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint in `folder`, unverified; None if there is none."""
+    return next(reversed(_list_checkpoints(folder)), None)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return the packed tree and the tensors of the checkpoint `path`. Raises `DataError` if it is damaged."""
     try:
         strange = sorted(p.name for p in path.iterdir() if p.name not in (*CHECKPOINT_FILES, "manifest.json"))
         if strange:
@@ -243,21 +245,21 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
-    """Write `tensors` as safetensors to `path` whole or not at all, with what it is `about` in its header.
+    """Write `tensors` as safetensors to `path`, whole or not at all, with the texts `about` in the header.
 
-    Equal tensors are equal bytes. Raises `OSError` if that fails.
+    Equal tensors give equal bytes. Raises `OSError` if the file cannot be written.
     """
     try:
         with writing.write_beside(path) as beside:
             _save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, about)
-    except SafetensorError as error:  # it stands for an error of the system, too
+    except SafetensorError as error:  # safetensors raises it for errors of the system, too
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `DataError` if it is missing or damaged."""
+    """Return the tensors of a safetensors file. Raises `DataError` if it is missing or damaged."""
     try:
-        with open_regular(path):  # safetensors' own words for what the system refuses are other ones
+        with open_regular(path):  # gives the system's words for what it refuses; safetensors has other ones
             return load_file(path)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):
@@ -266,12 +268,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of its folder."""
-    save_file(tensors, path, about) if about else save_file(tensors, path)
+    """Write a safetensors file and give it the permissions of its folder."""
+    if about:
+        save_file(tensors, path, about)
+    else:
+        save_file(tensors, path)
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, the oldest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), key=lambda p: int(p.name))

@@ -1,4 +1,4 @@
-"""A finished run that learns on: its scenario followed by a new one, and what it takes over."""
+"""The extension of a finished run: its scenario followed by a new one, with the network and the state continued."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clframe.options import options_of
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint
 from clframe.runs.folder import read_model
-from clframe.runs.record import described_in, scenario_of
+from clframe.runs.record import check_description, restore_scenario
 from clframe.runs.results import read_results
 from clframe.runs.state import position_of
 from clframe.settings import OBJECT, Config, TrainSettings
@@ -30,8 +30,8 @@ from clframe.system.reading import blame_file, expand_home, quote_path, reason
 if TYPE_CHECKING:
     from clframe.engine import Engine
 
-ANEW = ("experiences", "first", "order", "limit")  # options of a scenario that say nothing of the next one
-OF_OPTIMIZER = (  # with others, a kept optimizer is not taken over
+NOT_CARRIED = ("experiences", "first", "order", "limit")  # options of a scenario that do not hold for the next one
+OPTIMIZER_SETTINGS = (  # a kept optimizer is continued only if these are the same
     *("optimizer", "lr", "head_lr", "momentum", "nesterov", "betas", "eps"),
     *("weight_decay", "decay", "keep_optimizer"),
 )
@@ -45,11 +45,11 @@ class Base:
     """The finished run that another one extends.
 
     Attributes:
-        path: its folder.
-        config: its configuration.
-        described: its scenario as `model.json` has it.
-        methods: the plugins that it learnt with.
-        temperature: for each reading the temperature of its confidence; empty if none was fitted.
+        path: folder of the run.
+        config: configuration of the run.
+        described: scenario of the run, as `model.json` describes it.
+        methods: plugins that the run learned with.
+        temperature: temperature of the confidence for each evaluation mode; empty if none was fitted.
     """
 
     path: Path
@@ -60,16 +60,16 @@ class Base:
 
     @property
     def known(self) -> dict[str, Any]:
-        """What the run that extends it must know of it, as `base.json` holds it."""
+        """Return what an extension needs to know of this run, as `base.json` holds it."""
         return {**self.described, "temperature": dict(self.temperature)}
 
     @property
     def scenario(self) -> Scenario:
-        """What it learnt, without images."""
-        return scenario_of(self.described)
+        """Return the scenario that the run learned, without images."""
+        return restore_scenario(self.described)
 
     def last_checkpoint(self) -> tuple[Any, dict[str, Tensor]]:
-        """The state in which it ended. Raises `DataError` if that is gone or damaged."""
+        """Load the state in which the run ended. Raises `DataError` if its checkpoint is gone or damaged."""
         problems: list[str] = []
         try:
             loaded = checkpoint.load(self.path / "checkpoints", problems.append)
@@ -83,29 +83,30 @@ class Base:
         return loaded
 
     def keeps_optimizer(self, train: TrainSettings) -> bool:
-        """Whether an optimizer that was kept suits the settings `train`."""
-        return all(getattr(train, name) == getattr(self.config.train, name) for name in OF_OPTIMIZER)
+        """Return whether an optimizer that was kept suits the settings `train`."""
+        return all(getattr(train, name) == getattr(self.config.train, name) for name in OPTIMIZER_SETTINGS)
 
     def check(self, config: Config, plugins: Sequence[Plugin]) -> None:
-        """Refuse a run that cannot take over the network and the state of this one."""
+        """Raise `UsageError` if a run with `config` and `plugins` cannot continue the network and state of this one."""
         problems = []
         methods = [plugin for plugin in plugins if not plugin.observer]
         if missing := [name for name in self.methods if name not in [plugin.name for plugin in methods]]:
             problems.append(
-                f"The run in {self.path} learned with {_listed(self.methods)}, and what extends it leaves "
-                f"{_listed(missing)} out: their state is taken over, so name the same."
+                f"The run in {self.path} learned with {_phrase(self.methods)}, and what extends it leaves "
+                f"{_phrase(missing)} out: their state is taken over, so name the same."
             )
-        joining = self.joining(methods)
+        joining = self.find_joining(methods)
         if strangers := [plugin.name for plugin in joining if not plugin.joins]:
             problems.append(
-                f"The run in {self.path} learned with {_listed(self.methods)}, and {_listed(strangers)} cannot join "
-                "it, as it needs what it would have kept from the start: leave it out, or run all experiences again."
+                f"The run in {self.path} learned with {_phrase(self.methods)}, and {_phrase(strangers)} cannot "
+                "join it, as it needs what it would have kept from the start: leave it out, or run all experiences "
+                "again."
             )
         needy = [plugin.name for plugin in joining if plugin.joins == "images"]
         if needy and config.run.old_images is None:
             problems.append(
-                f"{_listed(needy)} can join the run in {self.path} with images of the classes that it learned: name a "
-                "folder that has a folder of them for each class, with `run.old_images` (`clframe extend --images`)."
+                f"{_phrase(needy)} can join the run in {self.path} with images of the classes that it learned: name "
+                "a folder that has a folder of them for each class, with `run.old_images` (`clframe extend --images`)."
             )
         if config.run.old_images is not None and not needy:
             problems.append(
@@ -118,8 +119,8 @@ class Base:
                 "there; it learns on as it is: set no others."
             )
         problems += [
-            f"`{name}` trains on the images of earlier experiences, which a finished run does not keep: run it anew, "
-            "on all of them."
+            f"`{name}` trains on the images of earlier experiences, which a finished run does not keep: run "
+            "all experiences again, in one run."
             for name in [plugin.name for plugin in methods if plugin.keeps_experiences]
         ]
         if config.run.device != "auto" and self.config.run.device == "cpu" and config.run.device != "cpu":
@@ -130,19 +131,21 @@ class Base:
         if problems:
             raise UsageError(*problems)
 
-    def joining(self, plugins: Sequence[Plugin]) -> list[Plugin]:
-        """The methods among `plugins` that this run learned without."""
+    def find_joining(self, plugins: Sequence[Plugin]) -> list[Plugin]:
+        """Return the methods among `plugins` that this run learned without."""
         return [plugin for plugin in plugins if not plugin.observer and plugin.name not in self.methods]
 
 
-def old_images(folder: Path, scenario: Scenario, experience: Experience, left: LeftOut | None = None) -> Experience:
-    """`experience`, whose training images are those in `folder`, of any class that `scenario` has had until then.
+def read_old_images(
+    folder: Path, scenario: Scenario, experience: Experience, left: LeftOut | None = None
+) -> Experience:
+    """Return `experience` with the images in `folder` as its training images, of any class learned so far.
 
     Args:
-        folder: one folder of image files for each class, named like it.
-        scenario: as far as it was learned.
-        experience: its last.
-        left: what the folder holds beside images is added.
+        folder: holds one folder of image files for each class, named like the class.
+        scenario: the scenario, as far as it was learned.
+        experience: the last experience of the scenario.
+        left: collects what the folder holds besides images.
 
     Raises:
         DataError: if there is no such folder, or an image cannot be read.
@@ -150,12 +153,12 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
     """
     if not folder.is_dir():
         raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
-    learned = {_plain(scenario.class_names[c]): c for classes in scenario.classes for c in classes}
+    learned = {_normalize(scenario.class_names[c]): c for classes in scenario.classes for c in classes}
     try:
         found = class_folders(folder, left)
     except OSError as error:
         raise DataError(f"`run.old_images` is {quote_path(folder)}, which cannot be read: {reason(error)}.") from error
-    if strangers := [path.name for path in found if _plain(path.name) not in learned]:
+    if strangers := [path.name for path in found if _normalize(path.name) not in learned]:
         raise UsageError(
             f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
             "class that its images are of." + did_you_mean(strangers[0], learned)
@@ -165,7 +168,7 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
     for path in found:
         files = image_files([path], left)
         read += [read_image(file, look, scenario.transform.scale) for file in files]
-        labels += [learned[_plain(path.name)]] * len(files)
+        labels += [learned[_normalize(path.name)]] * len(files)
     if not read:
         raise UsageError(f"{folder} has no folder of images; it needs one for each class, named like it.")
     y = torch.tensor(labels)
@@ -176,16 +179,16 @@ def old_images(folder: Path, scenario: Scenario, experience: Experience, left: L
 
 
 def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
-    """Let plugins join the network of a run that learned without them, before the first experience to come.
+    """Let `plugins` join the network of a run that learned without them, before its first new experience.
 
-    Their ``after_experience`` is called as if the last old experience had just ended. It has the images in
+    Calls their ``after_experience`` as if the last old experience had just ended, with the images in
     ``run.old_images``, or none.
     """
     run = engine.run
     experience = run.experience
     if run.config.run.old_images is not None:
         folder, left = expand_home(run.config.run.old_images), LeftOut()
-        experience = old_images(folder, run.scenario, experience, left)
+        experience = read_old_images(folder, run.scenario, experience, left)
         for note in left.sentences(quote_path(folder)):
             run.tell(note)
     for plugin in plugins:
@@ -195,60 +198,65 @@ def join(engine: Engine, plugins: Sequence[Plugin]) -> None:
 
 
 def load_base(path: Path, config: Config) -> Base:
-    """The run in `path`, with this configuration, to be extended. Raises `DataError` if it is not finished."""
+    """Return the run in `path`, which has the configuration `config`, as a base to extend.
+
+    Raises `DataError` if the run is not finished.
+    """
     description, _, _ = read_model(path)
-    described_in(path, description)
+    check_description(path, description)
     temperature = description.get("temperature") or {}
     return Base(path, config, description["scenario"], read_results(path).data["plugins"], temperature)
 
 
-def defaults(base: Base, scenario: str) -> dict[str, Any]:
-    """The options of the scenario of this name that `base` decides: its setting; one experience, unless told otherwise.
+def derive_options(base: Base, scenario: str) -> dict[str, Any]:
+    """Return the options that `base` decides for the new `scenario`: its setting, and one experience by default.
 
-    Where both are of one name it is the same again, with other classes: only how they come is its own.
+    A scenario of the same name has the other options of the old one, too, but for those that order its classes.
     """
     known = {option.name for option in options_of(registry.builder("scenario", scenario), skip=registry.SUPPLIED)}
     old = base.config.scenario
     same = old["name"] == scenario and OBJECT not in old
-    carried = {name: value for name, value in old.items() if same and name in known and name not in ANEW}
+    carried = {name: value for name, value in old.items() if same and name in known and name not in NOT_CARRIED}
     own = {"setting": base.described["setting"], "experiences": 1}
     return carried | {name: value for name, value in own.items() if name in known}
 
 
 def extend_scenario(old: Scenario, coming: Scenario) -> Scenario:
-    """What was learnt, without images, and then what comes.
+    """Return the scenario of the experiences learned, without images, followed by those of `coming`.
 
-    A class of an old name is the old class, others get new columns. Images are normalised, and augmented, as the
-    network knows them.
+    A class with the name of an old class is that class; others get new columns. Images are normalized and augmented
+    as those that the network was trained on.
 
     Raises:
-        UsageError: if the images, or the setting, are of another kind.
+        UsageError: if the two differ in setting, or in the shape or range of their images.
     """
     problems = []
     if coming.setting != old.setting:
-        problems.append(f"`{coming.name}` is of the setting `{coming.setting}`, and the run learnt in `{old.setting}`.")
+        problems.append(
+            f"`{coming.name}` is of the setting `{coming.setting}`, and the run learned in `{old.setting}`."
+        )
     if coming.input_shape != old.input_shape:
         problems.append(
-            f"The images of `{coming.name}` are {list(coming.input_shape)}, and the run learnt with "
+            f"The images of `{coming.name}` are {list(coming.input_shape)}, and the run learned with "
             f"{list(old.input_shape)}; bring them to that size."
         )
     if coming.transform.scale != old.transform.scale:
         problems.append(
-            f"The values of the images of `{coming.name}` go up to {coming.transform.scale:g}, and the run learnt with "
-            f"{old.transform.scale:g}; bring them to that range."
+            f"The values of the images of `{coming.name}` go up to {coming.transform.scale:g}, and the run learned "
+            f"with {old.transform.scale:g}; bring them to that range."
         )
     if twice := sorted({n for n in coming.class_names if coming.class_names.count(n) > 1}):
         problems.append(f"`{coming.name}` has two classes `{twice[0]}`; give each a name of its own.")
     if problems:
         raise UsageError(*problems)
-    names = list(old.class_names[: _seen(old.classes)])
-    known = [_plain(name) for name in names]
+    names = list(old.class_names[: _count_classes(old.classes)])
+    known = [_normalize(name) for name in names]
     table = torch.zeros(len(coming.class_names), dtype=torch.int64)
-    for label, name in enumerate(coming.class_names[: _seen(coming.classes)]):
-        if _plain(name) not in known:
+    for label, name in enumerate(coming.class_names[: _count_classes(coming.classes)]):
+        if _normalize(name) not in known:
             names.append(name)
-            known.append(_plain(name))
-        table[label] = known.index(_plain(name))
+            known.append(_normalize(name))
+        table[label] = known.index(_normalize(name))
     n, shape = len(old), old.input_shape
 
     def load(index: int, part: Part) -> ImageData:
@@ -275,14 +283,16 @@ def extend_scenario(old: Scenario, coming: Scenario) -> Scenario:
     return joined
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     """Return the name of a class in one Unicode form (NFC), to compare it: systems write one name in several."""
     return unicodedata.normalize("NFC", name)
 
 
-def _seen(classes: Sequence[Sequence[int]]) -> int:
+def _count_classes(classes: Sequence[Sequence[int]]) -> int:
+    """Return the number of classes: one more than the largest label."""
     return max(map(max, classes)) + 1
 
 
-def _listed(methods: Sequence[str]) -> str:
+def _phrase(methods: Sequence[str]) -> str:
+    """Return the names of methods as a phrase."""
     return " and ".join(f"`{name}`" for name in methods) or "no method"

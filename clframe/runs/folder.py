@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves on the disk, and whose it is while the run lasts."""
+"""The run folder: the files of a run, locked while the run lasts."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from clframe.system.reading import blame_file, parse_json, quote_path, read_byte
 from clframe.system.writing import to_json, write_text
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
-BASE = "base.json"  # what a run that extends another one knows of it
+BASE = "base.json"  # description of the run that this one extends
 ENVIRONMENT = "environment.json"
 CONFIG = "config.yaml"
 CONFIG_LIMIT = 1_000_000  # bytes
 BEGIN = (BASE, ENVIRONMENT, "split.json", CONFIG)  # files of the beginning, in this order: the last makes a run folder
-# what a process leaves that was killed before that; sums.json is written first of all
+# files of a process that was killed before the last one; sums.json is written first
 BEGUN = {".lock", *(name for file in (sums.SUMS_FILE, *BEGIN) for name in (file, f".{file}"))}
 PART = re.compile(r"predictions/[0-9]+\.safetensors")
-WRITTEN = (  # all that clframe writes into a run folder
+WRITTEN = (  # everything that clframe writes into a run folder
     *(".lock", sums.SUMS_FILE, *BEGIN, "metrics.jsonl", RESULTS_FILE, "timings.json", "model.json"),
     *("model.safetensors", "predictions.safetensors", "predictions", "checkpoints", "pictures", "tensorboard"),
 )
@@ -46,15 +46,15 @@ BINDING = ("torch", "device", "threads")  # what the last bit of a figure depend
 
 
 class RunFolder:
-    """One run's folder, locked for as long as this object is open.
+    """The folder of one run, locked for as long as this object is open.
 
     Args:
-        path: of the folder.
-        new: make it; refuse one that is there already. Else open the folder of an earlier run.
+        path: path of the folder.
+        new: make the folder, and refuse one that is there already; else open the folder of an earlier run.
 
     Raises:
         UsageError: if `new` and the folder exists.
-        DataError: if it cannot be written, is no run folder, or another process works on it.
+        DataError: if the folder cannot be written, is no run folder, or another process works on it.
     """
 
     def __init__(self, path: Path, *, new: bool) -> None:
@@ -70,18 +70,19 @@ class RunFolder:
             self._lock.acquire(blocking=False)
         except filelock.Timeout:
             raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
-        except (OSError, ValueError) as error:  # ValueError: no file can be called so
+        except (OSError, ValueError) as error:  # ValueError: no file can have this name
             remedy = "name another with `--output`" if new else "make it writable"
             raise DataError(
                 f"The run folder {quote_path(path)} cannot be written: {reason(error)}; {remedy}."
             ) from error
 
     def _check(self, new: bool) -> None:
+        """Refuse a path that is no place for a new run folder, or is no run folder."""
         path = self.path
         if new and path.exists() and not path.is_dir():
             raise UsageError(f"The run folder {path} is a file: name another with `--output`.")
-        # a process that was killed before its run began leaves nothing that is needed
-        if new and path.exists() and not _nothing_begun(path):
+        # what a process left that was killed before its run began is not needed
+        if new and path.exists() and not _is_untouched(path):
             a_run = (path / CONFIG).is_file()
             raise UsageError(
                 f"The run folder {path} exists already: name another with `--output`, or go on with "
@@ -95,41 +96,42 @@ class RunFolder:
             writing.refuse_links(path, WRITTEN)
 
     def close(self) -> None:
-        """Give the folder back, when nothing is written any more; one in which nothing was begun goes away."""
+        """Wait for pending writes, release the lock, and remove the folder if the run never started."""
         self._disk.shutdown()
         self._lock.release()
         if self._new and not (self.path / "config.yaml").exists():
             self._clear()
-            with contextlib.suppress(OSError):  # something else is in it
+            with contextlib.suppress(OSError):  # other files are in the folder
                 self.path.rmdir()
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def save(self, tree: Mapping[str, Any]) -> None:
-        """Write a checkpoint of `tree` as it is now, while the run goes on; first the one before must be written.
+        """Write a checkpoint of `tree` as it is now, in the background; first wait for the checkpoint before.
 
-        Raises `RunError` if that one could not be, or if something in `tree` cannot be kept.
+        Raises `RunError` if the one before could not be written, or if something in `tree` cannot be packed.
         """
         self.settle()
         self._writing = self._disk.submit(checkpoint.write, self.checkpoints, *checkpoint.detach_copy(tree))
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written. Raises `RunError` if it could not be."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Wait for the checkpoint that is being written. Raises `RunError` if it could not be written."""
+        pending = self._writing
+        self._writing = None
+        if pending is not None:
+            pending.result()
 
     @property
     def finished(self) -> bool:
-        """Whether the run has its results."""
+        """Return whether the run has its results."""
         return (self.path / RESULTS_FILE).is_file()
 
     @property
     def untouched(self) -> bool:
-        """Whether nothing was learnt in it: there is no checkpoint, no record, no evaluation."""
+        """Return whether nothing was learned in the folder: it has no checkpoint, no record, no evaluation."""
         return not (any(self.checkpoints.glob("[0-9]*")) or self.metrics_size() or (self.path / "predictions").exists())
 
     def begin(
@@ -139,9 +141,9 @@ class RunFolder:
         split: Mapping[str, Any],
         base: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write what is known before training: the resolved configuration, the environment, the split.
+        """Write the files of the beginning: the resolved configuration, the environment, the split.
 
-        `base` describes what was learnt before, in the run that this one extends.
+        `base` describes what was learned before, in the run that this one extends.
         """
         texts = {
             **({BASE: to_json(base)} if base is not None else {}),
@@ -163,26 +165,26 @@ class RunFolder:
             ) from error
 
     def _clear(self, but: str = "") -> None:
-        """Remove what `begin` writes, and what a process left that was killed there, but for the file `but`."""
+        """Remove the files of the beginning, also those of a process that was killed there, but for the file `but`."""
         for name in BEGUN - {but}:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink(missing_ok=True)
 
     def check_sums(self, position: Mapping[str, Any], skip: Sequence[str], tell: Callable[[str], None]) -> None:
-        """Check the files that a resume goes on from, and remember their sums; `tell` hears of what is missing.
+        """Check the files from which a resume continues, and keep their sums.
 
         Args:
-            position: where the run goes on, as its checkpoint has it: parts of the predictions that are written again
-                are not looked at.
+            position: position of the run in its checkpoint; parts of the predictions that will be written again are not
+                checked.
             skip: files that are compared in another way.
-            tell: is given a sentence.
+            tell: called with a sentence for each file that is missing.
 
         Raises:
             DataError: if a file is not what was written.
         """
         found = sums.read(self.path)
         if found is None:
-            tell(sums.missing(self.path) or "")
+            tell(sums.explain_missing(self.path) or "")
             kept = [name for name in BEGIN if (self.path / name).exists()]
             parts = [f"predictions/{p.name}" for p in sorted((self.path / "predictions").glob("*.safetensors"))]
             self._sums = {name: sums.digest(self.path / name) for name in kept + list(filter(PART.fullmatch, parts))}
@@ -198,7 +200,7 @@ class RunFolder:
                 del found[name]
             elif not (self.path / name).exists():
                 del found[name]
-                tell(_lost(self.path / name))
+                tell(_explain_loss(self.path / name))
             elif sums.digest(self.path / name) != found[name]:
                 raise DataError(
                     f"{self.path / name} is damaged: it is not what was written. Put it back, or remove it to go on "
@@ -210,13 +212,13 @@ class RunFolder:
         write_text(self.path / sums.SUMS_FILE, sums.to_text(self._sums))
 
     def config_sum(self) -> str:
-        """SHA-256 of `config.yaml`: a checkpoint remembers it, so that an edit is noticed."""
+        """Compute the SHA-256 of `config.yaml`; checkpoints hold it, so that an edit is noticed."""
         return hashlib.sha256(read_bytes(self.path / CONFIG, CONFIG_LIMIT)).hexdigest()
 
     def check_config(self, written: str | None = None) -> None:
-        """Raise `DataError` unless `config.yaml` has the sum `written`, by default that in sums.json, if there is one.
+        """Raise `DataError` unless `config.yaml` has the sum `written`, by default the one in sums.json, if any.
 
-        It is called before anything is read from it: what a damaged one says would be blamed on the user.
+        Call this before the file is read, else what a damaged file says would be blamed on the user.
         """
         if written is None:
             written = (sums.read(self.path) or {}).get(CONFIG)
@@ -225,15 +227,16 @@ class RunFolder:
                 f"{self.path / CONFIG} was edited, or damaged, since the run began; put it back, or start a new run."
             )
 
-    def environment(self) -> dict[str, Any]:
-        """What `begin` wrote of the environment."""
+    def read_environment(self) -> dict[str, Any]:
+        """Return the environment in which the run began, as `begin` wrote it."""
         return self._read(ENVIRONMENT)
 
-    def base(self) -> dict[str, Any] | None:
-        """What `begin` wrote of the run that this one extends; None if it extends none."""
+    def read_base(self) -> dict[str, Any] | None:
+        """Return the description of the run that this one extends, as `begin` wrote it; None if it extends none."""
         return self._read(BASE) if (self.path / BASE).exists() or BASE in self._sums else None
 
     def _read(self, name: str) -> dict[str, Any]:
+        """Return the mapping in the JSON file `name` of the folder. Raises `DataError` if there is none."""
         try:
             found = read_json(self.path / name)
         except DataError as error:
@@ -247,19 +250,19 @@ class RunFolder:
         writing.append(self.path / "metrics.jsonl", json.dumps(record) + "\n")
 
     def metrics_size(self) -> int:
-        """Bytes of `metrics.jsonl`."""
+        """Return the size of `metrics.jsonl` in bytes."""
         file = self.path / "metrics.jsonl"
         return file.stat().st_size if file.exists() else 0
 
     def cut_metrics(self, size: int) -> None:
-        """Forget the lines that were written after the checkpoint that a resume starts from."""
+        """Cut `metrics.jsonl` to `size` bytes: remove lines written after the checkpoint from which a resume starts."""
         if (self.path / "metrics.jsonl").exists():
             writing.truncate(self.path / "metrics.jsonl", size)
 
     def keep_scores(self, after: int, row: Row) -> None:
-        """Keep one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N].
+        """Write one evaluation as a part of `predictions.safetensors`: ``reading/after/on`` [N, C], ``labels/on`` [N].
 
-        A reading that only masks another one's scores has none of its own there.
+        An evaluation mode that only masks the scores of another one has no scores there.
         """
         tensors: dict[str, Tensor] = {}
         kept: set[int] = set()
@@ -276,16 +279,16 @@ class RunFolder:
         self._write_sums()
 
     def keep_picture(self, name: str, experience: int, picture: Tensor) -> None:
-        """Write ``pictures/<name>-<experience>.png`` of a picture [H, W, 3] uint8; experiences count from 1."""
+        """Write a picture [H, W, 3] uint8 as ``pictures/<name>-<experience>.png``; experiences count from 1 there."""
         (self.path / "pictures").mkdir(exist_ok=True)
         file = self.path / "pictures" / f"{name.replace('/', '-')}-{experience + 1}.png"
         with writing.create(file) as stream:
             stream.write(encode_png(picture.numpy()))
 
     def finish(self, results: Results, model: Any, description: Mapping[str, Any]) -> list[str]:
-        """Write the trained model, the predictions, the sums, and last the results: they say that it is finished.
+        """Write the trained model, the predictions, the sums, and last the results, which mark the run as finished.
 
-        Returns a sentence for each part of the predictions that is gone. Raises `DataError` if one is damaged.
+        Returns a sentence for each part of the predictions that is gone. Raises `DataError` if a part is damaged.
         """
         self.settle()
         lost = []
@@ -293,7 +296,7 @@ class RunFolder:
         parts = sorted(filter(PART.fullmatch, self._sums))
         for name in parts:
             if not (self.path / name).exists():
-                lost.append(_lost(self.path / name))
+                lost.append(_explain_loss(self.path / name))
                 continue
             sums.check(self.path, name)
             scores |= checkpoint.read_tensors(self.path / name)
@@ -315,18 +318,18 @@ class RunFolder:
             write_text(self.path / name, text)
         self._write_sums()
         write_text(self.path / RESULTS_FILE, results_text)
-        with contextlib.suppress(OSError):  # what else is in the folder stays there, such as a file manager's
+        with contextlib.suppress(OSError):  # other files in the folder stay, such as those of a file manager
             for name in parts:
                 (self.path / name).unlink(missing_ok=True)
             for beside in self.path.glob("predictions/.*"):
-                if beside.name.startswith(".tmp") or beside.suffix == ".safetensors":  # of a write that was killed
+                if beside.name.startswith(".tmp") or beside.suffix == ".safetensors":  # left by a write that was killed
                     beside.unlink()
             (self.path / "predictions").rmdir()
         return lost
 
 
-def _nothing_begun(path: Path) -> bool:
-    """Whether `path` is empty, or holds only what `begin` had written when its process was killed."""
+def _is_untouched(path: Path) -> bool:
+    """Return whether `path` is empty, or holds only what `begin` had written when its process was killed."""
     names = {p.name for p in path.iterdir()}
     if CONFIG in names or names - BEGUN:
         return False
@@ -338,7 +341,8 @@ def _nothing_begun(path: Path) -> bool:
         return False
 
 
-def _lost(file: Path) -> str:
+def _explain_loss(file: Path) -> str:
+    """Return a sentence on a part of the predictions that is gone."""
     return (
         f"{file} is gone: predictions.safetensors will lack the scores of the test images after experience "
         f"{int(file.stem) + 1}."
@@ -356,7 +360,7 @@ def check_finished(path: Path) -> None:
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
-    """Description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
+    """Read description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
     check_finished(path)
     sums.check(path, CONFIG, "model.json", "model.safetensors")
     try:
@@ -369,32 +373,32 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
         raise DataError(f"{path} holds no trained model that can be read ({error}).") from error
 
 
-def environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:
-    """Versions, device, threads, commit of the working folder's git repository, and the data's checksum."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # which of torch's kernels it runs
+def describe_environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:
+    """Return versions, device, threads, the commit of the current folder's git repository, and the data's checksum."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # decides which of torch's kernels run
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
-        **{package: _version(package) for package in PACKAGES},
+        "processor": _find_processor(),
+        **{package: _find_version(package) for package in PACKAGES},
         "torch": torch.__version__,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "seed": seed,
         "data_sha256": checksum,
-        "git": _commit(),
+        "git": _find_commit(),
         "command": sys.argv,
     }
 
 
-def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One phrase for each difference that can change the last bits of the figures."""
+def compare_environments(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one phrase for each difference that can change the last bits of the figures."""
     return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in BINDING if before.get(key) != now.get(key)]
 
 
 @cache
-def _version(package: str) -> str:
+def _find_version(package: str) -> str:
     """Return the version of an installed package; reading it takes milliseconds, and a study asks in each run."""
     try:
         return importlib.metadata.version(package)
@@ -403,18 +407,19 @@ def _version(package: str) -> str:
 
 
 @cache
-def _processor() -> str:
-    """The CPU's model, by which speeds are compared."""
+def _find_processor() -> str:
+    """Return the model of the CPU, by which speeds are compared."""
     with contextlib.suppress(OSError, StopIteration), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def _find_commit() -> str | None:
     """Return the commit of the current folder's git repository; None where there is none.
 
     Whether files differ from the commit is not looked up: `git status` runs what the configuration of the repository
-    names (`core.fsmonitor`, filters, hooks), and the folder may come from strangers. `git rev-parse` runs none of it.
+    names (`core.fsmonitor`, filters, hooks), and the folder may come from an untrusted source. `git rev-parse` runs
+    none of it.
     """
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:

@@ -1,4 +1,4 @@
-"""What a run says of itself: its split at the beginning, its results and its model's description at the end."""
+"""Descriptions of a run: its split at the beginning, its results and the description of its model at the end."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Index = Annotated[int, Field(ge=0)]
 LARGEST_IMAGE = 2**28  # values
 
 
-def results_of(engine: Engine) -> Results:
-    """The results of a run that has learnt everything; written, with the trained model, if it has a folder."""
+def collect_results(engine: Engine) -> Results:
+    """Return the results of a run that has learned everything; write them, and the model, to its folder if any."""
     run, stream = engine.run, engine.stream
     run.experience = stream[len(stream) - 1].for_training()
     row = engine.row or engine.evaluated(engine.hook.predictor, keep_scores=True)
-    if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # it was not trained
+    if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # the run was not trained
         row = row.blank_copy()
     counts = [len(labels) for labels in row.labels]
     methods = [plugin for plugin in run.plugins if not plugin.observer]
@@ -50,14 +50,14 @@ def results_of(engine: Engine) -> Results:
         "forms": {plugin.name: plugin.form for plugin in methods if plugin.form},
         "seed": run.config.run.seed,
         **({"extends": stream.known[-2]} if len(stream.known) > 1 else {}),  # experiences learned in runs before
-        "readings": {reading: _in_words(reading, run.logits) for reading in run.accuracy},
+        "readings": {reading: _describe_mode(reading, run.logits) for reading in run.accuracy},
         "accuracy": run.accuracy,
         **({"validation": run.validation} if stream.val_share else {}),
         "measures": {
             reading: {
                 name: asdict(measure)
                 for name, measure in metrics.measures(
-                    matrix, counts, _joint(run.config.run.joint, reading), engine.baseline.get(reading)
+                    matrix, counts, _read_joint(run.config.run.joint, reading), engine.baseline.get(reading)
                 ).items()
             }
             for reading, matrix in run.accuracy.items()
@@ -69,13 +69,14 @@ def results_of(engine: Engine) -> Results:
         "notes": list(stream.notes),
         "calibration": {
             reading: {
-                name: asdict(m) for name, m in _calibration(engine, reading, row.scores[reading], row.labels).items()
+                name: asdict(m)
+                for name, m in _measure_calibration(engine, reading, row.scores[reading], row.labels).items()
             }
             for reading in row.accuracy
             if row.kind == "logits"
         },
-        "model": _size(dict(run.model.state_dict())),
-        "storage": {plugin.name: _size(state.of_plugin(plugin, plugin.state)) for plugin in methods},
+        "model": _measure_size(dict(run.model.state_dict())),
+        "storage": {plugin.name: _measure_size(state.of_plugin(plugin, plugin.state)) for plugin in methods},
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timings = {
@@ -92,10 +93,10 @@ def results_of(engine: Engine) -> Results:
             "model": dict(run.model.state_dict()),
             "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
         }
-        temperature, fitted = temperatures(engine)
+        temperature, fitted = fit_temperatures(engine)
         description = {
             "format": RESULTS_FORMAT,
-            "scenario": _described(stream, run),
+            "scenario": _describe_scenario(stream, run),
             "scores": row.kind,
             "temperature": temperature,
             "fitted": fitted,
@@ -105,12 +106,12 @@ def results_of(engine: Engine) -> Results:
     return results
 
 
-def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
-    """For each reading the temperature that fits its logits on the validation images, and to what it was fitted.
+def fit_temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
+    """Fit a temperature to the logits of each evaluation mode on the validation images; also return what it rests on.
 
-    A run that extends another one holds no images of the classes before out. On new classes alone, which it learned
-    last, it is right and sure of itself more often than on all, so that what fits them may only lower the confidence:
-    the temperature is not below that of the run before, or 1 if that had none.
+    A run that extends another one holds out no images of the old classes. On the new classes alone, which it learned
+    last, it is right and confident more often than on all classes. A temperature fitted to them may therefore only
+    lower the confidence: it is not below that of the run before, or 1 if that had none.
     """
     stream, carried = engine.stream, engine.carried or {}
     nothing = {"images": 0, "classes": [], "floor": None}
@@ -124,7 +125,7 @@ def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     about: dict[str, Any] = {}
     for reading, given in row.scores.items():
         rows = [
-            _allowed(scores, engine.readings.choices(reading, last, on))
+            _mask_others(scores, engine.readings.choices(reading, last, on))
             for on, scores in enumerate(given)
             if scores is not None
         ]
@@ -141,22 +142,22 @@ def temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     return found, about
 
 
-def _allowed(scores: Tensor, classes: Sequence[int]) -> Tensor:
-    """`scores` [N, C], -inf for all but `classes`."""
+def _mask_others(scores: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return `scores` [N, C] with -inf for all but `classes`."""
     return masked(scores, class_mask(classes, scores.shape[1]))
 
 
-def _calibration(
+def _measure_calibration(
     engine: Engine, reading: Any, scores: Sequence[Tensor | None], labels: Sequence[Tensor]
 ) -> dict[str, metrics.Measure]:
-    """Calibration over all experiences together, each image's choices being those of the reading."""
+    """Measure the calibration over all experiences together; each image has the choices of the evaluation mode."""
     last = len(labels) - 1
     rows = []
     for on, given in enumerate(scores):
         choices = engine.readings.choices(reading, last, on)
-        if given is None or len(choices) == 1:  # an answer that cannot be wrong says nothing of its confidence
+        if given is None or len(choices) == 1:  # an answer that cannot be wrong says nothing about its confidence
             return {}
-        rows.append(_allowed(given, choices))
+        rows.append(_mask_others(given, choices))
     found = metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
     # a predictor may rule a true class out, whose NLL is infinite: no number that JSON knows
     return {
@@ -164,12 +165,13 @@ def _calibration(
     }
 
 
-def _joint(folder: str | None, reading: str) -> list[float | None] | None:
-    """Accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
+def _read_joint(folder: str | None, reading: str) -> list[float | None] | None:
+    """Read the accuracy on each experience of the joint run in `folder`. Raises `DataError` if it is not finished."""
     return read_results(expand_home(folder)).accuracy.get(reading, [None])[-1] if folder else None
 
 
-def _in_words(reading: str, logits: str) -> str:
+def _describe_mode(reading: str, logits: str) -> str:
+    """Return a description of an evaluation mode, for results.json."""
     if reading == "class":
         return "class-incremental: no task is given, the answer is among all classes seen"
     if reading == "domain":
@@ -178,8 +180,8 @@ def _in_words(reading: str, logits: str) -> str:
     return f"task-incremental ({head}): the task is given, the answer is among its classes"
 
 
-def _size(kept: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes and numbers of what a method keeps between experiences, or of the trained network."""
+def _measure_size(kept: Mapping[str, Any]) -> dict[str, int]:
+    """Count the bytes and the parameters of what a method keeps between experiences, or of the trained network."""
     tensors: dict[str, Tensor] = {}
     checkpoint.pack(kept, tensors)
     return {
@@ -188,8 +190,8 @@ def _size(kept: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def split_of(scenario: Scenario) -> dict[str, Any]:
-    """What `split.json` holds: who learns what, when; the validation images by their positions."""
+def list_experiences(scenario: Scenario) -> dict[str, Any]:
+    """Return the content of `split.json`: the classes of each experience, and the positions of validation images."""
     return {
         "class_order": list(scenario.class_order),
         "class_names": list(scenario.class_names),
@@ -206,8 +208,8 @@ def split_of(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
-    """What `load` needs to know of the scenario."""
+def _describe_scenario(scenario: Scenario, run: Run) -> dict[str, Any]:
+    """Return what `load` needs to know of the scenario."""
     return {
         "name": scenario.name,
         "setting": scenario.setting,
@@ -220,15 +222,15 @@ def _described(scenario: Scenario, run: Run) -> dict[str, Any]:
     }
 
 
-def scenario_of(described: Mapping[str, Any]) -> Scenario:
-    """Return the scenario that `model.json` describes, without images. Raises `ValueError` if there is no such one."""
+def restore_scenario(described: Mapping[str, Any]) -> Scenario:
+    """Return the scenario that `model.json` describes, without images. Raises `ValueError` if it describes none."""
     try:
-        return _scenario_of(described)
-    except UsageError as error:  # of what a user gives; a file is named by its reader
+        return _restore(described)
+    except UsageError as error:  # it speaks to the user; what reads a file names the file
         raise ValueError(str(error)) from error
 
 
-def _scenario_of(described: Mapping[str, Any]) -> Scenario:
+def _restore(described: Mapping[str, Any]) -> Scenario:
     transform = dict(described["transform"])
     transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
     transform["look"] = ImageFormat(**update_mode(transform["look"])) if transform.get("look") else None
@@ -238,18 +240,18 @@ def _scenario_of(described: Mapping[str, Any]) -> Scenario:
         described["classes"],
         described["class_names"],
         described["input_shape"],
-        lambda index, part: _no_images(),
+        lambda index, part: _refuse_images(),
         transform=Transform(**transform),
     )
     empty.known = tuple(described.get("known", empty.known))
     return empty.described()
 
 
-def described_in(path: Path, description: Mapping[str, Any]) -> Scenario:
-    """The scenario that `description`, from model.json of the run folder `path`, holds. Raises `DataError`."""
+def check_description(path: Path, description: Mapping[str, Any]) -> Scenario:
+    """Check the `description` in model.json of the run folder `path` and return its scenario. Raises `DataError`."""
     with blame_file(path / "model.json"):
         _Described.model_validate(description)
-        return scenario_of(description["scenario"])
+        return restore_scenario(description["scenario"])
 
 
 class _Transform(BaseModel):
@@ -283,7 +285,7 @@ class _Scenario(BaseModel):
 
 
 class _Fitted(BaseModel):
-    """To what a temperature was fitted."""
+    """What a temperature was fitted to."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -293,7 +295,7 @@ class _Fitted(BaseModel):
 
 
 class _Described(BaseModel):
-    """What model.json says beside the state."""
+    """The content of model.json, but for the state."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -310,5 +312,5 @@ class _Described(BaseModel):
         return self
 
 
-def _no_images() -> Any:
+def _refuse_images() -> Any:
     raise UsageError("A loaded model has no images.")

@@ -1,4 +1,4 @@
-"""What a run ends with: accuracy matrices, the measures drawn from them, and their definitions."""
+"""Results of a run: accuracy matrices, the measures computed from them, and their definitions."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ Matrix = list[list[float | None]]
 
 
 class _Measure(BaseModel):
+    """The part of a measure that is read."""
+
     value: float | int | None
 
 
@@ -36,8 +38,8 @@ class Results:
     Attributes:
         data: the whole of `results.json`: only what a repeat of the run reproduces to the bit.
         timings: the whole of `timings.json`: seconds, images per second, peak memory.
-        folder: of the run; None if it kept none.
-        answering: makes the trained model of a run of this process; None: it was another's, or the results are a copy.
+        folder: folder of the run; None if the run kept none.
+        answering: makes the trained model of a run of this process; None for the run of another process, and in copies.
     """
 
     data: Mapping[str, Any]
@@ -47,10 +49,10 @@ class Results:
 
     @cached_property
     def trained(self) -> Trained:
-        """The trained model, as `clframe.load` gives it; made when it is first asked for.
+        """Return the trained model, as `clframe.load` does; it is built at the first access.
 
         Until then the results hold what the run held: the network, its plugins, the images. Raises `DataError` if
-        neither this process nor a run folder has it.
+        neither this process nor a run folder has the model.
         """
         if self.answering is not None:
             return self.answering()
@@ -62,14 +64,14 @@ class Results:
         return open_model(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process is given: the figures, and the place of the folder."""
+        """Return what a copy for another process holds: the figures, and the path of the folder."""
         return {"data": self.data, "timings": self.timings, "folder": self.folder, "answering": None}
 
     def __repr__(self) -> str:
         return f"<Results of {self._title()}>"
 
     def __str__(self) -> str:
-        """The accuracy matrices and the measures as a table, in percent."""
+        """Return the accuracy matrices and the measures as a table, in percent."""
 
         def percent(share: float | None) -> str:
             return "-" if share is None else f"{100 * share:.1f}"
@@ -102,7 +104,10 @@ class Results:
 
     @property
     def accuracy(self) -> dict[str, Matrix]:
-        """For each reading `R[i][j]`, accuracy (0 to 1) on experience j after learning i; None where empty."""
+        """Return R for each evaluation mode: `R[i][j]`, from 0 to 1, is the accuracy on experience j after learning i.
+
+        Empty entries are None.
+        """
         return dict(self.data["accuracy"])
 
     @property
@@ -112,14 +117,14 @@ class Results:
 
     @property
     def measures(self) -> dict[str, dict[str, float | None]]:
-        """For each reading its summary measures by name; formulas and sources are in `data`."""
+        """Return the measures of each evaluation mode by name; `data` has their formulas and sources."""
         return {
             reading: {name: measure["value"] for name, measure in measures.items()}
             for reading, measures in self.data["measures"].items()
         }
 
     def notes(self) -> list[str]:
-        """Sentences on the data, such as which images were left out, and on what the figures leave out."""
+        """Return sentences on the data, such as images that were left out, and on what the figures leave out."""
         of_data = list(self.data.get("notes", []))
         if not self.data.get("extends"):
             return of_data
@@ -131,9 +136,10 @@ class Results:
         ]
 
     def confusion_matrix(self, reading: str = "class") -> list[list[int]]:
-        """Of all test images after the last experience: row = label, column = answer, in the order of the head.
+        """Count the answers to all test images after the last experience: row = label, column = answer.
 
-        Read from `predictions.safetensors`. Raises `DataError` if the run kept no scores.
+        Rows and columns are in the order of the head; `reading` is the evaluation mode. The scores are read from
+        `predictions.safetensors`. Raises `DataError` if the run kept none.
         """
         import torch
 
@@ -156,7 +162,7 @@ class Results:
         answers = []
         for on, given in enumerate(scores):
             if given is None:
-                raise DataError(f"{self.folder} holds no scores of reading `{reading}` on experience {on + 1}.")
+                raise DataError(f"{self.folder} holds no scores of evaluation mode `{reading}` on experience {on + 1}.")
             if reading == "task":
                 choices = torch.tensor(self.data["classes"][on])
                 answers.append(choices[given[:, choices].argmax(1)])
@@ -169,7 +175,8 @@ class Results:
     def accuracy_per_class(self, reading: str = "class") -> dict[str, float | None]:
         """Return the accuracy after the last experience on each class, by its name.
 
-        It is None without test images, and in the reading ``task`` where the class is the only one of its experience.
+        The accuracy is None for a class without test images, and in the evaluation mode ``task`` for the only class of
+        an experience.
         """
         import torch
 
@@ -183,16 +190,16 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """The results of the finished run in `folder`. Raises `DataError` if there are none."""
+        """Read the results of the finished run in `folder`. Raises `DataError` if there are none."""
         folder = expand_home(folder)
         results = read_results(folder)
-        if told := sums.missing(folder):
-            warnings.warn(told, stacklevel=2)
+        if sentence := sums.explain_missing(folder):
+            warnings.warn(sentence, stacklevel=2)
         return results
 
 
 def read_results(folder: Path) -> Results:
-    """The results of the finished run in `folder`, without a warning where it has no sums. Raises `DataError`."""
+    """Read the results of the finished run in `folder`, without a warning if it has no sums. Raises `DataError`."""
     try:
         if not (folder / RESULTS_FILE).is_file():
             raise DataError(f"there is no {RESULTS_FILE}")
@@ -209,7 +216,7 @@ def read_results(folder: Path) -> Results:
 
 
 class _Shape(BaseModel):
-    """What must stand in results.json for its figures to be read."""
+    """The part of results.json that must be there for its figures to be read."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 

@@ -14,7 +14,7 @@ from clframe.data.batch import ImageData
 from clframe.errors import DataError
 from clframe.model import IncrementalNet, snapshot
 from clframe.plugin import Plugin
-from clframe.runs.checkpoint import grown_in, unpack
+from clframe.runs.checkpoint import collect_grown, unpack
 from clframe.training import Phase, optimizer_of
 
 if TYPE_CHECKING:
@@ -198,14 +198,14 @@ def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
 
 
 def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
-    """The attributes of `plugin` that it declares under `names`."""
+    """Return the attributes of `plugin` that are declared under `names`."""
     return {name: getattr(plugin, name) for name in names}
 
 
 def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]:
     """Replay the growth of the first `count` experiences; the structures on the way that teachers in `packed` have."""
     structures = {}
-    needed = grown_in(packed)
+    needed = collect_grown(packed)
     for index in range(count):
         engine.run._describe(engine.stream, index)
         engine.run.experience = experience = engine.stream[index].for_training()

@@ -1,4 +1,4 @@
-"""The file sums.json of a run folder: SHA-256 of each file that a command reads, and of itself."""
+"""The file sums.json of a run folder: SHA-256 of each file that a command reads, and of the list of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from clframe.system.reading import open_regular, read_json
 
 SUMS_FILE = "sums.json"
 SUMS_FORMAT = 1
-TEXT_LIMIT = 2**28  # bytes of a text
+TEXT_LIMIT = 2**28  # bytes of a text file
 NONE = "holds no sums of its files, as an earlier clframe wrote it: a damaged file in it would not be noticed"
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of the file `path`. Raises `DataError` if it cannot be read, or is a text of absurd size."""
+    """Return the SHA-256 of the file `path`. Raises `DataError` if it cannot be read, or is a text above the limit."""
     with open_regular(path, None if path.suffix == ".safetensors" else TEXT_LIMIT) as file:
         try:
             return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
@@ -28,13 +28,13 @@ def digest(path: Path) -> str:
 
 
 def to_text(sums: Mapping[str, str]) -> str:
-    """Return the content of sums.json for files `sums`, which maps their names to their SHA-256."""
+    """Return the content of sums.json for `sums`, which maps names of files to their SHA-256."""
     files = dict(sorted(sums.items()))
-    return json.dumps({"format": SUMS_FORMAT, "files": files, "sum": _own(files)}, indent=1) + "\n"
+    return json.dumps({"format": SUMS_FORMAT, "files": files, "sum": _sum_of_list(files)}, indent=1) + "\n"
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """Return the SHA-256 of the files of `folder` by name; None if an earlier clframe wrote it, without sums.
+    """Return the SHA-256 of the files of `folder` by name; None if an earlier clframe wrote the folder, without sums.
 
     Raises `DataError` if sums.json is damaged.
     """
@@ -43,13 +43,13 @@ def read(folder: Path) -> dict[str, str] | None:
         return None
     data = read_json(file)
     files = data.get("files") if isinstance(data, dict) else None
-    if not isinstance(files, dict) or data.get("format") != SUMS_FORMAT or data.get("sum") != _own(files):
+    if not isinstance(files, dict) or data.get("format") != SUMS_FORMAT or data.get("sum") != _sum_of_list(files):
         raise DataError(f"{file} is damaged: it is not what was written.")
     return {str(name): str(found) for name, found in files.items()}
 
 
 def check(folder: Path, *names: str) -> None:
-    """Raise `DataError` if one of these files of `folder` is not what was written, as far as there are sums."""
+    """Raise `DataError` if one of these files of `folder` is not what was written; without sums none is checked."""
     sums = read(folder)
     if sums is None:
         return
@@ -60,10 +60,11 @@ def check(folder: Path, *names: str) -> None:
             raise DataError(f"{folder / name} is damaged: it is not what was written.")
 
 
-def missing(folder: Path) -> str | None:
-    """Return a sentence if the run folder `folder` has no sums; None if it has."""
+def explain_missing(folder: Path) -> str | None:
+    """Return a sentence if the run folder `folder` has no sums; None if it has them."""
     return None if (folder / SUMS_FILE).exists() else f"The run folder {folder} {NONE}."
 
 
-def _own(files: Mapping[str, str]) -> str:
+def _sum_of_list(files: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the list of files and sums."""
     return hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()
