@@ -1,4 +1,4 @@
-"""The state of a run in progress, as one tree: taken for a checkpoint, and put back by a resume."""
+"""The state of a run in progress as one tree: collected for a checkpoint, and restored by a resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = list[float | int | None]
 
 
 class _Kinds(BaseModel):
-    """What the plain entries of a checkpoint are: values of another kind would end a run in its middle."""
+    """The types of the plain entries of a checkpoint; a value of another type would end the run later."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -77,10 +77,10 @@ class _Fields(BaseModel):
 
 
 def take(engine: Engine) -> dict[str, Any]:
-    """Everything that decides how the run goes on."""
+    """Return everything that decides how the run continues."""
     run = engine.run
     trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
-    keep_nothing = {plugin.name for plugin in run.plugins if plugin.keeps_experiences}  # they are asked again
+    keep_nothing = {plugin.name for plugin in run.plugins if plugin.keeps_experiences}  # a resume asks them again
     return {
         "position": {
             **asdict(engine.position),
@@ -93,7 +93,7 @@ def take(engine: Engine) -> dict[str, Any]:
         "frozen": run.frozen,
         "optimizer": run.optimizer,
         "kept_optimizer": engine.kept_optimizer,
-        "sampler": run._sampler.state() if run._sampler else engine.resumed,  # which waits for its phase
+        "sampler": run._sampler.state() if run._sampler else engine.resumed,  # the resumed order waits for its phase
         "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
         "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
         "rng": {name: generator.get_state() for name, generator in run._generators.items()},
@@ -110,14 +110,14 @@ def take(engine: Engine) -> dict[str, Any]:
 
 
 def position_of(packed: Any) -> dict[str, Any]:
-    """Where the run of a checkpoint stands: the fields of `Position`, of the right kinds. Raises as they are not."""
+    """Return the fields of `Position` in a packed checkpoint. Raises `ValidationError` if their types are wrong."""
     return dict(_Position.model_validate(unpack(dict(packed["dict"])["position"], {})))
 
 
 def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Bring a new engine to where `take` was called. ``before_run`` has been called, ``grow`` is replayed here.
+    """Restore in a new engine the state that `take` returned; replays ``grow``, after ``before_run`` was called.
 
-    Raises `DataError` if the configuration of its folder is not what it was.
+    Raises `DataError` if the configuration of the run folder has changed.
     """
     entries = dict(packed["dict"])
     if engine.folder:
@@ -127,9 +127,9 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
 
 
 def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, keep_optimizer: bool) -> None:
-    """Bring a new engine to where another run ended, which it extends; `keep_optimizer`, if that had one.
+    """Restore in a new engine the state in which the extended run ended, with its optimizer if `keep_optimizer`.
 
-    What was not measured then is empty: the later experiences' accuracy, and that of an untrained network.
+    What was not measured then stays empty: the accuracy on later experiences, and that of an untrained network.
     """
     _put_back(engine, packed, tensors, keep_optimizer)
     n = len(engine.stream)
@@ -173,7 +173,7 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
     saved = dict(entries["plugins"]["dict"])
     run.frozen = values["frozen"] if "frozen" in values else frozen_by_plugins(saved)
     for plugin in run.plugins:
-        if plugin.name in saved:  # an observer may have joined
+        if plugin.name in saved:  # an observer may have been added
             into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
     for name, generator_state in values["rng"].items():
         run.rng(name).set_state(generator_state)
@@ -189,7 +189,7 @@ def frozen_by_plugins(saved: Mapping[str, Any]) -> list[str]:
 
 
 def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
-    """Give the model these weights. Raises `DataError` if they are those of another network."""
+    """Load weights into the model. Raises `DataError` if they are those of another network."""
     try:
         model.load_state_dict(values)
     except RuntimeError as error:
@@ -203,7 +203,7 @@ def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]:
-    """Replay the growth of the first `count` experiences; the structures on the way that teachers in `packed` have."""
+    """Replay the growth of the first `count` experiences and return the structures that teachers in `packed` need."""
     structures = {}
     needed = collect_grown(packed)
     for index in range(count):
@@ -223,7 +223,7 @@ def into_plugin(
     structures: Mapping[int, IncrementalNet],
     device: torch.device,
 ) -> None:
-    """Set the attributes that `of_plugin` gave, those of a device on `device`; teachers are rebuilt in `structures`."""
+    """Set the attributes that `of_plugin` returned, those of a device on `device`; `structures` rebuild teachers."""
     for saved, data in packed["dict"]:
         name = plugin.former_state.get(saved, saved)
         before = getattr(plugin, name, None)
@@ -242,7 +242,7 @@ def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.op
         return None
     parameters = dict(run.model.named_parameters())
     saved = unpack(packed["optimizer"], tensors, device=run.device)
-    # a kept optimizer may still hold what `grow` has renamed or replaced since: its next phase would leave that out
+    # a kept optimizer may hold parameters that `grow` has renamed or replaced since: its next phase leaves them out
     for group in saved["param_groups"]:
         held = [
             (name, index) for name, index in zip(group["names"], group["params"], strict=True) if name in parameters
