@@ -204,7 +204,7 @@ def _resumed(
             position = {"experience": 0, "done": []}
             if loaded:
                 with blame_file(opened.checkpoints):
-                    position = state.position_of(loaded[0])
+                    position = state.read_position(loaded[0])
             opened.check_sums(position, [ENVIRONMENT] if allow_env_change else [], lambda text: tell(listeners, text))
             config.run.output = str(path)
             base = None if loaded else base_of(config)
@@ -231,7 +231,7 @@ def _resumed(
             def begin() -> None:
                 if loaded:
                     with blame_file(opened.checkpoints):
-                        state.put_back(engine, *loaded)
+                        state.restore(engine, *loaded)
                 else:
                     opened.cut_metrics(0)
                     begin_run(engine, base, ended)
@@ -386,7 +386,7 @@ def load(
             saved = dict(entries["plugins"]["dict"])
             for plugin in engine.run.plugins:
                 if plugin.name in saved:
-                    state.into_plugin(plugin, saved[plugin.name], tensors, structures, engine.run.device)
+                    state.load_plugin_state(plugin, saved[plugin.name], tensors, structures, engine.run.device)
             temperature, fitted = description.get("temperature"), description.get("fitted")
             trained = Trained(engine.predictor(), scenario, engine.readings, temperature, fitted)
             # what does not fit the network or the plugins shows here, and not in the first answer

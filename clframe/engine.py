@@ -544,7 +544,7 @@ class Engine:
             self.check_finite()
             self.count_seconds()
             if not self.unsaved:
-                self.folder.save(state.take(self))
+                self.folder.save(state.collect(self))
         self.last_save = time.monotonic()
 
     def stoppable(self) -> AbstractContextManager[None]:

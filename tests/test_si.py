@@ -20,7 +20,7 @@ from clframe.plugins.mas import MAS
 from clframe.plugins.si import SI
 from clframe.plugins.warm_up import WarmUp
 from clframe.runs import checkpoint
-from clframe.runs.state import into_plugin, of_plugin
+from clframe.runs.state import load_plugin_state, read_plugin_state
 from clframe.settings import TrainSettings
 
 Weights = dict[str, Tensor]
@@ -487,10 +487,11 @@ def test_state_under_its_former_name_is_read(cls: type[SI | MAS]) -> None:
     saved, read = cls(), cls()
     saved.penalties.replace({"w": torch.tensor([2.0, 3.0])}, {"w": torch.tensor([0.5, -1.0])})
     former = {
-        ("springs" if name == "penalties" else name): value for name, value in of_plugin(saved, cls.state).items()
+        ("springs" if name == "penalties" else name): value
+        for name, value in read_plugin_state(saved, cls.state).items()
     }
     tensors: dict[str, Tensor] = {}
-    into_plugin(read, checkpoint.pack(former, tensors), tensors, {}, torch.device("cpu"))
+    load_plugin_state(read, checkpoint.pack(former, tensors), tensors, {}, torch.device("cpu"))
     assert read.penalties.precision["w"].tolist() == [2.0, 3.0]
     assert read.penalties.anchor["w"].tolist() == [0.5, -1.0]
     assert not hasattr(read, "springs")

@@ -23,7 +23,7 @@ from clframe.runs import checkpoint
 from clframe.runs.folder import read_model
 from clframe.runs.record import check_description, restore_scenario
 from clframe.runs.results import read_results
-from clframe.runs.state import position_of
+from clframe.runs.state import read_position
 from clframe.settings import OBJECT, Config, TrainSettings
 from clframe.system.reading import blame_file, expand_home, quote_path, reason
 
@@ -76,7 +76,7 @@ class Base:
         except DataError as error:
             raise DataError(f"The run in {self.path} cannot be extended: {error}") from error
         with blame_file(self.path / "checkpoints"):
-            position = position_of(loaded[0])
+            position = read_position(loaded[0])
         if position["experience"] != len(self.scenario):
             gone = f"The run in {self.path} cannot be extended, as its last checkpoint is gone."
             raise DataError(" ".join([gone, *problems]))

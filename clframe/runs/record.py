@@ -76,7 +76,7 @@ def collect_results(engine: Engine) -> Results:
             if row.kind == "logits"
         },
         "model": _measure_size(dict(run.model.state_dict())),
-        "storage": {plugin.name: _measure_size(state.of_plugin(plugin, plugin.state)) for plugin in methods},
+        "storage": {plugin.name: _measure_size(state.read_plugin_state(plugin, plugin.state)) for plugin in methods},
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timings = {
@@ -91,7 +91,7 @@ def collect_results(engine: Engine) -> Results:
     if engine.folder:
         trained = {
             "model": dict(run.model.state_dict()),
-            "plugins": {p.name: state.of_plugin(p, p.predictor_state) for p in methods if p.predictor_state},
+            "plugins": {p.name: state.read_plugin_state(p, p.predictor_state) for p in methods if p.predictor_state},
         }
         temperature, fitted = fit_temperatures(engine)
         description = {

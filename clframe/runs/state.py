@@ -76,7 +76,7 @@ class _Fields(BaseModel):
     data: ImageData | None
 
 
-def take(engine: Engine) -> dict[str, Any]:
+def collect(engine: Engine) -> dict[str, Any]:
     """Return everything that decides how the run continues."""
     run = engine.run
     trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
@@ -103,19 +103,19 @@ def take(engine: Engine) -> dict[str, Any]:
         **({"validation": run.validation} if engine.stream.val_share else {}),
         "baseline": engine.baseline,
         "timings": engine.timings,
-        "plugins": {plugin.name: of_plugin(plugin, plugin.state) for plugin in run.plugins},
+        "plugins": {plugin.name: read_plugin_state(plugin, plugin.state) for plugin in run.plugins},
         "config": engine.folder.config_sum() if engine.folder else None,
         "metrics": engine.folder.metrics_size() if engine.folder else 0,
     }
 
 
-def position_of(packed: Any) -> dict[str, Any]:
+def read_position(packed: Any) -> dict[str, Any]:
     """Return the fields of `Position` in a packed checkpoint. Raises `ValidationError` if their types are wrong."""
     return dict(_Position.model_validate(unpack(dict(packed["dict"])["position"], {})))
 
 
-def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Restore in a new engine the state that `take` returned; replays ``grow``, after ``before_run`` was called.
+def restore(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Restore in a new engine the state that `collect` returned; replays ``grow``, after ``before_run`` was called.
 
     Raises `DataError` if the configuration of the run folder has changed.
     """
@@ -123,7 +123,7 @@ def put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None
     if engine.folder:
         engine.folder.check_config(entries["config"])
         engine.folder.cut_metrics(entries["metrics"])
-    _put_back(engine, packed, tensors, keep_optimizer=True)
+    _restore(engine, packed, tensors, keep_optimizer=True)
 
 
 def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, keep_optimizer: bool) -> None:
@@ -131,18 +131,18 @@ def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, kee
 
     What was not measured then stays empty: the accuracy on later experiences, and that of an untrained network.
     """
-    _put_back(engine, packed, tensors, keep_optimizer)
+    _restore(engine, packed, tensors, keep_optimizer)
     n = len(engine.stream)
     engine.baseline = {}
     for rows in (*engine.run.accuracy.values(), *engine.run.validation.values()):
         rows[:] = [[*row, *[None] * (n - len(row))] for row in rows]
 
 
-def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_optimizer: bool) -> None:
+def _restore(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_optimizer: bool) -> None:
     run, position = engine.run, engine.position
     entries = dict(packed["dict"])
 
-    for name, item in position_of(packed).items():
+    for name, item in read_position(packed).items():
         setattr(position, name, item)
     if not 0 <= position.experience <= len(engine.stream):
         raise ValueError(f"the run is in experience {position.experience + 1} of {len(engine.stream)}")
@@ -174,7 +174,7 @@ def _put_back(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_o
     run.frozen = values["frozen"] if "frozen" in values else frozen_by_plugins(saved)
     for plugin in run.plugins:
         if plugin.name in saved:  # an observer may have been added
-            into_plugin(plugin, saved[plugin.name], tensors, structures, run.device)
+            load_plugin_state(plugin, saved[plugin.name], tensors, structures, run.device)
     for name, generator_state in values["rng"].items():
         run.rng(name).set_state(generator_state)
     torch.set_rng_state(values["torch_rng"])
@@ -197,7 +197,7 @@ def load_model(model: IncrementalNet, values: Mapping[str, Tensor]) -> None:
         raise DataError(f"The saved weights do not fit this model; give the one of the run. ({what})") from error
 
 
-def of_plugin(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
+def read_plugin_state(plugin: Plugin, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the attributes of `plugin` that are declared under `names`."""
     return {name: getattr(plugin, name) for name in names}
 
@@ -216,14 +216,14 @@ def regrow(engine: Engine, count: int, packed: Any) -> dict[int, IncrementalNet]
     return structures
 
 
-def into_plugin(
+def load_plugin_state(
     plugin: Plugin,
     packed: Any,
     tensors: Mapping[str, Tensor],
     structures: Mapping[int, IncrementalNet],
     device: torch.device,
 ) -> None:
-    """Set the attributes that `of_plugin` returned, those of a device on `device`; `structures` rebuild teachers."""
+    """Set the attributes that `read_plugin_state` returned; `structures` are the networks to rebuild teachers in."""
     for saved, data in packed["dict"]:
         name = plugin.former_state.get(saved, saved)
         before = getattr(plugin, name, None)

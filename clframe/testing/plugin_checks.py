@@ -331,7 +331,7 @@ class _StateScale(Plugin):
     def after_eval(self) -> None:
         """Add the size at the end of an experience."""
         tensors: dict[str, Tensor] = {}
-        packed = checkpoint.pack(state.of_plugin(self.plugin, self.plugin.state), tensors)
+        packed = checkpoint.pack(state.read_plugin_state(self.plugin, self.plugin.state), tensors)
         self.sizes.append((sum(t.nbytes for t in tensors.values()), count_leaves(packed)))
 
 
