@@ -1,1 +1,1 @@
-"""The built-in scenarios, one file per data set."""
+"""Built-in scenarios: one file for each data set, or each kind of data."""

@@ -20,7 +20,7 @@ from clframe.errors import UsageError, did_you_mean
 from clframe.options import Count, CountOrZero
 from clframe.scenarios import cifar, mnist, sources, streams
 
-# Of each benchmark the data sets, in the order in which their classes are numbered.
+# The data sets of each benchmark, in the order in which their classes are numbered.
 SPLIT = {
     "SplitMNIST": ("mnist",),
     "SplitFMNIST": ("fmnist",),
@@ -30,11 +30,11 @@ SPLIT = {
 }
 DOMAINS = {"PermutedMNIST": ("mnist",), "RotatedMNIST": ("mnist",)}
 BENCHMARKS = SPLIT | DOMAINS
-ELSEWHERE = (  # classic benchmarks of other data, which Avalanche itself must fetch
+ELSEWHERE = (  # classic benchmarks of other data sets, which Avalanche itself must fetch
     *("CLEAR", "CLStream51", "CORe50", "EndlessCLSim", "ExMLCIFAR10", "ExMLCoRE50", "ExMLMNIST", "OpenLORIS"),
     *("SplitCUB200", "SplitImageNet", "SplitInaturalist", "SplitOmniglot", "SplitTinyImageNet"),
 )
-SEEDS = 2**32  # numpy takes smaller ones only
+SEEDS = 2**32  # NumPy takes smaller seeds only
 
 
 @suits(
@@ -55,24 +55,25 @@ def benchmark(
     normalize: bool | None = None,
     augment: bool | None = None,
 ) -> Scenario:
-    """A classic benchmark of Avalanche, with the class order, pixels' order or angles that it draws from the same seed.
+    """Build a classic benchmark of Avalanche, with the orders or angles that Avalanche draws from the same seed.
 
-    SplitMNIST, SplitFMNIST, SplitCIFAR10, SplitCIFAR100, SplitCIFAR110, PermutedMNIST and RotatedMNIST of Avalanche
-    0.6.0. What a seed gives does not change with the version that is installed, and needs none. Images are read, and
-    networks suit them, as in clframe's own scenario of the same data. Any other benchmark of Avalanche comes from
-    Python: `clframe.from_avalanche`.
+    The variants are SplitMNIST, SplitFMNIST, SplitCIFAR10, SplitCIFAR100, SplitCIFAR110, PermutedMNIST and
+    RotatedMNIST of Avalanche 0.6.0. Orders of classes and of pixels, and angles, depend on the seed alone, not on the
+    version of Avalanche that is installed; none need be. Images are read as in clframe's own scenario of the same data
+    set, and the same networks suit them. Any other benchmark of Avalanche comes from Python: `clframe.from_avalanche`.
 
     Options:
         setting: `class`, `task` (Avalanche's return_task_id) or `domain` (its class_ids_from_zero_in_each_exp); null:
             `class`, and `domain` for PermutedMNIST and RotatedMNIST.
         experiences: number of experiences (n_experiences).
-        first: classes in the first experience; null: as many as in each other one. For SplitCIFAR100, 50 is
-            first_exp_with_half_classes. In SplitCIFAR110 they are the ten of CIFAR-10.
-        order: of the classes: `random` (as Avalanche draws it from the seed), `natural` (its shuffle=False) or a list
-            of all class numbers (its fixed_class_order). In SplitCIFAR110 that of CIFAR-100's, numbered from 10.
-        seed: of everything random in the benchmark; null: the run's seed.
+        first: number of classes in the first experience; null: as many as in each other one. For SplitCIFAR100, 50 is
+            first_exp_with_half_classes. In SplitCIFAR110 the first has the ten classes of CIFAR-10.
+        order: order of the classes: `random` (as Avalanche draws it from the seed), `natural` (its shuffle=False) or a
+            list of all class numbers (its fixed_class_order). In SplitCIFAR110 it orders the classes of CIFAR-100,
+            numbered from 10.
+        seed: seed of everything random in the benchmark; null: the run's seed.
         rotations: angles in degrees, one for each experience of RotatedMNIST (rotations_list); null: from the seed.
-        limit: images per class, of training and of test data; null: all.
+        limit: number of images per class, of training and of test data; null: all.
         normalize: subtract the data set's mean and divide by its standard deviation, per channel, as Avalanche does;
             null: as clframe's own scenario, which does so for CIFAR only.
         augment: crop training images at random after padding by 4 zeros, and mirror every other one; null: for CIFAR.
@@ -104,12 +105,12 @@ def benchmark(
 
 
 def draw_class_order(classes: int, seed: int | None) -> list[int]:
-    """The order of that many classes that Avalanche's generator of class-incremental benchmarks draws from `seed`."""
+    """Return the order of `classes` classes that Avalanche's class-incremental benchmarks draw from `seed`."""
     return torch.randperm(classes, generator=torch.Generator().manual_seed(seed or 0)).tolist()
 
 
 def draw_permutations(seed: int | None, experiences: int) -> Callable[[int, Tensor], Tensor]:
-    """``change(i, x)`` that gives the images `x` [N, 1, 28, 28] as experience i of PermutedMNIST shows them."""
+    """Return a function ``change(i, x)``: the images `x` [N, 1, 28, 28] as experience i of PermutedMNIST shows them."""
     drawn = np.random.RandomState(seed or 0)
     orders = [torch.from_numpy(drawn.permutation(784)) for _ in range(experiences)]
 
@@ -120,12 +121,12 @@ def draw_permutations(seed: int | None, experiences: int) -> Callable[[int, Tens
 
 
 def draw_rotations(seed: int | None, experiences: int, angles: list[int] | None) -> Callable[[int, Tensor], Tensor]:
-    """``change(i, x)`` that gives the images `x` [N, 1, 28, 28] as experience i of RotatedMNIST shows them."""
+    """Return a function ``change(i, x)``: the images `x` [N, 1, 28, 28] as experience i of RotatedMNIST shows them."""
     drawn = np.random.RandomState(seed or 0)
     angles = angles or [int(drawn.randint(-180, 181)) for _ in range(experiences)]
 
     def turn(i: int, x: Tensor) -> Tensor:
-        from torchvision.transforms.functional import rotate  # the nearest pixel's value, as Avalanche has it
+        from torchvision.transforms.functional import rotate  # takes the nearest pixel's value, as Avalanche does
 
         turned: Tensor = rotate(x, angles[i])
         return turned
@@ -134,19 +135,19 @@ def draw_rotations(seed: int | None, experiences: int, angles: list[int] | None)
 
 
 def _order_cifar100(order: str | list[int], seed: int | None) -> list[int]:
-    """The classes 10 to 109 of SplitCIFAR110 in their order."""
+    """Return the classes 10 to 109 of SplitCIFAR110 in the order of learning."""
     if isinstance(order, list):
         return order
     return random.Random(seed or 0).sample(range(10, 110), 100) if order == "random" else list(range(10, 110))
 
 
 def _load(variant: str, data_root: Path, normalize: bool | None, augment: bool | None) -> Arrays:
-    """The images of the benchmark, those of several data sets one after the other."""
+    """Return the images of the benchmark; those of several data sets follow each other."""
     parts = [sources.load(name, data_root) for name in BENCHMARKS[variant]]
     norms = mnist.NORMS | cifar.NORMS
-    coloured = "CIFAR" in variant
-    mean, std = norms[BENCHMARKS[variant][-1]] if (coloured if normalize is None else normalize) else ((), ())
-    augments = coloured if augment is None else augment
+    in_color = "CIFAR" in variant
+    mean, std = norms[BENCHMARKS[variant][-1]] if (in_color if normalize is None else normalize) else ((), ())
+    augments = in_color if augment is None else augment
     transform = Transform(mean=mean, std=std, pad=4 if augments else 0, flip=augments)
     if len(parts) == 1:
         return replace(parts[0], transform=transform)
@@ -170,7 +171,7 @@ def _check(
     experiences: int,
     seed: int | None,
 ) -> None:
-    """Refuse another benchmark, and options that this one does not have."""
+    """Raise `UsageError` for an unknown benchmark, and for options that this one does not have."""
     name = f"avalanche:{variant}"
     if variant in ELSEWHERE:
         raise UsageError(

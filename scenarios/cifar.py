@@ -48,15 +48,15 @@ class TenGroups(Split):
 
 split_cifar10 = split_of(
     "cifar10",
-    description="The ten classes of CIFAR-10, 32x32 in color, a few at a time.",
+    description="Split the ten classes of CIFAR-10, 32x32 in color, into experiences of a few classes.",
     norms=NORMS["cifar10"],
     suited=DEFAULTS,
     preprocessing=Augmentation(),
 )
 split_cifar100 = split_of(
     "cifar100",
-    description="The hundred classes of CIFAR-100, 32x32 in color, a few at a time.\n\n"
-    "Order `icarl` is what the field calls iCaRL's: ``numpy.random.RandomState(1993).permutation(100)``.",
+    description="Split the hundred classes of CIFAR-100, 32x32 in color, into experiences of a few classes.\n\n"
+    "The order `icarl`, which the field calls iCaRL's, is ``numpy.random.RandomState(1993).permutation(100)``.",
     norms=NORMS["cifar100"],
     suited=DEFAULTS,
     stream=TenGroups(),

@@ -60,19 +60,19 @@ def digits() -> Arrays:
 )
 @flatten_groups
 def split_digits(*, stream: Split) -> Scenario:
-    """The ten digits, 8x8, a few at a time."""
+    """Split the ten digits, 8x8, into experiences of a few classes."""
     return split("split-digits", digits().limited(stream.limit), stream)
 
 
 @suits(**DOMAINS)
 @flatten_groups
 def permuted_digits(*, stream: Permuted) -> Scenario:
-    """All ten digits, 8x8, in each experience with their pixels in another random order."""
+    """Show all ten digits, 8x8, in each experience with their pixels in another random order."""
     return permute_pixels("permuted-digits", digits(), stream)
 
 
 @suits(**DOMAINS)
 @flatten_groups
 def rotated_digits(*, stream: Rotated) -> Scenario:
-    """All ten digits, 8x8, in each experience turned further."""
+    """Show all ten digits, 8x8, in each experience turned further."""
     return rotate_images("rotated-digits", digits(), stream)

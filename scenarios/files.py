@@ -1,4 +1,4 @@
-"""What scenarios of one's own image files share: the list of files, its split, its checks, and the images."""
+"""What scenarios of custom image files share: the list of files, its division, its checks, and the images."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from clframe.system.texts import by_name
 
 Key = TypeVar("Key", bound="str | tuple[str, ...]")
 
-# of photographs: mean and standard deviation of ImageNet's channels, and of their grey
+# for photographs: mean and standard deviation of ImageNet's channels, and of their gray values
 NORMS: dict[Mode, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "color": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "gray": ((0.449,), (0.226,)),
 }
 BLOCK = 512
-SHOWN = 10  # names at most that a sentence lists
-# A small network and enough passes for the few hundred images that a folder may hold.
+SHOWN = 10  # names that a sentence lists at most
+# a small network, and enough passes for the few hundred images that a folder may hold
 DEFAULTS: dict[str, Any] = {
     "backbone": "cnn-small",
     "train": {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "epochs": 10},
@@ -108,14 +108,14 @@ class LoadingOptions(OptionGroup):
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class Entry:
-    """One image file of a data set.
+    """An image file of a data set.
 
     Attributes:
-        file: where it is, or what reads it out of a larger file.
-        name: what the data set calls it: the same on every machine.
-        label: the name of its class.
-        part: training or test; None: it will be drawn.
-        group: the task or domain that it belongs to; empty where there are none.
+        file: path of the file, or what reads it out of a larger file.
+        name: name of the file within the data set, the same on every machine.
+        label: name of its class.
+        part: training or test; None: still to be drawn.
+        group: task or domain of the image; empty where there are none.
     """
 
     file: str | EmbeddedFile
@@ -126,7 +126,7 @@ class Entry:
 
 
 def normalize_name(text: str, what: str) -> str:
-    """Return the name `text` of a class of `what` in one Unicode form (NFC): systems write one name in several.
+    """Return `text`, the name of a class of `what`, in the Unicode form NFC: systems write one name in several forms.
 
     Raises:
         DataError: if the name is not UTF-8.
@@ -139,10 +139,10 @@ def normalize_name(text: str, what: str) -> str:
 
 
 def divide_entries(entries: Sequence[Entry], share: float, seed: int | None, what: str) -> list[Entry]:
-    """`entries` with `share` of each class (of each group) drawn as test images, one at least.
+    """Return `entries` with `share` of each class (of each group), one at least, drawn as test images from `seed`.
 
     Raises:
-        DataError: if a class has one image only, which cannot be both.
+        DataError: if a class has one image only, which cannot serve both training and test.
     """
     tested: set[str] = set()
     for k, ((group, label), members) in enumerate(sorted(group_entries(entries, lambda e: (e.group, e.label)).items())):
@@ -158,7 +158,7 @@ def divide_entries(entries: Sequence[Entry], share: float, seed: int | None, wha
 
 
 def limit_entries(entries: Iterable[Entry], per_class: int | None) -> list[Entry]:
-    """The first `per_class` images of each class (of each group), of training and of test images; all if None."""
+    """Return the first `per_class` images of each class (of each group), for training and for test; all if None."""
     counted = Counter[tuple[str | None, str, str]]()
     kept = []
     for entry in entries:
@@ -169,7 +169,7 @@ def limit_entries(entries: Iterable[Entry], per_class: int | None) -> list[Entry
 
 
 def group_entries(entries: Iterable[Entry], key: Callable[[Entry], Key]) -> dict[Key, list[Entry]]:
-    """`entries` by their key, each in their order."""
+    """Return `entries` by their key, those of one key in their order."""
     found: dict[Key, list[Entry]] = {}
     for entry in entries:
         found.setdefault(key(entry), []).append(entry)
@@ -186,18 +186,18 @@ def read_all(
     rank: Callable[[str], Any] = by_name,
     notes: Sequence[str] = (),
 ) -> tuple[Arrays, list[Entry]]:
-    """The images of `entries`, in memory if that takes at most `memory` bytes, else to be read as they are needed.
+    """Return the images of `entries` as arrays, in memory if that takes at most ``loading.memory`` bytes, else lazily.
 
-    Every file is read once to its last pixel, for the checksum and to know which are broken, and which are the same.
-    Classes are numbered by their names, sorted by `rank`. The arrays hold the sentences `notes`, and those on what is
-    left out here.
+    Every file is read once to its last pixel: for the checksum, and to find broken files and files of equal content.
+    Classes are numbered by their names, sorted by `rank`. The arrays hold the sentences `notes`, and sentences on what
+    is left out here.
 
     Returns:
         The arrays, and the entries of their rows: those of the training images, then those of the test images.
 
     Raises:
-        DataError: that lists all files that cannot be read, unless `skip_broken`; if training and test images share a
-            file, and `duplicates` is ``refuse``.
+        DataError: with a list of all files that cannot be read, unless ``options.skip_broken``; if training and test
+            images share a file, and ``options.duplicates`` is ``refuse``.
     """
     entries = sorted(entries, key=lambda e: e.part == "test")
     look, duplicates = options.format(), options.duplicates
@@ -206,7 +206,7 @@ def read_all(
     workers = loading.workers or count_cores()
 
     def examine(i: int) -> tuple[bytes, str]:
-        """The file's SHA-256, or why it cannot be read."""
+        """Return the SHA-256 of the file of entry i, or why the file cannot be read."""
         try:
             file = entries[i].file
             content = read_bytes(file, LARGEST_FILE) if isinstance(file, str) else file.read_bytes()
@@ -221,8 +221,8 @@ def read_all(
 
     found: list[tuple[bytes, str]] = []
     with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of small faults, such as in EXIF data, that hinder nothing
-        for start in range(0, len(entries), BLOCK):  # a pool keeps a kilobyte for each call that it is given
+        warnings.filterwarnings("ignore", module="PIL")  # on small faults, such as in EXIF data, that do no harm
+        for start in range(0, len(entries), BLOCK):  # a pool keeps a kilobyte for each call that is submitted
             found += pool.map(examine, range(start, min(start + BLOCK, len(entries))))
     broken = [f"{e.file} ({reason})" for e, (_, reason) in zip(entries, found, strict=True) if reason]
     if broken and not options.skip_broken:
@@ -247,7 +247,7 @@ def read_all(
     for i in sorted(good, key=lambda i: entries[i].name):
         e = entries[i]
         line = "\0".join([e.name, e.label, e.part or "", e.group, found[i][0].hex(), ""])
-        total.update(line.encode(errors="surrogateescape"))  # of a file whose name is not UTF-8
+        total.update(line.encode(errors="surrogateescape"))  # a file's name may be no UTF-8
     if len(good) < len(entries):
         entries = [entries[i] for i in good]
         pixels = pixels[good] if keep else pixels
@@ -266,18 +266,18 @@ def read_all(
 def resolve_twins(
     entries: Sequence[Entry], digests: Sequence[bytes], what: str, duplicates: Duplicates, notes: list[str]
 ) -> list[int]:
-    """Return the positions of the `entries` that stay: with ``drop`` no training image that is a test image, too.
+    """Return the positions of the `entries` that are kept: with ``drop``, no training image that is a test image, too.
 
-    Two images are the same if their files hold the same bytes. Those that training and test share are refused, dropped
-    or kept; those that one part of one group has several times all stay. A sentence on either is added to `notes`.
-    Images that are tested as another class than they are learned as help no figure: they are not refused.
+    Two images are the same if their files hold the same bytes. Images that training and test share are refused, dropped
+    or kept; copies within one part of one group are all kept. A sentence on either is added to `notes`. Images that are
+    tested as another class than they are learned as raise no accuracy: they are not refused.
 
     Args:
-        entries: with their parts.
-        digests: of their files.
-        what: the data set, in sentences.
-        duplicates: what to do about images that are learnt and tested.
-        notes: to which sentences are added.
+        entries: image files, with their parts.
+        digests: SHA-256 of each file.
+        what: name of the data set in sentences.
+        duplicates: what to do about images that are learned and tested.
+        notes: list to which sentences are added.
 
     Raises:
         DataError: with ``refuse``, if there are such images of the same class.
@@ -325,13 +325,13 @@ def resolve_twins(
 
 
 def _helps(twins: Sequence[Entry]) -> bool:
-    """Return whether the same image, `twins`, is learned as the class that it is tested as."""
+    """Return whether one image, `twins`, is learned as the class that it is tested as, which raises the accuracy."""
     learned, tested = ({e.label for e in twins if e.part == part} for part in ("train", "test"))
     return bool(learned & tested)
 
 
 def notes_on_case(names: Sequence[str]) -> list[str]:
-    """Return a sentence on classes whose names differ in upper and lower case alone; none if there are none."""
+    """Return a list with a sentence on classes whose names differ in upper and lower case alone; empty without any."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(name.casefold(), []).append(name)
@@ -342,20 +342,17 @@ def notes_on_case(names: Sequence[str]) -> list[str]:
 
 
 def name_reduced(what: str, duplicates: Duplicates) -> str:
-    """Return how a sentence calls the data set `what` after `read_all`, which may have left out images."""
+    """Return the name, in sentences, of the data set `what` after `read_all`, which may have left out images."""
     return f"{what}, without its broken images{' and those that are tested with' * (duplicates == 'drop')},"
 
 
 def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None:
-    """Refuse a data set of one class, and classes that are not both learnt and tested.
+    """Raise `DataError` for a data set of one class, and for classes that are not both learned and tested.
 
     Args:
-        entries: with their parts.
-        what: the data set, in sentences.
-        new_in_test: what to do about a class that only the test images have.
-
-    Raises:
-        DataError: in one sentence.
+        entries: image files, with their parts.
+        what: name of the data set in sentences.
+        new_in_test: advice on a class that only the test images have.
     """
     parts = {part: Counter(e.label for e in entries if e.part == part) for part in ("train", "test")}
     new = sorted(parts["test"].keys() - parts["train"].keys(), key=by_name)
@@ -375,11 +372,11 @@ def check_classes(entries: Sequence[Entry], what: str, new_in_test: str) -> None
 
 
 def is_or_are(count: int) -> str:
-    """Return the verb that follows that many things."""
+    """Return the verb for `count` things."""
     return "is" if count == 1 else "are"
 
 
 def list_classes(names: Sequence[str]) -> str:
-    """``The class `a` `` or ``The classes `a`, `b` ``, of which the first are named."""
+    """Return ``The class `a` `` or ``The classes `a`, `b` ``, in which the first `SHOWN` are named."""
     listed = ", ".join(f"`{quote_path(name)}`" for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"The class{'es' if len(names) > 1 else ''} {listed}"

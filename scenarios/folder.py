@@ -1,4 +1,4 @@
-"""A scenario of one's own images: a folder for each class."""
+"""A scenario of custom images: a folder for each class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from clframe.scenarios.files import (
 from clframe.scenarios.streams import split
 from clframe.system.reading import expand_home, quote_path, reason
 
-# names of folders that hold a part of the images, and no class
+# names of folders that hold a part of the images, not a class
 PART = re.compile(
     "(?:(?P<train>train|training)|(?P<test>test|testing)|(?P<val>val|valid|validation))(?:[ _-]?(?:set|data|images))?",
     re.IGNORECASE,
@@ -47,14 +47,14 @@ def split_folder(
     skip_empty: bool = False,
     loading: LoadingOptions,
 ) -> Scenario:
-    """One's own images, a few classes at a time: a folder of class folders, or one each in `train` and `test`.
+    """Split your own images into experiences of a few classes: class folders in one folder, or in `train` and `test`.
 
-    A class is called as its folder, and has the images in and below it; classes are numbered by their sorted names. The
-    folders `train` and `test` may be called `training` and `testing`, in any case; without `test`, the images in
-    `val`, `valid` or `validation` are tested with.
+    A class has the name of its folder, and the images in and below the folder; classes are numbered by their sorted
+    names. The folders `train` and `test` may be called `training` and `testing`, in upper or lower case; without
+    `test`, the images in `val`, `valid` or `validation` are the test images.
 
     Options:
-        path: of the folder.
+        path: path of the folder.
         skip_empty: leave out classes without images, instead of naming them and stopping.
     """
     images.format()  # refuses options that do not belong together before anything is read
@@ -99,7 +99,7 @@ def _has(names: list[tuple[str, str]]) -> str:
 
 
 def _suggest_folder(root: Path, entries: list[Entry]) -> str:
-    """Return where the classes of a folder with one class or none may be: a level deeper, or nowhere."""
+    """Return a sentence on where the classes of a folder with one class or none may be; empty if nowhere."""
     if not entries:
         beside = sum(path.suffix.lower() in SUFFIXES and not is_hidden(path.name) for path in root.iterdir())
         return f" There {is_or_are(beside)} {beside} image{'s'[: beside != 1]} beside." if beside else ""
@@ -111,9 +111,9 @@ def _suggest_folder(root: Path, entries: list[Entry]) -> str:
 
 
 def _list_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:
-    """List the images below `root`, the class folders without any, and sentences on what is left out.
+    """Return the images below `root`, the class folders without any, and sentences on what is left out.
 
-    Each class folder without images comes with the endings of what it holds instead.
+    Each class folder without images comes with the suffixes of the files that it holds instead.
     """
     try:
         if not root.is_dir():
@@ -145,7 +145,7 @@ def _find_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[s
             inside = {role for role, _ in map(_read_role, class_folders(folder)) if role}
             if part is None and {"train", "test"} <= inside:
                 raise DataError(
-                    f"The class folder {folder} holds folders of training and of test images; turn them round: "
+                    f"The class folder {folder} holds folders of training and of test images; exchange the levels: "
                     f"`train/{label}` and `test/{label}`."
                 )
             images, others = walk(folder, left)
@@ -156,7 +156,7 @@ def _find_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[s
 
 
 def _read_role(folder: Path) -> tuple[Part | None, bool]:
-    """Return the part that a folder of this name holds, None for a class; and whether that is validation."""
+    """Return the part that a folder of this name holds, None for a class; and whether the part is validation."""
     match = PART.fullmatch(folder.name)
     if not match:
         return None, False
@@ -164,7 +164,7 @@ def _read_role(folder: Path) -> tuple[Part | None, bool]:
 
 
 def _find_parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None]], list[str]]:
-    """Return the folders that hold class folders, with their parts, and sentences on what is left out.
+    """Return the folders that hold class folders with their parts, and sentences on what is left out.
 
     Raises:
         DataError: if it is not clear which folder holds which part.
@@ -185,16 +185,16 @@ def _find_parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None
     for same in (train, test, val):
         if len(same) > 1:
             listed = " and ".join(f"`{folder.name}`" for folder in same)
-            raise DataError(f"{root} has the folders {listed}, which say the same; put their images into one of them.")
+            raise DataError(f"{root} has the folders {listed}, which mean the same; put their images into one of them.")
     notes = []
     tested = test or val
     if test and val:
-        if not class_folders(test[0]):  # as in competitions, whose test images have no labels
+        if not class_folders(test[0]):  # as in competitions, where test images have no labels
             tested, spare = val, test[0]
         else:
             spare = val[0]
         notes.append(
-            f"The folder `{spare.name}` is left out of {root.resolve().name}: `{train[0].name}` is learnt and "
+            f"The folder `{spare.name}` is left out of {root.resolve().name}: `{train[0].name}` is learned and "
             f"`{tested[0].name}` is tested with."
         )
     class_folders(root, left)
@@ -209,6 +209,6 @@ def _find_parts(root: Path, left: LeftOut) -> tuple[list[tuple[Path, Part | None
 
 
 def _name_other_kinds(empty: list[tuple[str, str]]) -> str:
-    """What is there in place of images, which may be of a kind that is not read."""
+    """Return words on the files that lie in place of images, of kinds that are not read; empty without any."""
     endings = sorted({others for _, others in empty if others})
     return f" (but files of the kinds {', '.join(endings)}, which are not read)" if endings else ""

@@ -1,4 +1,4 @@
-"""A scenario of images on the Hugging Face Hub, or in Parquet files as the Hub has them."""
+"""A scenario of images on the Hugging Face Hub, or in Parquet files of its layout."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from clframe.system.reading import expand_home, read_bytes
 from clframe.system.texts import by_name
 
 PARQUET = ".parquet"
-TESTS = ("test", "validation")  # the splits to test with, where none is named
+TESTS = ("test", "validation")  # splits to test with, where the user names none
 BYTES_AND_PATH = {"bytes", "path"}  # the fields of an image in the Hub's layout
-LABELS = ("string", "large_string", "bool", "int", "uint")  # how the types begin whose values are names of classes
+LABELS = ("string", "large_string", "bool", "int", "uint")  # beginnings of the types whose values can name classes
 
 
 @suits(**DEFAULTS)
@@ -55,12 +55,13 @@ def huggingface(
     images: ImageOptions,
     loading: LoadingOptions,
 ) -> Scenario:
-    """A data set of labelled images of the Hugging Face Hub, or a local folder or file of Parquet in its layout.
+    """Build a scenario of labeled images: a data set of the Hugging Face Hub, or local Parquet files in its layout.
 
-    `huggingface:cifar100`, `huggingface:./FOLDER` or `huggingface:FILE.parquet`: what is there as a folder or file is
-    read, and else the data set of that name. It takes `pip install 'clframe[huggingface]'`. Classes have the names and
-    the order of a column of type ClassLabel, else they are sorted by their values. Data sets are kept where the library
-    `datasets` keeps them (`HF_HOME`); where the Hub cannot be reached, what was kept last is taken.
+    `huggingface:cifar100`, `huggingface:./FOLDER` or `huggingface:FILE.parquet`: a folder or file of that name is
+    read, and without one the data set of that name on the Hub. It needs `pip install 'clframe[huggingface]'`. Classes
+    have the names and the order of a column of type ClassLabel, else they are sorted by their values. Data sets are
+    stored where the library `datasets` stores them (`HF_HOME`); where the Hub cannot be reached, the copy that was
+    stored last is used.
 
     Options:
         config: which of the data set's configurations (also called subsets); null: the only one, or its default.
@@ -99,12 +100,12 @@ def huggingface(
 
 
 class Row:
-    """The image in a row of a split, which stays on the disk until it is read.
+    """An image in a row of a split, which stays on the disk until it is read.
 
     Args:
-        column: of the split's images, in the Hub's layout.
-        number: of the row, from 0.
-        split: its name.
+        column: column of the split's images, in the Hub's layout.
+        number: number of the row, from 0.
+        split: name of the split.
     """
 
     __slots__ = ("column", "number", "split")
@@ -116,7 +117,12 @@ class Row:
         return f"row {self.number} of `{self.split}`"
 
     def read_bytes(self) -> bytes:
-        """What the image's file held. Raises `DataError` if the row has no image, `OSError` if its file is gone."""
+        """Return the bytes of the image's file.
+
+        Raises:
+            DataError: if the row has no image.
+            OSError: if the file that the row names is gone.
+        """
         image = self.column[self.number].as_py() or {}
         if image.get("bytes") is not None:
             content: bytes = image["bytes"]
@@ -126,23 +132,23 @@ class Row:
         raise DataError("it holds no image")
 
 
-# ------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------ finding the data
 
 
 @dataclass(frozen=True)
 class _DataSet:
-    """A data set: its splits by their names, and its files where it is a folder."""
+    """A data set: its splits by their names, and the files of a folder."""
 
     splits: Mapping[str, Any]
     files: Sequence[str]
 
 
 def _open_data_set(variant: str, config: str | None, revision: str | None) -> _DataSet:
-    """The data set that `variant` names.
+    """Return the data set that `variant` names: a file or folder of that name, else a data set of the Hub.
 
     Raises:
-        DataError: if the library is missing, or the data set is not there, cannot be reached or cannot be read.
-        UsageError: if `config` or `revision` is not of it.
+        DataError: if the library is missing, or the data set does not exist, cannot be reached or cannot be read.
+        UsageError: if the data set has no such `config` or `revision`.
     """
     try:
         import datasets
@@ -154,9 +160,9 @@ def _open_data_set(variant: str, config: str | None, revision: str | None) -> _D
     path = expand_home(variant)
     local = path.exists() or variant.startswith((".", "/", "~")) or path.suffix.lower() == PARQUET
     if local and revision is not None:
-        raise UsageError(f"`scenario.revision` is of data sets on the Hub, and {path} is here: leave it out.")
+        raise UsageError(f"`scenario.revision` is for data sets on the Hub, and {path} is here: leave it out.")
     if path.is_file() and config is not None:
-        raise UsageError(f"`scenario.config` is of data sets and folders, and {path} is a file: leave it out.")
+        raise UsageError(f"`scenario.config` is for data sets and folders, and {path} is a file: leave it out.")
     if not local:
         with _silence(datasets), _explain(datasets, variant):
             return _open_from_hub(datasets, variant, config, revision)
@@ -171,9 +177,11 @@ def _open_data_set(variant: str, config: str | None, revision: str | None) -> _D
             f"`--scenario split-folder --set scenario.path={path}`."
         )
     with _silence(datasets), _explain(datasets, str(path)):
-        if path.is_file():  # `load_dataset` would tell the Hub of it
+        if path.is_file():  # `load_dataset` would send its name to the Hub
             return _DataSet(datasets.DatasetDict.from_parquet({"train": str(path)}), [])
-        builder = datasets.load_dataset_builder(str(path.absolute()), config)  # `parquet` alone is a reader's name
+        builder = datasets.load_dataset_builder(
+            str(path.absolute()), config
+        )  # absolute: `parquet` alone names a reader
         builder.download_and_prepare()
         return _DataSet(builder.as_dataset(), [file for files in builder.config.data_files.values() for file in files])
 
@@ -183,7 +191,7 @@ def _open_from_hub(datasets: Any, name: str, config: str | None, revision: str |
     datasets.config.HF_HUB_OFFLINE = offline or not sources.may_download()
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
-        cached = type(builder).__name__ == "Cache"  # the Hub could not be reached, and no revision was looked up there
+        cached = type(builder).__name__ == "Cache"  # the Hub could not be reached, so no revision was looked up there
         if cached and revision not in (None, builder.hash):
             raise DataError(
                 f"The Hub cannot be reached to look up the revision `{revision}` of `{name}`, of which the commit "
@@ -197,36 +205,36 @@ def _open_from_hub(datasets: Any, name: str, config: str | None, revision: str |
 
 @contextmanager
 def _silence(datasets: Any) -> Iterator[None]:
-    """Inside, the libraries log nothing, as errors are told by clframe, and show progress on a terminal only."""
+    """Let the libraries log nothing, because clframe reports errors, and show progress on a terminal only."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    shown = not datasets.are_progress_bars_disabled()
+    enabled = not datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    if shown and not (sys.stderr and sys.stderr.isatty()):
+    if enabled and not (sys.stderr and sys.stderr.isatty()):
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if shown:
+        if enabled:
             datasets.enable_progress_bars()
 
 
 @contextmanager
 def _explain(datasets: Any, name: str) -> Iterator[None]:
-    """Turn what the library raises into one sentence that names the data set, and what to do."""
+    """Turn errors of the library into one sentence that names the data set and a remedy."""
     from huggingface_hub.utils import HFValidationError
 
     try:
         yield
     except (ClframeError, MemoryError):
         raise
-    except Exception as error:  # readers of many formats, and of the network, raise whatever they meet
-        of_data = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which only says that it was raised
-        told = str((of_data and error.__cause__) or error).partition("Example of usage")[0]
-        reason = " ".join(told.split()).rstrip(". ")
+    except Exception as error:  # readers of many formats, and of the network, raise errors of any kind
+        of_data = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause has the reason
+        text = str((of_data and error.__cause__) or error).partition("Example of usage")[0]
+        reason = " ".join(text.split()).rstrip(". ")
         if isinstance(error, datasets.exceptions.DatasetNotFoundError | HFValidationError):
             raise DataError(
                 f"The Hugging Face Hub has no data set `{name}` that is open to you ({reason}); correct its name, log "
@@ -254,7 +262,7 @@ def _explain(datasets: Any, name: str) -> Iterator[None]:
 
 
 def _choose_splits(splits: Mapping[str, Any], train: str, test: str | None, what: str) -> dict[str, Part | None]:
-    """The splits that are read, and what they are for; the only one is for both, and divided later."""
+    """Return the splits to read, each with the part that it serves; None: it serves both, and is divided later."""
     there = ", ".join(f"`{name}`" for name in splits)
     if train not in splits:
         raise DataError(
@@ -278,7 +286,7 @@ def _choose_splits(splits: Mapping[str, Any], train: str, test: str | None, what
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A column that is looked for: the option that names it, what it holds, and what types suit, the best first."""
+    """A column to find: the option that names it, what it holds, and the types that suit, the best first."""
 
     option: str
     holds: str
@@ -286,7 +294,7 @@ class _Wanted:
 
 
 def _type_name(feature: Any) -> str:
-    """The type of a column, in the words of `datasets`."""
+    """Return the name of a column's type in `datasets`."""
     return getattr(feature, "dtype", "") if type(feature).__name__ == "Value" else type(feature).__name__
 
 
@@ -304,7 +312,7 @@ _LABELS = _Wanted(
 
 
 def _find_column(features: Mapping[str, Any], named: str | None, wanted: _Wanted, what: str) -> str:
-    """The name of the column of `features` that is `wanted`."""
+    """Return the name of the column of `features` that is `wanted`. Raises `DataError` if none or several suit."""
     suits = [[name for name, feature in features.items() if kind(feature)] for kind in wanted.kinds]
     listed = ", ".join(f"`{name}` ({_type_name(feature)})" for name, feature in features.items())
     option = f"`--set scenario.{wanted.option}=NAME`"
@@ -329,7 +337,7 @@ def _find_column(features: Mapping[str, Any], named: str | None, wanted: _Wanted
 
 
 def _list_entries(dataset: Any, split: str, part: Part | None, image: str, label: str, what: str) -> list[Entry]:
-    """An entry for each row of a split."""
+    """Return an entry for each row of a split. Raises `DataError` if rows have no label."""
     import datasets
 
     names = getattr(dataset.features[label], "names", None)
@@ -346,13 +354,13 @@ def _list_entries(dataset: Any, split: str, part: Part | None, image: str, label
 
 
 def _class_rank(feature: Any) -> Callable[[str], Any]:
-    """By what classes are sorted: by their numbers in a ClassLabel, else by name."""
+    """Return the key by which classes are sorted: their numbers in a ClassLabel, else their names."""
     names = getattr(feature, "names", None)
     return {normalize_name(name, "the column"): i for i, name in enumerate(names)}.__getitem__ if names else by_name
 
 
 def _check_names(files: Sequence[str], label: str, names: Sequence[str] | None) -> None:
-    """Refuse local files that number their classes apart: `datasets` takes the names of the first for all."""
+    """Raise `DataError` if local files number classes differently: `datasets` takes the first one's names for all."""
     if names is None:
         return
     from datasets import Features
@@ -362,6 +370,6 @@ def _check_names(files: Sequence[str], label: str, names: Sequence[str] | None) 
         own = getattr(Features.from_arrow_schema(parquet.read_schema(file)).get(label), "names", names)
         if own != names:
             raise DataError(
-                f"The column `{label}` of {file} numbers its classes otherwise than the other files do; write them "
+                f"The column `{label}` of {file} numbers its classes differently than the other files do; write them "
                 "with one ClassLabel, or with names in place of numbers."
             )

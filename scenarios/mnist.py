@@ -23,13 +23,13 @@ TEN_PERMUTATIONS = Permuted(experiences=10)
 
 split_mnist = split_of(
     "mnist",
-    description="The ten digits of MNIST, 28x28, a few at a time.",
+    description="Split the ten digits of MNIST, 28x28, into experiences of a few classes.",
     norms=NORMS["mnist"],
     suited=DEFAULTS,
 )
 split_fmnist = split_of(
     "fmnist",
-    description="The ten kinds of clothing of FashionMNIST, 28x28, a few at a time.",
+    description="Split the ten kinds of clothing of FashionMNIST, 28x28, into experiences of a few classes.",
     norms=NORMS["fmnist"],
     suited=DEFAULTS,
 )
@@ -42,12 +42,12 @@ def _load(data_root: Path, preprocessing: Normalization) -> Arrays:
 @suits(**DEFAULTS)
 @flatten_groups
 def permuted_mnist(*, data_root: Path, stream: Permuted = TEN_PERMUTATIONS, preprocessing: Normalization) -> Scenario:
-    """All ten digits of MNIST, in each experience with their pixels in another random order."""
+    """Show all ten digits of MNIST, in each experience with their pixels in another random order."""
     return permute_pixels("permuted-mnist", _load(data_root, preprocessing), stream)
 
 
 @suits(**DEFAULTS)
 @flatten_groups
 def rotated_mnist(*, data_root: Path, stream: Rotated, preprocessing: Normalization) -> Scenario:
-    """All ten digits of MNIST, in each experience turned further."""
+    """Show all ten digits of MNIST, in each experience turned further."""
     return rotate_images("rotated-mnist", _load(data_root, preprocessing), stream)

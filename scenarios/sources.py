@@ -50,21 +50,21 @@ CIFAR100 = """
     tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
     worm
 """
-LARGEST = 400_000_000  # bytes of a data set, or one of its files, unpacked: twice the largest that is published
-NETWORK_TIMEOUT = 30.0  # seconds without an answer, after which a download is given up
+LARGEST = 400_000_000  # bytes of a data set, or one of its files, decompressed: twice the largest published one
+NETWORK_TIMEOUT = 30.0  # seconds without an answer after which a download is abandoned
 _may_download = ContextVar("may_download", default=True)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that can be named.
+    """A data set that has a name.
 
     Attributes:
-        title: its name in sentences, which is also that of torchvision's class.
-        folder: where torchvision's layout keeps it, under the data root.
-        files: what that folder holds.
+        title: its name in sentences, which is also the name of torchvision's class.
+        folder: its folder in torchvision's layout, under the data root.
+        files: the files in that folder.
         image: height, width and channels of an image.
-        class_names: in the order of the classes' numbers.
+        class_names: names of the classes, in the order of their numbers.
     """
 
     title: str
@@ -89,15 +89,15 @@ SOURCES = {
 
 
 def load(name: str, data_root: Path) -> Arrays:
-    """The data set `name`, with 8-bit images [N, C, H, W].
+    """Load the data set `name`, with 8-bit images [N, C, H, W].
 
-    It is looked for as ``data_root/<name>.npz`` (Keras's layout: `x_train`, `y_train`, `x_test`, `y_test`;
-    images [N, H, W] or [N, H, W, C], labels [N] or [N, 1]), then in torchvision's layout, then downloaded
-    into the latter. Only CIFAR in torchvision's layout is made of pickles: torchvision reads them, once their
-    checksums are those of the published files.
+    The file ``data_root/<name>.npz`` is read if it exists (Keras's layout: `x_train`, `y_train`, `x_test`, `y_test`;
+    images [N, H, W] or [N, H, W, C], labels [N] or [N, 1]), else the folder in torchvision's layout, into which the
+    data set is downloaded if there is none. Only CIFAR in torchvision's layout is stored in pickles: torchvision reads
+    them, after their checksums were found to be those of the published files.
 
     Raises:
-        DataError: if it is nowhere and cannot be downloaded, or if a file is damaged or holds something else.
+        DataError: if the data set is not there and cannot be downloaded, or a file is damaged or holds something else.
     """
     source = SOURCES[name]
     path = data_root / f"{name}.npz"
@@ -125,7 +125,7 @@ def load(name: str, data_root: Path) -> Arrays:
 
 @contextmanager
 def no_downloads() -> Iterator[None]:
-    """Inside, a data set that is not there raises `DataError` at once: for commands that only look."""
+    """Let a data set that is not there raise `DataError` at once: for commands that only look."""
     before = _may_download.set(False)
     try:
         yield
@@ -134,12 +134,12 @@ def no_downloads() -> Iterator[None]:
 
 
 def may_download() -> bool:
-    """Whether data that is not there may be downloaded: not inside `no_downloads`."""
+    """Return whether data that is not there may be downloaded: not inside `no_downloads`."""
     return _may_download.get()
 
 
 def find_all(data_root: Path) -> list[tuple[str, Path | None]]:
-    """Each data set, and the file or complete folder under `data_root` that holds it or None; reads nothing."""
+    """Return each data set with the file or complete folder under `data_root` that holds it, or None; read no data."""
 
     def where(name: str, source: Source) -> Path | None:
         path, folder = data_root / f"{name}.npz", data_root / source.folder
@@ -156,12 +156,12 @@ def _find_file(folder: Path, name: str) -> Path | None:
 
 @contextmanager
 def _explain(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what reading a damaged file may raise into a `DataError` that names the file and the remedy."""
+    """Turn errors of reading a damaged file into a `DataError` that names the file and the remedy."""
     try:
         yield
     except ClframeError:
         raise
-    except Exception as error:  # readers raise whatever the damage leads to
+    except Exception as error:  # damage makes readers raise errors of any kind
         raise DataError(f"{path} cannot be read ({_describe_error(error)}); {remedy}.") from error
 
 
@@ -190,7 +190,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _check_size(unpacked: int) -> None:
-    """Refuse arrays that take too much memory before they are read: a file of some MB may hold hundreds of GB."""
+    """Raise `ValueError` for arrays of too many bytes before reading them: a file of some MB may hold hundreds of GB."""
     if unpacked > LARGEST:
         raise ValueError(f"it holds more than {LARGEST // 10**6} MB, unpacked")
 
@@ -200,10 +200,10 @@ def _read_idx_files(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def _read_idx(folder: Path, name: str) -> NDArray[Any]:
-    """A file in MNIST's own format: two zero bytes, 8 for bytes, number of dimensions, their sizes, data.
+    """Read a file in MNIST's own format: two zero bytes, 8 for bytes, number of dimensions, their sizes, data.
 
-    It is read here and not by torchvision, whose import takes seconds, and which would load a pickle of an
-    older version instead if one lay beside it.
+    torchvision is not used: its import takes seconds, and it would load a pickle of an older version instead if one
+    lay beside the file.
     """
     path = _find_file(folder, name) or folder / name
     with _explain(path, "it is damaged: remove it or put a whole copy in its place"):
@@ -254,7 +254,7 @@ def _to_labels(array: NDArray[Any], key: str, path: Path) -> Tensor:
 
 
 def _download(name: str, data_root: Path) -> None:
-    """Have torchvision download into a temporary folder, and move it into place once all of it is there."""
+    """Let torchvision download into a temporary folder, and move the data set into place once it is complete."""
     source = SOURCES[name]
     npz, folder = data_root / f"{name}.npz", data_root / source.folder
     if not may_download():
@@ -292,13 +292,13 @@ def _download(name: str, data_root: Path) -> None:
         try:
             (Path(temporary) / source.folder).rename(folder)
         except OSError:
-            if not folder.is_dir():  # if it is, another process was quicker
+            if not folder.is_dir():  # if there is one, another process was faster
                 raise
 
 
 @contextmanager
 def _temporary_folder(data_root: Path) -> Iterator[str]:
-    """A folder beside the data for what is half-written; a data root that was made for it and stays empty goes too."""
+    """Provide a folder beside the data for incomplete files; a data root made for it is removed if it stays empty."""
     new = not data_root.exists()
     data_root.mkdir(parents=True, exist_ok=True)
     try:
@@ -322,7 +322,7 @@ def _explain_writing(title: str, data_root: Path) -> Iterator[None]:
 
 @contextmanager
 def _limit_patience(seconds: float) -> Iterator[None]:
-    """Let connections that are opened inside give up after so long a silence: torchvision sets no limit."""
+    """Let connections end after `seconds` without an answer: torchvision sets no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -28,14 +28,14 @@ class Stream(OptionGroup):
     """A stream of experiences that bring classes: how many, which, and in which order.
 
     Options:
-        setting: `class` (which class of all seen), `task` (the task is told) or `domain` (shared labels).
+        setting: `class` (which class of all seen), `task` (the task is given) or `domain` (shared labels).
         experiences: number of experiences; null: the most, up to 5, that leave two classes for each, the first larger
             where they do not divide evenly.
-        first: classes in the first experience; null: as many as in each other one.
-        order: of the classes: `natural` (as the data set numbers them), `random` (drawn from the seed) or a list of
-            all class numbers.
-        seed: of everything random in the scenario; null: the run's seed.
-        limit: images per class, of training and of test data; null: all.
+        first: number of classes in the first experience; null: as many as in each other one.
+        order: order of the classes: `natural` (as the data set numbers them), `random` (drawn from the seed) or a
+            list of all class numbers.
+        seed: seed of everything random in the scenario; null: the run's seed.
+        limit: number of images per class, of training and of test data; null: all.
     """
 
     setting: Setting = "class"
@@ -46,7 +46,7 @@ class Stream(OptionGroup):
     limit: Count | None = None
 
     def class_order(self, n_classes: int) -> list[int]:
-        """Return the class numbers in the order of learning; a list that the user gave is returned unchecked."""
+        """Return the class numbers in the order of learning; a list given as `order` is returned unchecked."""
         if not isinstance(self.order, str):
             return self.order
         natural = list(range(n_classes))
@@ -69,10 +69,10 @@ class Permuted(OptionGroup):
     """A stream of experiences that show all classes, each with its pixels in another order.
 
     Options:
-        setting: `class` (which class of all seen), `task` (the task is told) or `domain` (shared labels).
+        setting: `class` (which class of all seen), `task` (the task is given) or `domain` (shared labels).
         experiences: number of experiences.
-        seed: of everything random in the scenario; null: the run's seed.
-        limit: images per class, of training and of test data; null: all.
+        seed: seed of everything random in the scenario; null: the run's seed.
+        limit: number of images per class, of training and of test data; null: all.
     """
 
     setting: Setting = "domain"
@@ -86,10 +86,10 @@ class Rotated(OptionGroup):
     """A stream of experiences that show all classes, each turned further.
 
     Options:
-        setting: `class` (which class of all seen), `task` (the task is told) or `domain` (shared labels).
+        setting: `class` (which class of all seen), `task` (the task is given) or `domain` (shared labels).
         experiences: number of experiences.
-        max_angle: in degrees; experience i of n, counted from 0, is turned by i/n of it.
-        limit: images per class, of training and of test data; null: all.
+        max_angle: angle in degrees, of which experience i of n, counted from 0, is turned by i/n.
+        limit: number of images per class, of training and of test data; null: all.
     """
 
     setting: Setting = "domain"

@@ -1,4 +1,4 @@
-"""A scenario of one's own images: a table of their paths and labels, and of tasks or domains if it has some."""
+"""A scenario of custom images: a table of their paths and labels, with tasks or domains if it has such columns."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from clframe.system.reading import expand_home, open_regular, quote_path, reason
 from clframe.system.texts import by_name
 
 LARGEST = 2**28  # bytes of a table
-LONGEST_HEADER = 2**16  # characters in which the delimiter is looked for
-BATCH = 256  # rows of a Parquet file that are unpacked at a time
+LONGEST_HEADER = 2**16  # characters that are searched for the delimiter
+BATCH = 256  # rows of a Parquet file that are decompressed at a time
 COLUMNS = ("path", "label", "task", "domain", "split")
 REQUIRED = COLUMNS[:2]
 
@@ -57,13 +57,14 @@ def split_table(
     images: ImageOptions,
     loading: LoadingOptions,
 ) -> Scenario:
-    """One's own images that a table lists (CSV, TSV or Parquet), with their labels, tasks or domains.
+    """Build a scenario of your own images, which a table (CSV, TSV or Parquet) lists with labels, tasks or domains.
 
     Relative paths are relative to the table. With a column of tasks, each task is an experience and brings its own
-    classes; in the setting `domain` each domain is one, and all share their classes. Without, classes are split.
+    classes; in the setting `domain` each domain is an experience, and all share their classes. Without such a column,
+    the classes are split into experiences.
 
     Options:
-        path: of the table.
+        path: path of the table.
         path_column: the column with the paths of the images.
         label_column: the column with the names of their classes.
         task_column: the column with the tasks; null: `task`, if there is one.
@@ -86,7 +87,9 @@ def split_table(
     by_group = rows.has(kind)
     if by_group and (stream.experiences is not None or stream.first is not None):
         given = "experiences" if stream.experiences is not None else "first"
-        raise UsageError(f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` says it.")
+        raise UsageError(
+            f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` decides it."
+        )
     what = str(table)
     entries = rows.entries(kind)
     if not rows.has("split"):
@@ -113,18 +116,18 @@ def split_table(
 def build_from_groups(
     name: str, arrays: Arrays, entries: Sequence[Entry], groups: Sequence[str], setting: Setting
 ) -> Scenario:
-    """A scenario whose experiences are the groups of `entries`, in this order.
+    """Return a scenario whose experiences are the groups of `entries`, in the order of `groups`.
 
     Args:
-        name: of the scenario.
-        arrays: the images.
-        entries: of the rows of the training, then of the test images.
-        groups: tasks, each with classes of its own; in the setting ``domain`` domains, which share theirs.
-        setting: of the scenario.
+        name: name of the scenario.
+        arrays: images and labels.
+        entries: image files of the training rows, then of the test rows, of `arrays`.
+        groups: tasks, each with its own classes; in the setting ``domain`` domains, which share their classes.
+        setting: setting of the scenario.
     """
     number = {label: i for i, label in enumerate(arrays.class_names)}
     found = group_entries(entries, lambda e: e.group)
-    order: list[int] = []  # class numbers as they are met
+    order: list[int] = []  # class numbers in the order of their first experience
     classes: list[list[int]] = []
     for group in groups:
         own = sorted({number[e.label] for e in found[group]})
@@ -139,7 +142,7 @@ def build_from_groups(
     for i, entry in enumerate(entries):
         part: Part = "train" if i < cut else "test"
         where.setdefault((entry.group, part), []).append(i if i < cut else i - cut)
-    tests: dict[int, ImageData] = {}  # asked for after every experience, so they are kept
+    tests: dict[int, ImageData] = {}  # kept, because they are loaded after every experience
 
     def load(i: int, part: Part) -> ImageData:
         if part == "test" and i in tests:
@@ -167,10 +170,10 @@ def build_from_groups(
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV (or TSV) or Parquet file, all values as text.
+    """Return the rows of a CSV (or TSV) or Parquet file, all values as text.
 
     Raises:
-        DataError: if it cannot be read, or is empty; if Parquet cannot be read here.
+        DataError: if the file cannot be read, or is empty; if pyarrow, which reads Parquet, is missing.
     """
     if not path.is_file():
         there = "is a folder" if path.is_dir() else "does not exist"
@@ -215,7 +218,9 @@ def _read_parquet(path: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     size = 0
     with open_regular(path, LARGEST) as file:
-        for batch in parquet.ParquetFile(file).iter_batches(BATCH):  # which may be far larger unpacked
+        for batch in parquet.ParquetFile(file).iter_batches(
+            BATCH
+        ):  # a batch may be far larger than its part of the file
             size += batch.nbytes
             if size > LARGEST:
                 raise ValueError(f"it holds more than {LARGEST // 2**20} MB, unpacked")
@@ -225,15 +230,15 @@ def _read_parquet(path: Path) -> list[dict[str, str]]:
 
 
 class _Rows:
-    """The rows of a table, and which of its columns says what.
+    """The rows of a table, and the meanings of its columns.
 
     Args:
-        path: of the table.
-        rows: by the names of the columns.
-        names: for each meaning (`COLUMNS`) the column that the user named; None: the one of that name, if any.
+        path: path of the table.
+        rows: values by the names of their columns.
+        names: for each meaning (`COLUMNS`) the column that the user named; None: the column of that name, if any.
 
     Raises:
-        DataError: if a column is lacking that is named, or needed.
+        DataError: if a column that is named or required is missing.
     """
 
     def __init__(self, path: Path, rows: Sequence[Mapping[str, str]], names: Mapping[str, str | None]) -> None:
@@ -259,7 +264,7 @@ class _Rows:
         )
 
     def entries(self, kind: str) -> list[Entry]:
-        """An entry for each row, whose group is what the column of `kind` (``task`` or ``domain``) says."""
+        """Return an entry for each row, whose group is its value in the column of `kind` (``task`` or ``domain``)."""
         return [self._entry(i, row, kind) for i, row in enumerate(self.rows, start=1)]
 
     def _entry(self, i: int, row: Mapping[str, str], kind: str) -> Entry:
@@ -284,7 +289,7 @@ class _Rows:
 
 
 def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -> None:
-    """Refuse tasks that share classes, and tasks or domains that are not both learnt and tested."""
+    """Raise `DataError` for tasks that share classes, and for tasks or domains that are not both learned and tested."""
     for group, members in group_entries(entries, lambda e: e.group).items():
         if len({e.part for e in members}) < 2:
             lacking = "test" if members[0].part == "train" else "training"
@@ -302,7 +307,7 @@ def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -
 
 
 def _order_groups(groups: Sequence[str], stream: FileStream, kind: str) -> list[str]:
-    """The groups in the order in which they are learnt."""
+    """Return the groups in the order in which they are learned. Raises `UsageError` if `order` is no permutation."""
     order = stream.class_order(len(groups))
     if sorted(order) != list(range(len(groups))):
         raise UsageError(

@@ -460,25 +460,28 @@ def test_of_test_and_validation_the_images_with_classes_are_tested_with(small):
     halved(small)
     shutil.copytree(small / "test", small / "val")
     found = split_folder(path=small, size=8)
-    assert found.notes == ("The folder `val` is left out of small: `train` is learnt and `test` is tested with.",)
+    assert found.notes == ("The folder `val` is left out of small: `train` is learned and `test` is tested with.",)
     for folder in list((small / "test").iterdir()):  # test images without labels, as in competitions
         for file in folder.iterdir():
             file.rename(small / "test" / f"{folder.name}{file.name}")
         folder.rmdir()
     found = split_folder(path=small, size=8)
     assert found.class_names == ("a", "b", "c", "d")
-    assert found.notes == ("The folder `test` is left out of small: `train` is learnt and `val` is tested with.",)
+    assert found.notes == ("The folder `test` is left out of small: `train` is learned and `val` is tested with.",)
 
 
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        (["train/a", "train/b", "training/a", "test/a"], "has the folders `train` and `training`, which say the same"),
-        (["train/a", "val/a", "valid/a"], "has the folders `val` and `valid`, which say the same"),
+        (["train/a", "train/b", "training/a", "test/a"], "has the folders `train` and `training`, which mean the same"),
+        (["train/a", "val/a", "valid/a"], "has the folders `val` and `valid`, which mean the same"),
         (["train/a", "test/a", "more"], "has the folder `more` with images beside `train` and `test`; move"),
         (["val/a", "val/b"], "has a folder `val` and none `train`; add that, or name .*val as the path"),
         (["Train/a", "Train/b"], "has a folder `Train` and none `test`; add that, or name .*Train as the path"),
-        (["a/train", "a/test", "b/train", "b/test"], "holds folders of training and of test images; turn them round"),
+        (
+            ["a/train", "a/test", "b/train", "b/test"],
+            "holds folders of training and of test images; exchange the levels",
+        ),
     ],
 )
 def test_a_layout_that_may_mean_several_things_is_refused(small, tmp_path, made, told):

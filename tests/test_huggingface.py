@@ -265,7 +265,7 @@ def test_files_that_number_their_classes_apart_are_refused(tmp_path):
     write(root / "train.parquet", rows(2))
     write(root / "test.parquet", rows(1), names=sorted(NAMES))
     assert datasets.load_dataset(str(root))["test"].features["label"].names == list(NAMES)  # silently
-    with pytest.raises(DataError, match=r"The column `label` of .*test\.parquet numbers its classes otherwise"):
+    with pytest.raises(DataError, match=r"The column `label` of .*test\.parquet numbers its classes differently"):
         huggingface(str(root))
 
 
@@ -309,8 +309,8 @@ def test_what_is_named_wrongly_is_refused_in_one_sentence(both, tmp_path):
         ("none.parquet", {}, DataError, r"There is no file or folder /.*none\.parquet"),
         (tmp_path / "empty", {}, DataError, r"empty holds no Parquet files; for a folder of class folders there is"),
         (tmp_path / "bad.parquet", {}, DataError, r"The data set `.*bad\.parquet` cannot be read \(Parquet"),
-        (both, {"revision": "main"}, UsageError, r"`scenario.revision` is of data sets on the Hub, and .* is here"),
-        (tmp_path / "bad.parquet", {"config": "x"}, UsageError, r"`scenario.config` is of data sets and folders"),
+        (both, {"revision": "main"}, UsageError, r"`scenario.revision` is for data sets on the Hub, and .* is here"),
+        (tmp_path / "bad.parquet", {"config": "x"}, UsageError, r"`scenario.config` is for data sets and folders"),
         (both, {"config": "x"}, UsageError, r"`scenario.config` does not fit the data set .*Available: \['default'\]"),
     ):
         with pytest.raises(error, match=told) as raised:
