@@ -190,7 +190,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _check_size(unpacked: int) -> None:
-    """Raise `ValueError` for arrays of too many bytes before reading them: a file of some MB may hold hundreds of GB."""
+    """Raise `ValueError` for arrays of too many bytes before reading: a file of some MB may hold hundreds of GB."""
     if unpacked > LARGEST:
         raise ValueError(f"it holds more than {LARGEST // 10**6} MB, unpacked")
 

@@ -236,7 +236,7 @@ def test_split_classes_with_an_order_and_a_larger_first_group():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"experiences": 4}, "`scenario.experiences` is 4: 6 classes of toy cannot be divided so evenly"),
+        ({"experiences": 4}, "`scenario.experiences` is 4: 6 classes of toy cannot be divided evenly"),
         ({"experiences": 3, "first": 3}, "`scenario.experiences` is 3 with `scenario.first` 3"),
         ({"experiences": 2, "first": 6}, "is 2 with"),
         ({"experiences": 1, "first": 5}, "is 1 with"),

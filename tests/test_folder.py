@@ -317,7 +317,7 @@ def test_a_class_all_of_whose_images_are_broken_is_named(small):
 
 
 def test_groups_that_do_not_divide_the_classes_are_refused(small):
-    with pytest.raises(UsageError, match="4 classes of small cannot be divided so evenly"):
+    with pytest.raises(UsageError, match="4 classes of small cannot be divided evenly"):
         split_folder(path=small, size=8, experiences=3)
 
 

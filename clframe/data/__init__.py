@@ -1,6 +1,6 @@
 """Data: images, batches, scenarios, and how files become images.
 
-The names that other packages use are loaded when first used: listing scenarios does not import torch.
+The names that other packages use are loaded at first use, so that listing scenarios does not import torch.
 """
 
 from __future__ import annotations

@@ -13,24 +13,24 @@ from clframe.data.files import LazyImages, RawImages, concat_images
 from clframe.errors import DataError
 
 Column = TypeVar("Column", Tensor, LazyImages, RawImages)
-COLUMNS = ("x", "y", "index", "task", "weight", "origin")  # the per-row tensors of `Batch` and `ImageData`
+COLUMNS = ("x", "y", "index", "task", "weight", "origin")  # per-row tensors of `Batch` and `ImageData`
 
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one step, ready for the model.
+    """Rows of one step, ready for the model.
 
     Attributes:
-        x: [B, ...] float, normalised and augmented.
+        x: [B, ...] float, normalized and augmented.
         y: [B] int64 labels; a label is the column of its class in the head.
-        index: [B] int64 positions in the data set's training images, or test images for a test batch
-            (-1: from neither).
+        index: [B] int64 positions among the data set's training images, or its test images for a test batch (-1:
+            from neither).
         task: [B] int64 index of each row's task.
         weight: [B] float32 weight of each row in the base loss.
-        origin: [B] int64; 0 = the experience itself, k = added by the k-th plugin of the run.
-        targets: named per-row tensors, such as stored logits; rows that came without one hold zeros.
-        raw: [n, ...] the first n rows as the data set has them, neither augmented nor normalised: those that were drawn
-            for the step, before any joined them.
+        origin: [B] int64; 0: the row is from the experience itself, k: it was added by the k-th plugin of the run.
+        targets: named per-row tensors, such as stored logits; rows without one hold zeros.
+        raw: [n, ...] the first n rows as the data set has them, neither augmented nor normalized: the rows that were
+            drawn for the step, before plugins added others.
     """
 
     x: Tensor
@@ -46,9 +46,9 @@ class Batch:
         return len(self.y)
 
     def fresh(self, **targets: Tensor) -> ImageData:
-        """The rows of the experience itself as the data set has them: what a memory may keep of this step.
+        """Return the rows of the experience itself as the data set has them: what a memory may store of this step.
 
-        `targets` are named per-row tensors [B, ...] to go with them.
+        `targets` are named per-row tensors [B, ...] that are stored with the rows.
         """
         x = self.x[:0] if self.raw is None else self.raw
         n = len(x)
@@ -57,7 +57,7 @@ class Batch:
         return drawn.rows((self.origin[:n] == 0).nonzero().flatten())
 
     def mean(self, values: Tensor, only: Tensor | None = None) -> Tensor:
-        """The mean of one value per row [B], weighted: sum(w * v) / sum(w).
+        """Return the weighted mean of one value per row [B]: sum(w * v) / sum(w).
 
         `only` [B] bool chooses the rows that count; the mean of none is 0.
         """
@@ -69,7 +69,7 @@ class Batch:
 
 
 def join(parts: Sequence[Batch]) -> Batch:
-    """One batch of the rows of all `parts`, in their order."""
+    """Return one batch of the rows of all `parts`, in their order."""
     if len(parts) == 1:
         return parts[0]
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS}
@@ -79,14 +79,15 @@ def join(parts: Sequence[Batch]) -> Batch:
 class ImageData:
     """Images with labels, as the data set has them (uint8, or float as a user gave them), in memory or in files.
 
-    Attributes are those of `Batch`, except that `x` is raw: neither normalised nor augmented. `task`,
-    `weight` and `origin` may be given as one number for all rows; `index` defaults to -1.
+    Attributes are those of `Batch`, except that `x` is raw: neither normalized nor augmented. `task`, `weight` and
+    `origin` may be given as one number for all rows; `index` defaults to -1.
 
-    Images in files are `LazyImages`: `rows` picks some of them without reading any, and who asks for ``x`` has them
-    read and kept from then on. So take batches by `rows` or `parts`, and the ``x`` of those: a data set may be large.
+    Images in files are `LazyImages`: `rows` picks some of them without reading any file; reading the attribute ``x``
+    reads all files, and keeps the images from then on. As a data set may be large, take batches with `rows` or `parts`,
+    and read the ``x`` of those.
 
     Attributes:
-        images: `x`, or what will read it.
+        images: `x`, or the `LazyImages` that will read it.
     """
 
     def __init__(
@@ -122,19 +123,19 @@ class ImageData:
 
     @property
     def x(self) -> Tensor:
-        """The images [N, ...]; those in files are read now, and kept."""
+        """Return the images [N, ...]; those in files are read now, and kept."""
         if isinstance(self.images, LazyImages):
             self.images = self.images.read()
         return self.images
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Return the device of the rows."""
         return self.images.device
 
     def rows(self, where: Tensor | slice) -> ImageData:
-        """The rows at the positions, under the boolean mask, or in the slice `where`."""
-        picked = object.__new__(ImageData)  # columns that are valid already: no checks, this runs every step
+        """Return the rows at the positions, under the boolean mask, or in the slice `where`."""
+        picked = object.__new__(ImageData)  # the columns are valid already: no checks, because this runs every step
         picked.images, picked.y = _pick(self.images, where), _pick(self.y, where)
         for name in COLUMNS[2:]:
             column = getattr(self, name)
@@ -144,33 +145,33 @@ class ImageData:
         return picked
 
     def loaded(self) -> ImageData:
-        """This data, with its images read if they are in files: a memory that is kept is one."""
+        """Return this data after reading its images, if they are in files: a memory holds its images."""
         self.images = self.x
         return self
 
     def parts(self, size: int) -> Iterator[ImageData]:
-        """All rows in their order, `size` at a time; while one part is used, the next ones are read."""
+        """Yield all rows in their order, `size` at a time; while one part is used, the next ones are read."""
         for start in range(0, len(self), size):
             self.expect(slice(start, start + 3 * size))
             yield self.rows(slice(start, start + size))
 
     def expect(self, where: Tensor | slice) -> None:
-        """Rows that will be asked for soon: those in files are read in the background."""
+        """Begin to read the rows at `where`, which will be used soon, in the background; rows in memory need none."""
         if isinstance(self.images, LazyImages):
             self.images.expect(where)
 
     def marked(self, origin: int) -> ImageData:
-        """The same rows with that origin."""
+        """Return the same rows with the given `origin`."""
         rest = {n: getattr(self, n) for n in ("index", "task", "weight")}
         return ImageData(self.images, self.y, **rest, origin=origin, targets=self.targets)
 
     def of_task(self, task: int) -> ImageData:
-        """The same rows, all of that task."""
+        """Return the same rows, all of the given `task`."""
         rest = {n: getattr(self, n) for n in ("index", "weight", "origin")}
         return ImageData(self.images, self.y, **rest, task=task, targets=self.targets)
 
     def to(self, device: torch.device | str) -> ImageData:
-        """This data on `device`; itself if it is there already."""
+        """Return this data on `device`; the object itself if it is there already."""
         if self.device == torch.device(device):
             return self
         targets = {name: target.to(device) for name, target in self.targets.items()}
@@ -179,7 +180,7 @@ class ImageData:
 
     @staticmethod
     def concat(parts: Sequence[ImageData]) -> ImageData:
-        """The rows of all `parts`, in their order."""
+        """Return the rows of all `parts`, in their order."""
         if len(parts) == 1:
             return parts[0]
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[1:]}
@@ -187,7 +188,7 @@ class ImageData:
 
 
 def _pick(column: Column, where: Tensor | slice) -> Column:
-    """``column[where]``; whole rows by their positions several times faster than indexing copies them."""
+    """Return ``column[where]``; `index_select` copies whole rows several times faster than indexing does."""
     if isinstance(where, Tensor) and where.dtype == torch.int64 and where.dim() == 1:
         return column.index_select(0, where)
     return column[where]

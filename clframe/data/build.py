@@ -1,4 +1,4 @@
-"""Scenarios cut from labelled arrays: classes in groups, or the same classes in changing domains."""
+"""Scenarios built from labeled arrays: classes in groups, or the same classes in changing domains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from clframe.options import validated
 from clframe.system.reading import expand_home
 from clframe.system.texts import quote
 
-PIECE = 1 << 23  # bytes
+PIECE = 1 << 23  # bytes of which a thread computes one sum
 ARRAYS = {  # the fields of `Arrays` that hold values, in words
     "x_train": "training images",
     "y_train": "training labels",
@@ -43,11 +43,11 @@ def suits(
     train: Mapping[str, Any],
     variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Builder], Builder]:
-    """Mark a function that builds a scenario with the backbone and the training settings that suit it.
+    """Return a decorator that names the backbone and the training settings that suit a scenario's function.
 
-    They are what a run uses where the user set nothing else, and are known without loading any data.
-    `backbone` is a name, or a name with options: ``{"name": "mlp", "hidden": [256, 256]}``. In `variants`, variants
-    that other ones suit have their own ``backbone`` and ``train``.
+    A run uses them where the user sets nothing else; they are known without loading any data. `backbone` is a name, or
+    a name with options: ``{"name": "mlp", "hidden": [256, 256]}``. `variants` holds a ``backbone`` and ``train`` for
+    each variant that others suit.
     """
 
     def mark(builder: Builder) -> Builder:
@@ -60,23 +60,24 @@ def suits(
 
 @dataclass
 class Arrays:
-    """A labelled image data set in memory or in files, from which scenarios are cut.
+    """A labeled image data set in memory or in files, from which scenarios are built.
 
     Attributes:
-        x_train: [N, C, H, W] uint8, or any float values [N, ...]: a tensor, a NumPy array or a list of either, held as
-            a tensor; or `LazyImages`.
-        y_train: [N] labels 0 .. len(class_names) - 1, of any integer type, likewise; held as int64.
-        x_test: likewise, of the test images.
-        y_test: likewise.
-        class_names: one for each label.
+        x_train: training images, [N, C, H, W] uint8, or any float values [N, ...]: a tensor, a NumPy array or a list of
+            either, stored as a tensor; or `LazyImages`.
+        y_train: training labels [N], 0 .. len(class_names) - 1, of any integer type, in the same forms; stored as
+            int64.
+        x_test: test images, in the same forms.
+        y_test: test labels, in the same forms.
+        class_names: a name for each label.
         transform: from these raw values to the model's input.
-        sha256: of the data, where that is known; else `checksum` computes one.
-        notes: sentences on the data, such as what was left out.
+        sha256: SHA-256 of the data, where it is known; else `checksum` computes one.
+        notes: sentences on the data, such as on images that were left out.
 
     Raises:
         DataError: if images and labels do not fit each other or the class names, or the images are not as `transform`
             and a network take them (`clframe.data.values`).
-        UsageError: if the transform is none of clframe's.
+        UsageError: if the transform is not a `Transform`.
     """
 
     name: str
@@ -129,7 +130,7 @@ class Arrays:
         return y
 
     def checksum(self) -> str:
-        """`sha256`, or that of the sums of all images and labels, in pieces of 8 MB that several threads read."""
+        """Return `sha256`, or the SHA-256 of the sums of all data in pieces of 8 MB, which several threads compute."""
         if self.sha256:
             return self.sha256
         tensors = [t.read() if isinstance(t, LazyImages) else t for t in self._tensors()]
@@ -143,7 +144,7 @@ class Arrays:
         return self.x_train, self.y_train, self.x_test, self.y_test
 
     def limited(self, per_class: int | None) -> Arrays:
-        """The first `per_class` images of each class, of training and test data alike; all if None."""
+        """Return the first `per_class` images of each class, of training and of test data; all if None."""
         if per_class is None:
             return self
 
@@ -165,9 +166,9 @@ class Arrays:
     def without_duplicates(self, duplicates: Duplicates) -> Arrays:
         """Return these arrays with a note on images in memory that training and test share; ``drop`` leaves them out.
 
-        Two images are the same if their bytes are. One tensor that is given for training and for test is on purpose,
-        and kept without a note; test images that are a part of that tensor are kept where they would be refused. Images
-        in files are compared where they are listed.
+        Two images are the same if their bytes are equal. One tensor given for training and for test is on purpose: it
+        is kept without a note; test images that are a part of the training tensor are kept where they would be refused.
+        Images in files are compared where the files are listed.
 
         Raises:
             DataError: with ``refuse``, if there are such images; with ``drop``, if a class would have no others.
@@ -211,17 +212,17 @@ class Arrays:
         return noted
 
     def move(self, device: torch.device) -> None:
-        """Hold all tensors on `device`."""
+        """Move all tensors to `device`."""
         for name in ("x_train", "y_train", "x_test", "y_test"):
             setattr(self, name, getattr(self, name).to(device))
 
     def part(self, part: Part) -> tuple[RawImages, Tensor]:
-        """Images and labels of ``train`` or ``test``."""
+        """Return the images and labels of ``train`` or ``test``."""
         return (self.x_train, self.y_train) if part == "train" else (self.x_test, self.y_test)
 
 
 def _shares_memory(part: Tensor, whole: Tensor) -> bool:
-    """Return whether the memory of `part` is that of `whole`, or some of it, as that of a slice is."""
+    """Return whether `part` lies in the memory of `whole`, as a slice does."""
     if not (part.is_contiguous() and whole.is_contiguous()) or part.device != whole.device:
         return False
     (start, end), (first, last) = ((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (part, whole))
@@ -229,7 +230,7 @@ def _shares_memory(part: Tensor, whole: Tensor) -> bool:
 
 
 def _to_tensor(values: Any, what: str) -> RawImages:
-    """Return `values` as a tensor: of a NumPy array, or of a list of numbers or arrays. Raises `DataError`."""
+    """Return `values`, a NumPy array or a list of numbers or arrays, as a tensor; `DataError` if there is no such."""
     if isinstance(values, Tensor | LazyImages):
         return values
     try:
@@ -238,7 +239,7 @@ def _to_tensor(values: Any, what: str) -> RawImages:
         array = np.asarray(values)
         if array.dtype.kind not in "buif":
             raise TypeError(f"they are {array.dtype}")
-        # torch takes neither arrays of the other byte order nor ones that cannot be written or run backwards
+        # torch takes no arrays of the other byte order, that are read-only, or with negative strides
         return torch.from_numpy(np.require(array.astype(array.dtype.newbyteorder("="), copy=False), None, ["C", "W"]))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
@@ -248,7 +249,7 @@ def _to_tensor(values: Any, what: str) -> RawImages:
 
 
 def read_images(path: Path) -> Tensor:
-    """Raw images [N, ...] of the .npy file at `path`. Raises `DataError` if there are none, or it holds a pickle."""
+    """Return the raw images [N, ...] of the .npy file `path`. Raises `DataError` if it has none, or holds a pickle."""
     try:
         images = torch.from_numpy(np.load(expand_home(path), allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
@@ -268,20 +269,20 @@ def split_classes(
     order: Sequence[int] | None = None,
     duplicates: Duplicates | None = "refuse",
 ) -> Scenario:
-    """A scenario whose experiences bring disjoint groups of classes.
+    """Build a scenario whose experiences bring disjoint groups of classes.
 
     Args:
-        name: of the scenario.
-        arrays: the data set.
-        experiences: how many groups.
-        setting: in ``domain`` the label is the class's place within its group.
-        first: classes in the first group; by default all groups are of one size.
+        name: name of the scenario.
+        arrays: data set whose classes are grouped.
+        experiences: number of groups.
+        setting: in ``domain`` a label is the position of the class within its group.
+        first: number of classes in the first group; by default all groups have the same size.
         order: permutation of the class numbers; by default as the data set numbers them.
         duplicates: what is done about images that training and test share: ``refuse``, ``drop`` them from training, or
-            ``keep`` them (`Arrays.without_duplicates`); None: they are not looked for, as in published data sets.
+            ``keep`` them (`Arrays.without_duplicates`); None: no search for such images, as in published data sets.
 
     Raises:
-        UsageError: if the classes cannot be divided so, or `order` is no permutation.
+        UsageError: if the classes cannot be divided into such groups, or `order` is no permutation.
         DataError: if training and test share images, and `duplicates` is ``refuse``.
     """
     _check_arrays(name, arrays)
@@ -305,7 +306,7 @@ def split_classes(
         raise UsageError(
             f"`scenario.experiences` is {experiences}"
             + (f" with `scenario.first` {first}" if first is not None else "")
-            + f": {total} classes of {arrays.name} cannot be divided so evenly."
+            + f": {total} classes of {arrays.name} cannot be divided evenly in this way."
         )
     sizes = ([first] if first is not None else []) + [left // max(rest, 1)] * rest
     if setting == "domain" and sizes[0] < max(sizes):
@@ -314,7 +315,7 @@ def split_classes(
             "the number of classes of the other groups."
         )
     groups = list(torch.split(torch.tensor(order), sizes))
-    tests: dict[int, ImageData] = {}  # asked for after every experience, so they are kept
+    tests: dict[int, ImageData] = {}  # kept, because they are loaded after every experience
 
     def load(i: int, part: Part) -> ImageData:
         if part == "test" and i in tests:
@@ -352,14 +353,14 @@ def split_classes(
 
 
 def _check_arrays(name: str, arrays: object) -> None:
-    """Raise `UsageError` unless `arrays`, that a scenario `name` is cut from, are `Arrays`."""
+    """Raise `UsageError` unless `arrays`, from which the scenario `name` is to be built, are `Arrays`."""
     if not isinstance(arrays, Arrays):
         kind = type(arrays).__name__
         raise UsageError(f"The images of `{name}` are given as a `{kind}`: put them into `clframe.Arrays`.")
 
 
 def _check_change(name: str, change: object) -> None:
-    """Raise `UsageError` unless `change` takes ``change(i, x)``; transforms of torchvision take `x` alone."""
+    """Raise `UsageError` unless `change` can be called as ``change(i, x)``; torchvision's transforms take `x` alone."""
     if not callable(change):
         raise UsageError(f"`change` of `{name}` is {quote(change)}: give a function `change(i, x)`.")
     try:
@@ -369,7 +370,7 @@ def _check_change(name: str, change: object) -> None:
             f"`change` of `{name}`, a `{type(change).__name__}`, cannot be called as `change(i, x)`, with the number "
             "of the experience and its raw images: give a function of both, such as `lambda i, x: change(x)`."
         ) from None
-    except ValueError:  # of what C brings, no signature is known
+    except ValueError:  # functions written in C have no signature
         return
 
 
@@ -382,19 +383,19 @@ def change_domains(
     setting: Setting = "domain",
     duplicates: Duplicates | None = "refuse",
 ) -> Scenario:
-    """A scenario whose experiences show all classes, each time changed in another way.
+    """Build a scenario whose experiences show all classes, each time changed in another way.
 
     Args:
-        name: of the scenario.
-        arrays: the data set.
-        change: ``change(i, x)`` gives the raw images `x` as experience i shows them.
-        experiences: how many.
-        setting: in ``domain`` all experiences share their labels; else each brings labels of its own.
-        duplicates: as in `split_classes`, of the images before they are changed.
+        name: name of the scenario.
+        arrays: data set whose images are changed.
+        change: function: ``change(i, x)`` returns the raw images `x` as experience i shows them.
+        experiences: number of experiences.
+        setting: in ``domain`` all experiences share their labels; else each has its own labels.
+        duplicates: as in `split_classes`, for the images before they are changed.
 
     Raises:
         DataError: if training and test share images, and `duplicates` is ``refuse``.
-        UsageError: if `change` is no function of two arguments, or does not give images of the same number and shape.
+        UsageError: if `change` is no function of two arguments, or returns another number or shape of images.
     """
     _check_arrays(name, arrays)
     asked = {"experiences": experiences, "setting": setting, "duplicates": duplicates}

@@ -1,4 +1,4 @@
-"""How an image file becomes an array of one shape. Without torch, so that a process that only reads starts at once."""
+"""How image files become arrays of one shape; without torch, so that processes that only read start at once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from clframe.system.reading import Unreadable, open_regular
 if TYPE_CHECKING:
     from PIL import Image
 
-# what Pillow may open: it goes by content, and knows 30 more kinds, one of which starts Ghostscript
+# formats that Pillow may open: it goes by content, and reads 30 more formats, one of which starts Ghostscript
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # PPM: all of PNM
-LARGEST = 50_000_000  # pixels of an image, as decoded: some kinds take 16 bytes each on the way
+LARGEST = 50_000_000  # pixels of a decoded image, each of which takes up to 16 bytes while it is decoded
 LARGEST_FILE = 2**28  # bytes of an image file
 Crop = Literal["center", "stretch", "pad"]
 Mode = Literal["color", "gray"]
@@ -36,18 +36,19 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How an image of any size and kind becomes one of a fixed shape.
+    """A fixed shape of images, and how an image file of any size and kind is brought to it.
 
-    It is turned as its EXIF data says; transparent parts become white; of an animation the first frame counts. Grey
-    values of 16 bits are divided by 257, 32-bit whole numbers above 255 by 2^23; floating-point numbers go from 0 to 1.
+    An image is turned as its EXIF data says; transparent parts become white; of an animation the first frame is used.
+    Gray values of 16 bits are divided by 257, 32-bit whole numbers above 255 by 2^23; floating-point numbers go from 0
+    to 1.
 
     Attributes:
-        size: height in pixels, and width where that is not given.
-        crop: ``center``: what is left of the longer side is cut off; ``stretch``: both sides are resized apart;
-            ``pad``: the whole image, on black.
+        size: height in pixels, and width unless `width` is given.
+        crop: ``center``: the rest of the longer side is cut off; ``stretch``: both sides are resized independently;
+            ``pad``: the whole image is kept, on black.
         resize: the shorter side in pixels before ``center`` cuts; None: `size`.
         mode: ``color`` (3 channels) or ``gray`` (1).
-        width: in pixels; None: as the height.
+        width: width in pixels; None: as the height.
 
     Raises:
         UsageError: if `resize` is less than `size`, or has no meaning; if `mode` is another word.
@@ -74,20 +75,20 @@ class ImageFormat:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
+        """Return channels, height and width."""
         return (1 if self.mode == "gray" else 3, self.size, self.width or self.size)
 
     def read(self, file: Path | str | IO[bytes]) -> Pixels:
-        """The image as [C, H, W].
+        """Return the image in a file as an array [C, H, W].
 
         Raises:
-            DataError: with the reason if it cannot be read to its last pixel.
+            DataError: with the reason if the image cannot be read to its last pixel.
         """
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
             with _open(file) as stream, Image.open(stream, formats=FORMATS) as image:
-                # a JPEG that is much too large is decoded smaller, in a fraction of the time
+                # a JPEG that is far too large is decoded at a smaller size, in a fraction of the time
                 image.draft(None, (2 * max(self.resize or 0, *self.shape[1:]),) * 2)
                 if math.prod(image.size) > LARGEST:
                     raise DataError(f"it has {math.prod(image.size):,} pixels, and {LARGEST:,} can be read")
@@ -100,12 +101,12 @@ class ImageFormat:
             raise DataError(error.reason) from error
         except DataError:
             raise
-        except Exception as error:  # Pillow's readers raise whatever the damage leads to
+        except Exception as error:  # damage makes Pillow's readers raise errors of any kind
             raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def convert(self, image: Image.Image) -> Pixels:
-        """Return an image that Pillow holds, which stays as it is, as [C, H, W]. Raises `DataError` as `read`."""
+        """Return an image of Pillow, which stays unchanged, as an array [C, H, W]. Raises `DataError` as `read`."""
         from PIL import ImageOps
 
         try:
@@ -138,12 +139,12 @@ class ImageFormat:
 
 
 def _open(file: Path | str | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
-    """Open the image file, a regular one; what is open already stays so."""
+    """Open an image file, which must be a regular one; return a stream that is open already without closing it."""
     return open_regular(file, LARGEST_FILE) if isinstance(file, str | Path) else nullcontext(file)
 
 
 def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in 8-bit grey ("L") or colour ("RGB"), whatever it was in."""
+    """Return `image`, of any mode, in 8-bit gray ("L") or color ("RGB")."""
     from PIL import Image
 
     if image.mode == "F" or image.mode.startswith("I"):
@@ -155,15 +156,15 @@ def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_8_bits(values: NDArray[Any], mode: str, kind: str | None) -> Pixels:
-    """Return grey `values` in 8 bits, by one rule for each of Pillow's modes, whatever this image's own maximum is.
+    """Return gray `values` in 8 bits, by one rule for each of Pillow's modes, whatever this image's own maximum is.
 
     16 bits: 0 to 65,535 become 0 to 255. 32-bit whole numbers: 0 to 2^31 - 1 become 0 to 255; where none is above 255,
-    they are 8 bits in 32, as Pillow converts them; and what lies between, black in one range and too bright in the
-    other, is refused. Floating-point numbers: 0 to 1 become 0 to 255. `kind` is the format of the file: some give 16
-    bits in 32.
+    they are 8 bits stored in 32, and are kept, as Pillow does; maxima between these ranges, which would be black in one
+    and too bright in the other, are refused. Floating-point numbers: 0 to 1 become 0 to 255. `kind` is the format of
+    the file: some formats give 16 bits in 32.
 
     Raises:
-        DataError: if the rule would keep nothing of the image, or its numbers are not in the range of the rule.
+        DataError: if the rule would keep nothing of the image, or its numbers are outside the range of the rule.
     """
     if mode == "F":
         if not np.isfinite(values).all():
@@ -189,10 +190,10 @@ def _to_8_bits(values: NDArray[Any], mode: str, kind: str | None) -> Pixels:
 
 
 def begin_reading() -> None:
-    """What a process that only reads does first.
+    """Prepare a process that only reads files: ignore Ctrl-C, silence warnings, and end it with its parent.
 
-    It leaves Ctrl-C to the one that asks, and small faults unsaid; and it sees to it that it ends soon after that one
-    has been killed, and not after a long idle time.
+    The parent process handles Ctrl-C. If the parent is killed, the reader ends within about a second, not after a long
+    idle time.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
@@ -200,21 +201,21 @@ def begin_reading() -> None:
 
 
 def _end_with(parent: int) -> None:
-    while os.getppid() == parent:  # on Windows it always is
+    while os.getppid() == parent:  # on Windows it never changes
         time.sleep(1)
     os._exit(1)
 
 
 def lost_image_error(name: str, reason: str) -> DataError:
-    """The error about an image that was there when the run began."""
+    """Return the error about an image that could be read when the run began, and cannot be read now."""
     return DataError(f"The image {name} could be read before, and cannot any more: {reason}.")
 
 
 def read_files(files: Sequence[str | tuple[str, bytes]], look: ImageFormat) -> Pixels:
-    """The images in the files, [N, C, H, W] uint8, each given by its path, or by its name and its bytes.
+    """Return the images of files, [N, C, H, W] uint8; a file is given by its path, or by its name and its bytes.
 
     Raises:
-        DataError: if one cannot be read any more.
+        DataError: if an image cannot be read any more.
     """
     out = np.empty((len(files), *look.shape), dtype=np.uint8)
     for row, file in enumerate(files):

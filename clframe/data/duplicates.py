@@ -1,4 +1,4 @@
-"""The same image in training and in test, found by its bytes: refused, left out of training, or kept."""
+"""Images that are both in training and in test, found by their bytes: refused, dropped from training, or kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from clframe.errors import DataError
 
 Duplicates = Literal["refuse", "drop", "keep"]
-ROWS = 1024  # that a thread reads at a time
+ROWS = 1024  # rows that a thread reads at a time
 
 
 def resolve_duplicates(
@@ -29,26 +29,28 @@ def resolve_duplicates(
 
     Args:
         duplicates: what is done about them.
-        tested: how many test images are training images, too.
-        tests: how many test images there are.
-        learned: how many training images are test images, too.
-        what: the data set.
-        example: two of them.
+        tested: number of test images that are training images, too.
+        tests: number of test images.
+        learned: number of training images that are test images, too.
+        what: name of the data set in sentences.
+        example: names of two such images.
         option: how the user gives `duplicates`, up to its value.
-        same_class: whether any is tested as the class that it is learned as; if not, it helps no figure.
+        same_class: whether any is tested as the class that it is learned as; other duplicates raise no accuracy.
 
     Raises:
         DataError: with ``refuse``, if any is of the same class.
     """
     verb = "is" if tested == 1 else "are"
-    told = f"{tested} of the {tests} test images of {what} {verb} in training, too, such as {example}"
+    sentence = f"{tested} of the {tests} test images of {what} {verb} in training, too, such as {example}"
     if duplicates == "refuse" and not same_class:
-        return f"{told}, of other classes."
+        return f"{sentence}, of other classes."
     if duplicates == "refuse":
-        raise DataError(f"{told}: leave them out of training with `{option}drop`, or keep them with `{option}keep`.")
+        raise DataError(
+            f"{sentence}: leave them out of training with `{option}drop`, or keep them with `{option}keep`."
+        )
     if duplicates == "drop":
-        told += f": {learned} training images are left out"
-    return f"{told} (`{option.removeprefix('--set ')}{duplicates}`)."
+        sentence += f": {learned} training images are left out"
+    return f"{sentence} (`{option.removeprefix('--set ')}{duplicates}`)."
 
 
 def hash_rows(x: Tensor) -> list[bytes]:

@@ -26,20 +26,20 @@ from clframe.system.reading import expand_home
 if TYPE_CHECKING:
     from PIL import Image
 
-READ_AHEAD = 64  # images at least that are read while a step is taken
-AT_ONCE = 32  # images at most that a process is asked for in one go: asking for each costs as much as reading it
-IDLE = 300  # seconds after which processes that read nothing end
-MOST = 60  # processes at most: Windows lets nobody wait for more
-# of a reader: else Python imports modules out of the current folder, which may come from strangers
+READ_AHEAD = 64  # images that are read at least while a step is taken
+AT_ONCE = 32  # images at most in one call of a process: a call for each image costs as much as reading the image
+IDLE = 300  # seconds after which idle processes end
+MOST = 60  # workers at most: Windows cannot wait on more than about 60 handles
+# a reader's environment: without it, Python imports modules from the current folder, which may be untrusted
 SAFE = {"PYTHONSAFEPATH": "1"}
-# and NumPy starts a thread for each core in each of them
+# without this, NumPy starts a thread for each core in each reader
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", **SAFE}
 
 
 def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> list[Path]:
     """Return the named files and the images in and below the named folders, sorted by name (`clframe.data.listing`).
 
-    What folders hold beside is added to `left`.
+    Other content of the folders is added to `left`.
 
     Raises:
         DataError: if a file or folder is missing, or a folder holds no image.
@@ -61,10 +61,10 @@ def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> lis
 
 
 def image_format_of(shape: Sequence[int]) -> ImageFormat:
-    """The look of image files for a network of arrays of `shape`: the middle of an image, in its channels.
+    """Return the format that brings image files to arrays of `shape`, the input of a network: the center of an image.
 
     Raises:
-        UsageError: if these are not images of one or three channels.
+        UsageError: if arrays of `shape` are not images of one or three channels.
     """
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UsageError(
@@ -74,10 +74,10 @@ def image_format_of(shape: Sequence[int]) -> ImageFormat:
 
 
 def read_image(path: str | Path, look: ImageFormat, scale: float = 255) -> Tensor:
-    """The image in a file as raw values [C, H, W]: uint8, or float32 where `scale`, what 255 becomes, is another.
+    """Return the image in a file as raw values [C, H, W]: uint8, or float32 if `scale`, which 255 becomes, is not 255.
 
     Raises:
-        DataError: if it cannot be read as an image.
+        DataError: if the file cannot be read as an image.
     """
     try:
         values = torch.from_numpy(np.array(look.read(path)))
@@ -87,7 +87,7 @@ def read_image(path: str | Path, look: ImageFormat, scale: float = 255) -> Tenso
 
 
 def convert_image(image: Image.Image, look: ImageFormat, scale: float = 255) -> Tensor:
-    """Return an image that Pillow holds as `read_image` would from its file. Raises `DataError` likewise."""
+    """Return an image of Pillow as `read_image` returns it from its file. Raises `DataError` as `read_image` does."""
     try:
         values = torch.from_numpy(np.array(look.convert(image)))
     except DataError as error:
@@ -100,40 +100,44 @@ def _scale(values: Tensor, scale: float) -> Tensor:
 
 
 class EmbeddedFile(Protocol):
-    """An image file that a larger one holds; its text says where it is there."""
+    """An image file within a larger file; its text names its place there."""
 
     def read_bytes(self) -> bytes:
-        """What the file would hold. Raises `OSError` or `DataError` if there is nothing."""
+        """Return the bytes of the image file. Raises `OSError` or `DataError` if there are none."""
         ...
 
 
 class ImageFiles:
-    """Image files that other processes read, in the background where they are asked for in time.
+    """Image files that other processes read, in the background if `expect` is called before `read`.
 
-    Threads would take turns with each other and with the training for Python's lock, which a small image needs for
-    half of its time. What could not be read by others is read here: where a process may have no children (as those of
-    `multiprocessing.Pool`) or loky starts none (without a standard output), and after a reader has been killed.
+    Threads would compete with each other and with the training for Python's lock, which is held for half of the time
+    that reading a small image takes. Images that other processes cannot read are read in this process: where it may
+    have no children (as the processes of `multiprocessing.Pool`), where loky starts none (without a standard output),
+    and after a reader was killed.
 
     Args:
-        paths: of the files; of those in larger files, what reads their bytes, which are then sent to who decodes them.
-        look: of the images.
-        workers: processes, which all files of this process share; None: one for each core that it may use.
+        paths: paths of the files; for files within larger ones, the object that reads their bytes, which are then sent
+            to the process that decodes them.
+        look: format of the images.
+        workers: number of processes, which all files of this process share; None: one for each core that it may use.
     """
 
     def __init__(
         self, paths: Sequence[str | Path | EmbeddedFile], look: ImageFormat, workers: int | None = None
     ) -> None:
-        # whole paths: the processes stay in the folder that was the current one when they began
+        # absolute paths: the processes stay in the folder that was the current one at their start
         self.paths = [os.path.abspath(path) if isinstance(path, str | Path) else path for path in paths]
         self.look = look
         self.workers = min(workers or count_cores(), MOST)
-        self._coming: dict[int, tuple[Future[Pixels], int]] = {}  # for a position, who reads it, and its row there
+        self._coming: dict[
+            int, tuple[Future[Pixels], int]
+        ] = {}  # for a position, the call that reads it, and its row in the answer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ImageFiles:
-        return self  # a copy of a data set has the same files
+        return self  # a copy of a data set shares the files
 
     def expect(self, where: Iterable[int]) -> None:
-        """Begin to read the files at these positions; `read` will ask for them."""
+        """Begin to read the files at the positions `where`, which `read` will return."""
         new = [i for i in dict.fromkeys(where) if i not in self._coming]
         if not new or current_process().daemon or sys.stdout is None or sys.stderr is None:
             return
@@ -142,12 +146,12 @@ class ImageFiles:
             pool = get_reusable_executor(self.workers, timeout=IDLE, initializer=begin_reading, env=ENVIRONMENT)
             for start in range(0, len(new), share):
                 part = new[start : start + share]
-                with suppress(BrokenExecutor, DataError):  # `read` will find out
+                with suppress(BrokenExecutor, DataError):  # `read` will report it
                     future = pool.submit(read_files, [self._sent(i) for i in part], self.look)
                     self._coming.update((i, (future, row)) for row, i in enumerate(part))
 
     def read(self, where: Sequence[int]) -> Tensor:
-        """The images at these positions, [N, C, H, W] uint8. Raises `DataError` if one cannot be read any more."""
+        """Return the images at the positions `where`, [N, C, H, W] uint8. Raises `DataError` for unreadable ones."""
         self.expect(where)
         out = np.empty((len(where), *self.look.shape), dtype=np.uint8)
         last: dict[int, int] = {}  # a position may occur twice
@@ -157,15 +161,15 @@ class ImageFiles:
         return torch.from_numpy(out)
 
     def _read(self, i: int) -> Pixels:
-        """The image at this position, [1, C, H, W] uint8."""
+        """Return the image at position i, [1, C, H, W] uint8."""
         if i in self._coming:
             future, row = self._coming.pop(i)
-            with suppress(BrokenExecutor, DataError):  # a reader was killed, or another file of the part is broken
+            with suppress(BrokenExecutor, DataError):  # a reader was killed, or another file of the call is broken
                 return future.result()[row : row + 1]
         return read_files([self._sent(i)], self.look)
 
     def _sent(self, i: int) -> str | tuple[str, bytes]:
-        """The file at this position as another process can read it. Raises `DataError` if it is not there any more."""
+        """Return the file at position i as another process can read it. Raises `DataError` if the file is gone."""
         path = self.paths[i]
         if isinstance(path, str):
             return path
@@ -177,11 +181,11 @@ class ImageFiles:
 
 @contextmanager
 def _block_ctrl_c() -> Iterator[None]:
-    """Inside, a process that starts is deaf to Ctrl-C from its first moment on, and this one hears it afterwards."""
+    """Block SIGINT while workers start, so that they inherit the mask; this process receives the signal afterwards."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # which every process needs, and whose own start would unblock the signal
+    resource_tracker.ensure_running()  # every process needs it, and its own start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -191,7 +195,7 @@ def _block_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _set_safe_path() -> Iterator[None]:
-    """Inside, a Python process that starts, such as a tracker of resources, imports nothing of the current folder."""
+    """Let Python processes that start, such as the resource tracker, import nothing from the current folder."""
     before = {name: os.environ.get(name) for name in SAFE}
     os.environ.update(SAFE)
     try:
@@ -205,13 +209,13 @@ def _set_safe_path() -> Iterator[None]:
 
 
 class LazyImages:
-    """Images [N, ...] that are read when they are asked for: of files, or of tensors that join them.
+    """Images [N, ...] in files, or in tensors beside such files, that are read by `read` alone.
 
-    It is to a tensor what a list of paths is to its images: rows of it are picked, joined and moved as those of a
-    tensor are, and cost no memory until `read`.
+    `LazyImages` stand for a tensor as paths stand for images: rows are picked, concatenated and moved to a device as
+    those of a tensor, and take no memory until `read`.
 
     Attributes:
-        device: where `read` puts them.
+        device: device of the tensor that `read` returns.
     """
 
     def __init__(
@@ -229,13 +233,13 @@ class LazyImages:
 
     @property
     def shape(self) -> torch.Size:
-        """As of a tensor."""
+        """Return the shape of the images, as `torch.Tensor.shape` does."""
         first = self._sources[0]
         return torch.Size((len(self), *(first.look.shape if isinstance(first, ImageFiles) else first.shape[1:])))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What joining all sources gives; of files alone uint8."""
+        """Return the type of all sources together; of files alone uint8."""
         kind = torch.uint8
         for source in self._sources:
             kind = torch.promote_types(kind, torch.uint8 if isinstance(source, ImageFiles) else source.dtype)
@@ -246,15 +250,15 @@ class LazyImages:
         return LazyImages(self._sources, rows, self.device)
 
     def index_select(self, dim: Literal[0], where: Tensor) -> LazyImages:
-        """As of a tensor."""
+        """Return the rows at the positions `where`, as `torch.Tensor.index_select` does."""
         return LazyImages(self._sources, self._rows.index_select(dim, where.cpu()), self.device)
 
     def to(self, device: torch.device | str) -> LazyImages:
-        """The same images, which will be read to `device`."""
+        """Return the same images, which will be read to `device`."""
         return LazyImages(self._sources, self._rows, device)
 
     def aminmax(self) -> tuple[Tensor, Tensor]:
-        """Bounds of all values, without reading a file: those that 8-bit images can have."""
+        """Return bounds of all values without reading a file: for files, the bounds of 8-bit images."""
         ends = [s.aminmax() for s in self._sources if not isinstance(s, ImageFiles) and s.numel()]
         low = min([0.0, *(float(end.min) for end in ends)])
         return torch.tensor(low), torch.tensor(max([255.0, *(float(end.max) for end in ends)]))
@@ -267,7 +271,7 @@ class LazyImages:
                 source.expect([i for of, i in rows if of == k])
 
     def read(self) -> Tensor:
-        """All rows, as a tensor."""
+        """Return all rows as a tensor."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for k, source in enumerate(self._sources):
             mine = (self._rows[:, 0] == k).nonzero().flatten()
@@ -285,7 +289,7 @@ RawImages = Tensor | LazyImages
 
 
 def concat_images(parts: Sequence[RawImages]) -> RawImages:
-    """The rows of all `parts`, in their order; read later if one of them is."""
+    """Return the rows of all `parts`, in their order; as `LazyImages` if one of the parts is."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
         return torch.cat(tensors)
@@ -303,10 +307,10 @@ def concat_images(parts: Sequence[RawImages]) -> RawImages:
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bytes_of(count: int, look: ImageFormat) -> int:
-    """Bytes that so many images take in memory."""
+    """Return the number of bytes that `count` images of the format `look` take in memory."""
     return count * math.prod(look.shape)

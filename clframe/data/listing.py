@@ -1,4 +1,4 @@
-"""Which files of a folder are images, by one rule for training and prediction; what is left out is counted."""
+"""The image files of a folder, by one rule for training and prediction, and a count of what is left out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from clframe.system.texts import by_name
 
-SUFFIXES = (  # of the formats that `clframe.data.decode` reads
+SUFFIXES = (  # suffixes of the formats that `clframe.data.decode` reads
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-SILENT = ("Thumbs.db", "desktop.ini", "__MACOSX")  # what systems leave behind
-SHOWN = 5  # kinds of files at most that a sentence lists
+SILENT = ("Thumbs.db", "desktop.ini", "__MACOSX")  # files and folders that operating systems create
+SHOWN = 5  # kinds of files that a sentence lists at most
 
 HIDDEN_FILES = "hidden files or folders"
 FOLDER_LINKS = "links to folders"
@@ -23,11 +23,11 @@ IMAGES_BESIDE = "images beside the class folders"
 
 
 class LeftOut:
-    """What a folder holds and is not read, counted by reason.
+    """Content of a folder that is not read, counted by reason.
 
     Attributes:
-        counts: by reason.
-        examples: for each reason the first names.
+        counts: number of files or folders by reason.
+        examples: first names by reason.
     """
 
     def __init__(self) -> None:
@@ -35,25 +35,25 @@ class LeftOut:
         self.examples: dict[str, list[str]] = {}
 
     def add(self, reason: str, example: str) -> None:
-        """Count one more for `reason`."""
+        """Count one more file or folder for `reason`, and keep the first names as examples."""
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if example not in examples and len(examples) < SHOWN:
             examples.append(example)
 
     def sentences(self, what: str) -> list[str]:
-        """Return the sentence on what is left out of `what`, the folder; none if there is nothing."""
+        """Return a list with a sentence on what is left out of the folder `what`; empty if nothing is."""
         reasons = [f"{reason} ({n}: {', '.join(self.examples[reason])})" for reason, n in sorted(self.counts.items())]
         return [f"Left out of {what}: {', '.join(reasons)}."] if reasons else []
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, or no part of any data set."""
+    """Return whether a file or folder of this name is hidden, or created by an operating system."""
     return name.startswith(".") or name in SILENT
 
 
 def class_folders(base: Path, left: LeftOut | None = None) -> list[Path]:
-    """Return the folders in `base` that are not hidden, sorted; hidden ones and images beside are added to `left`."""
+    """Return the folders in `base` that are not hidden, sorted; add hidden ones and images beside them to `left`."""
     found = []
     for path in base.iterdir():
         hidden = is_hidden(path.name)
@@ -68,14 +68,15 @@ def class_folders(base: Path, left: LeftOut | None = None) -> list[Path]:
 
 
 def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:
-    """Return the paths of the image files in and below `folder`, sorted, and the endings of all others but hidden ones.
+    """Return the paths of the image files in and below `folder`, sorted, and the suffixes of other files, counted.
 
-    An image has one of the `SUFFIXES`, and neither the image nor a folder on the way is hidden. Links to files are
-    followed, links to folders are not: a link may lead back. What is left out is added to `left`.
+    An image has one of the `SUFFIXES`, and neither the image nor a folder on its path is hidden; hidden files are not
+    among the others. Links to files are followed, links to folders are not: a link may lead back. What is left out is
+    added to `left`.
     """
     images, others = list[str](), Counter[str]()
     waiting = [str(folder)]
-    while waiting:  # without recursion, which a deep folder would exhaust, as it does that of `os.walk`
+    while waiting:  # without recursion, whose limit a deep folder would exceed, as in `os.walk`
         at = waiting.pop()
         try:
             with os.scandir(at) as scanned:
@@ -105,7 +106,7 @@ def walk(folder: Path, left: LeftOut) -> tuple[list[str], Counter[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether `entry` is a folder, or a link to one; a link that leads nowhere is none."""
+    """Return whether `entry` is a folder or a link to one; False for a link that leads nowhere."""
     try:
         return entry.is_dir()
     except OSError:

@@ -1,4 +1,4 @@
-"""Pictures for people: images of a run side by side, as PNG."""
+"""Pictures for users: images of a run side by side, as PNG files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     from clframe.data.scenario import Scenario
 
-TILE = 32  # pixels at least along each side of an image: smaller ones are enlarged
-GAP = 2
-CAPTION = 16  # pixels: the height of a line of text
+TILE = 32  # pixels at least along each side of an image: smaller images are enlarged
+GAP = 2  # pixels between images
+CAPTION = 16  # height of a line of text in pixels
 
 
 def draw_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Images [N, C, h, w] from 0 to 1 as one picture [H, W, 3] uint8, row by row, about as wide as high.
+    """Return images [N, C, h, w] from 0 to 1 as one picture [H, W, 3] uint8, row by row, about as wide as high.
 
-    `columns` are the images of a row, where that is not to be chosen. Where C is neither 1 nor 3 the first channel is
-    shown.
+    `columns` is the number of images in a row; None: chosen for a square. If C is neither 1 nor 3, the first channel is
+    drawn.
     """
     import torch
     from torch.nn import functional
@@ -38,17 +38,17 @@ def draw_grid(images: Tensor, columns: int | None = None) -> Tensor:
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     tiles = torch.cat([tiles, tiles.new_full((rows * columns - count, *tiles.shape[1:]), 255)])
-    rowwise = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # rows, h, columns, w, colours
+    rowwise = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # rows, h, columns, w, colors
     return functional.pad(rowwise.flatten(2, 3).flatten(0, 1), (0, 0, 0, GAP, 0, GAP), value=255)
 
 
 def draw_sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
-    """Training images of each experience of `scenario`, raw, as one picture [H, W, 3] with a caption above each row.
+    """Draw training images of each experience of `scenario`, raw, in one picture [H, W, 3], each row with a caption.
 
-    A row has `columns` images, shared among the classes in their order, as far as there are so many.
+    A row has `columns` images, divided among the classes in their order, if there are enough.
 
     Raises:
-        UsageError: if its data are no images.
+        UsageError: if the data of `scenario` are no images.
     """
     import numpy as np
     import torch
@@ -78,7 +78,7 @@ def draw_sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """`image` [H, W, 3] as a PNG file."""
+    """Return `image` [H, W, 3] as the bytes of a PNG file."""
     from PIL import Image
 
     stream = BytesIO()

@@ -1,4 +1,4 @@
-"""Scenarios: the streams of experiences that a run learns from."""
+"""Scenarios: streams of experiences from which a run learns."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Part = Literal["train", "test"]
 
 
 def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
-    """Return the names of the classes of the scenario `name` as texts. Raises `UsageError` if they are no list."""
+    """Return the class names of the scenario `name` as texts. Raises `UsageError` if `class_names` is no list."""
     if not isinstance(class_names, Iterable):
         raise UsageError(f"The class names of `{name}` are {quote(class_names)}: give a list with one for each label.")
     return tuple(map(str, class_names))
 
 
 class Experience:
-    """One step of a scenario: its training, validation and test images, loaded when first asked for.
+    """A step of a scenario, with training, validation and test images that are loaded at first use.
 
     Attributes:
         index: position in the stream, from 0.
         task: index of the task (the same as `index` in all built-in scenarios).
-        classes: labels that occur in it.
+        classes: labels of the experience.
     """
 
     def __init__(self, index: int, task: int, classes: tuple[int, ...], load: Callable[[str], ImageData]) -> None:
@@ -46,21 +46,21 @@ class Experience:
 
     @cached_property
     def train(self) -> ImageData:
-        """The images to learn from."""
+        """Return the images to learn from."""
         return self._load("train")
 
     @cached_property
     def val(self) -> ImageData:
-        """The share of the training images that is held out for model selection; empty unless asked for."""
+        """Return the training images that are held out for model selection (`train.val`); by default none."""
         return self._load("val")
 
     @cached_property
     def test(self) -> ImageData:
-        """The test images; an experience that a plugin is given has none."""
+        """Return the test images; an experience that a plugin receives has none."""
         return self._load("test")
 
     def for_training(self) -> Experience:
-        """This experience as plugins get it: asking for its test images raises `UsageError`."""
+        """Return this experience as plugins receive it: reading its test images raises `UsageError`."""
 
         def load(part: str) -> ImageData:
             if part == "test":
@@ -74,26 +74,27 @@ class Experience:
 class Scenario:
     """A stream of experiences, described without loading its images.
 
-    Labels are columns of the head: the classes of the first experience are 0, 1, ..., and classes that a
-    later experience brings follow in order.
+    Labels are columns of the head: the classes of the first experience are 0, 1, ..., and the new classes of later
+    experiences follow in order.
 
     Args:
-        name: as the command line calls it, or any name for a scenario of one's own.
-        setting: ``class`` (which class, of all seen), ``task`` (the task is told), ``domain`` (same classes,
-            new look).
-        classes: for each experience its labels.
-        class_names: for each label its name.
-        input_shape: of one image, such as (3, 32, 32).
-        load: gives the "train" or "test" images of experience i; whatever they say, i is the task of all of them.
+        name: name on the command line, or any name for a custom scenario.
+        setting: ``class`` (which class, of all seen), ``task`` (the task is given), ``domain`` (same classes,
+            new appearance).
+        classes: labels of each experience.
+        class_names: name of each label.
+        input_shape: shape of one image, such as (3, 32, 32).
+        load: function that returns the "train" or "test" images of experience i; their `task` is set to i.
         transform: from raw images to the model's input.
         class_order: the data set's class numbers in the order of learning, where that has a meaning.
-        checksum: SHA-256 of the data, so that two runs can be compared.
-        move: moves the underlying arrays to a device, once.
-        notes: sentences on the data, such as what was left out, which a run tells and keeps in its results.
+        checksum: SHA-256 of the data, by which two runs can be compared.
+        move: function that moves the underlying arrays to a device, once.
+        notes: sentences on the data, such as on what was left out, which a run prints and stores in its results.
 
     Attributes:
-        known: how many experiences were known at a time: all, or, of a run that was extended, those of it and of each
-            extension. What is learnt in one of these stretches is learnt without knowing of the later ones.
+        known: numbers of experiences that were known at a time: one number, all of them, or, after extensions of a run,
+            the number known to the run and to each extension. The experiences of one of these stretches are learned
+            without knowledge of the later ones.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Scenario:
         self.known: tuple[int, ...] = (len(self.classes),)
         self.val_share = 0.0
         self._val_seed = 0
-        self._seen: set[tuple[int, Part]] = set()  # whose images were checked
+        self._seen: set[tuple[int, Part]] = set()  # parts whose images were checked
         seen = 0
         for i, group in enumerate(self.classes):
             new = [label for label in group if label >= seen]
@@ -147,7 +148,7 @@ class Scenario:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Experience:
-        """A fresh experience: its images are loaded when asked for and freed with it."""
+        """Return a new experience, whose images are loaded at first use and freed with it."""
         if not 0 <= index < len(self):
             raise IndexError(f"Scenario `{self.name}` has {len(self)} experiences, none with number {index}.")
 
@@ -161,16 +162,16 @@ class Scenario:
         return f"Scenario({self.name!r}, {self.setting!r}, {len(self)} experiences of {self.classes})"
 
     def hold_out(self, share: float, seed: int) -> None:
-        """Set aside `share` of each class's training images for validation, as a function of `seed`.
+        """Set aside `share` of each class's training images for validation, drawn from `seed`.
 
-        Of every class at least one image stays for training.
+        At least one image of every class is left for training.
         """
         self.val_share, self._val_seed = share, seed
 
     def described(self, index: int | None = None) -> Scenario:
-        """This scenario as plugins and a loaded model get it: asking for any images raises `UsageError`.
+        """Return this scenario as plugins and a loaded model receive it: reading any images raises `UsageError`.
 
-        With an `index`, as far as it was known when the experience of that index came.
+        With an `index`, only the experiences that were known when experience `index` was learned are described.
         """
         known = len(self) if index is None else next(k for k in self.known if k > index)
         n_classes = len(self.class_names) if known == len(self) else max(map(max, self.classes[:known])) + 1
@@ -195,12 +196,12 @@ class Scenario:
         return scenario
 
     def to(self, device: torch.device) -> None:
-        """Hold the images on `device` from now on, where the scenario can."""
+        """Move the images to `device`, if the scenario has a `move` function."""
         if self._move:
             self._move(device)
 
     def _load_checked(self, index: int, part: Part) -> ImageData:
-        """Return what `load` gives. Raises `DataError` if its images are not as `transform` and a network take them."""
+        """Return the images of `load`. Raises `DataError` if `transform` and a network cannot take them as they are."""
         data = self._load(index, part)
         if (index, part) not in self._seen:
             if isinstance(data.images, Tensor):

@@ -1,4 +1,4 @@
-"""A scenario in a file: who learns what when, with checksums, so that two people train on the same split."""
+"""A scenario in a file: the classes and images of each experience, with checksums, to train on the same split."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 SPLIT_FORMAT = 1
 KIND = "clframe scenario"
-PINNED = "pinned"  # of any scenario: the checksums that its data and its split must have
+PINNED = "pinned"  # option of any scenario: the checksums that its data and its split must have
 SUMS = ("data", "split")
-# options that a file settles; others, such as the size of images or where they are, may be given anew
+# options that a file settles; others, such as the size or the path of images, may be given again
 SETTLED = ("experiences", "first", "order", "seed", "limit", "test", "max_angle")
 SUFFIX = ".json"
 LARGEST = 10_000_000  # bytes
 
 
 def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: int) -> None:
-    """Write `scenario`, which was built from `spec` in a run of that seed. Raises as `save_split`."""
+    """Write `scenario`, built from `spec` in a run of the given seed. Raises errors as `save_split` does."""
     from clframe.system.writing import to_json, write_text  # here, as that imports torch
 
     if path.suffix != SUFFIX:
@@ -42,7 +42,7 @@ def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: i
 
 
 def describe_split(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> dict[str, Any]:
-    """What the file holds of `scenario`, which was built from `spec` in a run of that seed."""
+    """Return the content of the file of `scenario`, which was built from `spec` in a run of the given seed."""
     options = {name: str(o) if isinstance(o, Path) else o for name, o in spec.items() if name != PINNED}
     if "seed" in options and options["seed"] is None:
         options["seed"] = seed
@@ -66,7 +66,7 @@ def describe_split(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> di
 
 
 def checksum(scenario: Scenario) -> str:
-    """SHA-256 of the classes of all experiences, and of the positions and labels of their images, in their order."""
+    """Return the SHA-256 of the classes of all experiences, and of their images' positions and labels, in order."""
     total = hashlib.sha256()
     for experience in scenario:
         total.update(json.dumps(list(experience.classes)).encode())
@@ -76,7 +76,7 @@ def checksum(scenario: Scenario) -> str:
 
 
 def read_split(path: Path) -> dict[str, Any]:
-    """The ``name`` and options of the scenario that a file holds, with its checksums as the option ``pinned``.
+    """Return the ``name`` and options of the scenario in a file, with its checksums as the option ``pinned``.
 
     Raises:
         UsageError: if there is no such file, or it holds something else.
@@ -104,7 +104,7 @@ def read_split(path: Path) -> dict[str, Any]:
 
 
 def settled_problems(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:
-    """A sentence for each option in `given` that the split of `file`, in `path`, has settled otherwise."""
+    """Return a sentence for each option in `given` that differs from what the split of `file`, in `path`, settles."""
     return [
         f"`scenario.{name}` is {cut(json.dumps(given[name]))}, and {path} settles it as {cut(json.dumps(file[name]))}: "
         "leave it out, or name a scenario in place of the file."
@@ -114,7 +114,7 @@ def settled_problems(file: Mapping[str, Any], given: Mapping[str, Any], path: st
 
 
 def pinned_problems(pinned: object) -> list[str]:
-    """A sentence if `pinned` is not what `read_split` gives."""
+    """Return a list with a sentence if `pinned` has another form than `read_split` gives it; else an empty one."""
     if isinstance(pinned, Mapping) and {name: type(value) for name, value in pinned.items()} == dict.fromkeys(
         SUMS, str
     ):
@@ -125,7 +125,7 @@ def pinned_problems(pinned: object) -> list[str]:
 
 
 def check(scenario: Scenario, pinned: Mapping[str, str]) -> None:
-    """Raise `DataError` if the data or the split are not those of the file that `pinned` comes from."""
+    """Raise `DataError` if the data or the split differ from those of the file whose checksums are `pinned`."""
     if scenario.checksum != pinned["data"]:
         raise DataError(
             f"The data of `{scenario.name}` differ from those of the split's file: their SHA-256 is "
@@ -143,7 +143,7 @@ def _summarize(data: ImageData) -> dict[str, Any]:
 
 
 def _hash_rows(data: ImageData) -> str:
-    """SHA-256 of positions and labels, as 64-bit numbers, the lowest byte first."""
+    """Return the SHA-256 of positions and labels, as 64-bit numbers, the lowest byte first."""
     total = hashlib.sha256()
     for column in (data.index, data.y):
         total.update(column.cpu().contiguous().numpy().astype("<i8").tobytes())

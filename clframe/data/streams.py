@@ -11,7 +11,7 @@ _following = ContextVar("following", default=False)
 
 @contextmanager
 def following(learned: bool) -> Iterator[None]:
-    """Inside, a scenario is built that follows what a finished run has `learned`: one class is enough, then."""
+    """Build a scenario inside that follows a finished run if `learned`: one class is then enough."""
     token = _following.set(learned)
     try:
         yield
@@ -20,12 +20,12 @@ def following(learned: bool) -> Iterator[None]:
 
 
 def least_classes() -> int:
-    """Return how many classes a scenario must have: two to tell apart, or one that follows others."""
+    """Return the least number of classes of a scenario: two to tell apart, or one that follows learned classes."""
     return 1 if _following.get() else 2
 
 
 def find_returning_class(classes: Sequence[Sequence[int]]) -> tuple[int, int, int] | None:
-    """The earlier experience, the first one with a class of it, from 0, and the class; None: no class comes back."""
+    """Return the earlier experience, the first later one that shares a class, both from 0, and the class; else None."""
     owner: dict[int, int] = {}
     for index, group in enumerate(classes):
         for label in group:

@@ -20,15 +20,16 @@ from clframe.system.texts import quote
 
 @dataclass(frozen=True)
 class Transform:
-    """From raw images to the model's input, on whole batches and on their device.
+    """A mapping from raw images to the model's input, applied to whole batches on their device.
 
     Attributes:
-        scale: the raw value that becomes 1 (255 for 8-bit images, 16 for scikit-learn's digits, 1: floats).
-        mean: per channel, or one for all, subtracted after scaling; empty for none.
-        std: per channel, or one for all, divided by after that; empty for none. Neither comes without the other.
-        pad: augmentation crops the image at random from itself padded with this many zeros on each side.
+        scale: raw value that becomes 1 (255 for 8-bit images, 16 for scikit-learn's digits, 1 for floats).
+        mean: value per channel, or one for all, that is subtracted after scaling; empty: none.
+        std: value per channel, or one for all, by which the difference is divided; empty: none. `mean` and `std` are
+            given together.
+        pad: augmentation pads the image with this many zeros on each side, and crops it at random to its size.
         flip: augmentation mirrors each image left to right with probability 1/2.
-        look: how image files became the raw images; None: they came from none.
+        look: format to which image files were brought; None: the raw images are not from files.
 
     Raises:
         UsageError: if `mean` and `std` do not belong together, or a value cannot be divided by.
@@ -46,7 +47,7 @@ class Transform:
         for name, value in validated(Transform, given, "Transform", skip=("mean", "std", "look")).items():
             object.__setattr__(self, name, value)
         for name in ("mean", "std"):
-            try:  # in double precision numbers of Python keep all their digits
+            try:  # double precision keeps all digits of Python's numbers
                 values = torch.as_tensor(getattr(self, name), dtype=torch.float64).flatten().tolist()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise UsageError(
@@ -64,7 +65,7 @@ class Transform:
             raise UsageError(f"`Transform` has `std` {self.std}, by which values are divided: each must be above 0.")
 
     def check(self, name: str, input_shape: Sequence[int]) -> None:
-        """Raise `UsageError` if the images of the scenario `name`, of this shape, have other channels."""
+        """Raise `UsageError` if images of `input_shape`, in the scenario `name`, have another number of channels."""
         if len(self.mean) > 1 and len(self.mean) != input_shape[0]:
             raise UsageError(
                 f"The `Transform` of `{name}` is for {len(self.mean)} channels, and the images, {list(input_shape)}, "
@@ -73,11 +74,11 @@ class Transform:
 
     @property
     def augments(self) -> bool:
-        """Whether there is any augmentation."""
+        """Return whether there is any augmentation."""
         return self.pad > 0 or self.flip
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Raw images [B, ...] to float32 inputs [B, ...]."""
+        """Convert raw images [B, ...] to float32 inputs [B, ...], scaled and normalized."""
         out = x.to(torch.float32)
         if not self.mean and self.scale == 1:
             return out
@@ -88,9 +89,9 @@ class Transform:
         return out.mul_(factor).add_(shift)
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A random crop and flip of each raw image [B, C, H, W].
+        """Crop and flip each raw image [B, C, H, W] at random.
 
-        `generator` is on the CPU, so that all devices augment alike. Images of another form stay as they are.
+        `generator` is on the CPU, so that all devices augment alike. Images of another shape are returned unchanged.
         """
         if x.dim() != 4 or not self.augments:
             return x
@@ -102,17 +103,17 @@ class Transform:
         rows = top + torch.arange(height, device=x.device)
         columns = torch.arange(width, device=x.device)
         columns = left + torch.where(mirrored == 1, width - 1 - columns, columns)
-        # one gather from the flattened image for all channels: faster than windows, slices or two gathers
+        # one gather from the flattened image for all channels is faster than windows, slices or two gathers
         where = (rows[:, :, None] * x.shape[3] + columns[:, None, :]).view(count, 1, height * width)
         return x.flatten(2).gather(2, where.expand(-1, channels, -1)).view(count, channels, height, width)
 
     def batch(self, rows: ImageData, generator: torch.Generator | None = None) -> Batch:
-        """`rows` as the model takes them; augmented if a generator is given."""
+        """Return `rows` as the input of the model, augmented if a `generator` is given."""
         x = rows.x if generator is None else self.augment(rows.x, generator)
         return Batch(
             self.normalize(x),
             rows.y,
-            # columns of one number become real ones, as who is given a batch may write into it
+            # materialize columns of one number, because hooks may modify a batch in place
             rows.index.contiguous(),
             rows.task.contiguous(),
             rows.weight.contiguous(),
@@ -123,7 +124,7 @@ class Transform:
 
 
 def check_transform(transform: object, name: str) -> None:
-    """Raise `UsageError` if `transform`, that of the scenario `name`, is neither a `Transform` nor None."""
+    """Raise `UsageError` if `transform`, of the scenario `name`, is neither a `Transform` nor None."""
     if not isinstance(transform, Transform | None):
         raise UsageError(
             f"The transform of `{name}` is a `{type(transform).__name__}`, and only a `clframe.Transform` (scale, "
@@ -133,8 +134,8 @@ def check_transform(transform: object, name: str) -> None:
 
 @lru_cache(maxsize=64)
 def affine(transform: Transform, dims: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and shift [C, 1, ...], with `dims` ones, from raw values to ((value / scale) - mean) / std."""
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+    """Return factor and shift [C, 1, ...], with `dims` ones, that map raw values to ((value / scale) - mean) / std."""
+    with torch.inference_mode(False):  # cached for later calls, which may need gradients
         constants = torch.tensor((transform.mean, transform.std), dtype=torch.float64)
         mean, std = constants.view(2, -1, *[1] * dims)
         factor, shift = 1 / (transform.scale * std), -mean / std

@@ -1,4 +1,4 @@
-"""What the values of images in memory tell of a mistake: one rule, wherever arrays come in."""
+"""Checks of the values of images in memory, which reveal mistakes: one rule for all arrays that users give."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from clframe.errors import DataError
 
-DIVIDING = 8  # a `Transform.scale` of this or more is of raw values, such as those of 8 bits, and not of floats up to 1
-UNIT = 1.05  # the most that floats from 0 to 1 reach: resizing may overshoot
-NORMALIZED = 64.0  # the most that normalized values reach: pixels that are nearly constant have small deviations
+DIVIDING = (
+    8  # a `Transform.scale` of this or more belongs to raw values, such as those of 8 bits, not to floats up to 1
+)
+UNIT = 1.05  # maximum of floats from 0 to 1: resizing may overshoot
+NORMALIZED = 64.0  # maximum of normalized values: pixels that are nearly constant have small deviations
 CHANNELS = (1, 3, 4)
-SIDE = 4  # pixels: above this a size is that of a side of an image
+SIDE = 4  # pixels: a larger size is that of a side of an image, not a number of channels
 
 
 def check_shape(shape: Sequence[int], what: str) -> None:
-    """Raise `DataError` if arrays of `shape` [N, ...], the images `what`, have their channels last."""
+    """Raise `DataError` if arrays of `shape` [N, ...], called `what` in sentences, have their channels last."""
     if len(shape) != 4 or shape[3] not in CHANNELS or shape[1] in CHANNELS or min(shape[1:3]) <= SIDE:
         return
     raise DataError(
@@ -28,13 +30,13 @@ def check_shape(shape: Sequence[int], what: str) -> None:
 
 
 def check_images(x: Tensor, scale: float, what: str, *, part: bool = False) -> None:
-    """Raise `DataError` if images in memory, to learn from or to test with, are not as a network takes them.
+    """Raise `DataError` if images in memory, for training or test, have values that a network cannot use.
 
     Args:
-        x: [N, ...] of any type.
+        x: images [N, ...] of any type.
         scale: `clframe.Transform.scale` of their data set.
-        what: the images, in a sentence.
-        part: whether they are a part of a data set: whole numbers of some of the images may happen to be small.
+        what: name of the images in sentences.
+        part: whether `x` is a part of a data set: whole numbers of some of the images may happen to be small.
     """
     check_shape(x.shape, what)
     if part and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
@@ -43,16 +45,16 @@ def check_images(x: Tensor, scale: float, what: str, *, part: bool = False) -> N
 
 
 def check_values(x: Tensor, scale: float, what: str, remedy: str) -> None:
-    """Raise `DataError` if the values of raw images are not those that `scale`, by which they are divided, is for.
+    """Raise `DataError` if the values of raw images do not suit `scale`, by which they are divided.
 
-    Refused are values that are not finite; and, where `scale` is 8 at least, values that can only be 0 to 1, or
-    normalized.
+    Values that are not finite are refused, and, if `scale` is at least 8, values that can only be floats from 0 to 1,
+    or normalized.
 
     Args:
-        x: [N, ...] of any type.
+        x: images [N, ...] of any type.
         scale: `clframe.Transform.scale`.
-        what: the images, in a sentence.
-        remedy: what to do about images of another scale, in a sentence.
+        what: name of the images in sentences.
+        remedy: advice for images of another scale.
     """
     if not x.numel():
         return

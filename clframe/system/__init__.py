@@ -1,1 +1,1 @@
-"""What surrounds a run: untrusted files and texts, safe writing, and torch's global switches."""
+"""Surroundings of a run: untrusted files and texts, safe writing, signals, and torch's global switches."""

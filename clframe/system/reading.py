@@ -1,4 +1,4 @@
-"""Reading of files that others may have written: regular files up to a limit, one sentence for each failure."""
+"""Reading of untrusted files: regular files up to a limit, with one sentence for each failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 from clframe.errors import ClframeError, DataError, UsageError, of_the_system, out_of_memory
 from clframe.system.texts import cut, escape_unprintable, quote
 
-JSON_LIMIT = 32 * 2**20  # bytes; parsed, the worst JSON of this size takes 0.7 GB
+JSON_LIMIT = 32 * 2**20  # bytes; the worst JSON of this size takes 0.7 GB after parsing
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -24,7 +24,7 @@ KINDS = {
 
 
 class Unreadable(DataError):
-    """A file that cannot be read; `reason` says why, without the path and without a full stop."""
+    """An error about a file that cannot be read; `reason` is the cause, without the path and without a period."""
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{quote_path(path)} cannot be read: {reason}.")
@@ -49,14 +49,14 @@ def expand_home(path: str | Path) -> Path:
 
 
 def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
-    """Open the regular file `path`, of `limit` bytes at most, for reading; a pipe or a device is never read from.
+    """Open the regular file `path`, of `limit` bytes at most, for reading; pipes and devices are never read.
 
     Raises:
-        DataError: if there is no such file, no permission, something else than a file, or more than `limit` bytes.
+        DataError: if the file is missing, may not be read, is no regular file, or has more than `limit` bytes.
     """
     try:
         check_regular(path, limit)
-        # what a path leads to may change after the check; without O_NONBLOCK a pipe would wait for its writer
+        # the target of a path may change after the check; without O_NONBLOCK a pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
         raise Unreadable(path, reason(error)) from error
@@ -69,7 +69,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
 
 
 def check_regular(path: str | Path, limit: int | None = None) -> None:
-    """Raise `DataError` if `path` is not a regular file of `limit` bytes at most, as `open_regular` asks."""
+    """Raise `DataError` unless `path` is a regular file of `limit` bytes at most, as for `open_regular`."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
@@ -84,7 +84,7 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
             content = file.read(limit + 1)
         except OSError as error:
             raise Unreadable(path, reason(error)) from error
-    if len(content) > limit:  # it grew, or the system gives no size
+    if len(content) > limit:  # the file grew, or the system reports no size
         raise Unreadable(path, _too_large(limit))
     return content
 
@@ -98,26 +98,26 @@ def read_text(path: str | Path, limit: int) -> str:
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
-    """Return what the JSON file `path` holds. Raises `DataError` as `read_text`, and for what is no JSON."""
+    """Return the content of the JSON file `path`. Raises `DataError` as `read_text`, and for text that is no JSON."""
     return parse_json(read_text(path, limit), path)
 
 
 def parse_json(text: str | bytes, path: str | Path) -> Any:
-    """Return what the JSON `text`, which `path` holds, says.
+    """Return the content of the JSON `text` from the file `path`.
 
-    Raises `DataError` if it is no JSON, is nested too deeply, or has whole numbers of thousands of digits.
+    Raises `DataError` if the text is no JSON, is nested too deeply, or has whole numbers of thousands of digits.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
         raise Unreadable(path, "it is nested too deeply") from error
-    except ValueError as error:  # of JSON, of UTF-8, and of `int`, which takes 4,300 digits at most
+    except ValueError as error:  # from JSON, UTF-8, or `int`, which takes 4,300 digits at most
         raise Unreadable(path, f"it is no JSON ({cut(str(error))})") from error
 
 
 @contextmanager
 def blame_file(file: str | Path) -> Iterator[None]:
-    """Inside, values from `file` are used; whatever one of another kind raises becomes a `DataError` naming `file`."""
+    """Turn any error inside, where values from `file` are used, into a `DataError` that blames `file`."""
     try:
         yield
     except ClframeError:
@@ -126,7 +126,7 @@ def blame_file(file: str | Path) -> Iterator[None]:
         if out_of_memory(error) or of_the_system(error):
             raise
         said = f"{type(error).__name__}: {error}"
-        if type(error).__name__ == "ValidationError":  # pydantic's, which not every command imports
+        if type(error).__name__ == "ValidationError":  # an error of pydantic, which not every command imports
             first = cast(Any, error).errors(include_url=False)[0]
             said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         said = cut(" ".join(said.split()))
@@ -136,12 +136,12 @@ def blame_file(file: str | Path) -> Iterator[None]:
 
 
 def quote_path(path: object) -> str:
-    """Return the text of a path for a sentence: cut to 200 characters, and without what a terminal cannot show."""
+    """Return a path for a sentence: cut to 200 characters, with escapes for characters that a terminal cannot show."""
     return cut(escape_unprintable(str(path)))
 
 
 def reason(error: BaseException) -> str:
-    """Return the cause of an error in the system's words, without the path and without a full stop."""
+    """Return the cause of an error in the system's words, without the path and without a period."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return cut(" ".join(said.split())).rstrip(".")
 

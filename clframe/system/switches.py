@@ -1,4 +1,4 @@
-"""Torch's global switches and generators, which belong to one run at a time and to the user before and after it."""
+"""Torch's global switches and generators, which belong to one run at a time, and to the user otherwise."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from clframe.errors import UsageError
 
-WRITERS = "tensorboard.summary.writer.event_file_writer"  # the module of the threads that write event files
+WRITERS = "tensorboard.summary.writer.event_file_writer"  # module of the threads that write event files
 
 
 class _Turn:
-    """The locks of torch's global generator: one for the thread of a run, one for loading a model."""
+    """Locks of torch's global generator: one for the thread of a run, one for loading a model."""
 
     def __init__(self) -> None:
         self.run = threading.Lock()
@@ -24,18 +24,18 @@ class _Turn:
 
 
 _turn = _Turn()
-if hasattr(os, "register_at_fork"):  # a child process has the locks as they were, and none of the threads
+if hasattr(os, "register_at_fork"):  # a child process inherits the locks in their states, and none of the threads
     os.register_at_fork(after_in_child=_turn.__init__)  # type: ignore[misc]
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this is the only run of the process.
+    """Reserve the process for one run.
 
     Raises:
-        UsageError: if another one is under way, in whichever thread: the two would draw from one generator.
+        UsageError: if another run is under way, in any thread: the two would draw from one generator.
     """
-    with _turn.load:  # a model that is being loaded is loaded first: that takes a moment
+    with _turn.load:  # wait for a model that is being loaded, which takes a moment
         free = _turn.run.acquire(blocking=False)
     if not free:
         raise UsageError(
@@ -53,7 +53,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def beside_no_run() -> Iterator[None]:
-    """Inside, no other thread begins a run; the thread of a run may come here, such as in a listener.
+    """Let no other thread begin a run; the thread of a run may enter, such as in a listener.
 
     Raises:
         UsageError: if another thread's run is under way.
@@ -76,14 +76,14 @@ def _where() -> str:
 
 @contextmanager
 def quiet_writers() -> Iterator[None]:
-    """Inside, a thread of TensorBoard's writer that fails prints no traceback: the next write raises its error."""
+    """Let failing threads of TensorBoard's writer print no traceback: the next write raises the error."""
     before = threading.excepthook
 
-    def told(failed: threading.ExceptHookArgs) -> None:
+    def report(failed: threading.ExceptHookArgs) -> None:
         if type(failed.thread).__module__ != WRITERS:
             before(failed)
 
-    threading.excepthook = told
+    threading.excepthook = report
     try:
         yield
     finally:
@@ -92,7 +92,7 @@ def quiet_writers() -> Iterator[None]:
 
 @contextmanager
 def plain_torch(device: torch.device) -> Iterator[None]:
-    """Inside, torch computes as it does by default, whatever the user has switched: with gradients, in float32."""
+    """Let torch compute as by default, with gradients and in float32, regardless of the user's switches."""
     dtype, place = torch.get_default_dtype(), torch.get_default_device()
     with ExitStack() as switched:
         switched.enter_context(torch.inference_mode(False))

@@ -1,4 +1,4 @@
-"""Texts that others may have written, as parts of sentences and on a terminal."""
+"""Untrusted texts as parts of sentences and on a terminal."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import re
 
 SENTENCE = 2_000  # characters of a sentence at most
 SENTENCES = 100  # sentences of an error, or lines of one, at most
-# control characters and escape codes, line separators, changes of direction, and what is no character at all
+# control characters and escape codes, line separators, changes of direction, and surrogates
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def cut(text: str, length: int = 200) -> str:
-    """Return `text`, of which the middle is left out if it is longer than `length` characters."""
+    """Return `text`, without its middle part if it is longer than `length` characters."""
     half = (length - 5) // 2
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 def quote(value: object, length: int = 200) -> str:
-    """Return `value` as Python writes it, for a sentence: of `length` characters at most."""
+    """Return `value` as Python writes it, for a sentence, cut to `length` characters."""
     try:
         return cut(repr(value), length)
-    except ValueError:  # of a whole number of more than 4,300 digits
+    except ValueError:  # from a whole number of more than 4,300 digits
         return f"a {type(value).__name__} of too many digits"
 
 
 def escape_unprintable(text: str) -> str:
-    """Return `text` in one line that a terminal only shows: other characters become escapes such as ``\\x1b``."""
+    """Return `text` in one line that a terminal can only show: other characters become escapes such as ``\\x1b``."""
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def shorten_lines(text: str) -> str:
-    """Return `text`, the sentences of an error, of which long ones are cut and, of very many, the last are counted."""
+    """Return `text`, the sentences of an error, with long ones cut, and a count in place of the last of very many."""
     lines = text.split("\n")
     more = [f"... and {len(lines) - SENTENCES:,} more."] if len(lines) > SENTENCES else []
     return "\n".join([cut(line, SENTENCE) for line in lines[:SENTENCES]] + more)
 
 
 def by_name(text: str) -> tuple[int, float, str]:
-    """To sort names as people do: numbers by their value, then the rest by the alphabet."""
+    """Return a key that sorts names as people do: numbers by their value, then other names by the alphabet."""
     try:
         number = float(text)
     except ValueError:

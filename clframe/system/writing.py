@@ -15,9 +15,7 @@ from torch import Tensor
 
 from clframe.errors import DataError
 
-NO_LINK = (
-    os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-)  # and no waiting for a pipe's reader
+NO_LINK = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor a wait for a pipe's reader
 DTYPES = {  # as safetensors calls them
     torch.float64: "F64",
     torch.float32: "F32",
@@ -39,7 +37,7 @@ DTYPES = {  # as safetensors calls them
 
 
 def create(path: Path) -> BinaryIO:
-    """Open `path` as a new file for writing; what is there, a link too, is removed and not written to."""
+    """Open `path` as a new file for writing; a file or link that is there is removed, and never written to."""
     path.unlink(missing_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb")
 
@@ -95,7 +93,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """Raise `DataError` if one of `names` in `folder`, or something in it, is a link: a write would go through it."""
+    """Raise `DataError` if one of `names` in `folder`, or an entry below it, is a link: a write would go through it."""
     for name in names:
         path = folder / name
         below = (
@@ -129,9 +127,9 @@ def to_json(data: Mapping[str, Any]) -> str:
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write contiguous `tensors` of the CPU as the safetensors file `path`, with what it is `about` in its header.
+    """Write contiguous `tensors` of the CPU as the safetensors file `path`, with the texts `about` in its header.
 
-    The entries of the header are in order, so that equal tensors are equal bytes; those of `safetensors` are in any.
+    The entries of the header are sorted, so that equal tensors give equal bytes; `safetensors` sorts none.
     Raises `OSError` if the file cannot be written.
     """
     # the largest elements first, so that each tensor begins at a multiple of their size
