@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 HELD = [
     *("*.md", "docs/*.md", "docs/*.py", "docs/tutorials/*.md", "docs/how-to/*.md", "docs/explanation/*.md"),
     *("docs/reference/hooks/*.md", "docs/reference/methods.md"),
-    *("clframe/testing/*.py", "clframe/toolkit/*.py", "plugins/**/*.py"),
-    *("cli/*.py", "clframe/avalanche/*.py", "clframe/deploy/*.py", "clframe/runs/*.py"),
+    *("cli/*.py", "clframe/avalanche/*.py", "clframe/data/*.py", "clframe/deploy/*.py", "clframe/runs/*.py"),
+    *("clframe/system/*.py", "clframe/testing/*.py", "clframe/toolkit/*.py", "plugins/**/*.py", "scenarios/*.py"),
     *(f"clframe/{module}.py" for module in ("backbones", "evaluate", "metrics", "model", "networks")),
 ]
 # Words that stand for themselves: keys of files that must stay readable, or old words that a reader still takes.
