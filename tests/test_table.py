@@ -222,9 +222,7 @@ def test_classes_and_groups_must_be_learnt_and_tested(images):
 
 def test_a_number_of_experiences_has_no_meaning_where_tasks_are_given(images):
     path = table(images, columns(task=[str(i % 4 // 2) for i in range(24)]))
-    with pytest.raises(
-        UsageError, match=r"`scenario.experiences` has no meaning for .*, whose column `task` decides it"
-    ):
+    with pytest.raises(UsageError, match=r"`scenario.experiences` has no meaning for .* column `task` decides it"):
         split_table(path=path, experiences=2)
     with pytest.raises(
         UsageError, match=r"`scenario.order` is \[0\]; it must hold each of the numbers 0 to 1 of the tasks"
