@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Batch, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
+from clframe import Batch, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot, testing
 from clframe.errors import UsageError
 from clframe.plugins.a_ltm import ALTM
 from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.der import DER
+from clframe.testing import Recorder
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip": 0.0}
 # old logits of two heads of two classes, and of a new one: softmaxes of a head are 1/4, 3/4 and 1/2, 1/2
@@ -287,18 +288,8 @@ def test_wrong_options_are_refused(option: str, value: Any, sentence: str) -> No
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_the_first_experience_and_all_without_a_weight_is_fine_tuning_to_the_bit(tiny, strength: float) -> None:
     """The stable network's passes draw nothing and move no running statistics."""
-    found: list[list[dict[str, Tensor]]] = []
-
-    class States(Plugin):
-        name = "states"
-        observer = True
-
-        @hookimpl
-        def after_experience(self, run) -> None:
-            found[-1].append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    for plugins in ([ALTM(lambda_=strength)], []):
-        found.append([])
-        learn(tiny(2, shape=(1, 8, 8)), *plugins, States(), model="cnn-small")
-    equal = [all(torch.equal(v, its[name]) for name, v in ours.items()) for ours, its in zip(*found, strict=True)]
+    ours, theirs = Recorder(), Recorder()
+    learn(tiny(2, shape=(1, 8, 8)), ALTM(lambda_=strength), ours, model="cnn-small")
+    learn(tiny(2, shape=(1, 8, 8)), theirs, model="cnn-small")
+    equal = [testing.differing(*states) == [] for states in zip(ours.after, theirs.after, strict=True)]
     assert equal == [True, strength == 0]

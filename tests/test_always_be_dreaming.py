@@ -16,6 +16,7 @@ from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot, testing
 from clframe.backbones import cnn_small
 from clframe.errors import RunError, UsageError
 from clframe.plugins.always_be_dreaming import AlwaysBeDreaming
+from clframe.testing import Recorder
 from clframe.toolkit import dreamer
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
@@ -267,20 +268,11 @@ def returning(tiny_arrays: Any) -> clframe.Scenario:
 def test_the_refusal_is_one_sentence_and_comes_before_training(
     model: str, shape: tuple[int, ...] | None, sentence: str, tiny, tiny_arrays
 ) -> None:
-    class Trained(Plugin):
-        name = "trained"
-        observer = True
-        steps = 0
-
-        @hookimpl
-        def after_step(self, run) -> None:
-            self.steps += 1
-
-    trained = Trained()
+    recorder = Recorder()
     with pytest.raises(UsageError) as caught:
-        learn(tiny(shape=shape) if shape else returning(tiny_arrays), AlwaysBeDreaming(**SHORT), trained, model=model)
+        learn(tiny(shape=shape) if shape else returning(tiny_arrays), AlwaysBeDreaming(**SHORT), recorder, model=model)
     assert caught.value.problems == (sentence,)
-    assert trained.steps == 0
+    assert recorder.steps == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import clframe
-from clframe import Plugin, hookimpl, registry
+from clframe import registry
 from clframe.avalanche.adapter import silence_warnings
 from clframe.cli.main import main
 from clframe.errors import DataError, UsageError
@@ -25,6 +25,7 @@ from clframe.options import options_of
 from clframe.plugins import avalanche as adapter
 from clframe.scenarios import avalanche as scenario_adapter
 from clframe.settings import RunSettings, TrainSettings
+from clframe.testing import Recorder
 from clframe.training import Sampler
 
 pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s
@@ -46,25 +47,6 @@ MORE = [
 ]
 TRAIN = {"optimizer": "sgd", "lr": 0.1, "batch_size": 7, "epochs": 3, "clip": 0.0}
 SEED = 5
-
-
-class Recorded(Plugin):
-    """Keeps the weights as each experience begins and ends."""
-
-    name = "recorded"
-    observer = True
-
-    def __init__(self) -> None:
-        self.before: list[dict[str, torch.Tensor]] = []
-        self.after: list[dict[str, torch.Tensor]] = []
-
-    @hookimpl
-    def before_experience(self, run):
-        self.before.append(copy.deepcopy(run.model.state_dict()))
-
-    @hookimpl
-    def after_experience(self, run):
-        self.after.append(copy.deepcopy(run.model.state_dict()))
 
 
 class Callbacks:
@@ -102,7 +84,7 @@ def scenario_of(name, tiny):
 
 
 def in_clframe(name, options, tiny, **train):
-    recorded = Recorded()
+    recorded = Recorder()
     plugins = [{f"avalanche:{name}": options}] if name else []
     clframe.run(
         scenario_of(name, tiny),
@@ -227,7 +209,7 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_generators_of_others_alo
         torch.manual_seed(draw)
         random.seed(draw)
         before = random.getstate()
-        recorded = Recorded()
+        recorded = Recorder()
         run = {"device": "cpu", "seed": seed}
         clframe.run(tiny(), "mlp-100", [{f"avalanche:{name}": OPTIONS[name]}, recorded], train=TRAIN, run=run)
         assert random.getstate() == before
@@ -238,23 +220,13 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_generators_of_others_alo
 
 
 def test_images_that_a_memory_gives_are_augmented_as_those_of_the_experience(tiny):
-    class Seen(Plugin):
-        name = "seen"
-        observer = True
-
-        def __init__(self) -> None:
-            self.rows: list[torch.Tensor] = []
-
-        @hookimpl
-        def after_step(self, run, batch):
-            self.rows += list(batch.x[batch.origin == 1])
-
     def distinct(pad):
-        scenario, seen = tiny(), Seen()
+        scenario, recorder = tiny(), Recorder()
         scenario.transform = clframe.Transform(pad=pad)
-        plugins = [{"avalanche:Replay": {"mem_size": 2}}, seen]
+        plugins = [{"avalanche:Replay": {"mem_size": 2}}, recorder]
         clframe.run(scenario, "mlp-100", plugins, train=TRAIN | {"epochs": 6}, run={"device": "cpu"})
-        return len({row.numpy().tobytes() for row in seen.rows})
+        batches = [step.batch for step in recorder.steps]
+        return len({row.numpy().tobytes() for batch in batches for row in batch.x[batch.origin == 1]})
 
     assert distinct(pad=0) == 3  # two of the first experience, then one of each
     assert distinct(pad=2) > 10

@@ -30,6 +30,7 @@ from clframe.backbones import cnn_small
 from clframe.errors import RunError, UsageError
 from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.lwf import LwF
+from clframe.testing import Recorder
 from clframe.toolkit import inversion
 from clframe.toolkit.inversion import jensen_shannon
 
@@ -396,20 +397,11 @@ def test_domains_are_dreamt_of_with_all_classes(tiny_arrays) -> None:
 
 def test_beside_a_method_of_its_own_loss_both_have_their_terms(tiny) -> None:
     """LwF takes the form that old images coming back ask for."""
-    losses: dict[str, float] = {}
-
-    class Losses(Plugin):
-        name = "losses"
-        observer = True
-
-        @hookimpl
-        def after_step(self, run) -> None:
-            losses.update({name: value.item() for name, value in run.losses.items()})
-
-    lwf = LwF()
-    learn(tiny(2, shape=(1, 8, 8)), lwf, DeepInversion(**SHORT), Losses())
+    lwf, recorder = LwF(), Recorder()
+    learn(tiny(2, shape=(1, 8, 8)), lwf, DeepInversion(**SHORT), recorder)
     assert lwf.form == "seen"
-    assert set(losses) == {"base", "lwf", "deep-inversion/dreams", "deep-inversion/distill"}
+    terms = {name for step in recorder.steps for name in step.losses}
+    assert terms == {"base", "lwf", "deep-inversion/dreams", "deep-inversion/distill"}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("out of memory")])
@@ -460,20 +452,11 @@ NO_NORMS = (
 def test_the_refusal_is_one_sentence_and_comes_before_training(
     model: Any, shape: tuple[int, ...], sentence: str, tiny
 ) -> None:
-    class Trained(Plugin):
-        name = "trained"
-        observer = True
-        steps = 0
-
-        @hookimpl
-        def after_step(self, run) -> None:
-            self.steps += 1
-
-    trained = Trained()
+    recorder = Recorder()
     with pytest.raises(UsageError) as caught:
-        learn(tiny(shape=shape), DeepInversion(), trained, model=model)
+        learn(tiny(shape=shape), DeepInversion(), recorder, model=model)
     assert caught.value.problems == (sentence,)
-    assert trained.steps == 0
+    assert recorder.steps == []
 
 
 @pytest.mark.parametrize("logits", ["all", "current"])

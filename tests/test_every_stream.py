@@ -29,6 +29,7 @@ from clframe import (
     hookimpl,
     registry,
     run,
+    testing,
 )
 from clframe.context import Run
 from clframe.data.scenario import Setting
@@ -591,21 +592,11 @@ def test_old_heads_are_each_set_of_classes_once() -> None:
 
 def test_old_answers_of_one_class_each_are_distilled_among_all_that_take_part_in_the_loss() -> None:
     """Among the one class of a head every softmax is 1, so that nothing would be held."""
-    found = []
-
-    class Look(Plugin):
-        name = "look"
-        observer = True
-
-        @hookimpl
-        def after_step(self, run: Run) -> None:
-            if run.experience.index == 2:
-                found.append(run.losses["a-ltm"].item())
-
+    recorder = testing.Recorder()
     train = {"iterations": 2, "batch_size": 8, "logits": "seen"}
     a_ltm = registry.build_plugin("a-ltm", {})
-    run(stream("task", [[0], [1], [2, 3]]), Net(), [a_ltm, Look()], train=train, run=QUIET)
-    assert min(found) > 1e-3
+    run(stream("task", [[0], [1], [2, 3]]), Net(), [a_ltm, recorder], train=train, run=QUIET)
+    assert min(step.losses["a-ltm"].item() for step in recorder.steps if step.experience == 2) > 1e-3
 
 
 def test_a_dream_is_of_its_class_among_all_classes_of_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,20 +630,12 @@ def test_replayed_classes_must_take_part_in_the_loss(setting: Setting, name: str
 
 
 def test_a_class_without_images_is_drawn_from_no_prior() -> None:
-    drawn: set[int] = set()
-
-    class Look(Plugin):
-        name = "look"
-        observer = True
-
-        @hookimpl
-        def after_step(self, run: Run, batch: Batch) -> None:
-            drawn.update(batch.y[batch.origin > 0].tolist())
-
+    recorder = testing.Recorder()
     replay: Any = registry.build_plugin("generative-replay", SMALL["generative-replay"] | {"prior": "class"})
     train = {"iterations": 12, "batch_size": 8}
-    run(stream("class", [[0, 1, 2], [3, 4], [5, 6]], without=1), Net(), [replay, Look()], train=train, run=QUIET)
-    assert drawn == {0, 2, 3, 4}
+    run(stream("class", [[0, 1, 2], [3, 4], [5, 6]], without=1), Net(), [replay, recorder], train=train, run=QUIET)
+    batches = [step.batch for step in recorder.steps]
+    assert {label for batch in batches for label in batch.y[batch.origin > 0].tolist()} == {0, 2, 3, 4}
     state = replay.generator.get_extra_state()
     assert state["met"] == [0, 2, 3, 4, 5, 6]
     del state["met"]  # as an earlier clframe wrote it: any class is drawn

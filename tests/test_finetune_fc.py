@@ -13,6 +13,7 @@ import clframe
 from clframe import Plugin, hookimpl, testing
 from clframe.errors import UsageError
 from clframe.plugins.finetune_fc import FinetuneFC
+from clframe.testing import Recorder
 
 MOVERS = {  # all that moves weights whose gradient is zero
     "sgd": {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
@@ -68,34 +69,6 @@ class Flat(nn.Module):
         return self.net(x)
 
 
-class Witness(Plugin):
-    """Keeps the network's state before and after each experience."""
-
-    name = "witness"
-    observer = True
-
-    def __init__(self) -> None:
-        self.before: list[dict[str, Tensor]] = []
-        self.after: list[dict[str, Tensor]] = []
-
-    @hookimpl
-    def before_run(self, run):
-        self.model = run.model
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        self.before.append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    @hookimpl
-    def after_experience(self, run, experience):
-        self.after.append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    def changed(self, index: int) -> set[str]:
-        """What of the network the experience changed."""
-        before, after = self.before[index], self.after[index]
-        return {name for name, value in after.items() if not torch.equal(value, before[name])}
-
-
 def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
     settings = {"epochs": 2, "batch_size": 8, "keep_optimizer": True} | (train or MOVERS["adam"])
     return clframe.run(scenario, model or ConvFC(), plugins, train=settings, run={"tensorboard": False, **run})
@@ -114,43 +87,43 @@ def test_behind_convolutions_the_fully_connected_layers_learn(tiny, mover: str, 
     """All else stays: old heads, convolutions, and running statistics, those of a norm without parameters included.
 
     Guards against rows frozen by zeroing gradients and against batch norms left in training mode."""
-    witness = Witness()
-    learn(tiny(setting="task"), FinetuneFC(last=last), witness, train=MOVERS[mover])
-    assert witness.changed(0) == set(witness.after[0])
-    assert witness.changed(1) == both(*layers, "head.1")
-    assert witness.changed(2) == both(*layers, "head.2")
+    recorder = Recorder()
+    learn(tiny(setting="task"), FinetuneFC(last=last), recorder, train=MOVERS[mover])
+    assert recorder.changed(0) == set(recorder.after[0])
+    assert recorder.changed(1) == both(*layers, "head.1")
+    assert recorder.changed(2) == both(*layers, "head.2")
 
 
 def test_a_norm_without_parameters_goes_with_the_layer_before_it(tiny):
     """In one container with trained layers, that of the frozen convolution keeps its statistics, the other does not."""
-    witness = Witness()
-    learn(tiny(), FinetuneFC(), witness, model=Flat())
+    recorder = Recorder()
+    learn(tiny(), FinetuneFC(), recorder, model=Flat())
     moved = {f"backbone.net.5.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert witness.changed(1) == both("backbone.net.4", "head.1") | moved
+    assert recorder.changed(1) == both("backbone.net.4", "head.1") | moved
 
 
 @pytest.mark.parametrize(("last", "layers"), [(None, ["5"]), (1, ["5"]), (2, ["3", "5"]), (3, ["1", "3", "5"])])
 def test_without_convolutions_the_last_layer_learns(tiny, last: int | None, layers: list[str]):
-    witness = Witness()
+    recorder = Recorder()
     model = {"name": "mlp", "hidden": [8, 7, 6]}
-    learn(tiny(), FinetuneFC(last=last), witness, model=model)
-    assert witness.changed(0) == set(witness.after[0])
+    learn(tiny(), FinetuneFC(last=last), recorder, model=model)
+    assert recorder.changed(0) == set(recorder.after[0])
     for i in (1, 2):
-        assert witness.changed(i) == both(*(f"backbone.net.{layer}" for layer in layers), f"head.{i}")
+        assert recorder.changed(i) == both(*(f"backbone.net.{layer}" for layer in layers), f"head.{i}")
 
 
 def test_features_that_came_with_weights_stay_from_the_first_experience_on(tiny):
-    witness = Witness()
-    learn(tiny(), FinetuneFC(pretrained=True, last=1), witness)
-    assert [witness.changed(i) for i in range(3)] == [both("backbone.two", f"head.{i}") for i in range(3)]
+    recorder = Recorder()
+    learn(tiny(), FinetuneFC(pretrained=True, last=1), recorder)
+    assert [recorder.changed(i) for i in range(3)] == [both("backbone.two", f"head.{i}") for i in range(3)]
     expected = ConvFC().convs.state_dict()
-    assert all(torch.equal(v, expected[name]) for name, v in witness.model.backbone.convs.state_dict().items())
+    assert all(torch.equal(v, expected[name]) for name, v in recorder.model.backbone.convs.state_dict().items())
 
 
 def test_in_domains_the_one_head_goes_on_learning(tiny):
-    witness = Witness()
-    learn(tiny(setting="domain"), FinetuneFC(last=1), witness)
-    assert witness.changed(1) == witness.changed(2) == both("backbone.two", "head.0")
+    recorder = Recorder()
+    learn(tiny(setting="domain"), FinetuneFC(last=1), recorder)
+    assert recorder.changed(1) == recorder.changed(2) == both("backbone.two", "head.0")
 
 
 def test_its_warm_up_trains_the_new_head_alone(tiny):
@@ -166,12 +139,12 @@ def test_its_warm_up_trains_the_new_head_alone(tiny):
             if run.experience.index == 1:
                 self.ends[run.phase.name] = {name: v.clone() for name, v in run.model.state_dict().items()}
 
-    witness, between = Witness(), Between()
-    learn(tiny(), FinetuneFC(warm_up=1.0), witness, between)
+    recorder, between = Recorder(), Between()
+    learn(tiny(), FinetuneFC(warm_up=1.0), recorder, between)
     assert list(between.ends) == ["warm-up", "train"]
-    before, warm = witness.before[1], between.ends["warm-up"]
+    before, warm = recorder.before[1], between.ends["warm-up"]
     assert {name for name, v in warm.items() if not torch.equal(v, before[name])} == both("head.1")
-    assert witness.changed(1) == both("backbone.one", "backbone.two", "head.1")
+    assert recorder.changed(1) == both("backbone.one", "backbone.two", "head.1")
 
 
 @pytest.mark.parametrize("model", [ConvFC, None])
@@ -179,19 +152,19 @@ def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, model: Any):
     """What was frozen is frozen again, and afterwards all is trainable, where it was stopped and where it ended."""
 
     def begin(folder: Path) -> None:
-        witnesses.append(Witness())
-        learn(tiny(), FinetuneFC(), witnesses[-1], model=model() if model else "mlp-100", output=str(folder))
+        recorders.append(Recorder())
+        learn(tiny(), FinetuneFC(), recorders[-1], model=model() if model else "mlp-100", output=str(folder))
 
     def go_on(folder: Path) -> None:
-        witnesses.append(Witness())
+        recorders.append(Recorder())
         given = {"model": model()} if model else {}
-        clframe.resume(folder, scenario=tiny(), plugins=[FinetuneFC(), witnesses[-1]], **given)
+        clframe.resume(folder, scenario=tiny(), plugins=[FinetuneFC(), recorders[-1]], **given)
 
-    witnesses: list[Witness] = []
+    recorders: list[Recorder] = []
     testing.stop_and_resume(tmp_path, begin, go_on, places=5)
-    for witness in witnesses:
-        assert all(p.requires_grad for p in witness.model.parameters())
-        assert all(module.training for module in witness.model.modules())
+    for recorder in recorders:
+        assert all(p.requires_grad for p in recorder.model.parameters())
+        assert all(module.training for module in recorder.model.modules())
 
 
 def test_a_backbone_that_lacks_the_layers_is_refused(tiny):

@@ -420,20 +420,6 @@ def test_replayed_images_are_normalised_and_augmented_as_new_ones_are(pad: int, 
 # ---------------------------------------------------------------------------------- the generator's training
 
 
-class Logged(Plugin):
-    """Keeps what a run logs."""
-
-    name = "logged"
-    observer = True
-
-    def __init__(self) -> None:
-        self.values: list[dict[str, float]] = []
-
-    @hookimpl
-    def before_run(self, run: Run) -> None:
-        run.listeners.append(lambda record: self.values.append(record["values"]) if record["kind"] == "log" else None)
-
-
 class Recorder(Plugin):
     """Keeps what the generator learns from, and its weights before and after."""
 
@@ -558,22 +544,24 @@ def test_what_it_tells_and_shows(tiny, tmp_path: Path) -> None:
             ({"generator": "wgan"}, {"distance", "penalty"}),
         )
     ):
-        logged = Logged()
-        learn(tiny(), GenerativeReplay(**SMALL, **options), logged, run={"output": str(tmp_path / str(k))})
-        assert [set(values) for values in logged.values] == [{f"generative-replay/{name}" for name in names}] * 3
+        recorder = testing.Recorder()
+        learn(tiny(), GenerativeReplay(**SMALL, **options), recorder, run={"output": str(tmp_path / str(k))})
+        logged = recorder.logged()
+        assert set(logged) == {f"generative-replay/{name}" for name in names}
+        assert {len(values) for values in logged.values()} == {3}
         pictures = sorted(path.name for path in (tmp_path / str(k) / "pictures").iterdir())
         assert pictures == [f"generative-replay-{i}.png" for i in (1, 2, 3)]
 
 
 def test_images_that_are_classes_are_seen_as_those_by_the_solver(tiny) -> None:
     """With a class prior that was learnt, the drawn label and the old solver's agree."""
-    logged = Logged()
+    recorder = testing.Recorder()
     replay = GenerativeReplay(prior="class", hidden=[32], z=4, iterations=400, lr=1e-2)
-    learn(tiny(2), replay, logged, optimizer="adam", lr=1e-2, epochs=15)
-    assert min(values["generative-replay/agreement"] for values in logged.values) > 0.95
-    logged = Logged()
-    learn(tiny(2), GenerativeReplay(prior="class", iterations=1, **SMALL), logged)
-    assert max(values["generative-replay/agreement"] for values in logged.values) < 0.8  # of a generator that is none
+    learn(tiny(2), replay, recorder, optimizer="adam", lr=1e-2, epochs=15)
+    assert min(recorder.logged()["generative-replay/agreement"]) > 0.95
+    recorder = testing.Recorder()
+    learn(tiny(2), GenerativeReplay(prior="class", iterations=1, **SMALL), recorder)
+    assert max(recorder.logged()["generative-replay/agreement"]) < 0.8  # of a generator that is none
 
 
 def test_flat_inputs_are_learnt_and_not_shown(tiny_arrays, tmp_path: Path) -> None:
@@ -634,19 +622,10 @@ def test_the_generator_s_training_goes_on_to_the_same_bits(options: Any, train: 
 
 
 def refusal(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
-    class Trained(Plugin):
-        name = "trained"
-        observer = True
-        steps = 0
-
-        @hookimpl
-        def after_step(self, run: Run) -> None:
-            self.steps += 1
-
-    trained = Trained()
+    recorder = testing.Recorder()
     with pytest.raises(UsageError) as caught:
-        learn(scenario, *plugins, trained, **train)
-    assert trained.steps == 0
+        learn(scenario, *plugins, recorder, **train)
+    assert recorder.steps == []
     return caught.value.problems
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import clframe
-from clframe import ImageData, Plugin, hookimpl
+from clframe import ImageData, Plugin, hookimpl, testing
 from clframe.errors import UsageError
 from clframe.evaluate import NearestMean
 from clframe.model import evaluating
@@ -195,20 +195,12 @@ def test_a_finished_run_answers_without_its_images(tiny, tmp_path: Path) -> None
 
 
 def test_within_an_experience_new_classes_have_the_mean_of_their_images(tiny) -> None:
-    rows: list[Any] = []
-
-    class Keep(Plugin):
-        name = "keep"
-        observer = True
-
-        @hookimpl
-        def before_run(self, run):
-            run.listeners.append(rows.append)
-
-    learn(tiny(shape=(1, 8, 8)), ICaRL(size=12), Keep(), eval_every="epoch", train={"epochs": 6})
-    last = [r["row"] for r in rows if r["kind"] == "within" and r["reading"] == "class" and r["experience"] == 2]
+    recorder = testing.Recorder()
+    learn(tiny(shape=(1, 8, 8)), ICaRL(size=12), recorder, eval_every="epoch", train={"epochs": 6})
+    rows = [record for record in recorder.records if record["kind"] == "within"]
+    last = [r["row"] for r in rows if r["reading"] == "class" and r["experience"] == 2]
     assert last[-1][2] > 0.5  # the classes that have no exemplars yet
-    tasks = [r["row"] for r in rows if r["kind"] == "within" and r["reading"] == "task" and r["experience"] == 0]
+    tasks = [r["row"] for r in rows if r["reading"] == "task" and r["experience"] == 0]
     assert tasks[0][1:] == [None, None]  # nor an answer yet
 
 

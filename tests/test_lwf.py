@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import clframe
-from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes
+from clframe import Batch, Outputs, Plugin, Scenario, Transform, hookimpl, split_classes, testing
 from clframe.context import Run
 from clframe.errors import UsageError
 from clframe.plugins.lwf import LwF
+from clframe.testing import Recorder
 from clframe.toolkit.distill import incremental_bce, soft_cross_entropy
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
@@ -398,24 +399,6 @@ def test_a_hand_value() -> None:
     assert soft_cross_entropy(q, z, 2.0).item() == pytest.approx(0.6931472, rel=1e-5)
 
 
-class States(Plugin):
-    """The network after each experience."""
-
-    name = "states"
-    observer = True
-
-    def __init__(self) -> None:
-        self.found: list[dict[str, Tensor]] = []
-
-    @hookimpl
-    def after_experience(self, run) -> None:
-        self.found.append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 @pytest.fixture
 def moving(tiny_arrays) -> Any:
     """Builds a scenario of two experiences whose images are normalised, cropped and flipped."""
@@ -443,11 +426,11 @@ def moving(tiny_arrays) -> Any:
 )
 def test_the_first_experience_is_fine_tuning_to_the_bit(model: str, setting: str, options: Any, moving) -> None:
     """With the same `train.logits`; the second one is not."""
-    lwf, ours, theirs = LwF(**options), States(), States()
+    lwf, ours, theirs = LwF(**options), Recorder(), Recorder()
     learn(moving(setting), lwf, ours, model=model, momentum=0.9)
     learn(moving(setting), theirs, model=model, momentum=0.9, logits=LOGITS[lwf.form])
-    assert same(ours.found[0], theirs.found[0])
-    assert not same(ours.found[1], theirs.found[1])
+    assert testing.differing(ours.after[0], theirs.after[0]) == []
+    assert testing.differing(ours.after[1], theirs.after[1]) != []
 
 
 @pytest.mark.parametrize(
@@ -463,11 +446,11 @@ def test_the_first_experience_is_fine_tuning_to_the_bit(model: str, setting: str
 )
 def test_without_weight_all_of_it_is_fine_tuning_to_the_bit(setting: str, form: str, moving) -> None:
     """The teacher's passes draw nothing and move no running statistics."""
-    ours, theirs = States(), States()
+    ours, theirs = Recorder(), Recorder()
     learn(moving(setting), LwF(form=form, lambda_=0.0), ours, model="cnn-small")
     learn(moving(setting), theirs, model="cnn-small", logits=LOGITS[form])
-    assert len(ours.found) == 2
-    assert all(same(*states) for states in zip(ours.found, theirs.found, strict=True))
+    assert len(ours.after) == 2
+    assert all(testing.differing(*states) == [] for states in zip(ours.after, theirs.after, strict=True))
 
 
 def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float]) -> tuple[Any, Batch, Outputs]:

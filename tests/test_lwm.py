@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes
+from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes, testing
 from clframe.backbones import cnn_small, resnet32
 from clframe.errors import RunError, UsageError
 from clframe.model import evaluating, normalizing_by_batch
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.lwm import LwM
+from clframe.testing import Recorder
 from clframe.toolkit.distill import attention_distance, grad_cam, observe, sigmoid_cross_entropy, soft_cross_entropy
 
 QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
@@ -237,21 +238,13 @@ def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small", **train: An
 
 
 def test_a_run_has_both_terms_from_the_second_experience_on_and_leaves_no_hook(tiny) -> None:
-    seen: list[tuple[int, tuple[str, ...]]] = []
-
-    class Watch(Plugin):
-        name = "watch"
-        observer = True
-
-        @hookimpl
-        def after_step(self, run) -> None:
-            self.model = run.model
-            seen.append((run.experience.index, tuple(run.losses)))
-
-    lwm, watch = LwM(), Watch()
-    learn(tiny(2, shape=(1, 8, 8)), lwm, watch)
-    assert set(seen) == {(0, ("base",)), (1, ("base", "lwm/distill", "lwm/attend"))}
-    assert not any(m._forward_hooks for net in (watch.model, lwm.teacher) for m in net.modules())
+    lwm, recorder = LwM(), Recorder()
+    learn(tiny(2, shape=(1, 8, 8)), lwm, recorder)
+    assert {(step.experience, tuple(step.losses)) for step in recorder.steps} == {
+        (0, ("base",)),
+        (1, ("base", "lwm/distill", "lwm/attend")),
+    }
+    assert not any(m._forward_hooks for net in (recorder.model, lwm.teacher) for m in net.modules())
 
 
 def test_attention_reaches_what_is_behind_frozen_convolutions(tiny) -> None:
@@ -451,7 +444,6 @@ def test_a_batch_of_one_image_has_no_noise_for_a_map() -> None:
 
 def test_another_plugin_may_call_the_network_within_the_step(tiny) -> None:
     """In any order, with gradients or without: what is learnt stays the same to the bit."""
-    ends: list[dict[str, Tensor]] = []
 
     class Calls(Plugin):
         name = "calls"
@@ -466,20 +458,12 @@ def test_another_plugin_may_call_the_network_within_the_step(tiny) -> None:
             with torch.set_grad_enabled(self.gradients), evaluating(run.model):
                 run.model(batch.x.flip(0))
 
-        @hookimpl
-        def after_run(self, run) -> None:
-            ends.append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    class End(Calls):
-        name = "end"
-
-        @hookimpl
-        def penalty(self, run) -> None:  # type: ignore[override]
-            """Nothing."""
-
-    for plugins in ([LwM(), End()], [LwM(), Calls()], [Calls(), LwM()], [Calls(gradients=False), LwM()]):
-        learn(tiny(2, shape=(1, 8, 8)), *plugins)
-    assert all(torch.equal(value, end[name]) for end in ends[1:] for name, value in ends[0].items())
+    ends: list[dict[str, Tensor]] = []
+    for plugins in ([LwM()], [LwM(), Calls()], [Calls(), LwM()], [Calls(gradients=False), LwM()]):
+        recorder = Recorder()
+        learn(tiny(2, shape=(1, 8, 8)), *plugins, recorder)
+        ends.append(recorder.evaluated[-1])
+    assert all(testing.differing(end, ends[0]) == [] for end in ends[1:])
 
 
 def test_where_nothing_is_looked_at_the_gradient_is_nothing_and_finite() -> None:
@@ -498,21 +482,11 @@ def test_where_nothing_is_looked_at_the_gradient_is_nothing_and_finite() -> None
 
 def test_the_loss_of_labels_is_over_the_current_classes(tiny) -> None:
     """So the head of old classes learns from the distillation alone: without it, nothing changes there."""
-    heads: list[Tensor] = []
-
-    class Heads(Plugin):
-        name = "heads"
-        observer = True
-
-        @hookimpl
-        def after_experience(self, run, experience) -> None:
-            heads.append(run.model.head[0].weight.detach()[:2].clone())
-            self.logits = run.logits
-
-    watch = Heads()
-    learn(tiny(2, shape=(1, 8, 8)), LwM(beta=0.0, gamma=0.0), watch)
-    assert watch.logits == "current"
-    assert torch.equal(heads[0], heads[1])
+    recorder = Recorder()
+    learn(tiny(2, shape=(1, 8, 8)), LwM(beta=0.0, gamma=0.0), recorder)
+    assert recorder.run.logits == "current"
+    first, second = (state["head.0.weight"][:2] for state in recorder.after)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -544,20 +518,11 @@ def test_the_loss_of_labels_is_over_the_current_classes(tiny) -> None:
     ],
 )
 def test_the_refusal_is_one_sentence_and_comes_before_training(model: str, options: Any, sentence: str, tiny) -> None:
-    class Trained(Plugin):
-        name = "trained"
-        observer = True
-        steps = 0
-
-        @hookimpl
-        def after_step(self, run) -> None:
-            self.steps += 1
-
-    trained = Trained()
+    recorder = Recorder()
     with pytest.raises(UsageError) as caught:
-        learn(tiny(shape=(1, 8, 8)), LwM(**options), trained, model=model)
+        learn(tiny(shape=(1, 8, 8)), LwM(**options), recorder, model=model)
     assert caught.value.problems == (sentence,)
-    assert trained.steps == 0
+    assert recorder.steps == []
 
 
 @pytest.mark.parametrize(
@@ -730,26 +695,11 @@ def test_in_a_run_steps_have_both_terms_by_hand(base: Any, setting: str, tiny_ar
 @pytest.mark.parametrize("options", [{}, {"beta": 0.0, "gamma": 0.0}])
 def test_the_first_experience_and_all_without_weights_is_fine_tuning_to_the_bit(options: Any, tiny) -> None:
     """Neither the hook nor the second backward pass, nor the teacher's, changes what is learnt."""
-    found: list[list[dict[str, Tensor]]] = []
-
-    class States(Plugin):
-        name = "states"
-        observer = True
-
-        @hookimpl
-        def after_experience(self, run) -> None:
-            found[-1].append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-        return all(torch.equal(value, other[name]) for name, value in one.items())
-
-    for plugins in ([LwM(**options)], []):
-        found.append([])
-        settings = {} if plugins else {"logits": "current"}
-        learn(tiny(2, shape=(1, 8, 8)), *plugins, States(), **settings)
-    (first, second), (plain, plain_second) = found
-    assert same(first, plain)
-    assert same(second, plain_second) == bool(options)
+    ours, theirs = Recorder(), Recorder()
+    learn(tiny(2, shape=(1, 8, 8)), LwM(**options), ours)
+    learn(tiny(2, shape=(1, 8, 8)), theirs, logits="current")
+    equal = [testing.differing(*states) == [] for states in zip(ours.after, theirs.after, strict=True)]
+    assert equal == [True, bool(options)]
 
 
 def test_an_error_leaves_no_hook_either(tiny) -> None:

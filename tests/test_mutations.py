@@ -46,20 +46,6 @@ def augmenting(**options: Any) -> clframe.Scenario:
     return clframe.split_classes("tiny", arrays, experiences=2, **options)
 
 
-class Batches(Plugin):
-    """Keeps the batch of each step, with the index of its experience."""
-
-    name = "batches"
-    observer = True
-
-    def __init__(self) -> None:
-        self.met: list[tuple[int, Any]] = []
-
-    @hookimpl
-    def after_step(self, run, batch):
-        self.met.append((run.experience.index, batch))
-
-
 # ------------------------------------------------------------------------------------------ memories
 
 KEEPING = {
@@ -102,10 +88,10 @@ def test_each_plugin_that_keeps_images_is_among_those() -> None:
 
 @pytest.mark.parametrize("name", ["er reservoir", "er ring", "der", "icarl drawn"])
 def test_images_of_a_memory_are_augmented_each_time(name: str) -> None:
-    batches = Batches()
-    learn(augmenting(), KEEPING[name](), batches)
+    recorder = testing.Recorder()
+    learn(augmenting(), KEEPING[name](), recorder)
     views: dict[int, set[bytes]] = {}
-    for _, batch in batches.met:
+    for batch in (step.batch for step in recorder.steps):
         for x, i in zip(batch.x[batch.origin == 1], batch.index[batch.origin == 1], strict=True):
             views.setdefault(int(i), set()).add(x.numpy().tobytes())
     assert max(map(len, views.values())) > 1
@@ -121,10 +107,10 @@ def test_a_reservoir_is_not_filled_in_other_phases(tiny, build: Any) -> None:
 
 
 def test_der_draws_for_each_of_its_terms(tiny) -> None:
-    batches = Batches()
-    learn(tiny(shape=SHAPE), DER(size=20, batch_size=5), batches)
+    recorder = testing.Recorder()
+    learn(tiny(shape=SHAPE), DER(size=20, batch_size=5), recorder)
     alike = []
-    for _, batch in batches.met[3:]:
+    for batch in (step.batch for step in recorder.steps[3:]):
         first, second = (sorted(batch.index[batch.targets["der/term"] == t].tolist()) for t in (1, 2))
         assert len(first) == len(second) == 5
         alike.append(first == second)
@@ -216,9 +202,9 @@ def test_a_teacher_is_a_frozen_network_in_evaluation_mode(name: str) -> None:
 
 
 def drawn_dreams(plugin: Plugin) -> list[set[bytes]]:
-    batches = Batches()
-    learn(testing.tiny(), plugin, batches)
-    return [{x.numpy().tobytes() for x in batch.x[batch.origin == 1]} for index, batch in batches.met if index == 1]
+    recorder = testing.Recorder()
+    learn(testing.tiny(), plugin, recorder)
+    return [{x.numpy().tobytes() for x in batch.x[batch.origin == 1]} for batch in recorder.batches(1)]
 
 
 def test_every_dream_has_a_chance() -> None:
