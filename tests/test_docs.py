@@ -358,7 +358,7 @@ def test_every_public_name_is_in_the_reference_with_its_signature_and_members():
     assert sorted([*found, "hookimpl"]) == sorted(clframe.__all__)
     sections = sections_of(page)
     assert "split_classes(\n    name: str,\n" in sections["clframe.split_classes"]
-    assert "- `name`: of the scenario." in sections["clframe.split_classes"]
+    assert "\n- `name`: " in sections["clframe.split_classes"]
     assert {"Run.ticks", "Run.rng", "Trained.predict", "Results.read"} <= set(sections)
     tools = sections_of(pages()["reference/tools.md"])
     for module, names in generate.TOOLS.items():
