@@ -215,7 +215,7 @@ def from_torchvision(input_shape: tuple[int, ...], variant: str, *, weights: boo
         DataError: if the weights cannot be downloaded, or their file is damaged.
 
     Options:
-        weights: of torchvision to start from: true for its default ones, or a name, such as IMAGENET1K_V1.
+        weights: torchvision weights to start from: true for the default ones, or a name, such as IMAGENET1K_V1.
     """
     from torchvision import models
 

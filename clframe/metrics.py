@@ -196,7 +196,8 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
         """Return the derivative of the NLL at b = 1 / T."""
         return float(((z * b).softmax(1) * finite).sum(1).sub(own).mean())
 
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    low = 1 / TEMPERATURES[1]
+    high = 1 / TEMPERATURES[0]
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if derivative(middle) < 0:

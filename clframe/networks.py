@@ -91,13 +91,13 @@ def check_backbone(network: nn.Module, input_shape: Sequence[int], device: torch
             "bring the images to a shape that it takes."
         ) from error
     if not isinstance(features, Tensor):
-        problem = f"gives a `{type(features).__name__}`, and must give a tensor [B, D]"
+        problem = f"returns a `{type(features).__name__}`, and must return a tensor [B, D]"
     elif features.dim() != 2 or len(features) != 2:
-        problem = f"gives {list(features.shape)} for 2 images, and must give [2, D]"
+        problem = f"returns {list(features.shape)} for 2 images, and must return [2, D]"
     elif features.shape[1] != network.width:
-        problem = f"gives {features.shape[1]} features of an image, and its `width` is {network.width}"
+        problem = f"returns {features.shape[1]} features of an image, and its `width` is {network.width}"
     elif not features.is_floating_point():
-        problem = f"gives {features.dtype}, and must give floating-point numbers"
+        problem = f"returns {features.dtype}, and must return floating-point numbers"
     elif lazy := [key for key, module in network.named_modules() if _is_unfinished(module)]:
         problem = f"does not use the lazy layer `{lazy[0]}`, so that its size is never known"
     elif features.requires_grad:

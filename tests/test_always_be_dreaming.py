@@ -218,8 +218,8 @@ def test_where_memory_ends_the_run_fails_and_says_what_needs_less(tiny, monkeypa
     with pytest.raises(RunError) as caught:
         learn(tiny(2, shape=(1, 8, 8)), AlwaysBeDreaming(**SHORT))
     assert str(caught.value) == (
-        "Out of memory on cpu while dreaming for experience 2 of 2: a smaller `always-be-dreaming.batch_size` needs "
-        "less."
+        "Out of memory on cpu while generating images for experience 2 of 2: a smaller "
+        "`always-be-dreaming.batch_size` needs less."
     )
 
 
@@ -242,20 +242,20 @@ def returning(tiny_arrays: Any) -> clframe.Scenario:
         (
             "mlp-100",
             (1, 8, 8),
-            "`always-be-dreaming` dreams from the running statistics of batch norms, and the backbone has none: choose "
-            "a model that has, such as cnn-small, resnet32 or resnet18.",
+            "`always-be-dreaming` generates images from the running statistics of batch norms, and the backbone has "
+            "none: choose a model with batch norms, such as cnn-small, resnet32 or resnet18.",
         ),
         (
             "mlp-100",
             (64,),
-            "`always-be-dreaming` dreams images [channels, height, width], and those of the scenario are [64]: choose "
-            "a scenario of images.",
+            "`always-be-dreaming` generates images [channels, height, width], and those of the scenario are [64]: "
+            "choose a scenario of images.",
         ),
         (
             "cnn-small",
             (1, 8, 6),
-            "`always-be-dreaming` makes images whose sides are divisible by 4, and those of the scenario are 8 x 6: "
-            "choose another scenario, or `deep-inversion`.",
+            "`always-be-dreaming` generates images whose sides are divisible by 4, and those of the scenario are 8 x "
+            "6: choose another scenario, or `deep-inversion`.",
         ),
         (
             "cnn-small",

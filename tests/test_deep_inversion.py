@@ -415,7 +415,8 @@ def test_where_memory_ends_the_run_fails_and_says_what_needs_less(
     with pytest.raises(RunError) as caught:
         learn(tiny(2, shape=(1, 8, 8)), DeepInversion(**SHORT))
     assert str(caught.value) == (
-        "Out of memory on cpu while dreaming for experience 2 of 2: a smaller `deep-inversion.batch_size` needs less."
+        "Out of memory on cpu while generating images for experience 2 of 2: a smaller "
+        "`deep-inversion.batch_size` needs less."
     )
 
 
@@ -431,8 +432,8 @@ class NoStatistics(nn.Module):
 
 
 NO_NORMS = (
-    "`deep-inversion` dreams from the running statistics of batch norms, and the backbone has none: choose a model "
-    "that has, such as cnn-small, resnet32 or resnet18."
+    "`deep-inversion` generates images from the running statistics of batch norms, and the backbone has none: choose "
+    "a model with batch norms, such as cnn-small, resnet32 or resnet18."
 )
 
 
@@ -444,8 +445,8 @@ NO_NORMS = (
         (
             "mlp-100",
             (64,),
-            "`deep-inversion` dreams images [channels, height, width], and those of the scenario are [64]: choose a "
-            "scenario of images.",
+            "`deep-inversion` generates images [channels, height, width], and those of the scenario are [64]: choose "
+            "a scenario of images.",
         ),
     ],
 )

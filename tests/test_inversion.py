@@ -466,7 +466,7 @@ def test_where_memory_ends_the_option_that_needs_less_is_named(error: Exception)
     with pytest.raises(RunError) as caught, explain_out_of_memory(run, "some.batch_size"):
         raise error
     assert str(caught.value) == (
-        "Out of memory on cpu while dreaming for experience 2 of 5: a smaller `some.batch_size` needs less."
+        "Out of memory on cpu while generating images for experience 2 of 5: a smaller `some.batch_size` needs less."
     )
 
 

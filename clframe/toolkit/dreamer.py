@@ -303,8 +303,8 @@ def generator_problems(run: Run, plugin: Plugin, alternative: str) -> Iterator[s
     seen: set[int] = set()
     if len(shape) == 3 and (shape[1] % 4 or shape[2] % 4):
         yield (
-            f"`{plugin.name}` makes images whose sides are divisible by 4, and those of the scenario are {shape[1]} x "
-            f"{shape[2]}: choose another scenario, or `{alternative}`."
+            f"`{plugin.name}` generates images whose sides are divisible by 4, and those of the scenario are "
+            f"{shape[1]} x {shape[2]}: choose another scenario, or `{alternative}`."
         )
     for i, classes in enumerate(run.scenario.classes):
         if seen.intersection(classes):
@@ -318,7 +318,7 @@ def generator_problems(run: Run, plugin: Plugin, alternative: str) -> Iterator[s
             yield (
                 f"`{plugin.name}` learns new classes among themselves, and experience {i + 1} of "
                 f"`{run.scenario.name}` has one class, `{name}`, for which that loss is always 0: give each experience "
-                "two classes at least, such as by fewer `scenario.experiences`, or choose another method."
+                "at least two classes, for example by fewer `scenario.experiences`, or choose another method."
             )
             return
         seen.update(classes)

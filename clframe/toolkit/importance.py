@@ -321,7 +321,8 @@ class _HalfSquares(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:
-        values, gradients = [], []
+        values = []
+        gradients = []
         with torch.autocast(tensors[0].device.type, enabled=False):
             for theta, anchor, precision in zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], strict=True):
                 away = theta - anchor

@@ -495,13 +495,13 @@ def dreaming_problems(run: Run, plugin: Plugin) -> Iterator[str]:
     shape = run.scenario.input_shape
     if len(shape) != 3:
         yield (
-            f"`{plugin.name}` dreams images [channels, height, width], and those of the scenario are {list(shape)}: "
+            f"`{plugin.name}` generates images [channels, height, width], and those of the scenario are {list(shape)}: "
             "choose a scenario of images."
         )
     elif not norms_of(run.model.backbone):
         yield (
-            f"`{plugin.name}` dreams from the running statistics of batch norms, and the backbone has none: choose a "
-            "model that has, such as cnn-small, resnet32 or resnet18."
+            f"`{plugin.name}` generates images from the running statistics of batch norms, and the backbone has none: "
+            "choose a model with batch norms, such as cnn-small, resnet32 or resnet18."
         )
 
 
@@ -515,5 +515,6 @@ def explain_out_of_memory(run: Run, option: str) -> Iterator[None]:
         if not full and not re.search("out of memory|allocate memory|enough memory", str(error)):  # of the CPU
             raise
         raise RunError(
-            f"Out of memory on {run.device} while dreaming for {run.progress_label}: a smaller `{option}` needs less."
+            f"Out of memory on {run.device} while generating images for {run.progress_label}: a smaller `{option}` "
+            "needs less."
         ) from error

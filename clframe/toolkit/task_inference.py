@@ -125,12 +125,10 @@ class TaskRehearsal(nn.Module):
         self, size: int, per_class: int | None, generator_options: GeneratorOptions | None, iterations: int
     ) -> None:
         super().__init__()
-        self.size, self.per_class, self.generator_options, self.iterations = (
-            size,
-            per_class,
-            generator_options,
-            iterations,
-        )
+        self.size = size
+        self.per_class = per_class
+        self.generator_options = generator_options
+        self.iterations = iterations
         self.memory: ImageData | None = None
         self.generators = nn.ModuleList()
 

@@ -148,7 +148,8 @@ class AttentionGate(Gated):
         Returns:
             pairs of a parameter and its shares, from 0 to 1, in the parameter's shape.
         """
-        weight, bias = self.layer.weight, self.layer.bias
+        weight = self.layer.weight
+        bias = self.layer.bias
         assert isinstance(weight, nn.Parameter)
         out = self.used.view(-1, *[1] * (weight.dim() - 1))
         groups = entering.view(-1, weight.shape[1])  # of a convolution in groups
