@@ -169,7 +169,7 @@ class Run:
         """Blocks of the head, by number, that have classes which no earlier experience had; none in domains."""
         return self.model.blocks_of(set(self.experience.classes).difference(self.previous_classes))
 
-    def labelled_columns(self, batch: Batch) -> Tensor | None:
+    def labeled_columns(self, batch: Batch) -> Tensor | None:
         """Old columns in which the labels of `batch` are to be learnt, [B, old classes] bool; None: there are none.
 
         They are those of earlier classes that come back with the experience under way, for rows whose label it has

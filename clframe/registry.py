@@ -52,9 +52,9 @@ class Offer:
 
     @property
     def description(self) -> str:
-        """The first paragraph of the docstring, read from the source; else the package's summary.
+        """Return the first paragraph of the docstring, read from the source; else the package's summary.
 
-        Of an object that a call builds, such as ``name = factory(..., description="...")``, that text stands in for
+        For an object that a call builds, such as ``name = factory(..., description="...")``, that text stands in for
         the docstring.
         """
         try:
@@ -63,9 +63,11 @@ class Offer:
             return self.summary
         kinds = (ast.ClassDef, ast.FunctionDef)
         for node in tree.body:
-            if isinstance(node, kinds) and node.name == self.entry.attr and (doc := ast.get_docstring(node)):
-                return " ".join(doc.split("\n\n")[0].split())
-            if (doc := _described_call(node, self.entry.attr)) is not None:
+            if isinstance(node, kinds) and node.name == self.entry.attr:
+                doc = ast.get_docstring(node)
+            else:
+                doc = _described_call(node, self.entry.attr)
+            if doc:
                 return " ".join(doc.split("\n\n")[0].split())
         return self.summary
 

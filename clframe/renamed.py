@@ -13,6 +13,7 @@ OF_RUNS = {  # attributes of `clframe.Run`
     "show": "log_images",
     "old_classes": "previous_classes",
     "n_seen": "n_seen_classes",
+    "labelled_columns": "labeled_columns",
 }
 OF_VALUES = {"colour": "color", "grey": "gray"}  # words that an option may be set to
 OF_MODES = ("split-folder", "split-table", "huggingface")  # scenarios whose option `mode` had them

@@ -122,7 +122,7 @@ class ICaRL(Plugin):
         if self.teacher is not None:
             with torch.no_grad():
                 old = self.teacher(batch.x, batch.task).logits[:, : len(run.previous_classes)]
-        hard = run.labelled_columns(batch)
+        hard = run.labeled_columns(batch)
         return batch.mean(incremental_bce(outputs.logits, batch.y, old, self.temperature, hard))
 
     @hookimpl

@@ -142,7 +142,7 @@ class LwF(Plugin):
         """Return the loss of LwF.MC, or the cross-entropy with its share of a balanced sum; None in other forms."""
         if self.form == "mc":
             old = None if self.teacher is None else self._old_logits(batch)[:, : len(run.previous_classes)]
-            return batch.mean(incremental_bce(outputs.logits, batch.y, old, hard=run.labelled_columns(batch)))
+            return batch.mean(incremental_bce(outputs.logits, batch.y, old, hard=run.labeled_columns(batch)))
         if self.balance:
             logits = masked(outputs.logits, run.mask(batch.task))
             losses = functional.cross_entropy(logits, batch.y, reduction="none")

@@ -111,7 +111,9 @@ class Row:
     __slots__ = ("column", "number", "split")
 
     def __init__(self, column: Any, number: int, split: str) -> None:
-        self.column, self.number, self.split = column, number, split
+        self.column = column
+        self.number = number
+        self.split = split
 
     def __str__(self) -> str:
         return f"row {self.number} of `{self.split}`"

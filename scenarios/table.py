@@ -242,7 +242,9 @@ class _Rows:
     """
 
     def __init__(self, path: Path, rows: Sequence[Mapping[str, str]], names: Mapping[str, str | None]) -> None:
-        self.path, self.rows, self.names = path, rows, names
+        self.path = path
+        self.rows = rows
+        self.names = names
         self.columns = list(rows[0])
         if lacking := [m for m in COLUMNS if not self.has(m) and (m in REQUIRED or names[m] is not None)]:
             raise self.lacking(lacking)

@@ -278,7 +278,7 @@ def test_old_columns_whose_labels_are_learned_by_hand() -> None:
         def before_experience(self, run: Run) -> None:
             y, origin = torch.tensor([1, 4, 0, 1]), torch.tensor([0, 0, 0, 2])
             rows = Batch(torch.zeros(4, 1), y, y, y, torch.ones(4), origin)
-            columns = run.labelled_columns(rows)
+            columns = run.labeled_columns(rows)
             found.append(None if columns is None else columns.int().tolist())
 
     run(stream("class", [[0, 1], [2, 3], [1, 4]]), Net(), [Asks()], train={"iterations": 1}, run=QUIET)

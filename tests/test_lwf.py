@@ -465,7 +465,7 @@ def one_batch(lwf: Any, z: Tensor, q: Tensor, y: list[int], weight: list[float])
         experience=experience,
         previous_classes=[0, 1],
         old_heads=[(0, 1)],
-        labelled_columns=lambda batch: None,
+        labeled_columns=lambda batch: None,
     )
     return run, batch, Outputs(z, z, [2, 4])
 

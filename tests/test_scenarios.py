@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from clframe import registry
 from clframe.data.build import Arrays
 from clframe.data.transform import Transform
 from clframe.errors import DataError, UsageError
@@ -63,6 +64,13 @@ def named(build):
 
 
 # All builders
+
+
+@pytest.mark.parametrize(
+    "offer", [o for o in registry.offers("scenario") if o.package == "clframe"], ids=lambda o: o.name
+)
+def test_the_description_that_is_read_from_the_source_is_that_of_the_docstring(offer):
+    assert offer.description == " ".join(offer.load().__doc__.partition("\n\n")[0].split())
 
 
 @pytest.mark.parametrize("build", BUILDERS, ids=named)

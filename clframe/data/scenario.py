@@ -166,7 +166,8 @@ class Scenario:
 
         At least one image of every class is left for training.
         """
-        self.val_share, self._val_seed = share, seed
+        self.val_share = share
+        self._val_seed = seed
 
     def described(self, index: int | None = None) -> Scenario:
         """Return this scenario as plugins and a loaded model receive it: reading any images raises `UsageError`.

@@ -1,4 +1,4 @@
-"""What a stream asks of a run: classes that come back, tasks that share classes, experiences of one class."""
+"""Rules on the classes of a stream: the least number of a scenario, and classes that return."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def incremental_bce(
         teacher: logits q [B, C_old] of the old classes, which are the first columns; None: there are none yet.
         temperature: T > 0, 1 in the paper; the student's logits are not divided by it.
         hard: [B, C_old] bool: old columns whose target is 1 for the label and 0 otherwise, like those of a new class;
-            None: none. See `clframe.context.Run.labelled_columns`.
+            None: none. See `clframe.context.Run.labeled_columns`.
     """
     targets = functional.one_hot(y, logits.shape[1]).to(logits.dtype)
     if teacher is not None:
