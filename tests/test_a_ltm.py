@@ -275,9 +275,9 @@ def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("lambda_", -1.0, "`a-ltm.lambda` is -1.0: it should be greater than or equal to 0"),
-        ("loss", "kd", "`a-ltm.loss` is 'kd': it should be 'cross-entropy' or 'l2'"),
-        ("on", "old", "`a-ltm.on` is 'old': it should be 'new', 'replay' or 'all'"),
+        ("lambda_", -1.0, "`a-ltm.lambda` is -1.0"),
+        ("loss", "kd", "`a-ltm.loss` is 'kd'.*'cross-entropy' or 'l2'"),
+        ("on", "old", "`a-ltm.on` is 'old'.*'new', 'replay' or 'all'"),
     ],
 )
 def test_wrong_options_are_refused(option: str, value: Any, sentence: str) -> None:

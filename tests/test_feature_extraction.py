@@ -258,5 +258,5 @@ def test_what_is_about_new_heads_is_refused_in_domains(tiny, option: str, value:
         f"`feature-extraction.{option}` trains the head of new classes, and in the domain setting no experience "
         "brings any: leave it out, or choose another `--setting`.",
     )
-    with pytest.raises(UsageError, match=r"`feature-extraction.hidden` is 0: it should be greater than"):
+    with pytest.raises(UsageError, match=r"`feature-extraction\.hidden` is 0"):
         FeatureExtraction(hidden=0)

@@ -12,46 +12,25 @@ import clframe
 from clframe import Plugin, hookimpl
 from clframe.errors import UsageError
 from clframe.plugins.joint import Joint
+from clframe.testing import Recorder, differing
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.0}
 
 
-class Seeing(Plugin):
-    """Keeps what a run was made of."""
-
-    name = "seeing"
-    observer = True
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.indices: list[Tensor] = []
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        self.run = run
-        self.steps.append(0)
-
-    @hookimpl
-    def after_step(self, run, batch):
-        self.steps[-1] += 1
-        self.indices.append(batch.index)
-
-
 def test_joint_training_of_one_experience_is_plain_training(tiny):
-    plain, joint = Seeing(), Seeing()
+    plain, joint = Recorder(), Recorder()
     a = clframe.run(tiny(experiences=1), "mlp-100", [plain], train=TRAIN)
     b = clframe.run(tiny(experiences=1), "mlp-100", ["joint", joint], train=TRAIN)
     assert a.accuracy == b.accuracy
-    state = joint.run.model.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in plain.run.model.state_dict().items())
+    assert differing(plain.evaluated[-1], joint.evaluated[-1]) == []
 
 
 @pytest.mark.parametrize(("train", "steps"), [({"epochs": 2}, 18), ({"epochs": None, "iterations": 5}, 15)])
 def test_joint_trains_once_with_the_iterations_of_all_experiences(tiny, train: dict[str, Any], steps: int):
-    seeing = Seeing()
-    results = clframe.run(tiny(), "mlp-100", ["joint", seeing], train={**TRAIN, **train})
-    assert seeing.steps == [0, 0, steps]
-    assert set(torch.cat(seeing.indices).tolist()) <= set(range(72))
+    recorder = Recorder()
+    results = clframe.run(tiny(), "mlp-100", ["joint", recorder], train={**TRAIN, **train})
+    assert recorder.phase_steps() == [(2, "train", steps)]
+    assert {int(i) for batch in recorder.batches(2) for i in batch.index} <= set(range(72))
     rows = results.accuracy["class"]
     assert rows[:2] == [[None] * 3] * 2
     assert None not in rows[2]
@@ -72,11 +51,11 @@ def test_cumulative_joint_trains_after_each_experience_on_all_so_far(tiny, resta
             if run.step == 0:
                 starts.append({k: v.clone() for k, v in run.model.state_dict().items()})
 
-    seeing = Seeing()
+    recorder = Recorder()
     options = {"joint": {"form": "cumulative", "restart": restart}}
-    results = clframe.run(tiny(), "mlp-100", [options, Starts(), seeing], train=TRAIN)
-    assert seeing.steps == [3, 6, 9]
-    assert len(torch.cat(seeing.indices[-9:]).unique()) == 72
+    results = clframe.run(tiny(), "mlp-100", [options, Starts(), recorder], train=TRAIN)
+    assert [len(recorder.batches(i)) for i in range(3)] == [3, 6, 9]
+    assert len({int(i) for batch in recorder.batches(2) for i in batch.index}) == 72
     assert all(torch.equal(starts[0][k], starts[2][k]) == restart for k in starts[0])
     assert [row.count(None) for row in results.accuracy["class"]] == [2, 1, 0]
 
@@ -98,6 +77,6 @@ def test_joint_refuses_a_method_beside_it(tiny):
 )
 @pytest.mark.parametrize("form", ["once", "cumulative"])
 def test_joint_takes_the_steps_of_the_first_experience_too(tiny, form: str, train: dict[str, Any], steps: int):
-    seeing = Seeing()
-    clframe.run(tiny(), "mlp-100", [Joint(form=form), seeing], train={**TRAIN, **train})
-    assert seeing.steps[-1] == steps
+    recorder = Recorder()
+    clframe.run(tiny(), "mlp-100", [Joint(form=form), recorder], train={**TRAIN, **train})
+    assert len(recorder.batches(2)) == steps

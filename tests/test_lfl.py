@@ -13,6 +13,7 @@ import clframe
 from clframe import Batch, IncrementalNet, Plugin, hookimpl, snapshot
 from clframe.errors import UsageError
 from clframe.plugins.lfl import LFL
+from clframe.testing import Recorder, differing, state_copy
 
 ADAM = {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True}
 
@@ -34,52 +35,32 @@ class Named(nn.Module):
         return self.classifier(self.norm(self.first(x.flatten(1))).relu())
 
 
-class Witness(Plugin):
-    """Keeps the network before and after each experience, and terms, modes and statistics of each step."""
-
-    name = "witness"
-    observer = True
+class Witness(Recorder):
+    """Also keeps terms, modes and statistics of each step, and compares the teacher."""
 
     def __init__(self, lfl: LFL | None = None) -> None:
+        super().__init__()
         self.lfl = lfl
-        self.before: list[dict[str, Tensor]] = []
-        self.after: list[dict[str, Tensor]] = []
-        self.terms: list[tuple[int, str, float | None]] = []
         self.modes: set[bool] = set()
         self.teachers: list[dict[str, Tensor]] = []
         self.statistics: list[Tensor] = []
 
     @hookimpl
-    def before_run(self, run):
-        self.model = run.model
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        self.before.append({name: value.clone() for name, value in run.model.state_dict().items()})
+    def before_experience(self, run):
+        super().before_experience(run)
         if self.lfl and self.lfl.teacher is not None:
-            self.teachers.append({name: value.clone() for name, value in self.lfl.teacher.state_dict().items()})
+            self.teachers.append(state_copy(self.lfl.teacher))
             assert not any(module.training for module in self.lfl.teacher.modules())
             assert not any(p.requires_grad for p in self.lfl.teacher.parameters())
 
     @hookimpl
     def after_step(self, run, batch):
-        term = run.losses.get("lfl")
-        self.terms.append((run.experience.index, run.phase.name, None if term is None else term.item()))
+        super().after_step(run, batch)
         self.modes.update(module.training for module in run.model.backbone.modules())
         if "backbone.norm.running_mean" in run.model.state_dict():
             self.statistics.append(run.model.backbone.norm.running_mean.clone())
         if self.teachers:
-            now = self.lfl.teacher.state_dict()
-            assert all(torch.equal(value, now[name]) for name, value in self.teachers[-1].items())
-
-    @hookimpl
-    def after_experience(self, run, experience):
-        self.after.append({name: value.clone() for name, value in run.model.state_dict().items()})
-
-    def changed(self, index: int) -> set[str]:
-        """What of the network the experience changed."""
-        before, after = self.before[index], self.after[index]
-        return {name for name, value in after.items() if not torch.equal(value, before[name])}
+            assert differing(self.lfl.teacher.state_dict(), self.teachers[-1]) == []
 
 
 def learn(scenario: Any, *plugins: Plugin, model: Any = None, **train: Any) -> clframe.Results:
@@ -140,16 +121,16 @@ def test_in_a_run_the_term_is_that_of_the_last_experiences_network(tiny):
 
     witness = Witness(lfl=lfl)
     learn(tiny(setting="task"), lfl, Computing(), witness, model="mlp-100", epochs=2, lr=0.01)
-    found = [(i, value) for i, _, value in witness.terms]
-    assert found[:6] == [(0, None)] * 6
-    values = [value for _, value in found[6:]]
+    found = witness.losses("lfl")
+    assert found[:6] == [None] * 6
+    assert len(witness.batches(0)) == 6
+    values = found[6:]
     assert values == pytest.approx(expected, rel=1e-5)
     assert values[0] == values[6] == 0  # the first steps of the second and the third experience
     assert min(values[1:6] + values[7:]) > 0
     assert len(witness.teachers) == 2
     for after, teacher in zip(witness.after, witness.teachers, strict=False):
-        assert after.keys() == teacher.keys()
-        assert all(torch.equal(after[name], value) for name, value in teacher.items())
+        assert differing(after, teacher) == []
 
 
 @pytest.mark.parametrize("setting", ["domain", "task", "class"])
@@ -212,9 +193,9 @@ def test_a_strong_pull_is_feature_extraction(tiny):
 def test_while_the_features_cannot_move_there_is_no_pull(tiny):
     witness = Witness()
     learn(tiny(setting="task"), LFL(warm_up=0.5), witness)
-    assert [(i, phase) for i, phase, term in witness.terms if term is None] == [(0, "train")] * 6 + [
-        (i, "warm-up") for i in (1, 2) for _ in range(3)
-    ]
+    assert [(step.experience, step.phase) for step in witness.steps if "lfl" not in step.losses] == [
+        (0, "train")
+    ] * 6 + [(i, "warm-up") for i in (1, 2) for _ in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -238,11 +219,11 @@ def test_a_form_that_is_named_is_the_one_that_the_setting_means(tiny, form: str,
     named, meant = Witness(), Witness()
     learn(tiny(setting=setting), LFL(form=form), named)
     learn(tiny(setting=setting), LFL(), meant)
-    assert all(torch.equal(value, meant.after[2][name]) for name, value in named.after[2].items())
+    assert differing(named.after[2], meant.after[2]) == []
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(UsageError, match=r"`lfl.lambda` is -1.0: it should be greater than or equal to 0"):
+    with pytest.raises(UsageError, match=r"`lfl.lambda` is -1.0"):
         LFL(lambda_=-1.0)
-    with pytest.raises(UsageError, match=r"`lfl.form` is 'both': it should be 'paper' or 'multi-head'"):
+    with pytest.raises(UsageError, match=r"`lfl.form` is 'both'.*'paper' or 'multi-head'"):
         LFL(form="both")

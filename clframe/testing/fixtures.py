@@ -156,6 +156,7 @@ class Recorder(Plugin):
         before: the network's parameters and buffers as each experience began, after the head had grown.
         after: the same at its end, before the evaluation; plugins that stand after the recorder may still change them.
         evaluated: the same after the evaluation.
+        phase_ends: the same after the last step of each phase, by the index of the experience and the phase's name.
         records: all records that listeners get.
     """
 
@@ -167,6 +168,7 @@ class Recorder(Plugin):
         self.before: list[dict[str, Tensor]] = []
         self.after: list[dict[str, Tensor]] = []
         self.evaluated: list[dict[str, Tensor]] = []
+        self.phase_ends: dict[tuple[int, str], dict[str, Tensor]] = {}
         self.records: list[Event] = []
 
     @hookimpl
@@ -183,8 +185,10 @@ class Recorder(Plugin):
 
     @hookimpl
     def after_step(self, run: Run, batch: Batch) -> None:
-        """Keep the step's loss terms and batch."""
+        """Keep the step's loss terms and batch; copy the network's state at the end of a phase."""
         self.steps.append(Step(run.experience.index, run.phase.name, dict(run.losses), batch))
+        if run.step + 1 == run.steps_in_phase:
+            self.phase_ends[run.experience.index, run.phase.name] = state_copy(run.model)
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
@@ -199,6 +203,16 @@ class Recorder(Plugin):
     def changed(self, index: int) -> set[str]:
         """Return the names of the parameters and buffers that experience `index` changed or added."""
         return set(differing(self.before[index], self.after[index]))
+
+    def changed_in_phase(self, index: int, name: str) -> set[str]:
+        """Return the names of the parameters and buffers that the phase `name` of experience `index` changed."""
+        before = self.before[index]
+        for (experience, phase), end in self.phase_ends.items():
+            if (experience, phase) == (index, name):
+                return set(differing(before, end))
+            if experience == index:
+                before = end
+        raise KeyError(f"experience {index} has no phase `{name}`")
 
     def losses(self, term: str) -> list[float | None]:
         """Return the values of a loss term, one for each step; None where a step did not have the term."""
