@@ -66,7 +66,7 @@ class Live:
             self.screen.stop()
 
     def __call__(self, record: Event) -> None:
-        """Show one record of the run, at once or with the next drawing."""
+        """Show one record of the run, at once or when the table is drawn next."""
         kind = record["kind"]
         if handle := getattr(self, f"_{kind}", None):
             handle(record)
@@ -78,22 +78,29 @@ class Live:
     # ----------------------------------------------------------------------------------------- records
 
     def _start(self, record: Event) -> None:
-        self.scenario, self.n = record["scenario"], record["n_experiences"]
+        self.scenario = record["scenario"]
+        self.n = record["n_experiences"]
         self.rows = {reading: dict(enumerate(rows)) for reading, rows in record["accuracy"].items()}
         self.held_out = {reading: rows[-1] for reading, rows in record.get("validation", {}).items() if rows}
 
     def _experience(self, record: Event) -> None:
-        self.index, self.classes = record["index"], _list_classes(record["classes"], record["class_names"])
+        self.index = record["index"]
+        self.classes = _list_classes(record["classes"], record["class_names"])
         self.began = time.monotonic()
-        self.step, self.tick, self.within = None, None, {}
+        self.step = None
+        self.tick = None
+        self.within = {}
         self._plain(f"{self._place()}: {self.classes}")
 
     def _phase(self, record: Event) -> None:
-        self.phase, self.phase_began = record["name"], time.monotonic()
-        self.step, self.tick = None, None
+        self.phase = record["name"]
+        self.phase_began = time.monotonic()
+        self.step = None
+        self.tick = None
 
     def _progress(self, record: Event) -> None:
-        self.step, self.tick = record, None
+        self.step = record
+        self.tick = None
 
     def _tick(self, record: Event) -> None:
         self.tick = record
@@ -116,7 +123,8 @@ class Live:
             self._plain(f"{self._place()}, {HELD_OUT}: {rows}")
             return
         self.took = time.monotonic() - self.began
-        self.tick, self.within = None, {}
+        self.tick = None
+        self.within = {}
         for reading, row in record["rows"].items():
             self.rows.setdefault(reading, {})[record["experience"]] = row
         self._plain(f"{self._place()} learned in {_format_duration(self.took)}: {rows}")

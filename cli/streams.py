@@ -71,7 +71,8 @@ def guard_streams() -> Iterator[Watched]:
         os.close(descriptor)
     before = sys.stdout, sys.stderr
     null = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    out, messages = sys.stdout or null, sys.stderr or null
+    out = sys.stdout or null
+    messages = sys.stderr or null
     if hasattr(out, "reconfigure") and out.errors == "strict":
         out.reconfigure(errors="backslashreplace")
     watched = Watched(out, forgiven=False)

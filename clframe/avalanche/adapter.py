@@ -82,7 +82,8 @@ class AvalancheModel(IncrementalNet):
             )
         self.head = nn.ModuleList(last)  # registered first, so that its parameters have the names of a head
         self.add_module("backbone", module)
-        self.grown, self.selected = 0, None
+        self.grown = 0
+        self.selected = None
         self.order = None if torch.equal(order, torch.arange(last[0].out_features)) else order
 
     @property
@@ -114,7 +115,8 @@ class _Adapted:
 
     def __init__(self, plugin: Plugin, scenario: Scenario) -> None:
         super().__init__()
-        self.plugin, self.scenario = plugin, scenario
+        self.plugin = plugin
+        self.scenario = scenario
         self.hook = compose.callers(compose.manager([plugin]))
         self.label = {number: label for label, number in enumerate(scenario.class_order)}
         self.seen: list[Tensor] = []  # input of the last layer in the latest forward pass

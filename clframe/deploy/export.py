@@ -77,7 +77,7 @@ class Deployed(nn.Module):
         self.register_buffer("shift", shift)
         self.register_buffer("allowed", trained.allowed.clone())
         self.divides = not transform.mean
-        self.tells = bool(getattr(self.predictor, "uses_task", True))
+        self.passes_task = bool(getattr(self.predictor, "uses_task", True))
         if task is not None:
             for net in self.modules():
                 if isinstance(net, IncrementalNet) and net.selected is not None:
@@ -91,7 +91,7 @@ class Deployed(nn.Module):
             task = torch.full(
                 images.shape[:1], self.fixed, device=images.device
             )  # `len` would become a constant of the graph
-        scores: Tensor = self.predictor(x, task if self.tells else None)
+        scores: Tensor = self.predictor(x, task if self.passes_task else None)
         return scores if task is None else masked(scores, self.allowed[:, : scores.shape[1]][task])
 
 
@@ -150,7 +150,8 @@ def build_module(trained: Trained, task: int | None, kind: str) -> Deployed:
     module = Deployed(trained, task)
     if by_task and task is not None:  # the path of the task is selected, so that none is inferred
         net = next(m for m in module.modules() if isinstance(m, IncrementalNet) and m.selected is not None)
-        module.predictor, module.tells = ModelPredictor(net).eval(), False
+        module.predictor = ModelPredictor(net).eval()
+        module.passes_task = False
         for part in list(net.modules()):
             _apply_mask(part)
     return module

@@ -150,7 +150,8 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
     The checkpoint before it is kept. Raises `RunError` if the disk is full or cannot be written; older ones stay.
     """
     number = max((int(p.name) for p in _list_checkpoints(folder)), default=0) + 1
-    target, beside = folder / f"{number:06d}", folder / f".{number:06d}"
+    target = folder / f"{number:06d}"
+    beside = folder / f".{number:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if beside.is_symlink():

@@ -60,7 +60,7 @@ class Base:
 
     @property
     def known(self) -> dict[str, Any]:
-        """Return what an extension needs to know of this run, as `base.json` holds it."""
+        """Return the description of this run for an extension, as `base.json` holds it."""
         return {**self.described, "temperature": dict(self.temperature)}
 
     @property
@@ -164,7 +164,8 @@ def read_old_images(
             "class that its images are of." + did_you_mean(strangers[0], learned)
         )
     look = scenario.transform.look or image_format_of(scenario.input_shape)
-    read, labels = [], []
+    read = []
+    labels = []
     for path in found:
         files = image_files([path], left)
         read += [read_image(file, look, scenario.transform.scale) for file in files]

@@ -399,7 +399,7 @@ def compare_environments(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
 
 @cache
 def _find_version(package: str) -> str:
-    """Return the version of an installed package; reading it takes milliseconds, and a study asks in each run."""
+    """Return the version of an installed package; cached, as reading it takes milliseconds in each run."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -159,7 +159,7 @@ def _measure_calibration(
             return {}
         rows.append(_mask_others(given, choices))
     found = metrics.calibration(torch.cat(rows), torch.cat(list(labels)))
-    # a predictor may rule a true class out, whose NLL is infinite: no number that JSON knows
+    # a predictor may rule out the true class; its NLL is then infinite, which JSON cannot hold
     return {
         name: m if m.value is None or math.isfinite(m.value) else replace(m, value=None) for name, m in found.items()
     }
@@ -209,7 +209,7 @@ def list_experiences(scenario: Scenario) -> dict[str, Any]:
 
 
 def _describe_scenario(scenario: Scenario, run: Run) -> dict[str, Any]:
-    """Return what `load` needs to know of the scenario."""
+    """Return the description of the scenario in model.json, from which `restore_scenario` builds it."""
     return {
         "name": scenario.name,
         "setting": scenario.setting,
@@ -226,7 +226,7 @@ def restore_scenario(described: Mapping[str, Any]) -> Scenario:
     """Return the scenario that `model.json` describes, without images. Raises `ValueError` if it describes none."""
     try:
         return _restore(described)
-    except UsageError as error:  # it speaks to the user; what reads a file names the file
+    except UsageError as error:  # the sentence is for user input; the caller names the file
         raise ValueError(str(error)) from error
 
 

@@ -204,7 +204,8 @@ def read_results(folder: Path) -> Results:
         if not (folder / RESULTS_FILE).is_file():
             raise DataError(f"there is no {RESULTS_FILE}")
         sums.check(folder, RESULTS_FILE, "timings.json")
-        data, timings = read_json(folder / RESULTS_FILE), read_json(folder / "timings.json")
+        data = read_json(folder / RESULTS_FILE)
+        timings = read_json(folder / "timings.json")
     except DataError as error:
         raise DataError(f"{folder} holds no results of a finished run that can be read ({error}).") from error
     check_format(data, folder / RESULTS_FILE)
