@@ -67,7 +67,7 @@ NAVIGATION = [
     "reference/scenarios.md",
     "reference/measures.md",
     "reference/run-folder.md",
-    "reference/records.md",
+    "reference/events.md",
     "reference/checkpoint-format.md",
     "reference/compatibility.md",
     "reference/figures.md",
@@ -331,6 +331,17 @@ def measures(_: str) -> str:
     return "\n".join(table(["measure", "formula", "source"], rows))
 
 
+def events(_: str) -> str:
+    """Return a section for each class of events of a run: its kind, its fields, what they mean."""
+    from clframe.events import EVENTS
+
+    lines = []
+    for kind, cls in EVENTS.items():
+        lines += [f"## `{cls.__name__}`", "", f"Kind: {code(kind)}.", ""]
+        lines += [*definition(cls.__name__, cls), *markdown(inspect.getdoc(cls) or ""), ""]
+    return "\n".join(lines)
+
+
 def commands(_: str) -> str:
     """Return a section for each command with its arguments and options, as the command line has them."""
     lines = []
@@ -559,6 +570,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         backbones,
         settings,
         measures,
+        events,
         commands,
         api,
         tools,

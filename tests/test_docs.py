@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +20,7 @@ import clframe
 from clframe import Plugin, compose, contract, registry
 from clframe.cli.main import app, main
 from clframe.config import resolve
+from clframe.events import EVENTS
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import options_of
 from clframe.options import sections_of as sections_of_docstring
@@ -381,12 +383,13 @@ def test_a_generated_part_is_written_once_and_only_between_its_comments():
     assert generate.written(once) == page
 
 
-def test_every_kind_of_record_is_documented():
-    page = pages()["reference/records.md"]
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "clframe").rglob("*.py")]
-    kinds = {kind for text in sources for kind in re.findall(r"\bemit\(\s*\"(\w+)\"", text)}
-    for kind in kinds:
-        assert f"\n| `{kind}` | " in page
+def test_every_class_of_events_is_documented_with_its_kind_and_fields():
+    sections = sections_of(pages()["reference/events.md"])
+    for kind, cls in EVENTS.items():
+        section = sections[cls.__name__]
+        assert f"\nKind: `{kind}`.\n" in section
+        for field in dataclasses.fields(cls):
+            assert re.search(rf"\b{field.name}: ", section), f"{kind}: {field.name}"
 
 
 def test_every_file_of_a_run_folder_is_documented(tmp_path):
