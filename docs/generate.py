@@ -338,7 +338,11 @@ def events(_: str) -> str:
     lines = []
     for kind, cls in EVENTS.items():
         lines += [f"## `{cls.__name__}`", "", f"Kind: {code(kind)}.", ""]
-        lines += [*definition(cls.__name__, cls), *markdown(inspect.getdoc(cls) or ""), ""]
+        lines += [
+            *definition(cls.__name__, cls),
+            *markdown(inspect.getdoc(cls) or ""),
+            "",
+        ]
     return "\n".join(lines)
 
 
