@@ -237,53 +237,28 @@ def returning(tiny_arrays: Any) -> clframe.Scenario:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "sentence"),
+    ("model", "shape", "words"),
     [
-        (
-            "mlp-100",
-            (1, 8, 8),
-            "`always-be-dreaming` generates images from the running statistics of batch norms, and the backbone has "
-            "none: choose a model with batch norms, such as cnn-small, resnet32 or resnet18.",
-        ),
-        (
-            "mlp-100",
-            (64,),
-            "`always-be-dreaming` generates images [channels, height, width], and those of the scenario are [64]: "
-            "choose a scenario of images.",
-        ),
-        (
-            "cnn-small",
-            (1, 8, 6),
-            "`always-be-dreaming` generates images whose sides are divisible by 4, and those of the scenario are 8 x "
-            "6: choose another scenario, or `deep-inversion`.",
-        ),
-        (
-            "cnn-small",
-            None,
-            "`always-be-dreaming` learns new classes among themselves, and experience 2 of `returning` brings old ones "
-            "back: choose a scenario whose experiences share no class.",
-        ),
+        ("mlp-100", (1, 8, 8), ("batch norm", "cnn-small")),
+        ("mlp-100", (64,), ("[channels, height, width]", "[64]")),
+        ("cnn-small", (1, 8, 6), ("divisible by 4", "8 x 6", "`deep-inversion`")),
+        ("cnn-small", None, ("experience 2 of `returning`",)),
     ],
 )
 def test_the_refusal_is_one_sentence_and_comes_before_training(
-    model: str, shape: tuple[int, ...] | None, sentence: str, tiny, tiny_arrays
+    model: str, shape: tuple[int, ...] | None, words: tuple[str, ...], tiny, tiny_arrays
 ) -> None:
     recorder = Recorder()
     with pytest.raises(UsageError) as caught:
         learn(tiny(shape=shape) if shape else returning(tiny_arrays), AlwaysBeDreaming(**SHORT), recorder, model=model)
-    assert caught.value.problems == (sentence,)
+    (problem,) = caught.value.problems
+    assert all(word in problem for word in ("`always-be-dreaming`", *words))
     assert recorder.steps == []
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "sentence"),
-    [
-        ("iterations", 0, "`always-be-dreaming.iterations` is 0: it should be greater than or equal to 1."),
-        ("temperature", 0.0, "`always-be-dreaming.temperature` is 0.0: it should be greater than 0."),
-        ("mu", -1.0, "`always-be-dreaming.mu` is -1.0: it should be greater than or equal to 0."),
-    ],
-)
-def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
+@pytest.mark.parametrize(("option", "value"), [("iterations", 0), ("temperature", 0.0), ("mu", -1.0)])
+def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float) -> None:
     with pytest.raises(UsageError) as caught:
         AlwaysBeDreaming(**{option: value})
-    assert caught.value.problems == (sentence,)
+    (problem,) = caught.value.problems
+    assert f"`always-be-dreaming.{option}` is {value}" in problem

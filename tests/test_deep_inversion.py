@@ -431,32 +431,22 @@ class NoStatistics(nn.Module):
         return self.norm(self.conv(x)).mean((2, 3))
 
 
-NO_NORMS = (
-    "`deep-inversion` generates images from the running statistics of batch norms, and the backbone has none: choose "
-    "a model with batch norms, such as cnn-small, resnet32 or resnet18."
-)
-
-
 @pytest.mark.parametrize(
-    ("model", "shape", "sentence"),
+    ("model", "shape", "words"),
     [
-        ("mlp-100", (1, 8, 8), NO_NORMS),
-        (NoStatistics(), (1, 8, 8), NO_NORMS),
-        (
-            "mlp-100",
-            (64,),
-            "`deep-inversion` generates images [channels, height, width], and those of the scenario are [64]: choose "
-            "a scenario of images.",
-        ),
+        ("mlp-100", (1, 8, 8), ("batch norm", "cnn-small")),
+        (NoStatistics(), (1, 8, 8), ("batch norm", "cnn-small")),
+        ("mlp-100", (64,), ("[channels, height, width]", "[64]")),
     ],
 )
 def test_the_refusal_is_one_sentence_and_comes_before_training(
-    model: Any, shape: tuple[int, ...], sentence: str, tiny
+    model: Any, shape: tuple[int, ...], words: tuple[str, ...], tiny
 ) -> None:
     recorder = Recorder()
     with pytest.raises(UsageError) as caught:
         learn(tiny(shape=shape), DeepInversion(), recorder, model=model)
-    assert caught.value.problems == (sentence,)
+    (problem,) = caught.value.problems
+    assert all(word in problem for word in ("`deep-inversion`", *words))
     assert recorder.steps == []
 
 
@@ -465,23 +455,15 @@ def test_other_logits_are_refused(logits: str, tiny) -> None:
     """Dreams are of old classes, whose loss over the current ones would be infinite."""
     with pytest.raises(UsageError) as caught:
         learn(tiny(shape=(1, 8, 8)), DeepInversion(), logits=logits)
-    assert caught.value.problems == (
-        f"`deep-inversion` is made for `train.logits=seen`, but `train.logits` is {logits}: leave that out, or choose "
-        "another form.",
-    )
+    (problem,) = caught.value.problems
+    assert all(word in problem for word in ("`deep-inversion`", "`train.logits=seen`", f"is {logits}"))
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "sentence"),
-    [
-        ("per_class", 0, "`deep-inversion.per_class` is 0: it should be greater than or equal to 1."),
-        ("lr", 0.0, "`deep-inversion.lr` is 0.0: it should be greater than 0."),
-        ("feature", -1.0, "`deep-inversion.feature` is -1.0: it should be greater than or equal to 0."),
-        ("rounds", 1, "`deep-inversion.rounds` is 1: it should be greater than or equal to 2."),
-        ("temperature", 0.0, "`deep-inversion.temperature` is 0.0: it should be greater than 0."),
-    ],
+    ("option", "value"), [("per_class", 0), ("lr", 0.0), ("feature", -1.0), ("rounds", 1), ("temperature", 0.0)]
 )
-def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
+def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float) -> None:
     with pytest.raises(UsageError) as caught:
         DeepInversion(**{option: value})
-    assert caught.value.problems == (sentence,)
+    (problem,) = caught.value.problems
+    assert f"`deep-inversion.{option}` is {value}" in problem

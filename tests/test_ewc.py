@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin
+from clframe import Plugin, testing
 from clframe.context import Run
 from clframe.data.scenario import Experience
 from clframe.errors import Interrupted, UsageError
@@ -251,7 +251,7 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(form: str) -> None:
         plugins=[ewc],
         train=QUICK | {"clip": 0.0, "epochs": 20},
         run={"output": None, "tensorboard": False},
-        listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
+        listeners=[testing.message_listener(told)],
     )
     assert 0.05 * 1e6 * max(f.max().item() for f in ewc.penalties.precision.values()) > 100  # far above the bound of 2
     assert told == []

@@ -254,9 +254,7 @@ def test_its_warm_up_is_a_phase_of_the_new_head(tiny):
 def test_what_is_about_new_heads_is_refused_in_domains(tiny, option: str, value: float):
     with pytest.raises(UsageError) as caught:
         learn(tiny(setting="domain"), FeatureExtraction(**{option: value}))
-    assert caught.value.problems == (
-        f"`feature-extraction.{option}` trains the head of new classes, and in the domain setting no experience "
-        "brings any: leave it out, or choose another `--setting`.",
-    )
+    (problem,) = caught.value.problems
+    assert all(word in problem for word in (f"`feature-extraction.{option}`", "domain", "`--setting`"))
     with pytest.raises(UsageError, match=r"`feature-extraction\.hidden` is 0"):
         FeatureExtraction(hidden=0)

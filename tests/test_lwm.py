@@ -273,8 +273,10 @@ def test_attention_reaches_what_is_behind_frozen_convolutions(tiny) -> None:
     ("option", "value"), [("beta", -1.0), ("gamma", -0.1), ("temperature", 0.0), ("distill", "kd"), ("base", "both")]
 )
 def test_wrong_options_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=rf"`lwm\.{option}`"):
+    with pytest.raises(UsageError) as caught:
         LwM(**{option: value})
+    (problem,) = caught.value.problems
+    assert f"`lwm.{option}` is {value!r}" in problem
 
 
 def with_new_head(bench: Bench, push: float = 50.0) -> Bench:
@@ -523,20 +525,6 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(model: str, optio
         learn(tiny(shape=(1, 8, 8)), LwM(**options), recorder, model=model)
     assert caught.value.problems == (sentence,)
     assert recorder.steps == []
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "sentence"),
-    [
-        ("beta", -1.0, "`lwm.beta` is -1.0: it should be greater than or equal to 0."),
-        ("gamma", -1.0, "`lwm.gamma` is -1.0: it should be greater than or equal to 0."),
-        ("temperature", 0.0, "`lwm.temperature` is 0.0: it should be greater than 0."),
-    ],
-)
-def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, sentence: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        LwM(**{option: value})
-    assert caught.value.problems == (sentence,)
 
 
 def test_beta_and_gamma_scale_their_own_terms() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import clframe
-from clframe import Arrays, Plugin, Scenario, hookimpl, split_classes
+from clframe import Arrays, Plugin, Scenario, hookimpl, split_classes, testing
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Experience
@@ -590,8 +590,7 @@ def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
 def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(momentum: float, tiny: Callable[..., Scenario]) -> None:
     told: list[str] = []
     mas = MAS(lambda_=1e5)
-    listeners: list[Any] = [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
-    witness = run(tiny(2), mas, listeners=listeners, epochs=10, momentum=momentum)
+    witness = run(tiny(2), mas, listeners=[testing.message_listener(told)], epochs=10, momentum=momentum)
     assert 0.1 * 2e5 * max(p.max().item() for p in mas.penalties.precision.values()) > 2 * (1 + momentum)
     assert told == []
     assert all(p.isfinite().all() for p in witness.model.parameters())

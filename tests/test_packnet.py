@@ -11,7 +11,7 @@ from isolating import SHAPE, Answers, Small, copied
 from torch import Tensor, nn
 
 import clframe
-from clframe import ImageData, Phase, Plugin, Scenario, hookimpl
+from clframe import ImageData, Phase, Plugin, Scenario, hookimpl, testing
 from clframe.errors import UsageError
 from clframe.plugins.packnet import PackNet
 from clframe.toolkit.weight_masks import WeightOwner, find_modules
@@ -211,7 +211,7 @@ def test_a_layer_that_the_user_froze_is_not_pruned(stream: Scenario):
         model,
         [PackNet(), witness],
         train={"epochs": 1, "lr": 0.01, "keep_optimizer": True},
-        listeners=[lambda record: told.append(record["text"]) if record["kind"] == "message" else None],
+        listeners=[testing.message_listener(told)],
     )
     assert all(torch.equal(state[weight("conv")], Small().conv.weight) for state in witness.states)
     assert witness.same()

@@ -242,7 +242,7 @@ class Terms(Plugin):
 
 def test_a_loss_term_that_is_0_at_every_step_is_told_once_also_over_a_stop(tiny, tmp_path: Path):
     told: list[str] = []
-    listeners = [lambda record: told.append(record["text"]) if record["kind"] == "message" else None]
+    listeners = [testing.message_listener(told)]
     sentence = "The loss term `terms/never` was 0 at every step of experience 1 of 2."
     clframe.run(tiny(experiences=2), "mlp-100", [Terms()], train={"iterations": 6}, listeners=listeners)
     assert told == [sentence]
@@ -269,7 +269,7 @@ def test_one_flipped_bit_is_noticed_and_the_older_checkpoint_used(stopped: Path,
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     told: list[str] = []
-    clframe.resume(stopped, listeners=[lambda r: told.append(r["text"]) if r["kind"] == "message" else None])
+    clframe.resume(stopped, listeners=[testing.message_listener(told)])
     assert len(told) == 1
     assert "000003" in told[0]
     assert "older checkpoint 000002 is used" in told[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, Scenario, hookimpl
+from clframe import Plugin, Scenario, hookimpl, testing
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Experience
@@ -461,13 +461,8 @@ def test_path_beside_lwf(warm_up: float, setting: str, tiny: Callable[..., Scena
 
 def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(tiny: Callable[..., Scenario]) -> None:
     told: list[str] = []
-
-    def listen(record: dict[str, Any]) -> None:
-        if record["kind"] == "message":
-            told.append(record["text"])
-
     si = SI(c=1e5)
-    witness = run(tiny(2), si, listeners=[listen], iterations=30)
+    witness = run(tiny(2), si, listeners=[testing.message_listener(told)], iterations=30)
     assert 0.1 * 2e5 * max(p.max().item() for p in si.penalties.precision.values()) > 2
     assert told == []
     assert all(w.isfinite().all() for w in witness.end[1].values())

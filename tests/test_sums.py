@@ -178,7 +178,7 @@ def test_a_part_that_is_written_again_may_be_damaged(stopped: Path, finished: Pa
 def test_a_part_that_is_gone_is_told_and_the_others_are_kept(stopped: Path):
     (stopped / "predictions" / "0000.safetensors").unlink()
     told: list[str] = []
-    clframe.resume(stopped, listeners=[lambda r: told.append(r["text"]) if r["kind"] == "message" else None])
+    clframe.resume(stopped, listeners=[testing.message_listener(told)])
     assert [text for text in told if "predictions.safetensors will lack" in text and "after experience 1" in text]
     assert {name.split("/")[1] for name in load_file(stopped / "predictions.safetensors")} >= {"1", "2", "3", "4"}
 

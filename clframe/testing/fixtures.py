@@ -75,6 +75,16 @@ def learn(
     return api.run(scenario, model, plugins, train=train, run={"tensorboard": False, "device": "cpu", **run})
 
 
+def message_listener(texts: list[str]) -> Callable[[dict[str, Any]], None]:
+    """Return a listener that adds the text of each message to the user to `texts`."""
+
+    def listen(record: dict[str, Any]) -> None:
+        if record["kind"] == "message":
+            texts.append(record["text"])
+
+    return listen
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread: small networks gain nothing from more, and bits may differ."""
@@ -230,10 +240,6 @@ class Recorder(Plugin):
             where = step.experience, step.phase
             counts[where] = counts.get(where, 0) + 1
         return [(*where, count) for where, count in counts.items()]
-
-    def messages(self) -> list[str]:
-        """Return the texts of the messages to the user."""
-        return [record["text"] for record in self.records if record["kind"] == "message"]
 
     def logged(self) -> dict[str, list[float]]:
         """Return the values that plugins logged, by name."""
