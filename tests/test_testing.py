@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from clframe import Arrays, Interrupted, Plugin, Scenario, Transform, hookimpl, split_classes, testing
 from clframe.model import snapshot
+from clframe.testing.plugin_checks import options_of_repr
 
 CHECKS = {check.name: check for check in testing.CHECKS["plugin"]}
 
@@ -275,6 +277,14 @@ class Growing(Plugin):
 )
 def test_a_plugin_that_breaks_the_contract_is_told_how(bad: type[Plugin], name: str, sentence: str):
     assert sentence in why(testing.plugin(bad), name)
+
+
+def test_the_options_of_a_repr_are_read_without_running_it():
+    text = "EWC(a=[1, None], b=PosixPath('x'), c={'k': (PosixPath('y'), -1.0)})"
+    assert options_of_repr(text, "EWC") == {"a": [1, None], "b": Path("x"), "c": {"k": (Path("y"), -1.0)}}
+    for wrong in ("EWC(", "Other(a=1)", "EWC(1)", "EWC(a=__import__('os'))", "EWC(a=b)"):
+        with pytest.raises(ValueError, match=r"."):
+            options_of_repr(wrong, "EWC")
 
 
 def test_what_a_plugin_declares_is_not_looked_at():
