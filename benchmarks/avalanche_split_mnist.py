@@ -8,8 +8,8 @@ Four variants, each with fine-tuning and with EWC; the first two also with the m
 - `avalanche`: SplitMNIST, its data loader, its EvaluationPlugin with accuracy and forgetting, its TensorBoard logger,
   its Naive and EWC strategies. It evaluates one reading where the others evaluate two, and its EWC squares gradients of
   batch means, which is less work than a Fisher per sample.
-- `avalanche-tensors`: the same, fed with a TensorDataset that is normalised in advance.
-- `minimal`: PyTorch by hand. Images staged as uint8 and normalised per batch, clipping, the fused Adam that clframe
+- `avalanche-tensors`: the same, fed with a TensorDataset that is normalized in advance.
+- `minimal`: PyTorch by hand. Images staged as uint8 and normalized per batch, clipping, the fused Adam that clframe
   uses too, both readings, an event file, weights saved after each experience, and for EWC the same per-sample empirical
   Fisher, kept as one quadratic.
 
@@ -164,7 +164,7 @@ def _avalanche(benchmark: Any, method: str, folder: Path) -> Figures:
 
 
 def by_hand(data_root: Path, layout: Path, method: str, folder: Path) -> Figures:
-    """The same work as a careful person writes it in PyTorch alone."""
+    """Do the same work as a careful person writes it in PyTorch alone."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -187,7 +187,7 @@ def by_hand(data_root: Path, layout: Path, method: str, folder: Path) -> Figures
     parameters = list(model.parameters())
     writer = SummaryWriter(str(folder / "tensorboard"))
     strength: list[Any] = []  # sum of the Fishers of all experiences, and the mean of their anchors weighted by them
-    centre: list[Any] = []
+    center: list[Any] = []
     steps = 0
 
     def normalized(x: Any) -> Any:
@@ -200,7 +200,7 @@ def by_hand(data_root: Path, layout: Path, method: str, folder: Path) -> Figures
         for rows in torch.randperm(len(y)).split(BATCH):
             base = loss = functional.cross_entropy(model(normalized(x[rows]))[:, :seen], y[rows])
             if strength:
-                terms = [(a * (p - m) ** 2).sum() for a, m, p in zip(strength, centre, parameters, strict=True)]
+                terms = [(a * (p - m) ** 2).sum() for a, m, p in zip(strength, center, parameters, strict=True)]
                 loss = base + LAMBDA / 2 * torch.stack(terms).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -231,9 +231,9 @@ def by_hand(data_root: Path, layout: Path, method: str, folder: Path) -> Figures
             with torch.no_grad():
                 fisher = [f / len(y) for f in fisher]
                 before = strength or [torch.zeros_like(p) for p in parameters]
-                middle = centre or [p.clone() for p in parameters]
+                middle = center or [p.clone() for p in parameters]
                 strength = [a + f for a, f in zip(before, fisher, strict=True)]
-                centre = [
+                center = [
                     torch.where(s > 0, (a * m + f * p) / s, p)
                     for s, a, m, f, p in zip(strength, before, middle, fisher, parameters, strict=True)
                 ]
@@ -276,7 +276,7 @@ def peak_kib() -> int:
 
 
 def work(variant: str, method: str, data_root: Path, layout: Path) -> None:
-    """A worker: imports, says so, and then makes one run for each line that it reads."""
+    """Serve as a worker: import, say so, and then make one run for each line that it reads."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
     import torch
@@ -346,7 +346,7 @@ class Worker:
 
 @contextlib.contextmanager
 def torchvision_layout(data_root: Path) -> Iterator[Path]:
-    """A temporary folder with MNIST's idx files as torchvision looks for them, written from `mnist.npz`."""
+    """Yield a temporary folder with MNIST's idx files as torchvision looks for them, written from `mnist.npz`."""
     import numpy as np
 
     names = {
@@ -438,7 +438,7 @@ def measure(
 
 
 def herding_time() -> str:
-    """A note on how long a memory takes to choose its images of one class."""
+    """Return a note on how long a memory takes to choose its images of one class."""
     import torch
 
     from clframe.toolkit.memory import herding
@@ -455,7 +455,7 @@ def herding_time() -> str:
 
 
 def main() -> None:
-    """The command line; workers are this file again."""
+    """Run the command line; workers are this file again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--data-root", type=Path, help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)"

@@ -22,7 +22,7 @@ from clframe.plugins.deep_inversion import DeepInversion
 
 
 def dream(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
-    """What was measured, by name, and the picture [H, W, 3] uint8 of the dreams."""
+    """Return what was measured, by name, and the picture [H, W, 3] uint8 of the dreams."""
     figures: dict[str, float] = {}
     pictures: list[Any] = []
     began = time.perf_counter()

@@ -107,7 +107,7 @@ def measure(
 
 
 def targets(ratios: Mapping[tuple[str, str], float]) -> list[str]:
-    """A note for each model: what it reached, given the ratio of each model and way."""
+    """Return a note for each model: what it reached, given the ratio of each model and way."""
     notes = []
     for name in dict.fromkeys(name for name, _ in ratios):
         found = {way: ratios[name, way] for way in ONE_PASS}

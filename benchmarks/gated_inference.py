@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 IMAGES = 64
-SHAPE = (1, 28, 28)  # larger than those learnt, which are so small that all but convolutions counts as much
+SHAPE = (1, 28, 28)  # larger than those learned, which are so small that all but convolutions counts as much
 REPETITIONS = 15
 SPARSITIES = (0.5, 1.0, 2.0)
 
 
 def trained(sparsity: float, width: int) -> Any:
-    """The network after the run."""
+    """Return the network after the run."""
     import clframe
     from clframe import Plugin, hookimpl
 
@@ -67,7 +67,7 @@ def multiply_adds(model: Any, shape: tuple[int, ...]) -> int:
 
 
 def measure(sparsities: Sequence[float] = SPARSITIES, width: int = 64) -> tuple[list[dict[str, Any]], list[str]]:
-    """A line for each sparsity and task, and notes."""
+    """Return a line for each sparsity and task, and notes."""
     import torch
 
     from clframe.toolkit.compaction import compact
@@ -107,7 +107,7 @@ def measure(sparsities: Sequence[float] = SPARSITIES, width: int = 64) -> tuple[
     torch.set_num_threads(threads)
     return lines, [
         f"Logits differ by {most:.1e} at most (target: 1e-6): {'reached' if most <= 1e-6 else 'NOT reached'}.",
-        f"cnn-small of {width} channels, learnt on 8x8 digits; {IMAGES} images of 28x28 at a time, 1 thread; medians "
+        f"cnn-small of {width} channels, learned on 8x8 digits; {IMAGES} images of 28x28 at a time, 1 thread; medians "
         f"of {REPETITIONS}, in turns.",
     ]
 

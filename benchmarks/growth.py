@@ -55,7 +55,7 @@ def peak_mib() -> float:
 
 
 def reset_peak() -> None:
-    """Let `peak_mib` begin anew."""
+    """Let `peak_mib` begin again."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")
@@ -101,7 +101,7 @@ def one(method: str, data_root: Path) -> dict[str, list[float]]:
 
 
 def measure(data_root: Path, methods: Sequence[str] = tuple(METHODS)) -> tuple[list[dict[str, Any]], list[str]]:
-    """A line for each method, and notes on what was reached."""
+    """Return a line for each method, and notes on what was reached."""
     runs: dict[str, list[dict[str, list[float]]]] = {method: [] for method in methods}
     for repetition in range(REPETITIONS):  # in turns, so that what slows the machine for a while meets all of them
         for method in methods:
@@ -148,7 +148,7 @@ def compare(found: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[di
 
 
 def main() -> None:
-    """The command line; workers are this file again."""
+    """Run the command line; workers are this file again."""
     from clframe.settings import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

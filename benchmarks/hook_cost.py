@@ -3,7 +3,7 @@
     python benchmarks/hook_cost.py
 
 The network and the batch are small, so that a step is short beside what is measured. The bare step is written
-out here and does what the engine's does: pick the rows, normalise, forward, cross-entropy, backward, clip, step.
+out here and does what the engine's does: pick the rows, normalize, forward, cross-entropy, backward, clip, step.
 The three plugins implement the hooks of a step. Times are of the processor, medians over runs in turns, of steps
 after the first thousand.
 """

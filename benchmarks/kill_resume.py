@@ -46,7 +46,7 @@ class Trial:
 
 
 def arguments(method: str, *, iterations: int = 400, seed: int = 0) -> list[str]:
-    """The options of `clframe run` for a trial, without ``--output``."""
+    """Return the options of `clframe run` for a trial, without ``--output``."""
     settings = [f"train.iterations={iterations}", "run.checkpoint_every=0.1", "train.threads=1"]
     sets = [part for setting in settings for part in ("--set", setting)]
     return ["--scenario", "split-digits", *METHODS[method], "--seed", str(seed), *sets, "--no-tensorboard", "--quiet"]

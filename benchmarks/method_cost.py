@@ -6,8 +6,8 @@ A step is timed in the third experience of split-MNIST, 5 x 2, so that penalties
 teachers exist: from one batch to the next, without evaluation, importance passes and the first steps of the optimizer.
 Both frameworks have the MLP 400-400 with biases, all ten logits in the loss, batches of 128 of the same 2,000 images
 per experience, fused Adam at 1e-3 (clframe's own choice; Avalanche is handed it), clipping to norm 1, and no loggers.
-Avalanche is fed with normalised float tensors, picked by index; clframe picks and normalises its uint8 images as
-always. The experiences before are short, as a step's cost does not depend on what was learnt.
+Avalanche is fed with normalized float tensors, picked by index; clframe picks and normalizes its uint8 images as
+always. The experiences before are short, as a step's cost does not depend on what was learned.
 
 What differs: Avalanche's network has one head of 10, and clframe's is built for all classes as five blocks of 2
 (`train.logits=all`). EWC `separate` of Avalanche adds up a penalty for each earlier experience, offline EWC of clframe
@@ -97,7 +97,7 @@ USUAL_LOADER = "fine-tuning, its own data loader"
 
 @lru_cache
 def _arrays(data_root: Path) -> Any:
-    """The first training images of each digit, and few test images, as evaluation is not measured."""
+    """Return the first training images of each digit, and few test images, as evaluation is not measured."""
     import numpy as np
     import torch
 
@@ -111,7 +111,7 @@ def _arrays(data_root: Path) -> Any:
 
 
 def in_clframe(job: Job, data_root: Path) -> float:
-    """A run that learns up to the measured experience."""
+    """Run up to the measured experience."""
     import clframe
     from clframe import Arrays, Phase, Plugin, Transform, hookimpl, split_classes
 
@@ -241,7 +241,7 @@ def _batches(x: Any, y: Any, steps: int) -> Iterator[list[Any]]:
 
 
 def work(framework: str, data_root: Path) -> None:
-    """A worker: reads what to measure, a line each, and answers with milliseconds of a step."""
+    """Serve as a worker: read what to measure, a line each, and answer with milliseconds of a step."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
     import torch
@@ -355,7 +355,7 @@ def compare(
     fed, loaded = (statistics.median(theirs[name]) for name in ("fine-tuning", USUAL_LOADER))
     return lines, [
         f"A step of clframe is never slower than Avalanche's of the same method: {reached}.",
-        f"With its own data loader, on tensors normalised in advance, a step of Avalanche's fine-tuning takes "
+        f"With its own data loader, on tensors normalized in advance, a step of Avalanche's fine-tuning takes "
         f"{loaded:.2f} ms in place of {fed:.2f}.",
     ]
 
@@ -365,7 +365,7 @@ def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def main() -> None:
-    """The command line; workers are this file again."""
+    """Run the command line; workers are this file again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--data-root", type=Path, help="folder of mnist.npz (default: CLFRAME_DATA, else the user's cache)"

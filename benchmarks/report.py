@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines; a last line that a crash left incomplete is skipped."""
+    """Return the rows of a file of JSON lines; a last line that a crash left incomplete is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -50,12 +50,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, str, int, str]:
-    """What makes a row: the protocol, the digest of its file, the seed, and the version of the code."""
+    """Return what makes a row: the protocol, the digest of its file, the seed, and the version of the code."""
     return row["protocol"], row["config"], row["seed"], row["code"]
 
 
 def missing(rows: Iterable[Row], wanted: Iterable[Row]) -> list[Row]:
-    """The wanted rows that are not among `rows` yet, in the order wanted, each once."""
+    """Return the wanted rows that are not among `rows` yet, in the order wanted, each once."""
     have = {key(row) for row in rows}
     left = {key(row): row for row in wanted if key(row) not in have}
     return list(left.values())
@@ -128,7 +128,7 @@ def protocol_table(index: Sequence[Mapping[str, Any]], rows: Iterable[Row], code
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with the keys of the first line as its columns; '' without lines."""
+    """Return a Markdown table with the keys of the first line as its columns; '' without lines."""
     if not lines:
         return ""
     columns = list(dict.fromkeys(name for line in lines for name in line))
@@ -193,7 +193,7 @@ def digest(*paths: Path) -> str:
 
 
 def code_version(root: Path = ROOT) -> tuple[str, str]:
-    """The version of the code that decides figures, as a digest of its files and as git describes it.
+    """Return the version of the code that decides figures, as a digest of its files and as git describes it.
 
     The digest is what rows are kept by: it is the same before and after a commit, and differs between two states
     that are both merely `dirty`. git's name is for the reader.
@@ -241,7 +241,7 @@ def save_part(
 
 
 def load_parts(folder: Path) -> dict[str, dict[str, Any]]:
-    """The parts measured so far, by name."""
+    """Return the parts measured so far, by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 

@@ -33,7 +33,7 @@ Measured = tuple[list[dict[str, Any]], list[str]]
 
 
 def read_index() -> list[dict[str, Any]]:
-    """The entries of `protocols/index.yaml`."""
+    """Return the entries of `protocols/index.yaml`."""
     from clframe.strict_yaml import parse_yaml
 
     path = PROTOCOLS / "index.yaml"
@@ -42,7 +42,7 @@ def read_index() -> list[dict[str, Any]]:
 
 
 def wanted(index: Sequence[Mapping[str, Any]], code: str) -> list[report.Row]:
-    """What all rows of the index would be called; the first seed of each protocol comes first."""
+    """Return what all rows of the index would be called; the first seed of each protocol comes first."""
     rows = [
         {"protocol": entry["name"], "config": report.digest(_file(entry)), "seed": seed, "code": code}
         for entry in index
@@ -52,7 +52,7 @@ def wanted(index: Sequence[Mapping[str, Any]], code: str) -> list[report.Row]:
 
 
 def run_protocol(entry: Mapping[str, Any], seed: int, data_root: Path) -> tuple[float, float]:
-    """The measure of one run of a protocol, as a fraction, and the run's seconds."""
+    """Return the measure of one run of a protocol, as a fraction, and the run's seconds."""
     from clframe.api import run_config
     from clframe.config import resolve
 
@@ -81,7 +81,7 @@ def write_page() -> None:
 
 
 def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
-    """The parts that measure speed."""
+    """Return the parts that measure speed."""
 
     def avalanche() -> Measured:
         import avalanche_split_mnist
@@ -168,7 +168,7 @@ def run_campaign(name: str) -> None:
 
 
 def full(data_root: Path, only: Sequence[str], campaigns: Sequence[str] = ()) -> None:
-    """The protocols, row by row, then the campaigns."""
+    """Run the protocols, row by row, then the campaigns."""
     index = {entry["name"]: entry for entry in read_index()}
     code, commit = report.code_version()
     rows = report.read_rows(ROWS)
@@ -199,7 +199,7 @@ def _lacking(data: str, data_root: Path) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     from clframe.settings import data_root
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -3,7 +3,7 @@
     python benchmarks/streaming.py
 
 Both read the same made-up folder of JPEG files (cuts of scikit-learn's two photographs) in random order, resize the
-shorter side to 64 pixels, cut out the centre and give float batches of 64, with the same number of workers: threads
+shorter side to 64 pixels, cut out the center and give float batches of 64, with the same number of workers: threads
 here, processes in torch's DataLoader over torchvision's ImageFolder. Seconds are those of a whole epoch after a first
 one, as both start something in that. MiB is the highest resident memory of a process of its own, torch included,
 while the scenario is built and an epoch is read.
@@ -49,7 +49,7 @@ def make_folder(root: Path, count: int, width: int, height: int) -> None:
 
 
 def ours(root: Path, memory: int = 0) -> Callable[[], int]:
-    """A function that reads an epoch as a run does, and gives the number of images."""
+    """Return a function that reads an epoch as a run does, and gives the number of images."""
     import torch
 
     from clframe.data.files import READ_AHEAD
@@ -75,7 +75,7 @@ def ours(root: Path, memory: int = 0) -> Callable[[], int]:
 
 
 def theirs(root: Path) -> Callable[[], int]:
-    """The same of torch's DataLoader over torchvision's ImageFolder, whose workers stay between epochs."""
+    """Return the same of torch's DataLoader over torchvision's ImageFolder, whose workers stay between epochs."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
@@ -102,14 +102,14 @@ def speeds(root: Path, repetitions: int) -> dict[str, list[float]]:
 
 
 def memory(root: Path, most: int) -> float:
-    """The most MiB of a process that builds the scenario and reads an epoch, keeping so many bytes of images."""
+    """Return the most MiB of a process that builds the scenario and reads an epoch, keeping so many bytes of images."""
     command = [sys.executable, __file__, "--memory", str(root), str(most)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout)
 
 
 def measure(repetitions: int = 3) -> tuple[list[dict[str, Any]], list[str]]:
-    """A line for each kind of file and each number of images, and notes on what was reached."""
+    """Return a line for each kind of file and each number of images, and notes on what was reached."""
     lines = []
     reached = True
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def measure(repetitions: int = 3) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def main() -> None:
-    """The command line; a process that measures memory is this file again."""
+    """Run the command line; a process that measures memory is this file again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)

@@ -68,12 +68,12 @@ def run(
     listeners: Sequence[Listener] = (),
     progress: bool | None = None,
 ) -> Results:
-    """Learn a scenario and give the results.
+    """Learn a scenario and return the results.
 
     Args:
-        scenario: a name, a mapping with ``name`` and options, or a scenario of one's own (`clframe.split_classes`,
+        scenario: a name, a mapping with ``name`` and options, or a custom scenario (`clframe.split_classes`,
             `clframe.change_domains`, `clframe.Scenario`).
-        model: likewise; or a backbone of one's own, a module with ``features(x) -> [B, D]`` and ``width`` = D. A copy
+        model: likewise; or a custom backbone, a module with ``features(x) -> [B, D]`` and ``width`` = D. A copy
             of it is trained, which `Results.trained` answers with; the given one stays as it is.
         plugins: names, ``{name: {option: value}}``, or plugins, in the order of calling; or one name, or one
             mapping of them all.
@@ -113,7 +113,7 @@ def run_config(
     plugins: Sequence[Plugin] = (),
     listeners: Sequence[Listener] = (),
 ) -> Results:
-    """The run that `config` defines; what it names as Python objects is given here. Errors are those of `run`."""
+    """Carry out the run that `config` defines; objects that it only names are given here. Raises as `run`."""
     if used := [plugin for plugin in plugins if plugin.state and plugin.has_run]:
         raise UsageError(
             *(
@@ -156,7 +156,7 @@ def resume(
     listeners: Sequence[Listener] = (),
     progress: bool | None = None,
 ) -> Results:
-    """Go on with the run in `folder` after a crash, a kill or a signal, to the same results, bit for bit.
+    """Continue the run in `folder` after a crash, a kill or a signal, to the same results, bit for bit.
 
     What the run was given as Python objects is given again. In another environment (torch, device, threads) the last
     bits may differ, so that is refused unless `allow_env_change`.
@@ -178,7 +178,7 @@ def _resumed(
     allow_env_change: bool,
     listeners: Sequence[Listener],
 ) -> Results:
-    """Do what `resume` does, telling `listeners`."""
+    """Resume the run in `path`, as `resume` does, with these listeners."""
     opened = RunFolder(path, new=False)
     try:
         if opened.finished:
@@ -197,7 +197,7 @@ def _resumed(
                     f"This environment is not the one of the run in {path} ({'; '.join(changes)}; {ENVIRONMENT}), so "
                     "its last bits may differ: resume it there, or with `--allow-env-change`."
                 )
-            # a process that was killed before its first checkpoint has learnt nothing: the run begins again
+            # a process that was killed before its first checkpoint has learned nothing: the run begins again
             loaded = (
                 None if opened.untouched else checkpoint.load(opened.checkpoints, lambda text: tell(listeners, text))
             )
@@ -252,7 +252,7 @@ def extend(
     listeners: Sequence[Listener] = (),
     progress: bool | None = None,
 ) -> Results:
-    """Let the finished run in `folder` learn on: `scenario` comes after what it learnt, with all state continued.
+    """Continue training the finished run in `folder` on a new `scenario`, with all of its state.
 
     A class of an old name is the old class, others are new. Of earlier experiences there are no images, so that their
     accuracy stays empty. The result is a run of its own, to predict with, to export, and to extend again.
@@ -305,7 +305,7 @@ def extension_config(
     train: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration of a run that extends the finished one in `path`: that one's, but for what is given here.
+    """Return the configuration of a run that extends the finished one in `path`, changed by the arguments.
 
     `objects` names the plugins, and ``model``, that a program gives as objects. Raises as `extend`.
     """
@@ -356,7 +356,7 @@ def load(
     plugins: Sequence[Plugin] = (),
     listeners: Sequence[Listener] = (),
 ) -> Trained:
-    """The trained model of a finished run, ready to predict.
+    """Return the trained model of a finished run, ready to predict.
 
     What the run was given as Python objects (the backbone, plugins) is given again, with any weights. The files are
     compared with their sums; a run of an earlier clframe has none, which `listeners`, or else a warning, say.
@@ -431,7 +431,7 @@ def _config_of(
     train: Mapping[str, Any] | None,
     run: Mapping[str, Any],
 ) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run from Python, and the objects that it can only name."""
+    """Return the configuration of a run that a Python program asks for, and the objects that it only names."""
     built = [plugin for plugin in plugins if isinstance(plugin, Plugin)]
     if isinstance(scenario, Arrays):
         raise UsageError(
@@ -508,7 +508,7 @@ def _each_plugin(
     | Plugin
     | None,
 ) -> Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin]:
-    """The plugins one by one: a text is one name, and not its letters; a mapping is as YAML has them."""
+    """Return the plugins as a list; a text is one name, and a mapping has names and options, as in YAML."""
     if isinstance(plugins, str | Plugin):
         return [plugins]
     if isinstance(plugins, Mapping):

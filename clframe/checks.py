@@ -21,7 +21,7 @@ _FEWER = "give each experience two classes at least, such as by fewer `scenario.
 
 
 def check_run(run: Run, scenario: Scenario) -> None:
-    """Refuse a run that cannot be trained as it is asked for, before it begins.
+    """Refuse, before training, a run that could not learn as it is asked to.
 
     Raises:
         UsageError: with one sentence for each reason.
@@ -46,7 +46,7 @@ def check_run(run: Run, scenario: Scenario) -> None:
 
 
 def _logits_problems(run: Run) -> list[str]:
-    """One sentence for each plugin whose loss is made for other logits than those of the run."""
+    """Return one sentence for each plugin whose loss is made for other logits than those of the run."""
     chosen = run.config.train.logits
     wanted = {p: logits for p in run.plugins if (logits := p.wanted_logits(run)) and logits != run.logits}
     other = next((p.name for p in run.plugins if p.wanted_logits(run) == run.logits), "")
@@ -62,7 +62,7 @@ def _logits_problems(run: Run) -> list[str]:
 
 
 def stream_problems(run: Run) -> list[str]:
-    """One sentence for each reason why the classes of this stream cannot be learned as the run would learn them.
+    """Return one sentence for each reason why the run could not learn the classes of its stream.
 
     Called before training, and before an extension, of the whole stream. A class has one column in the head: two tasks
     that both have it would both train that column, so a plugin that isolates tasks cannot keep the first one's answers.
@@ -86,7 +86,7 @@ def _shared_class_problems(run: Run) -> list[str]:
 
 
 def _replay_problems(run: Run) -> list[str]:
-    """The sentence that refuses replayed classes whose logits take no part in the loss, which would be infinite."""
+    """Return the sentence that refuses replayed classes whose logits take no part in the loss: it would be infinite."""
     classes = run.scenario.classes
     coming = range(max(1, n_learned(run)), len(classes))
     left_out = any(set().union(*classes[:i]).difference(classes[i]) for i in coming)
@@ -103,7 +103,7 @@ def _replay_problems(run: Run) -> list[str]:
 
 
 def _default_loss_problems(run: Run) -> list[str]:
-    """The sentence of `single_class_problems`, unless a plugin's own loss, made for no logits, takes the place."""
+    """Return the sentence of `single_class_problems`, unless a plugin replaces the default loss."""
     owners = compose.owners(run.plugins, "base_loss")
     if any(plugin.wanted_logits(run) is None for plugin in owners):
         return []
@@ -111,7 +111,7 @@ def _default_loss_problems(run: Run) -> list[str]:
 
 
 def single_class_problems(run: Run) -> list[str]:
-    """The sentence that refuses experiences to come of one class, where the loss is among an experience's own classes.
+    """Return the sentence that refuses experiences of one class under a loss among their own classes.
 
     One class among one choice has the probability 1: its cross-entropy is 0, with a gradient of 0, at every step.
     """
@@ -136,13 +136,13 @@ def single_class_problems(run: Run) -> list[str]:
 
 
 def n_learned(run: Run) -> int:
-    """Return how many experiences of the whole stream the run that this one extends has learned; 0: it extends none."""
+    """Return the number of experiences that the extended run has learned; 0 for a run that extends none."""
     known = run.scenario.known
     return known[-2] if len(known) > 1 else 0
 
 
 def single_image_problems(run: Run, stream: Scenario) -> list[str]:
-    """Return one sentence for each reason why a batch of one image would come, if the network cannot train on one.
+    """Return one sentence for each reason why batches of one image would reach a network that cannot train on one.
 
     `clframe.training.Sampler` lets a last image join the batch before: what is left is a `train.batch_size` of 1, and
     an experience of one image that no plugin adds others to.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 OWNED = ("base_loss", "predictor")  # hooks that a run has one owner of at most
-ACTING = (  # hooks by which a plugin changes what is learnt
+ACTING = (  # hooks by which a plugin changes what is learned
     "grow",
     "before_experience",
     "extra_data",
@@ -35,7 +35,7 @@ ACTING = (  # hooks by which a plugin changes what is learnt
 
 
 def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
-    """A manager of these plugins alone, which are called in the order of naming.
+    """Return a plugin manager of these plugins, which calls them in the order of naming.
 
     Raises:
         UsageError: with one sentence for each reason why they cannot run, or cannot run together.
@@ -91,7 +91,7 @@ class _Manager(pluggy.PluginManager):
 
 
 def isolation_problems(plugin: Plugin, plugins: Iterable[Plugin]) -> list[str]:
-    """The sentences that refuse others of `plugins` beside `plugin`, if it is one that ``isolates``."""
+    """Return the sentences that refuse other plugins beside `plugin`, if it declares ``isolates``."""
     if not plugin.isolates:
         return []
     problems = []
@@ -105,14 +105,14 @@ def isolation_problems(plugin: Plugin, plugins: Iterable[Plugin]) -> list[str]:
                 )
         elif not other.observer and set(ACTING) & set(hooks_of(type(other))):
             problems.append(
-                f"`{other.name}` has nothing to do beside `{plugin.name}`, where nothing that was learnt can change; "
+                f"`{other.name}` has nothing to do beside `{plugin.name}`, where nothing that was learned can change; "
                 "leave out one of them."
             )
     return problems
 
 
 def owner_problems(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> list[str]:
-    """The sentence that refuses several of `plugins` that answer `hook`, of which a run has one owner at most.
+    """Return the sentence that refuses several owners of `hook`; an empty list for one owner or none.
 
     `also` is one of them that answers it in this run, whatever its ``owns`` says without knowing the run.
     """
@@ -128,7 +128,7 @@ def owners(plugins: Iterable[Plugin], hook: str, also: Plugin | None = None) -> 
 
 
 def callers(made: pluggy.PluginManager) -> Hooks:
-    """The hooks of `made`, to call by their names; one that no plugin answers costs nothing, as in most steps."""
+    """Return the hooks of `made`, to be called by name; a hook without implementations costs nothing."""
     calls: dict[str, Callable[..., Any]] = {}
     for hook in HOOKS:
         calls[hook] = relay = getattr(made.hook, hook)

@@ -61,7 +61,7 @@ def resolve(
     base: Given | None = None,
     plugin_train: Given | None = None,
 ) -> Config:
-    """The whole configuration, every option with its value.
+    """Return the whole configuration, with the value of every option.
 
     From weak to strong: defaults, what suits the scenario, what suits the plugins (`plugin_train` is of those that are
     given as objects), the YAML file, `sets` (each ``a.b=value``), and the other arguments. A model or scenario of
@@ -113,7 +113,7 @@ def resolve(
 
 
 def to_yaml(config: Config) -> str:
-    """`config` as a file that `resolve` reads back as it is, without ``run.output``: a repeat has its own."""
+    """Return `config` as YAML that `resolve` reads back; without ``run.output``, as a repeat has its own folder."""
     data = config.model_dump()
     data["run"]["output"] = None
     return yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -132,7 +132,7 @@ def _collected(problems: list[str]) -> Iterator[None]:
 
 
 def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
-    """The scenario with all its options, and the function that builds it (None if it is not known)."""
+    """Return the scenario with all of its options, and the function that builds it (None if it is unknown)."""
     with _collected(problems):
         name, options = _merge(_with_split(layers), DEFAULT_SCENARIO)
         pinned = {split_file.PINNED: options.pop(split_file.PINNED)} if split_file.PINNED in options else {}
@@ -145,7 +145,7 @@ def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tupl
 
 
 def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`layers`; if the strongest name is a file with a split, what that holds comes first, as the weakest of all.
+    """Return `layers`, below them the contents of the split file that the strongest name is, if it is one.
 
     Raises:
         UsageError: if the file cannot be read, or a layer changes what it has settled.
@@ -161,7 +161,7 @@ def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[str]) -> dict[str, Any]:
-    """The model with all its options: the one that suits the scenario, if no other is named."""
+    """Return the model with all of its options: the one that suits the scenario, if no other is named."""
     name, options = _merge(layers, "")
     if not name:
         name, options = _merge([dict(suiting), options], DEFAULT_MODEL)
@@ -178,7 +178,7 @@ def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[
 
 
 def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str, Any]:
-    """All options of the plugin; it is built on the way, as its constructor may refuse a combination."""
+    """Return all options of the plugin; building it lets its constructor refuse combinations."""
     with _collected(problems):
         if OBJECT in options:
             raise UsageError(_only_in_python("plugin", name))
@@ -218,9 +218,9 @@ def _settings(kind: type[Kind], given: Given, where: str, problems: list[str]) -
 
 
 def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The layers merged; by default one epoch.
+    """Merge the layers of training settings; one epoch is the default.
 
-    A stronger choice of epochs or iterations ends the weaker one, another optimizer the weaker one's own settings, and
+    A stronger choice of epochs or iterations ends the weaker one, another optimizer the settings of the weaker one, and
     settings of the first experience a weaker wish to keep the optimizer.
     """
     merged: dict[str, Any] = {}
@@ -238,7 +238,7 @@ def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merge(layers: list[dict[str, Any]], default: str) -> tuple[str, dict[str, Any]]:
-    """The strongest name, and the options of all layers that name it, or name nothing."""
+    """Return the strongest name, and the merged options of all layers that have this name, or none."""
     name = next((layer["name"] for layer in reversed(layers) if "name" in layer), default)
     options: dict[str, Any] = {}
     for layer in layers:
@@ -272,7 +272,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Values by section and option."""
+    """Return the values of ``--set`` by section and option."""
     changes: dict[str, dict[str, Any]] = {}
     for text in sets:
         target, equals, value = text.partition("=")
@@ -288,7 +288,7 @@ def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str,
 
 
 def _strangers(changes: Given, chosen: Given) -> list[str]:
-    """One sentence for each section of ``--set`` that is neither a section nor a plugin of the run."""
+    """Return one sentence for each section of ``--set`` that is neither a section nor a plugin of the run."""
     problems = []
     for name in changes:
         if name in registry.RESERVED or name in chosen:
@@ -303,7 +303,7 @@ def _strangers(changes: Given, chosen: Given) -> list[str]:
 
 
 def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Options by plugin, in the order of naming, of a mapping or of a list of names and mappings."""
+    """Return the options by plugin, in the order of naming, of a mapping or of a list of names and mappings."""
     options: dict[str, dict[str, Any]] = {}
     several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
     for item in () if given is None else given if several else [given]:
@@ -323,7 +323,7 @@ def _plugin_options(given: Any, problems: list[str]) -> dict[str, dict[str, Any]
 
 
 def _named(given: Any, section: str, problems: list[str]) -> dict[str, Any]:
-    """`given` as a mapping with or without a ``name``."""
+    """Return `given`, a name or a mapping, as a mapping with or without a ``name``."""
     given = suited(str, given)
     if isinstance(given, str):
         return {"name": given}

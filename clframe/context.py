@@ -29,10 +29,10 @@ class Run:
     Attributes:
         model: the network.
         scenario: its description; it holds no images. In a run that was extended, as it was known at the time.
-        experience: the one being learnt, without test images.
-        earlier: the experiences learnt before it; only for plugins that declare ``keeps_experiences``.
+        experience: the one being learned, without test images.
+        earlier: the experiences learned before it; only for plugins that declare ``keeps_experiences``.
         phase: the stretch of training under way.
-        optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built anew.
+        optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built again.
         accuracy: for each reading the rows of `R[i][j]` so far, from 0 to 1, None where empty.
         validation: likewise, on the training images that ``train.val`` holds out; empty without it.
         losses: detached scalars of the latest step, by the name of the term.
@@ -85,7 +85,7 @@ class Run:
         self._pause: Callable[[], None] = lambda: None  # set by the engine: save or stop, if it is time
 
     def _describe(self, scenario: Scenario, index: int) -> None:
-        """Let hooks know `scenario` as far as it was known when the experience of that index came."""
+        """Expose only what was known of `scenario` at experience `index`; later extensions stay hidden."""
         self.scenario = scenario.described(index)
         n_classes = len(self.scenario.class_names)
         self._classes_of_task = torch.stack(
@@ -170,7 +170,7 @@ class Run:
         return self.model.blocks_of(set(self.experience.classes).difference(self.previous_classes))
 
     def labeled_columns(self, batch: Batch) -> Tensor | None:
-        """Old columns in which the labels of `batch` are to be learnt, [B, old classes] bool; None: there are none.
+        """Return the old columns that learn from the labels of `batch`, [B, old classes] bool; None: there are none.
 
         They are those of earlier classes that come back with the experience under way, for rows whose label it has
         and which no plugin added to the batch. Every other old column is left to what an earlier network says.
@@ -187,22 +187,22 @@ class Run:
         return [plugin.name for plugin in self.plugins if plugin.replays]
 
     def rows_from(self, plugin: Plugin, batch: Batch) -> Tensor:
-        """The rows of `batch` that `plugin` added, [B] bool."""
+        """Return which rows of `batch` were added by `plugin`, [B] bool."""
         return batch.origin == self.plugins.index(plugin) + 1
 
     def rng(self, name: str) -> torch.Generator:
-        """The generator (on the CPU) of that name: a plugin's only source of randomness, saved in checkpoints."""
+        """Return the generator (on the CPU) of this name: a plugin's only source of randomness, in checkpoints, too."""
         if name not in self._generators:
             digest = hashlib.sha256(f"{self.config.run.seed}/{name}".encode()).digest()
             self._generators[name] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return self._generators[name]
 
     def batch(self, rows: ImageData, augment: torch.Generator | None = None) -> Batch:
-        """`rows` as the model takes them, on the device; augmented if a generator is given."""
+        """Return `rows` as the model takes them, on the device; augmented if a generator is given."""
         return self.scenario.transform.batch(rows.to(self.device), augment)
 
     def mask(self, task: Tensor) -> Tensor | None:
-        """The logits that take part in the loss (``train.logits``) of rows of these tasks [B].
+        """Return which logits take part in the loss (``train.logits``), for rows of these tasks [B].
 
         [C] or [B, C] bool for a head of C classes; None: all of them.
         """
@@ -213,11 +213,11 @@ class Run:
         return None
 
     def task_of(self, y: Tensor) -> Tensor:
-        """The first task that has the class, of each of the labels `y` [B]."""
+        """Return the first task that has the class, for each of the labels `y` [B]."""
         return self._classes_of_task[:, y].to(torch.uint8).argmax(0)
 
     def loss(self, batch: Batch, outputs: Outputs) -> Tensor:
-        """Cross-entropy over the logits that take part, weighted: sum(w * l) / sum(w)."""
+        """Return the weighted cross-entropy over the logits that take part: sum(w * l) / sum(w)."""
         logits = masked(outputs.logits, self.mask(batch.task))
         return batch.mean(functional.cross_entropy(logits, batch.y, reduction="none"))
 
@@ -268,7 +268,7 @@ class Run:
         self._emit(Logged(self.experience.index, self.total_steps, dict(values)))
 
     def log_images(self, name: str, images: Tensor) -> None:
-        """Let people see `images` [N, C, H, W], raw as those of the data set, of the experience under way.
+        """Show `images` [N, C, H, W], raw as those of the data set, as one picture of the experience under way.
 
         They are one picture, row by row, in the run folder and in TensorBoard. `name` begins with the plugin's.
         """
@@ -286,7 +286,7 @@ class Run:
 
 
 class Ticks:
-    """The iterations of one long piece of work; see `Run.ticks`.
+    """The iterations of one long piece of work of a hook; see `Run.ticks`.
 
     Attributes:
         start: the first iteration that is left to do: 0, unless the run was resumed within this work.

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def hooks_of(cls: type) -> list[str]:
-    """The hooks that a plugin's class implements, in the order in which the engine calls them."""
+    """Return the hooks that a plugin's class implements, in the order in which the engine calls them."""
     implemented = {hook for _, hook, mark in _methods(cls) if mark is not None}
     return [hook for hook in HOOKS if hook in implemented]
 
 
 def _methods(cls: type) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
-    """For each callable that a plugin's class adds: its name, the hook it stands for, its mark or None."""
+    """Yield, for each callable that a plugin's class adds, its name, the hook it implements, and its mark or None."""
     from clframe.plugin import Plugin
 
     for name in dir(cls):
@@ -40,12 +40,12 @@ def _owns(cls: type, hook: str) -> bool:
 
 @cache
 def _arguments_of(hook: str) -> list[str]:
-    """Return the names of what `hook` gives to a plugin."""
+    """Return the names of the arguments of `hook`."""
     return list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
 
 
 def _problems_of(cls: type[Plugin]) -> list[str]:
-    """One sentence for each thing in a plugin's class that would not do what its author means."""
+    """Return one sentence for each thing in a plugin's class that would not do what its author means."""
     if cls.hook_api not in (None, HOOK_API):
         which = "clframe" if isinstance(cls.hook_api, int) and cls.hook_api > HOOK_API else f"`{cls.name}`"
         return [

@@ -107,7 +107,7 @@ def step(engine: Engine, batch: Batch) -> None:
 
 @dataclass
 class Position:
-    """Where a run stands, to the hook and the tick: what a checkpoint needs to go on at the same place."""
+    """The place of a run, to the hook and the tick, at which a resume continues."""
 
     experience: int = 0
     entered: bool = False  # the head has grown for it
@@ -118,7 +118,7 @@ class Position:
 
 
 class Engine:
-    """What the loop is made of: the course of one run, and its state.
+    """The course of one run, and its state: the parts that the loop is made of.
 
     Args:
         run: the context that hooks are given.
@@ -206,7 +206,7 @@ class Engine:
         self.clock.lap()
 
     def one_by_one(self, hook: str, **arguments: Any) -> dict[str, Any]:
-        """Call `hook` of one plugin after the other, but not again what was done before a resume; answers by plugin."""
+        """Call `hook` of one plugin after another, without those done before a resume; return the answers by plugin."""
         run = self.run
         answers = self.collected.setdefault(hook, {})
         for name, call in self.calls[hook]:
@@ -223,7 +223,7 @@ class Engine:
         return {plugin.name: answers[plugin.name] for plugin in run.plugins if plugin.name in answers}
 
     def in_order(self, answers: Mapping[str, list[Phase]]) -> list[Phase]:
-        """The phases that are left of this experience: the plugins' before and after the one named ``train``."""
+        """Return the phases that are left of this experience: those before and after the one named ``train``."""
         owners: dict[str, str] = {}
         for plugin, phases in answers.items():
             for phase in phases:
@@ -240,7 +240,7 @@ class Engine:
 
     @contextmanager
     def training(self, phase: Phase, data: ImageData) -> Iterator[Iterator[Batch]]:
-        """The batches of `phase` that are left, with its optimizer in place and all that it does not train frozen."""
+        """Yield the batches that are left of `phase`, with its optimizer in place and everything else frozen."""
         run = self.run
         data = data if phase.data is None else phase.data.to(run.device)
         if not len(data):
@@ -278,7 +278,7 @@ class Engine:
         self.pause()
 
     def batches(self, data: ImageData) -> Iterator[Batch]:
-        """The batches of the phase under way, at the learning rate of each step."""
+        """Yield the batches of the phase under way, at the learning rate of each step."""
         run, sampler = self.run, self.run._sampler
         if sampler is None or not sampler.steps:
             return
@@ -294,7 +294,7 @@ class Engine:
             yield run.scenario.transform.batch(data.rows(where), augment)
 
     def leave(self) -> None:
-        """The experience is finished: the next one begins with a checkpoint."""
+        """Finish the experience: the next one begins with a checkpoint."""
         self.tell_silent_terms()
         if self.oracle:
             self.run.earlier.append(self.run.experience)
@@ -306,7 +306,7 @@ class Engine:
     # --------------------------------------------------------------------------------- parts of a step
 
     def join_replay(self, batch: Batch, answers: Mapping[str, list[Batch]]) -> Batch:
-        """`batch` and the rows that plugins add to it, each marked with its origin."""
+        """Return `batch` joined by the rows that plugins add, each marked with its origin."""
         extra = []
         for name, given in answers.items():
             for rows in given:
@@ -318,7 +318,7 @@ class Engine:
         return join([batch, *extra])
 
     def backward(self, terms: dict[str, Tensor]) -> None:
-        """Gradients of the sum of all terms; in two parts where a plugin wants the base loss's own."""
+        """Compute the gradients of the sum of all terms; in two passes where a plugin needs those of the base loss."""
         run = self.run
         for parameter in self.trained.values():  # what the optimizer's own `zero_grad` does, in a tenth of its time
             parameter.grad = None
@@ -336,7 +336,7 @@ class Engine:
         run.losses = {name: term.detach() for name, term in terms.items()}
 
     def update(self) -> None:
-        """Clip the gradient and step."""
+        """Clip the gradient and take the optimizer's step."""
         run = self.run
         clip = run.settings.clip
         norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
@@ -363,7 +363,7 @@ class Engine:
             run._emit(events.Progress(**self.progress(), images_per_second=rate, seconds_left=left))
 
     def progress(self) -> dict[str, Any]:
-        """The fields of a record about the step that was taken."""
+        """Return the fields of an event about the step that was taken."""
         run = self.run
         return {
             "experience": run.experience.index,
@@ -411,11 +411,11 @@ class Engine:
                 run.tell(f"The loss term `{term}` was 0 at every step of {run.progress_label}.{why}")
 
     def hints(self) -> list[str]:
-        """What plugins know to keep the run from learning."""
+        """Return the plugins' warnings about settings that may prevent learning."""
         return [hint for plugin in self.run.plugins for hint in plugin.hints(self.run)]
 
     def how_to_go_on(self) -> str:
-        """A sentence on the checkpoint that is left, or nothing if there is none."""
+        """Return a sentence on the checkpoint that is left; an empty text if there is none."""
         if self.folder is None:
             return ""
         with suppress(RunError):  # an error is under way already
@@ -476,11 +476,11 @@ class Engine:
         )
 
     def predictor(self) -> nn.Module:
-        """Return what answers for the run now."""
+        """Return the module that answers for the run now."""
         return self.answering(self.hook.predictor)
 
     def answering(self, predictor: Predictor) -> nn.Module:
-        """Return what answers for the run: the answer of the hook `predictor`, else the model itself."""
+        """Return the module that answers for the run: the result of the hook `predictor`, else the model itself."""
         answer = predictor(run=self.run)
         return ModelPredictor(self.run.model) if answer is None else answer
 
@@ -520,7 +520,7 @@ class Engine:
             raise first
 
     def pause(self) -> None:
-        """Between two pieces of work: stop if a signal asked for it, save if it is time."""
+        """Stop between two pieces of work if a signal asked for it, and save if it is time."""
         for look in AT_PAUSE:
             look(self)
         if self.signal:

@@ -38,18 +38,18 @@ hookimpl = pluggy.HookimplMarker("clframe")
 
 
 class Hooks:
-    """The hook specifications. All calls stand in `clframe.engine`."""
+    """The specifications of the hooks, which `clframe.engine` calls."""
 
     @hookspec
     def before_run(self, run: Run) -> None:
-        """Once per process, before any state is loaded: check the model and the scenario, install forward hooks.
+        """Check the model and the scenario, or install forward hooks, once per process and before state is loaded.
 
         Raise `clframe.errors.UsageError` to refuse the run. Called again by `clframe resume`.
         """
 
     @hookspec
     def grow(self, run: Run, experience: Experience) -> None:
-        """The head has grown for `experience`: add structure (masks, gates, norms, heads).
+        """Add structure for `experience`, for which the head has grown: masks, gates, norms, heads.
 
         Also replayed on resume, load and extend, before state is loaded. No data, and no randomness that lasts.
 
@@ -59,22 +59,22 @@ class Hooks:
 
     @hookspec
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """After `grow`, once per experience, never replayed: teachers, values, ``requires_grad``."""
+        """Prepare for an experience, once and never replayed: teachers, values, frozen parameters (`Run.freeze`)."""
 
     @hookspec
     def extra_data(self, run: Run, experience: Experience) -> ImageData | None:
-        """Images that join the experience's own for all of its epochs: exemplars, dreamed images. None: nothing."""
+        """Return images that join the experience's own for all of its epochs, such as exemplars; None: nothing."""
 
     @hookspec
     def phases(self, run: Run, experience: Experience) -> list[Phase] | None:
-        """Phases before or after the one named ``train``: warm-up, head tuning. None: nothing.
+        """Return phases before or after the one named ``train``, such as a warm-up; None: nothing.
 
         A phase that is itself named ``train`` stands in for the experience's own; two of those are refused.
         """
 
     @hookspec
     def extra_batch(self, run: Run, batch: Batch) -> Batch | None:
-        """Rows that join this step's batch, with their weights: replay. None: nothing.
+        """Return rows that join the batch of this step, with their weights, as in replay; None: nothing.
 
         Every plugin sees the original batch, not the others' rows.
         """
@@ -89,33 +89,33 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def base_loss(self, run: Run, batch: Batch, outputs: Outputs) -> Tensor | None:
-        """A scalar that replaces the weighted cross-entropy `run.loss`. None from all: the default stands.
+        """Return a scalar that replaces the weighted cross-entropy `run.loss`; None: the default loss is used.
 
         A run has at most one owner of this hook.
         """
 
     @hookspec
     def penalty(self, run: Run, batch: Batch, outputs: Outputs) -> dict[str, Tensor] | None:
-        """Scalars to add to the loss, named ``plugin`` or ``plugin/term``. None: nothing to add."""
+        """Return scalars to add to the loss, named ``plugin`` or ``plugin/term``; None: nothing to add."""
 
     @hookspec
     def after_backward(self, run: Run, batch: Batch) -> None:
-        """The gradients are there, clipping comes next: edit gradients.
+        """Edit the gradients, which are computed and not clipped yet.
 
         A plugin with ``needs_task_gradient`` finds the gradients of the base loss alone in `run.task_gradients`.
         """
 
     @hookspec
     def after_step(self, run: Run, batch: Batch) -> None:
-        """The optimizer has stepped: path integrals, own networks, restoring frozen rows."""
+        """Act after the optimizer's step: path integrals, networks of the plugin, restoring frozen entries."""
 
     @hookspec
     def after_experience(self, run: Run, experience: Experience) -> None:
-        """Training is over, evaluation comes next: importance, herding, pruning, snapshots."""
+        """Act after training and before evaluation: importance weights, herding, pruning, snapshots."""
 
     @hookspec(firstresult=True)
     def predictor(self, run: Run) -> nn.Module | None:
-        """A module that maps (images, task or None) to scores of all classes of the head. None: the model itself.
+        """Return a module that maps (images, task or None) to scores of all classes of the head; None: the model.
 
         Called before each evaluation, and when a run is loaded. A run has at most one owner of this hook. See
         `clframe.evaluate.Predictor` for what it may declare.
@@ -123,11 +123,11 @@ class Hooks:
 
     @hookspec
     def after_eval(self, run: Run, experience: Experience) -> None:
-        """A row was added to `run.accuracy`, and to `run.validation` with ``train.val``: curves, logs."""
+        """Act after a row was added to `run.accuracy`, and to `run.validation` with ``train.val``: curves, logs."""
 
     @hookspec
     def after_run(self, run: Run) -> None:
-        """Always, at the end, also after an error: remove what only training needed, close writers."""
+        """Remove what only training needed, and close writers; called at the end, also after an error."""
 
 
 HOOKS: tuple[str, ...] = tuple(name for name in vars(Hooks) if not name.startswith("_"))

@@ -64,7 +64,7 @@ def begin_from(engine: Engine, base: Base | None) -> None:
 
 
 def begin_run(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
-    """Bring a run to its beginning, or to where the run that it extends `ended`; and save."""
+    """Bring a run to its beginning, or to the end of the run that it extends, and save it."""
     if base and ended:
         with blame_file(base.path / "checkpoints"):
             state.take_over(engine, *ended, keep_optimizer=base.keeps_optimizer(engine.run.config.train))
@@ -82,7 +82,7 @@ def plugin_name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
 
 
 def check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: str = "resumed") -> None:
-    """Refuse to go on with a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
+    """Refuse to continue a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
     given = {plugin_name(plugin): type(plugin) for plugin in plugins}
     for name, options in config.plugins.items():
         if OBJECT in options and name not in given:
@@ -96,7 +96,7 @@ def check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: s
 
 
 def read_config(path: Path) -> Config:
-    """The resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
+    """Return the resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
     file = path / "config.yaml"
     try:
         return Config.model_validate(update_config(parse_yaml(read_text(file, CONFIG_LIMIT), str(file))))
@@ -107,7 +107,7 @@ def read_config(path: Path) -> Config:
 
 @contextmanager
 def environment_of(config: Config) -> Iterator[torch.device]:
-    """The device of the run, its threads and its seed in place, for it alone; afterwards all of it as it was."""
+    """Set the device, the threads and the seed of the run inside; restore torch's settings afterwards."""
     device = device_of(config.run.device)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
@@ -147,7 +147,7 @@ def device_of(name: str) -> torch.device:
 
 
 def base_of(config: Config) -> Base | None:
-    """The run that this one extends, if any."""
+    """Return the run that this one extends, if any."""
     if config.run.extends is None:
         return None
     path = expand_home(config.run.extends)
@@ -166,9 +166,9 @@ def build(
     base: Mapping[str, Any] | None = None,
     restored: bool = False,
 ) -> Engine:
-    """Scenario, network, plugins and the engine of the run, all of which may still refuse it.
+    """Build the scenario, the network, the plugins and the engine of the run; each of them may refuse it.
 
-    `base` describes what was learnt before, where the run extends another one. The weights of a network that is
+    `base` describes what was learned before, where the run extends another one. The weights of a network that is
     `restored` are all given later: none are downloaded.
     """
     if scenario is None:
@@ -201,7 +201,7 @@ def build(
 
 
 def start_from(backbone: nn.Module, path: Path, name: str) -> None:
-    """Give `backbone`, the model `name`, the weights that the run in `path` ended with. Raises `DataError`."""
+    """Load the weights with which the run in `path` ended into `backbone`, the model `name`. Raises `DataError`."""
     _, packed, tensors = read_model(path)
     with blame_file(path / "model.json"):
         saved = dict(checkpoint.unpack(dict(packed["dict"])["model"], tensors))
@@ -229,7 +229,7 @@ def check_named(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[s
 
 
 def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
-    """Run the engine to the results, from where `begin` brings it when ``before_run`` was called."""
+    """Run the engine to the results, and explain its errors."""
     run = engine.run
     if engine.folder:
         run.listeners.append(folder_writer(engine.folder))
@@ -265,7 +265,7 @@ def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
 
 
 def trained_model(engine: Engine) -> Trained:
-    """The trained model of a run that has ended, on the CPU, as `load` gives it."""
+    """Return the trained model of a run that has ended, on the CPU, as `load` gives it."""
     with plain_torch(engine.run.device), torch.no_grad():
         temperature, fitted = fit_temperatures(engine)
         scenario = engine.stream.described()
@@ -273,7 +273,7 @@ def trained_model(engine: Engine) -> Trained:
 
 
 def blame(engine: Engine, error: Exception) -> str | None:
-    """Which plugin, or whose module, raised `error`: the first frame whose `self` is one; noted on the error too."""
+    """Return a sentence naming the plugin or module in which `error` arose; None if it arose in clframe."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner, place = frame.f_locals.get("self"), frame.f_code.co_name
         if isinstance(owner, Plugin):

@@ -35,7 +35,7 @@ STRICT = ConfigDict(allow_inf_nan=False, strict=True, arbitrary_types_allowed=Tr
 
 @dataclass(frozen=True)
 class Option:
-    """One option: public name, type in words, default (`REQUIRED` if none) and documentation."""
+    """An option: public name, type in words, default (`REQUIRED` if none) and documentation."""
 
     name: str
     type: str
@@ -51,12 +51,12 @@ REQUIRED: Any = inspect.Parameter.empty
 
 
 def public_name(parameter: str) -> str:
-    """The name outside Python: ``lambda_`` is ``lambda``; the underscore only dodges a reserved word."""
+    """Return the name outside Python: ``lambda_`` is ``lambda``; the underscore only avoids a reserved word."""
     return parameter.rstrip("_")
 
 
 def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> list[Option]:
-    """The options of a class or function in the order of its signature, but for those named in `skip`."""
+    """Return the options of a class or function in the order of its signature, without those named in `skip`."""
     docs = _documented(factory)
     hints = _hints(factory)
     return [
@@ -131,7 +131,7 @@ def _fields(group: type[OptionGroup]) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def fields_of(settings: type[BaseModel]) -> list[Option]:
-    """The fields of a model of settings (such as `clframe.settings.TrainSettings`), in their order, as options."""
+    """Return the fields of a settings model (such as `clframe.settings.TrainSettings`) as options, in order."""
     hints = get_type_hints(settings, include_extras=True)
     return [
         Option(name, _type_in_words(hints[name]), field.default, field.description or "")
@@ -146,7 +146,7 @@ def validated(
     skip: tuple[str, ...] = (),
     owner: str = "",
 ) -> dict[str, Any]:
-    """`given` (by public or parameter name) checked against the signature of `factory`, by parameter name.
+    """Return `given` (by public or parameter name) checked against the signature of `factory`, by parameter name.
 
     Every parameter is present in the answer, defaults included. `owner` is how errors call the thing that has
     the options, by default `where`. Raises `UsageError` with one sentence for each problem, each naming the
@@ -174,7 +174,7 @@ def validated(
 
 
 def unknown(given: Iterable[str], known: Iterable[str], where: str, owner: str) -> list[str]:
-    """One sentence for each name in `given` that is not among the `known` options of `owner`."""
+    """Return one sentence for each name in `given` that is not among the `known` options of `owner`."""
     known = list(known)
     strangers = [name for name in given if name not in known]
     sentences = [
@@ -187,7 +187,7 @@ def unknown(given: Iterable[str], known: Iterable[str], where: str, owner: str) 
 
 
 def explain(error: ValidationError, where: str) -> list[str]:
-    """One sentence for each value that pydantic refused, with the option's full name and the value."""
+    """Return one sentence for each value that pydantic refused, with the option's full name and the value."""
     reasons: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
         # pydantic adds the tried member of a union to the place; what a person wrote ends before it
@@ -307,7 +307,7 @@ def _whole(value: float) -> int | float:
 
 
 def _lenient(hint: Any) -> Any:
-    """`hint` with tuples that a list may fill and paths that a string may fill: YAML has neither."""
+    """Return `hint` with tuples that a list may fill and paths that a string may fill: YAML has neither."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return Union[tuple(_lenient(part) for part in arguments)]  # noqa: UP007 - the members are computed
@@ -337,7 +337,7 @@ def sections_of(documented: object) -> dict[str, str]:
 
 
 def _documented(factory: Callable[..., object]) -> dict[str, str]:
-    """The lines ``name: text`` under ``Options:`` in the docstring; deeper lines continue the text."""
+    """Return the lines ``name: text`` under ``Options:`` of the docstring; deeper lines continue the text."""
     doc = inspect.getdoc(factory) or ""
     _, found, section = doc.partition("\nOptions:\n")
     entries: dict[str, str] = {}

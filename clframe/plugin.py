@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Validated(type):
-    """Validates the options before a class's ``__init__`` sees them, raising `clframe.errors.UsageError`."""
+    """A metaclass that validates options before ``__init__``, raising `clframe.errors.UsageError`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -47,8 +47,8 @@ class Plugin(metaclass=_Validated):
       the user set nothing else; where plugins differ, the first named decides.
     - ``conflicts``: names of plugins that it cannot run beside.
     - ``needs_task_gradient``: the engine goes backward through the base loss first, see ``after_backward``.
-    - ``isolates``: it decides what of the network each task may use and change, so that nothing learnt changes: no
-      other plugin may change what is learnt beside it.
+    - ``isolates``: it decides what of the network each task may use and change, so that nothing learned changes: no
+      other plugin may change what is learned beside it.
     - ``replays``: it brings images of earlier classes back, kept or made, by ``extra_data`` or ``extra_batch``.
     - ``keeps_images``: it stores training images; a method that does not say so must not.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
@@ -59,7 +59,7 @@ class Plugin(metaclass=_Validated):
       the old network only; ``images``, images of old classes, too (``run.old_images``); empty, it cannot. Its
       ``after_experience`` is then called once before training, with the last old experience, which has those images.
     - ``known_problems``: sentences on what is known to be broken in what it stands on; `clframe doctor` tells them.
-    - ``observer``: it changes nothing that is learnt; results do not depend on it.
+    - ``observer``: it changes nothing that is learned; results do not depend on it.
     - ``one_class``: of a plugin with `wanted_logits`, the option (``name.option=value``) with which it can learn an
       experience of one class, whose loss among its own classes is always 0; empty: there is none.
     - ``citation``: the paper.
@@ -104,19 +104,19 @@ class Plugin(metaclass=_Validated):
 
     @classmethod
     def of_variant(cls, variant: str) -> type[Plugin]:
-        """The class of ``name:variant``, for a plugin with ``variants``. Raises `clframe.errors.UsageError`."""
+        """Return the class of ``name:variant``, for a plugin with ``variants``. Raises `clframe.errors.UsageError`."""
         return cls
 
     def public_options(self) -> dict[str, Any]:
-        """The options by the names that YAML and ``--set`` use."""
+        """Return the options by the names that YAML and ``--set`` use."""
         return {public_name(name): value for name, value in self.options.items()}
 
     def owns(self, hook: str) -> bool:
-        """Whether, with these options, it answers this hook of its, of which a run has one owner at most."""
+        """Return False if, with its options, this plugin leaves the single-owner `hook` to others."""
         return True
 
     def wanted_logits(self, run: Run) -> str | None:
-        """The ``train.logits`` that its loss is made for in this run; None: any.
+        """Return the ``train.logits`` that the plugin's loss is made for in this run; None: any.
 
         Of the run, scenario and plugins are known. They are in force where the user chose none. A run in which it and
         the user, or another plugin, want different ones is refused.
@@ -131,7 +131,7 @@ class Plugin(metaclass=_Validated):
         return ()
 
     def problems(self, run: Run) -> Iterable[str]:
-        """One sentence for each reason why this plugin cannot serve the run; called before training.
+        """Return one sentence for each reason why this plugin cannot serve the run; called before training.
 
         `run.scenario` describes the whole scenario and `run.model` stands as built, before its head grows.
         """

@@ -72,7 +72,7 @@ class Offer:
         return self.summary
 
     def load(self) -> Any:
-        """The object itself. Raises `UsageError` if it cannot be imported."""
+        """Import and return the object itself. Raises `UsageError` if it cannot be imported."""
         try:
             return self.entry.load()
         except (Exception, SystemExit) as error:  # a broken package may raise anything
@@ -85,13 +85,13 @@ class Offer:
 
 
 def offers(kind: Kind) -> tuple[Offer, ...]:
-    """All that installed packages offer of this kind, by name."""
+    """Return everything that installed packages offer of this kind, sorted by name."""
     return _offers(kind, tuple(sys.path))
 
 
 @lru_cache(maxsize=8)
 def _offers(kind: Kind, path: tuple[str, ...]) -> tuple[Offer, ...]:
-    """What is offered on this path: reading all metadata takes milliseconds, and a run asks many times."""
+    """Return the offers on this path; cached, as reading all metadata takes milliseconds and a run asks often."""
     group = GROUPS[kind]
     found: dict[tuple[str, str], list[Offer]] = {}
     for distribution in distributions(path=list(path)):
@@ -110,12 +110,12 @@ def _offers(kind: Kind, path: tuple[str, ...]) -> tuple[Offer, ...]:
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of this kind."""
+    """Return the names of this kind."""
     return list(dict.fromkeys(offer.name for offer in offers(kind)))
 
 
 def find(kind: Kind, name: str) -> tuple[Offer, str | None]:
-    """What is offered under `name`, which may be of the form ``name:variant``, and the variant.
+    """Return the offer under `name`, which may be of the form ``name:variant``, and the variant.
 
     Raises:
         UsageError: if nothing is offered under that name, or two packages offer it, or the name is reserved.
@@ -137,7 +137,7 @@ def find(kind: Kind, name: str) -> tuple[Offer, str | None]:
 
 
 def plugin_class(name: str) -> type[Plugin]:
-    """The class of the plugin `name`, checked; that of the variant, where `name` has one. Raises `UsageError`."""
+    """Return the class of the plugin `name`, checked; that of the variant, if there is one. Raises `UsageError`."""
     from clframe.plugin import Plugin
 
     offer, variant = find("plugin", name)
@@ -155,7 +155,7 @@ def plugin_class(name: str) -> type[Plugin]:
 
 
 def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
-    """A new plugin with these options. Raises `UsageError`."""
+    """Build a plugin with these options. Raises `UsageError`."""
     from clframe.options import validated
 
     offer, variant = find("plugin", name)
@@ -173,7 +173,7 @@ def build_plugin(name: str, options: Mapping[str, object]) -> Plugin:
 
 
 def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]:
-    """The function that builds the scenario, or the backbone, `name`. Raises `UsageError`."""
+    """Return the function that builds the scenario, or the backbone, `name`. Raises `UsageError`."""
     offer, variant = find(kind, name)
     found = offer.load()
     if not callable(found):
@@ -185,7 +185,7 @@ def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]
 
 
 def suited(build: Callable[..., Any] | None, name: str) -> tuple[Any, dict[str, Any]]:
-    """The backbone and the training settings that suit the scenario `name`, which `build` builds."""
+    """Return the backbone and the training settings that suit the scenario `name`, which `build` builds."""
     of_variant = getattr(build, "variants", {}).get(name.partition(":")[2])
     if of_variant:
         return of_variant["backbone"], dict(of_variant["train"])
@@ -206,7 +206,7 @@ def suited_train(plugins: Iterable[str | Plugin]) -> dict[str, Any]:
 
 
 def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
-    """The scenario `spec` (its ``name`` and options).
+    """Build the scenario `spec` (its ``name`` and options).
 
     Its parameters `data_root`, and `seed` where that is None, are filled with the run's.
 
@@ -237,7 +237,7 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
 
 
 def build_backbone(spec: Mapping[str, Any], input_shape: Sequence[int]) -> nn.Module:
-    """A new backbone `spec` (its ``name`` and options) for images of `input_shape`. Raises `UsageError`."""
+    """Build the backbone `spec` (its ``name`` and options) for images of `input_shape`. Raises `UsageError`."""
     offer, variant = find("model", spec["name"])
     build = builder("model", spec["name"])
     options = _options(build, spec, "model", f"the model `{spec['name']}`")
@@ -267,7 +267,7 @@ def _plugin_file(name: str) -> Path | None:
 
 
 def _source(module: str) -> str:
-    """The source text of a module that need not be imported, nor be importable. Raises `OSError`."""
+    """Return the source text of a module, which need not be importable. Raises `OSError`."""
     path: list[str] | None = None
     spec: ModuleSpec | None = None
     parts = module.split(".")
@@ -297,7 +297,7 @@ def _described_call(node: ast.stmt, name: str) -> str | None:
 
 
 def _with_variant(offer: Offer, factory: Callable[..., Any], variant: str | None) -> dict[str, str]:
-    """The argument that passes the variant on; refused if there is one too many, or one is missing."""
+    """Return the argument that passes the variant on; refuse a variant too many, or a missing one."""
     signature = inspect.signature(factory.__init__ if inspect.isclass(factory) else factory)
     parameter = signature.parameters.get("variant")
     if variant is None:
@@ -318,7 +318,7 @@ def _options(factory: Callable[..., Any], spec: Mapping[str, Any], where: str, o
 
 @contextmanager
 def _blamed_on(offer: Offer) -> Iterator[None]:
-    """An exception in a third party's code is that package's failure, not a bug of clframe."""
+    """Turn an exception in the code of a third party into a failure of that package."""
     try:
         yield
     except (ClframeError, OSError, MemoryError):

@@ -33,7 +33,7 @@ SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, validate
 
 
 class Settings(BaseModel):
-    """Settings whose values may come in other types that hold the same (`clframe.options.suited`)."""
+    """A settings model; values of other types that hold the same are converted (`clframe.options.suited`)."""
 
     model_config = SETTINGS
 
@@ -45,7 +45,7 @@ class Settings(BaseModel):
 
 
 class TrainSettings(Settings):
-    """How each experience is trained (``train.*``)."""
+    """Settings of the training of each experience (``train.*``)."""
 
     epochs: Count | None = Field(default=None, description="passes over the data of each experience")
     iterations: Count | None = Field(
@@ -119,14 +119,14 @@ class TrainSettings(Settings):
             raise ValueError(re.sub(r"`train\.(?!first\b)", "`train.first.", told)) from None
 
     def of(self, experience: int) -> TrainSettings:
-        """The settings of the experience with this index: `first` holds for index 0."""
+        """Return the settings of the experience with this index; `first` changes those of index 0."""
         if experience or not self.first:
             return self
         length = {other: None for name, other in LENGTH.items() if self.first.get(name) is not None}
         return TrainSettings(**{**self.model_dump(), **length, **self.first, "first": None})
 
     def lr_of(self, parameter: str) -> float:
-        """The learning rate of the parameter of this name."""
+        """Return the learning rate of the parameter of this name."""
         return self.head_lr if self.head_lr is not None and parameter.startswith("head.") else self.lr
 
 
@@ -134,7 +134,7 @@ FolderName = Annotated[str, Field(min_length=1)]  # a path; a variable of the sh
 
 
 class RunSettings(Settings):
-    """How the run itself goes (``run.*``)."""
+    """Settings of the run itself (``run.*``)."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="of everything random")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
@@ -175,7 +175,7 @@ Component = Annotated[dict[str, Any], AfterValidator(_check_name)]  # a scenario
 
 
 class Config(BaseModel):
-    """Everything that defines a run; what `config.yaml` of its folder holds.
+    """A configuration: everything that defines a run, as `config.yaml` of its folder holds it.
 
     `scenario` and `model` hold their `name` and options, `plugins` maps names to options, in calling order.
     """
@@ -193,7 +193,7 @@ DATA_ROOT = "CLFRAME_DATA"
 
 
 def data_root(given: str | None) -> Path:
-    """The folder of the data sets: as given, else the environment's, else the user's cache folder."""
+    """Return the folder of the data sets: as given, else of the environment, else the user's cache folder."""
     import os
 
     import platformdirs

@@ -13,7 +13,7 @@ from clframe.system.texts import cut
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that strict YAML `text` holds: no repeated key, anchor, alias or tag; ``1e-3`` is a number.
+    """Return the value of strict YAML `text`: no repeated key, anchor, alias or tag; ``1e-3`` is a number.
 
     Raises `UsageError` that names `where`, and the line and column.
     """
@@ -82,11 +82,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_Loader`, or a YAML 1.1 reader, would take for something else."""
+    """A dumper that quotes every text that `_Loader`, or a YAML 1.1 reader, would read as another type."""
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types that YAML has."""
+    """Return `value` in the types that YAML has."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

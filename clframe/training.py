@@ -44,7 +44,7 @@ class Phase:
     data: ImageData | None = None
 
     def length(self, settings: TrainSettings) -> dict[str, int | None]:
-        """``epochs`` and ``iterations`` of this phase in a run with these settings; one of them is None."""
+        """Return ``epochs`` and ``iterations`` of this phase in a run with these settings; one of them is None."""
         if self.epochs is None and self.iterations is None:
             one = 1 if settings.iterations is None else None
             return {"epochs": settings.epochs or one, "iterations": settings.iterations}
@@ -87,7 +87,7 @@ class Sampler:
         return self.step // self.batches_per_epoch
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Positions [B] of each remaining step, on the device."""
+        """Yield the positions [B] of each remaining step, on the device."""
         while self.step < self.steps:
             place = self.step % self.batches_per_epoch
             if place == 0:
@@ -96,7 +96,7 @@ class Sampler:
             yield self._order[place * self._batch_size : self._end(place + 1)]
 
     def coming(self, images: int) -> Tensor:
-        """Positions of up to so many images after the step under way, within its epoch: the next is not drawn yet."""
+        """Return the positions of up to so many images after the step under way, within its epoch."""
         place = self.step % self.batches_per_epoch
         left = min(self.batches_per_epoch - place, self.steps - self.step) if place else 0
         start = place * self._batch_size
@@ -107,11 +107,11 @@ class Sampler:
         return self._used if batches == self.batches_per_epoch else batches * self._batch_size
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs to go on at the same image."""
+        """Return what `load` needs to continue at the same image."""
         return {"step": self.step, "order": self._order.cpu()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises `DataError` if that was among other images."""
+        """Continue where `state` was taken. Raises `DataError` if that was among other images."""
         length = len(state["order"])
         if not 0 <= state["step"] <= self.steps or length not in (0, self._n):
             raise DataError("The checkpoint's place among the images is none of this phase: its data or state changed.")
@@ -121,7 +121,7 @@ class Sampler:
 
 
 def trained_by(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that `phase` trains, by name."""
+    """Return the parameters that `phase` trains, by name."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -131,7 +131,7 @@ def trained_by(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The model in train mode, all but `parameters` frozen; afterwards ``requires_grad`` is as it was.
+    """Put the model in train mode with all but `parameters` frozen; restore ``requires_grad`` afterwards.
 
     A module none of whose parameters is trained is put into eval mode, and all in it: a frozen batch norm must not move
     its running statistics either. One without parameters goes with its surroundings, such as dropout; one that still
@@ -152,7 +152,7 @@ def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Itera
 
 
 def _rest(module: nn.Module, trained: set[int]) -> None:
-    """Put what holds parameters, and none that is trained, into eval mode."""
+    """Put modules that hold parameters, none of which is trained, into evaluation mode."""
     inside = list(module.parameters())
     if inside and not any(id(p) in trained for p in inside):
         module.eval()
@@ -168,7 +168,7 @@ def _rest(module: nn.Module, trained: set[int]) -> None:
 
 
 def warm_up(run: Run, share: float) -> list[Phase] | None:
-    """A phase before ``train`` in which the new head is trained alone (Li and Hoiem, LwF, 2017, section 3.1).
+    """Return a phase before ``train`` that trains the new head alone (Li and Hoiem, LwF, 2017, section 3.1).
 
     None in the first experience, whose head is new but has no trained network below it, and for a share of 0.
 
@@ -184,7 +184,7 @@ def warm_up(run: Run, share: float) -> list[Phase] | None:
 
 
 def warm_up_problems(run: Run, plugin: Plugin) -> Iterator[str]:
-    """Reasons why `plugin`, whose attribute ``warm_up`` asks for the phase, cannot have it."""
+    """Yield reasons why `plugin`, whose attribute ``warm_up`` asks for the phase, cannot have it."""
     asking = [p.name for p in run.plugins if getattr(p, "warm_up", 0)]
     if plugin.name in asking and "domain" in plugin.serves:  # else that is refused already
         yield from no_new_heads(run, f"`{plugin.name}.warm_up`")
@@ -193,7 +193,7 @@ def warm_up_problems(run: Run, plugin: Plugin) -> Iterator[str]:
 
 
 def no_new_heads(run: Run, asked_by: str) -> list[str]:
-    """The sentence that refuses `asked_by`, which needs new heads, in the domain setting, which brings none."""
+    """Return the sentence that refuses `asked_by`, which needs new heads, in the domain setting."""
     if run.scenario.setting != "domain":
         return []
     return [
@@ -205,12 +205,12 @@ def no_new_heads(run: Run, asked_by: str) -> list[str]:
 def make_optimizer(
     parameters: dict[str, nn.Parameter], settings: TrainSettings, lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """An optimizer over `parameters`; `lr` goes before the settings' rates."""
+    """Return an optimizer over `parameters`; `lr`, if given, replaces the rates of the settings."""
     return optimizer_of(group_parameters(parameters, settings, lr), settings)
 
 
 def optimizer_of(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, over these parameter groups."""
+    """Return the optimizer that the settings name, over these parameter groups."""
     common: dict[str, Any] = {"lr": settings.lr}
     if all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"]):
         common["fused"] = True  # one kernel for all tensors: several times faster than a loop over them
@@ -223,7 +223,7 @@ def optimizer_of(groups: list[dict[str, Any]], settings: TrainSettings) -> torch
 def group_parameters(
     parameters: dict[str, nn.Parameter], settings: TrainSettings, lr: float | None
 ) -> list[dict[str, Any]]:
-    """Parameter groups, each with its ``base_lr``, its ``weight_decay`` and the ``names`` of what it holds.
+    """Return parameter groups, each with its ``base_lr``, its ``weight_decay`` and the ``names`` of its members.
 
     A parameter whose attribute ``decays`` is false has no decay, whatever the settings say.
     """
@@ -258,7 +258,7 @@ def extend_optimizer(
 
 
 def restart(optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-    """Set to 0 what a kept optimizer knows of entries of parameters whose weights were set back.
+    """Clear the state that a kept optimizer has of entries whose weights were reset.
 
     Momentum and Adam's moments belong to weights that are gone. Adam's count of steps is one number for each parameter
     and stays.
@@ -275,7 +275,7 @@ def restart(optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[nn.
 
 
 def rate_factor(settings: TrainSettings, step: int, sampler: Sampler) -> float:
-    """What the base learning rate is multiplied by at `step` of a phase (cosine: Loshchilov & Hutter, ICLR 2017)."""
+    """Return the factor of the base learning rate at `step` (cosine: Loshchilov & Hutter, ICLR 2017)."""
     if settings.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / sampler.steps))
     if settings.schedule == "steps":

@@ -130,7 +130,7 @@ def refusal(run: Run, a: Plugin, b: Plugin) -> tuple[str, ...]:
     for one, other in ((a, b), (b, a)):
         if one.isolates and other.name != "warm-up":
             nothing = (
-                f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learnt can change; "
+                f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learned can change; "
             )
             return (nothing + "leave out one of them.",)
     for hook in compose.OWNED:

@@ -408,7 +408,7 @@ class Phased(Base):
 
 
 def test_beside_what_isolates_tasks_nothing_that_acts_on_what_is_learnt_may_run():
-    nothing = "has nothing to do beside `isolating`, where nothing that was learnt can change; leave out one of them."
+    nothing = "has nothing to do beside `isolating`, where nothing that was learned can change; leave out one of them."
     sentence = f"`second` {nothing}"
     assert refusal(compose.manager, [Isolating(), Second()]) == sentence
     assert refusal(compose.manager, [Second(), Isolating()]) == sentence
