@@ -64,16 +64,16 @@ def _logits_problems(run: Run) -> list[str]:
 def stream_problems(run: Run) -> list[str]:
     """Return one sentence for each reason why the run could not learn the classes of its stream.
 
-    Called before training, and before an extension, of the whole stream. A class has one column in the head: two tasks
-    that both have it would both train that column, so a plugin that isolates tasks cannot keep the first one's answers.
-    A loss among the classes of one experience is always 0 where that experience has one class.
+    Checks the whole stream; called before training and before an extension. A class has one column in the head: two
+    tasks that both have it would both train that column, so a plugin that isolates tasks cannot keep the first
+    one's answers. A loss among the classes of one experience is always 0 where that experience has one class.
     """
     return [*_shared_class_problems(run), *_replay_problems(run), *_default_loss_problems(run)]
 
 
 def _shared_class_problems(run: Run) -> list[str]:
     shared = find_returning_class(run.scenario.classes)
-    if shared is None or run.scenario.setting == "domain":  # in which plugins that isolate are refused already
+    if shared is None or run.scenario.setting == "domain":  # which isolating plugins do not serve
         return []
     earlier, later, label = shared
     return [
@@ -92,7 +92,9 @@ def _replay_problems(run: Run) -> list[str]:
     left_out = any(set().union(*classes[:i]).difference(classes[i]) for i in coming)
     if run.logits != "current" or not left_out:
         return []
-    methods = [plugin for plugin in run.plugins if not plugin.observer]  # what keeps experiences refuses company itself
+    methods = [
+        plugin for plugin in run.plugins if not plugin.observer
+    ]  # an oracle beside a method is refused elsewhere
     return [
         f"`{plugin.name}` brings old classes back, which `train.logits=current` leaves out of the loss: choose `seen` "
         "or `all`."

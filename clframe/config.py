@@ -1,14 +1,12 @@
-"""YAML and flags to one resolved, validated configuration, with all errors told at once."""
+"""Resolution of YAML, ``--set`` and arguments into one validated configuration; mistakes are reported together."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import (
     ValidationError,
 )
@@ -36,7 +34,7 @@ from clframe.settings import (
     RunSettings,
     TrainSettings,
 )
-from clframe.strict_yaml import RESOLVERS, _Dumper, _Loader, _plain, parse_yaml
+from clframe.strict_yaml import dump_yaml, parse_yaml
 from clframe.system.reading import Unreadable, expand_home, quote_path, read_bytes
 from clframe.system.texts import cut, quote
 
@@ -82,7 +80,7 @@ def resolve(
     def layers(section: str, given: Named) -> list[dict[str, Any]]:
         return [_named(layer, section, problems) for layer in (file.get(section), changes.get(section), given)]
 
-    def section(section: str, given: Given | None) -> list[dict[str, Any]]:
+    def settings_layers(section: str, given: Given | None) -> list[dict[str, Any]]:
         of_file = _mapping(file.get(section), section, problems)
         return [of_file, changes.get(section, {}), _mapping(given, section, problems)]
 
@@ -97,9 +95,9 @@ def resolve(
         for name in chosen
     }
     of_plugins = registry.suited_train(resolved_plugins) | dict(plugin_train or {})
-    train_layers = [training, of_plugins, *section("train", train)]
+    train_layers = [training, of_plugins, *settings_layers("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)
-    run_layers = section("run", run)
+    run_layers = settings_layers("run", run)
     resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)
     if problems or resolved_train is None or resolved_run is None:
         raise UsageError(*dict.fromkeys(problems))
@@ -116,7 +114,7 @@ def to_yaml(config: Config) -> str:
     """Return `config` as YAML that `resolve` reads back; without ``run.output``, as a repeat has its own folder."""
     data = config.model_dump()
     data["run"]["output"] = None
-    return yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return dump_yaml(data)
 
 
 # ------------------------------------------------------------------------------------ the sections
@@ -145,7 +143,7 @@ def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tupl
 
 
 def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return `layers`, below them the contents of the split file that the strongest name is, if it is one.
+    """Return `layers`; if the strongest name is a split file, its contents come first.
 
     Raises:
         UsageError: if the file cannot be read, or a layer changes what it has settled.
@@ -188,7 +186,7 @@ def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str,
             raise UsageError(f"There is no plugin `{name}`. For several methods repeat `--plugin`: {repeated}.")
         resolved = registry.build_plugin(name, options).public_options()
         if ":" in name:
-            resolved.pop("variant", None)  # where it is an argument
+            resolved.pop("variant", None)  # the name holds it already
         return resolved
     return {}
 
@@ -220,8 +218,8 @@ def _settings(kind: type[Kind], given: Given, where: str, problems: list[str]) -
 def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge the layers of training settings; one epoch is the default.
 
-    A stronger choice of epochs or iterations ends the weaker one, another optimizer the settings of the weaker one, and
-    settings of the first experience a weaker wish to keep the optimizer.
+    A stronger choice of epochs or iterations replaces the weaker one, another optimizer the settings of the weaker
+    one, and settings of the first experience a weaker wish to keep the optimizer.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -342,11 +340,3 @@ def _mapping(given: Any, where: str, problems: list[str]) -> dict[str, Any]:
         return {name: value for name, value in (given or {}).items() if isinstance(name, str)}
     problems.append(f"`{where}` is {quote(given)}; it must be a mapping of options to values.")
     return {}
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
-
-
-for _tag, _pattern, _first in RESOLVERS:
-    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
-    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)

@@ -28,12 +28,13 @@ class Run:
 
     Attributes:
         model: the network.
-        scenario: its description; it holds no images. In a run that was extended, as it was known at the time.
+        scenario: its description, without images; in an extended run, what was known when the current experience was
+            learned.
         experience: the one being learned, without test images.
         earlier: the experiences learned before it; only for plugins that declare ``keeps_experiences``.
         phase: the stretch of training under way.
         optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built again.
-        accuracy: for each reading the rows of `R[i][j]` so far, from 0 to 1, None where empty.
+        accuracy: by evaluation mode, the rows of `R[i][j]` so far, from 0 to 1, None where empty.
         validation: likewise, on the training images that ``train.val`` holds out; empty without it.
         losses: detached scalars of the latest step, by the name of the term.
         task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.

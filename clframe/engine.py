@@ -1,4 +1,4 @@
-"""The loop, on one page, with every hook call of the program; below it what the loop is made of."""
+"""The loop, on one page, with the hook calls of a training run; below it what the loop is made of."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from clframe.training import (
 )
 from clframe.watch import LossWatch, Rate, Stopwatch
 
-ONE_BY_ONE = (  # hooks that are called of one plugin after the other, and not of all together
+ONE_BY_ONE = (  # hooks called on one plugin after another, not on all together
     "before_experience",
     "extra_data",
     "phases",
@@ -114,7 +114,7 @@ class Position:
     done: list[list[str]] = field(default_factory=list)  # [hook, plugin]: what is finished in this experience
     phase: int = 0  # phases that are finished in this experience
     steps: int = 0  # of this experience
-    effective: dict[str, bool] = field(default_factory=dict)  # its loss terms: whether one was ever another than 0
+    effective: dict[str, bool] = field(default_factory=dict)  # by loss term, whether it was ever nonzero
 
 
 class Engine:
@@ -141,7 +141,9 @@ class Engine:
         self.row: Row | None = None  # the latest
         self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
         self.calls = {hook: compose.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
-        self.origins = {plugin.name: k for k, plugin in enumerate(run.plugins, start=1)}  # as `Run.of` knows them
+        self.origins = {
+            plugin.name: k for k, plugin in enumerate(run.plugins, start=1)
+        }  # the same numbers as in `Run.rows_from`
         self.unsaved = [plugin.name for plugin in run.plugins if not plugin.resumes]
         self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
         self.kept_optimizer: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
@@ -180,7 +182,7 @@ class Engine:
             yield experience
 
     def grow_head(self, experience: Experience) -> None:
-        """Grow the head by the classes of `experience`; repeated on resume and load, before ``grow``.
+        """Thaw what plugins froze, and grow the head for `experience`; repeated on resume and load, before ``grow``.
 
         New weights depend on the seed and on the size of the head alone.
         """
@@ -223,13 +225,13 @@ class Engine:
         return {plugin.name: answers[plugin.name] for plugin in run.plugins if plugin.name in answers}
 
     def in_order(self, answers: Mapping[str, list[Phase]]) -> list[Phase]:
-        """Return the phases that are left of this experience: those before and after the one named ``train``."""
+        """Return the remaining phases in order: those before ``train``, ``train``, and those after it."""
         owners: dict[str, str] = {}
         for plugin, phases in answers.items():
             for phase in phases:
                 if phase.name in owners:
                     raise UsageError(
-                        f"Both `{owners[phase.name]}` and `{plugin}` bring a phase `{phase.name}`; name one of them."
+                        f"Both `{owners[phase.name]}` and `{plugin}` bring a phase `{phase.name}`; leave one out."
                     )
                 owners[phase.name] = plugin
         given = [phase for phases in answers.values() for phase in phases]
@@ -452,7 +454,7 @@ class Engine:
         self.clock.lap()
 
     def count_seconds(self) -> None:
-        """Add the time since the clock was set to the experience's, up to its evaluation."""
+        """Add the seconds since the latest lap to the current experience, until it is evaluated."""
         if self.position.entered and ["evaluate", ""] not in self.position.done:
             self.timings[-1]["seconds"] += self.clock.lap()
 
@@ -539,7 +541,10 @@ class Engine:
             self.save()
 
     def save(self) -> None:
-        """Begin to write a checkpoint, if the run has a folder, can be resumed, and everything is finite."""
+        """Begin to write a checkpoint if the run has a folder and can be resumed.
+
+        Raises `RunError` if a loss or gradient is not finite, or an earlier write failed.
+        """
         if self.folder:
             self.check_finite()
             self.count_seconds()
@@ -548,7 +553,7 @@ class Engine:
         self.last_save = time.monotonic()
 
     def stoppable(self) -> AbstractContextManager[None]:
-        """Return a context in which a signal finishes the step, saves and stops; a second SIGINT stops at once."""
+        """Return a context in which a signal lets the run finish its step, save and stop; a second one stops it."""
 
         def note(number: int) -> None:
             if self.signal == number == signal.SIGINT:

@@ -1,6 +1,7 @@
 """The events of a run, which its listeners receive: a line in `metrics.jsonl`, a curve, a line on the screen.
 
-``event["kind"]`` names the class of an event, and ``dict(event)`` is its line in `metrics.jsonl`.
+``event["kind"]`` names the class of an event. ``dict(event)`` is what `metrics.jsonl` holds of the kinds `step`,
+`within`, `eval` and `log`.
 Experiences, epochs and classes count from 0, steps from 1; accuracies go from 0 to 1 and are None where there is none.
 Rows are lists of accuracies, one for each experience; an evaluation mode is `class`, `task` or `domain`.
 """

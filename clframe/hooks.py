@@ -10,7 +10,7 @@
     after_run
 
 A plugin implements any of them as methods marked with ``@hookimpl``, with the argument names given here, or fewer of
-them, and without default values. ``run`` is the `clframe.context.Run` that calls.
+them, and without default values. ``run`` is the `clframe.context.Run` under way.
 """
 
 from __future__ import annotations
@@ -42,19 +42,21 @@ class Hooks:
 
     @hookspec
     def before_run(self, run: Run) -> None:
-        """Check the model and the scenario, or install forward hooks, once per process and before state is loaded.
+        """Check the model and the scenario, or install forward hooks, before state is loaded.
 
-        Raise `clframe.errors.UsageError` to refuse the run. Called again by `clframe resume`.
+        Raise `clframe.errors.UsageError` to refuse the run. Called at the start of each run, and again by
+        `clframe.resume`, `clframe.load` and `clframe.extend`.
         """
 
     @hookspec
     def grow(self, run: Run, experience: Experience) -> None:
         """Add structure for `experience`, for which the head has grown: masks, gates, norms, heads.
 
-        Also replayed on resume, load and extend, before state is loaded. No data, and no randomness that lasts.
+        Also replayed on resume, load and extend, before state is loaded: read no images. Random initial values are
+        allowed, as loading replaces them.
 
-        Classes of an extension are not known of before it: `run.scenario` describes what was known at the time, here
-        and in `before_run`, so that what has a place for each class must make room here.
+        `run.scenario` describes only the classes that were known when the experience was first learned. A plugin with
+        one entry per class must enlarge its structure here, as an extension adds classes.
         """
 
     @hookspec

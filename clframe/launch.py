@@ -55,7 +55,7 @@ WEIGHTS = "weights"  # the option of a model that starts from published weights
 
 
 def begin_from(engine: Engine, base: Base | None) -> None:
-    """Check that the run `engine` can extend `base`; or give its network the weights that `model.start` names."""
+    """Check that the run of `engine` can extend `base`; without a base, load the weights that `model.start` names."""
     config = engine.run.config
     if base:
         base.check(config, engine.run.plugins)
@@ -107,7 +107,7 @@ def read_config(path: Path) -> Config:
 
 @contextmanager
 def environment_of(config: Config) -> Iterator[torch.device]:
-    """Set the device, the threads and the seed of the run inside; restore torch's settings afterwards."""
+    """Yield the run's device, with its threads, seed and deterministic kernels; restore torch's settings afterwards."""
     device = device_of(config.run.device)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
@@ -273,7 +273,7 @@ def trained_model(engine: Engine) -> Trained:
 
 
 def blame(engine: Engine, error: Exception) -> str | None:
-    """Return a sentence naming the plugin or module in which `error` arose; None if it arose in clframe."""
+    """Return a sentence naming the plugin or module that raised `error`; None if neither is on the call stack."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner, place = frame.f_locals.get("self"), frame.f_code.co_name
         if isinstance(owner, Plugin):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UsageError(f"{where}: nested too deeply.") from None
 
 
-# -------------------------------------------------------------------------------------------- YAML
+def dump_yaml(value: Any) -> str:
+    """Return `value` as YAML that `parse_yaml` reads back."""
+    return yaml.dump(_plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
 
 RESOLVERS = (  # those of YAML 1.2: words such as `no` are texts, 1e-3 is a number
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -83,6 +87,12 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     """A dumper that quotes every text that `_Loader`, or a YAML 1.1 reader, would read as another type."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+for _tag, _pattern, _first in RESOLVERS:
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 
 
 def _plain(value: Any) -> Any:

@@ -189,7 +189,7 @@ def warm_up_problems(run: Run, plugin: Plugin) -> Iterator[str]:
     if plugin.name in asking and "domain" in plugin.serves:  # else that is refused already
         yield from no_new_heads(run, f"`{plugin.name}.warm_up`")
     if plugin.name in asking[:-1]:
-        yield f"Both `{plugin.name}` and `{asking[-1]}` bring a phase `warm-up`; name one of them."
+        yield f"Both `{plugin.name}` and `{asking[-1]}` bring a phase `warm-up`; leave one out."
 
 
 def no_new_heads(run: Run, asked_by: str) -> list[str]:

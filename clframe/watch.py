@@ -34,7 +34,7 @@ class LossWatch:
         """Look at the steps kept, and forget them.
 
         Args:
-            effective: by loss term, whether it was ever another than 0; brought up to date.
+            effective: by loss term, whether it was ever nonzero; updated in place.
 
         Returns:
             None if all values are finite; else how many steps ago the first one that is not was computed (0: in the
@@ -73,7 +73,7 @@ class Stopwatch:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Inside, no time goes by."""
+        """Exclude the time that is spent inside."""
         began = time.monotonic()
         yield
         self.started += time.monotonic() - began

@@ -111,7 +111,7 @@ class HAT(Plugin):
 
     @hookimpl
     def before_experience(self, run: Run, experience: Experience) -> None:
-        """Freeze everything that earlier tasks own, and everything that no gate protects."""
+        """Freeze the heads, embeddings and norms of earlier tasks, and all parameters outside gated layers."""
         self.kept = None
         if not experience.index:
             return

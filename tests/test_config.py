@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any, ClassVar
 
 import pytest
@@ -480,3 +482,11 @@ def test_what_suits_a_plugin_holds_for_objects_too(tiny) -> None:
     clframe.run("split-digits", "mlp-100", [Look()], train={"iterations": 1})
     clframe.run(tiny(2), "mlp-100", [Look()], train={"clip": 0.5})
     assert clips == [7.0, 7.0, 0.5]
+
+
+def test_strict_yaml_stands_alone() -> None:
+    """Numbers are read as numbers by a process that imports nothing else of the package."""
+    code = "from clframe.strict_yaml import dump_yaml, parse_yaml as p"
+    code += "; print(p(dump_yaml(p('[5, 1e-3, no, null]', '')), ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[5, 0.001, 'no', None]\n"
