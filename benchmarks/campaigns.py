@@ -192,7 +192,7 @@ def prepared() -> Iterator[Path]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with place() as folder, mock.patch("clframe.runs.folder._commit", return_value=None), one_command_tree():
+        with place() as folder, mock.patch("clframe.runs.folder._find_commit", return_value=None), one_command_tree():
             yield folder
     finally:
         torch.set_num_threads(before)
@@ -399,14 +399,14 @@ def faults_of_writers(given: Sequence[Writer], count: int, folder: Path, seed: i
     from clframe.deploy import export
 
     tally, traced = Tally(), {}
-    original = export._traced
+    original = export._trace
 
     def once(module: Any, inputs: Any) -> Any:  # what torch.export traces is the same each time, and takes seconds
         if "program" not in traced:
             traced["program"] = original(module, inputs)
         return traced["program"]
 
-    with mock.patch.object(export, "_traced", once):
+    with mock.patch.object(export, "_trace", once):
         for number, one in enumerate(given):
             dice = random.Random(f"{seed} {one.name}")
             inner = folder / "one"
@@ -485,13 +485,13 @@ def interrupted() -> Iterator[None]:
     """Inside, a run gets SIGINT as soon as it has been brought to where it goes on."""
     from clframe.engine import Engine
 
-    original = Engine.enter_each
+    original = Engine.remaining
 
-    def enter_each(engine: Engine) -> Any:
+    def remaining(engine: Engine) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         yield from original(engine)
 
-    with mock.patch.object(Engine, "enter_each", enter_each):
+    with mock.patch.object(Engine, "remaining", remaining):
         yield
 
 

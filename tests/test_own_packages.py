@@ -120,7 +120,7 @@ def test_its_options_are_set_by_flag_and_yaml_and_recorded(installed: Path, caps
         ("--set a-gem.sise=3", "`a-gem.sise` is not an option of the plugin `a-gem`. Did you mean `size`?"),
         ("--set a-gem.size=0", "`a-gem.size` is 0: it should be greater than or equal to 1."),
         ("--set a-gem.size=5", "`a-gem.size` is 5, and there are 10 classes to remember: give each of them one image"),
-        ("--plugin hat --setting task", "`a-gem` has nothing to do beside `hat`, where nothing that was learnt can"),
+        ("--plugin hat --setting task", "`a-gem` has nothing to do beside `hat`, where nothing that was learned can"),
         ("--plugin a-gem", "The plugin `a-gem` is named twice"),
     ],
 )
