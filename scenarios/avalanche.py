@@ -48,7 +48,7 @@ def benchmark(
     setting: Setting | None = None,
     experiences: Count = 5,
     first: Count | None = None,
-    order: Literal["random", "natural"] | list[int] = "random",
+    order: Literal["natural", "random"] | list[int] = "random",
     seed: CountOrZero | None = None,
     rotations: list[int] | None = None,
     limit: Count | None = None,

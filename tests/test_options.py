@@ -1,3 +1,4 @@
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -236,3 +237,16 @@ def test_an_option_group_is_called_as_a_plain_function_is():
         plain(sizes=Size())
     with pytest.raises(TypeError, match=r"^build\(\) missing a required argument: 'variant'$"):
         build()
+
+
+def test_the_same_choices_stand_in_the_same_order_everywhere() -> None:
+    """`typing` keeps one of two equal unions: the order that is shown would depend on what was read first."""
+    root = Path(__file__).parent.parent
+    orders: dict[frozenset[str], set[tuple[str, ...]]] = {}
+    for folder in ("clframe", "plugins", "scenarios", "cli"):
+        for file in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("Literal"):
+                    choices = tuple(ast.unparse(node.slice).strip("()").split(", "))
+                    orders.setdefault(frozenset(choices), set()).add(choices)
+    assert [found for found in orders.values() if len(found) > 1] == []
