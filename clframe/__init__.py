@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from clframe.renamed import MODULES, PUBLIC, now_called
-from clframe.runs.opening import open_with
 
 if TYPE_CHECKING:
     from clframe.api import extend, load, resume, run, save_split
@@ -100,6 +99,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-open_with(lambda folder: __getattr__("load")(folder))

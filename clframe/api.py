@@ -388,7 +388,8 @@ def load(
                 if plugin.name in saved:
                     state.load_plugin_state(plugin, saved[plugin.name], tensors, structures, engine.run.device)
             temperature, fitted = description.get("temperature"), description.get("fitted")
-            trained = Trained(engine.predictor(), scenario, engine.readings, temperature, fitted)
+            predictor = engine.evaluator.answering(engine.hook.predictor)
+            trained = Trained(predictor, scenario, engine.evaluator.readings, temperature, fitted)
             # what does not fit the network or the plugins shows here, and not in the first answer
             zeros = torch.zeros(1, *scenario.input_shape, dtype=torch.uint8 if scenario.transform.scale > 1 else None)
             trained(zeros, 0 if trained.needs_task else None)

@@ -20,7 +20,7 @@ from clframe.data.batch import Batch, ImageData, join
 from clframe.data.files import READ_AHEAD
 from clframe.data.scenario import Experience, Scenario
 from clframe.errors import DataError, Interrupted, RunError, UsageError
-from clframe.evaluate import EvalPart, ModelPredictor, Readings, Row, evaluate, n_answerable
+from clframe.evaluate import Evaluator, PredictorHook, Row
 from clframe.model import seed_torch
 from clframe.runs import checkpoint, state
 from clframe.runs.folder import RunFolder
@@ -48,7 +48,6 @@ ONE_BY_ONE = (  # hooks called on one plugin after another, not on all together
     "after_run",
 )
 GENERAL_HINT = "A run with a smaller `train.lr`, or a weaker method, may stay finite."
-Predictor = Callable[..., nn.Module | None]  # the hook of that name
 AT_PAUSE: list[Callable[[Engine], None]] = []  # called at each pause of a run; see `clframe.testing.stop_at`
 
 
@@ -132,7 +131,7 @@ class Engine:
         self.folder = folder
         manager = compose.manager(run.plugins)
         self.hook = compose.callers(manager)
-        self.readings = Readings(stream.setting, stream.classes)
+        self.evaluator = Evaluator(run, stream)
         self.position = Position()
         self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin
         self.baseline: dict[str, list[float | None]] = {}  # the untrained network's accuracy
@@ -198,13 +197,13 @@ class Engine:
                     run.model.grow(new).to(run.device)
         run.model.grown = experience.index + 1
 
-    def enter(self, predictor: Predictor) -> None:
+    def enter(self, predictor: PredictorHook) -> None:
         """Begin the experience for which the head has grown; before the first one, evaluate the untrained network."""
         index = self.run.experience.index
         self.position = Position(index, entered=True)
         self.timings.append({"seconds": 0.0, "images": 0})
         if index == 0:
-            self.evaluate_untrained(predictor)
+            self.baseline = self.evaluator.baseline(predictor)
         self.clock.lap()
 
     def one_by_one(self, hook: str, **arguments: Any) -> dict[str, Any]:
@@ -429,7 +428,7 @@ class Engine:
 
     # -------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, predictor: Predictor) -> None:
+    def evaluate(self, predictor: PredictorHook) -> None:
         """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers.
 
         With ``train.val``, the matrices of the images held out get a row each, too.
@@ -437,7 +436,8 @@ class Engine:
         run, index = self.run, self.run.experience.index
         self.count_seconds()
         if ["evaluate", ""] not in self.position.done:
-            rows = {part: self.evaluated(predictor, part == "test", part) for part in self.parts()}
+            parts = self.evaluator.parts
+            rows = {p: self.evaluator.evaluate(predictor, keep_scores=p == "test", part=p) for p in parts}
             if not self.position.steps:  # nothing was trained, so there is nothing to say of it
                 rows = {part: row.blank_copy() for part, row in rows.items()}
             self.row = rows["test"]
@@ -458,54 +458,16 @@ class Engine:
         if self.position.entered and ["evaluate", ""] not in self.position.done:
             self.timings[-1]["seconds"] += self.clock.lap()
 
-    def parts(self) -> list[EvalPart]:
-        """Return which images of each experience are evaluated: with ``train.val`` also those held out."""
-        return ["test", "val"] if self.stream.val_share else ["test"]
-
-    def evaluated(self, predictor: Predictor, keep_scores: bool = False, part: EvalPart = "test") -> Row:
-        """Return one evaluation of everything that the head covers, on test or validation images."""
-        run = self.run
-        return evaluate(
-            self.answering(predictor),
-            self.stream,
-            self.readings,
-            run.experience.index,
-            run.model.n_classes,
-            run.device,
-            run.config.run.eval_batch_size,
-            keep_scores,
-            part,
-        )
-
-    def predictor(self) -> nn.Module:
-        """Return the module that answers for the run now."""
-        return self.answering(self.hook.predictor)
-
-    def answering(self, predictor: Predictor) -> nn.Module:
-        """Return the module that answers for the run: the result of the hook `predictor`, else the model itself."""
-        answer = predictor(run=self.run)
-        return ModelPredictor(self.run.model) if answer is None else answer
-
-    def evaluate_within(self, predictor: Predictor) -> None:
+    def evaluate_within(self, predictor: PredictorHook) -> None:
         """Record a row at the end of an epoch, where ``run.eval_every`` asks for that; it enters no matrix."""
         run = self.run
         if run.config.run.eval_every != "epoch" or (run.step + 1) % run.batches_per_epoch:
             return
         with self.clock.stopped():
-            for part in self.parts():
-                for reading, accuracy in self.evaluated(predictor, part=part).accuracy.items():
+            for part in self.evaluator.parts:
+                for reading, accuracy in self.evaluator.evaluate(predictor, part=part).accuracy.items():
                     place = (run.experience.index, run.phase.name, run.epoch, run.total_steps)
                     run._emit(events.EpochEvaluated(*place, part, reading, accuracy))
-
-    def evaluate_untrained(self, predictor: Predictor) -> None:
-        """Keep the untrained network's accuracy where it covers later experiences: the baseline of forward transfer."""
-        last, n_classes = len(self.stream) - 1, self.run.model.n_classes
-        if not last or not self.readings.covers(self.readings.common, 0, last, n_classes):
-            return
-        n_classes = n_answerable(self.answering(predictor), n_classes)
-        if self.readings.covers(self.readings.common, 0, last, n_classes):
-            accuracy = self.evaluated(predictor).accuracy
-            self.baseline = {r: row for r, row in accuracy.items() if self.readings.covers(r, 0, last, n_classes)}
 
     # ----------------------------------------------------------------------------- saving and stopping
 

@@ -5,9 +5,9 @@ An evaluation mode, a *reading* in the code and in files, says which classes an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,14 @@ from torch.nn import functional
 from clframe.data.batch import ImageData
 from clframe.data.scenario import Scenario, Setting
 from clframe.data.transform import Transform
+from clframe.events import EvalPart
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
 
+if TYPE_CHECKING:
+    from clframe.context import Run
+
 Reading = Literal["class", "task", "domain"]
-EvalPart = Literal["test", "val"]  # which images are evaluated: test images, or training images that are held out
+PredictorHook = Callable[..., nn.Module | None]  # the hook `predictor`, which is called with the run
 
 
 class Predictor(nn.Module):
@@ -174,64 +178,87 @@ class Row:
         return Row(accuracy, scores, self.labels, self.kind)
 
 
-def evaluate(
-    predictor: nn.Module,
-    scenario: Scenario,
-    readings: Readings,
-    after: int,
-    n_classes: int,
-    device: torch.device,
-    batch_size: int,
-    keep_scores: bool,
-    part: EvalPart = "test",
-) -> Row:
-    """Evaluate on the images of all experiences of `scenario` that the head covers after experience `after`.
+class Evaluator:
+    """Evaluates a run on its stream, through the module that answers for it.
 
     Args:
-        predictor: maps images and tasks to scores, see `Predictor`.
-        scenario: the experiences and the transform.
-        readings: the evaluation modes of the run.
-        after: index of the latest experience learned.
-        n_classes: number of classes of the head.
-        device: the device of the predictor.
-        batch_size: images at a time.
-        keep_scores: keep the scores in the result.
-        part: the test images, or the training images that are held out for validation.
+        run: the context of the run.
+        scenario: its stream, with images.
     """
-    row = Row({}, {}, [], getattr(predictor, "scores", "logits"))
-    names = readings.names(predictor)
-    for name in names:
-        row.accuracy[name] = []
-        row.scores[name] = []
-    uses_task = getattr(predictor, "uses_task", True)
-    # a later task may have classes of the head, and still nothing to compute with
-    last = after if getattr(predictor, "needs_task", False) else len(scenario) - 1
-    n_classes = n_answerable(predictor, n_classes)
-    with evaluating(predictor), torch.no_grad():
-        for on, experience in enumerate(scenario):
-            covered = [name for name in names if on <= last and readings.covers(name, after, on, n_classes)]
-            data = getattr(experience, part).to(device) if covered else None
-            if data is not None and not len(data):
-                data = None  # without images there is no accuracy
-            row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())
-            scores: Tensor | None = None  # if they do not depend on the task, every mode uses them
-            for name in names:
-                if data is None or name not in covered:
-                    row.accuracy[name].append(None)
-                    row.scores[name].append(None)
-                    continue
-                with_task = uses_task and name == "task"
-                if scores is None or with_task:
-                    scores = _scores(predictor, scenario.transform, data, batch_size, with_task)
-                    kept = scores.cpu() if keep_scores else None
-                row.scores[name].append(kept)
-                choices = readings.choices(name, after, on)
-                if len(choices) == 1:
-                    row.accuracy[name].append(None)
-                    continue
-                correct = masked(scores, class_mask(choices, scores.shape[1], device)).argmax(1) == data.y
-                row.accuracy[name].append(correct.sum().item() / len(data))
-    return row
+
+    def __init__(self, run: Run, scenario: Scenario) -> None:
+        self.run = run
+        self.scenario = scenario
+        self.readings = Readings(scenario.setting, scenario.classes)
+
+    @property
+    def parts(self) -> list[EvalPart]:
+        """The images that are evaluated: test images, and with ``train.val`` also those held out."""
+        return ["test", "val"] if self.scenario.val_share else ["test"]
+
+    def answering(self, hook: PredictorHook) -> nn.Module:
+        """Return the module that answers for the run: the result of the hook `predictor`, else the model itself."""
+        answer = hook(run=self.run)
+        return ModelPredictor(self.run.model) if answer is None else answer
+
+    def baseline(self, hook: PredictorHook) -> dict[str, list[float | None]]:
+        """Return the accuracy of the untrained network by evaluation mode, where it covers later experiences."""
+        last = len(self.scenario) - 1
+        n_classes = self.run.model.n_classes
+        if not last or not self.readings.covers(self.readings.common, 0, last, n_classes):
+            return {}
+        n_classes = n_answerable(self.answering(hook), n_classes)
+        if not self.readings.covers(self.readings.common, 0, last, n_classes):
+            return {}
+        accuracy = self.evaluate(hook).accuracy
+        return {mode: row for mode, row in accuracy.items() if self.readings.covers(mode, 0, last, n_classes)}
+
+    def evaluate(self, hook: PredictorHook, *, keep_scores: bool = False, part: EvalPart = "test") -> Row:
+        """Evaluate on the images of every experience that the head covers after the current one.
+
+        Args:
+            hook: the hook `predictor`; its module maps images and tasks to scores, see `Predictor`.
+            keep_scores: keep the scores in the result.
+            part: the test images, or the training images that are held out for validation.
+        """
+        run = self.run
+        predictor = self.answering(hook)
+        after = run.experience.index
+        batch_size = run.config.run.eval_batch_size
+        row = Row({}, {}, [], getattr(predictor, "scores", "logits"))
+        names = self.readings.names(predictor)
+        for name in names:
+            row.accuracy[name] = []
+            row.scores[name] = []
+        uses_task = getattr(predictor, "uses_task", True)
+        # a later task may have classes of the head, and still nothing to compute with
+        last = after if getattr(predictor, "needs_task", False) else len(self.scenario) - 1
+        n_classes = n_answerable(predictor, run.model.n_classes)
+        with evaluating(predictor), torch.no_grad():
+            for on, experience in enumerate(self.scenario):
+                covered = [name for name in names if on <= last and self.readings.covers(name, after, on, n_classes)]
+                data = getattr(experience, part).to(run.device) if covered else None
+                if data is not None and not len(data):
+                    data = None  # without images there is no accuracy
+                row.labels.append(torch.empty(0, dtype=torch.int64) if data is None else data.y.cpu())
+                scores: Tensor | None = None  # if they do not depend on the task, every mode uses them
+                for name in names:
+                    if data is None or name not in covered:
+                        row.accuracy[name].append(None)
+                        row.scores[name].append(None)
+                        continue
+                    with_task = uses_task and name == "task"
+                    if scores is None or with_task:
+                        scores = _scores(predictor, self.scenario.transform, data, batch_size, with_task)
+                        kept = scores.cpu() if keep_scores else None
+                    row.scores[name].append(kept)
+                    choices = self.readings.choices(name, after, on)
+                    if len(choices) == 1:
+                        row.accuracy[name].append(None)
+                        continue
+                    correct = masked(scores, class_mask(choices, scores.shape[1], run.device)).argmax(1) == data.y
+                    row.accuracy[name].append(correct.sum().item() / len(data))
+        return row
 
 
 def _scores(predictor: nn.Module, transform: Transform, data: ImageData, batch_size: int, with_task: bool) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-Row = list[float | None]
-Part = Literal["test", "val"]
+Accuracies = list[float | None]  # on each experience
+EvalPart = Literal["test", "val"]  # test images, or training images that are held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +57,8 @@ class Started(Event):
     scenario: str
     n_experiences: int
     total_step: int
-    accuracy: dict[str, list[Row]]
-    validation: dict[str, list[Row]]
+    accuracy: dict[str, list[Accuracies]]
+    validation: dict[str, list[Accuracies]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +166,9 @@ class EpochEvaluated(Event):
     phase: str
     epoch: int
     total_step: int
-    part: Part
+    part: EvalPart
     reading: str
-    row: Row
+    row: Accuracies
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +185,8 @@ class Evaluated(Event):
     kind = "eval"
     experience: int
     total_step: int
-    part: Part
-    rows: Mapping[str, Row]
+    part: EvalPart
+    rows: Mapping[str, Accuracies]
 
 
 @dataclass(frozen=True, eq=False)

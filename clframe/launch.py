@@ -269,7 +269,8 @@ def trained_model(engine: Engine) -> Trained:
     with plain_torch(engine.run.device), torch.no_grad():
         temperature, fitted = fit_temperatures(engine)
         scenario = engine.stream.described()
-        return Trained(engine.predictor(), scenario, engine.readings, temperature, fitted).to("cpu")
+        predictor = engine.evaluator.answering(engine.hook.predictor)
+        return Trained(predictor, scenario, engine.evaluator.readings, temperature, fitted).to("cpu")
 
 
 def blame(engine: Engine, error: Exception) -> str | None:

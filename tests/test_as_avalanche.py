@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import clframe
-from clframe import Plugin, hookimpl
+from clframe import Plugin, hookimpl, registry
 from clframe.avalanche.adapter import AvalancheModel, as_avalanche
 from clframe.errors import UsageError
 from clframe.plugins.ewc import EWC
+from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.plugins.icarl import ICaRL
+from clframe.plugins.lfl import LFL
 from clframe.plugins.lwf import LwF
 from clframe.plugins.mas import MAS
 from clframe.plugins.si import SI
@@ -250,9 +252,32 @@ def test_what_has_no_place_there_is_refused_in_a_sentence(tiny):
     assert "no place for its hook `extra_data`" in refusal(ICaRL(), tiny())
     assert "no place for its hook `base_loss`" in refusal(LwF(form="mc"), tiny())
     assert "is made for `train.logits=current`" in refusal(LwF(form="local"), tiny())
+    assert "`finetune-fc` cannot run inside Avalanche" in refusal(FinetuneFC(), tiny())
+    assert "`lfl` cannot run inside Avalanche" in refusal(LFL(), tiny())
     assert "in phases of its own" in refusal(LwF(form="all", warm_up=1.0), tiny())
     assert "share the class `0`" in refusal(Isolating(), classes_again(tiny()))
     assert "several tasks" in refusal(EWC(), tiny(), tasks=(0, 1, 2))
     assert "must end in a linear layer of at least 6 scores" in refusal(EWC(), tiny(), nn.Linear(16, 3))
     growing = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), type("Growing", (nn.Identity, DynamicModule), {})())
     assert "a model that grows" in refusal(EWC(), tiny(), growing)
+
+
+RUNS_THERE = {"a-ltm", "ewc", "lwf", "lwm", "mas", "si"}
+METHODS = [n for n in registry.names("plugin") if not registry.plugin_class(n).variants and n not in RUNS_THERE]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_other_method_is_refused_before_the_first_step(name, tiny):
+    from avalanche.training import Naive
+
+    given, model = benchmark_of(tiny()), Net()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train() -> None:
+        adapted = as_avalanche(registry.build_plugin(name, {}), given)
+        Naive(model=model, optimizer=optimizer, plugins=[adapted], evaluator=None).train(given.train_stream)
+
+    with pytest.raises(UsageError, match=f"`{name}`"):
+        train()
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))

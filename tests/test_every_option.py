@@ -14,7 +14,7 @@ import torch
 
 import clframe
 from clframe import Plugin, hookimpl, registry, testing
-from clframe.engine import Engine
+from clframe.evaluate import Evaluator
 from clframe.options import options_of
 from clframe.plugins.er import ER
 
@@ -118,13 +118,13 @@ def outcome(name: str, options: dict[str, Any], setting: clframe.Setting) -> lis
     beside = [ER(size=12)] if name == "a-ltm" else []  # whose images are distilled on
     arrays = testing.tiny_arrays(per_class=8, shape=(1, 8, 8))
     scenario = clframe.split_classes("tiny", arrays, experiences=2, setting=setting)
-    evaluated = Engine.evaluated
+    evaluate = Evaluator.evaluate
 
-    def kept(engine: Engine, *arguments: Any, **named: Any) -> Any:
-        rows.append(evaluated(engine, *arguments, **named))
+    def kept(evaluator: Evaluator, *arguments: Any, **named: Any) -> Any:
+        rows.append(evaluate(evaluator, *arguments, **named))
         return rows[-1]
 
-    with mock.patch.object(Engine, "evaluated", kept):
+    with mock.patch.object(Evaluator, "evaluate", kept):
         plugins = [plugin, *beside, weights]
         clframe.run(scenario, MODELS.get(name, NET), plugins, train=TRAIN, run={"tensorboard": False, "device": "cpu"})
     scores = [s for row in rows for part in row.scores.values() for s in part if s is not None]

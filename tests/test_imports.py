@@ -106,7 +106,10 @@ ARROWS = {
     "cli": "front scenarios",
 }
 # Imports that lead up, each with its reason.
-UPWARD = {("api", "cli.live")}  # the progress that Python users see is that of the command line
+UPWARD = {
+    ("api", "cli.live"),  # the progress that Python users see is that of the command line
+    ("runs.results", "__init__"),  # results open their trained model through the front door
+}
 IMPORTS_AVALANCHE = {"avalanche.adapter"}  # in the core; the plugin and the scenarios of that name import it, too
 # Texts in the core that equal the name of a plugin, but stand for something else.
 HOMONYMS = {
@@ -142,13 +145,15 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def module_of(target: str) -> str | None:
-    """Return the module of the package that an import names; None for the package itself and for other packages.
+    """Return the module of the package that an import names; None for other packages.
 
     A public name of `clframe` counts as a name of the module that defines it.
     """
     package, *parts = target.split(".")
-    if package != "clframe" or not parts:
+    if package != "clframe":
         return None
+    if not parts:
+        return "__init__"
     if len(parts) == 1 and parts[0] in clframe._HOME_OF:
         parts = clframe._HOME_OF[parts[0]].split(".")[1:]
     candidates = (".".join(parts[:end]) + init for end in (len(parts), len(parts) - 1) for init in ("", ".__init__"))

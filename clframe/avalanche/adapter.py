@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -110,6 +110,17 @@ class AvalancheModel(IncrementalNet):
         return Outputs(seen[-1], scores, [scores.shape[1]])
 
 
+class _StrategyRun(Run):
+    """The context of a plugin in a strategy of Avalanche, which cannot keep parameters from training."""
+
+    def freeze(self, patterns: Iterable[str]) -> None:
+        """Refuse the plugin: a strategy would move the statistics of frozen norms, and train frozen weights later."""
+        raise UsageError(
+            f"`{self.plugins[0].name}` cannot run inside Avalanche, whose strategies have no place for parameters that "
+            "rest: run it in clframe."
+        )
+
+
 class _Adapted:
     """Callbacks of the plugin that `as_avalanche` returns: each calls the clframe hooks of the same moment."""
 
@@ -132,10 +143,13 @@ class _Adapted:
         self.hook.before_experience(run=run, experience=run.experience)
         phases: Any = self.hook.phases(run=run, experience=run.experience)
         if any(phases):
-            raise UsageError(
-                f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of "
-                "Avalanche has no place."
-            )
+            raise UsageError(self._refuse_phases())
+
+    def _refuse_phases(self) -> str:
+        return (
+            f"`{self.plugin.name}` with these options trains in phases of its own, for which a strategy of Avalanche "
+            "has no place: run it in clframe, or leave the phase out."
+        )
 
     def before_forward(self, strategy: Any, *_: Any, **__: Any) -> None:
         """Add a forward hook that keeps the input of the last layer."""
@@ -203,7 +217,7 @@ class _Adapted:
             train=TrainSettings.model_validate(train),
             run=RunSettings.model_validate({}),
         )
-        self.run = Run(config, scenario, self.model, [plugin], strategy.device)
+        self.run = _StrategyRun(config, scenario, self.model, [plugin], strategy.device)
         problems = [*stream_problems(self.run), *plugin.problems(self.run)]
         if scenario.setting not in plugin.serves:
             problems.append(f"`{plugin.name}` cannot serve the setting `{scenario.setting}`.")
@@ -212,6 +226,8 @@ class _Adapted:
                 f"`{plugin.name}` with these options is made for `train.logits={wanted}`, and the loss of a strategy "
                 "of Avalanche is over all classes: choose another form."
             )
+        if getattr(plugin, "warm_up", 0):  # a phase that comes with the second experience only
+            problems.append(self._refuse_phases())
         if problems:
             raise UsageError(*problems)
         plugin.has_run = True

@@ -37,7 +37,7 @@ def collect_results(engine: Engine) -> Results:
     """Return the results of a run that has learned everything; write them, and the model, to its folder if any."""
     run, stream = engine.run, engine.stream
     run.experience = stream[len(stream) - 1].for_training()
-    row = engine.row or engine.evaluated(engine.hook.predictor, keep_scores=True)
+    row = engine.row or engine.evaluator.evaluate(engine.hook.predictor, keep_scores=True)
     if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # the run was not trained
         row = row.blank_copy()
     counts = [len(labels) for labels in row.labels]
@@ -117,7 +117,7 @@ def fit_temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     nothing = {"images": 0, "classes": [], "floor": None}
     if not stream.val_share:
         return carried, dict.fromkeys(carried, nothing)
-    row = engine.evaluated(engine.hook.predictor, keep_scores=True, part="val")
+    row = engine.evaluator.evaluate(engine.hook.predictor, keep_scores=True, part="val")
     if row.kind != "logits":
         return {}, {}
     last = len(stream) - 1
@@ -125,7 +125,7 @@ def fit_temperatures(engine: Engine) -> tuple[dict[str, float], dict[str, Any]]:
     about: dict[str, Any] = {}
     for reading, given in row.scores.items():
         rows = [
-            _mask_others(scores, engine.readings.choices(reading, last, on))
+            _mask_others(scores, engine.evaluator.readings.choices(reading, last, on))
             for on, scores in enumerate(given)
             if scores is not None
         ]
@@ -154,7 +154,7 @@ def _measure_calibration(
     last = len(labels) - 1
     rows = []
     for on, given in enumerate(scores):
-        choices = engine.readings.choices(reading, last, on)
+        choices = engine.evaluator.readings.choices(reading, last, on)
         if given is None or len(choices) == 1:  # an answer that cannot be wrong says nothing about its confidence
             return {}
         rows.append(_mask_others(given, choices))

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 from clframe.errors import DataError
 from clframe.runs import sums
-from clframe.runs.opening import open_model
 from clframe.system.reading import blame_file, expand_home, read_json
 
 if TYPE_CHECKING:
@@ -61,7 +60,9 @@ class Results:
                 "These results come from another process, and the run kept no folder: ask for `trained` there, or "
                 "give the run `output`."
             )
-        return open_model(self.folder)
+        import clframe  # the front door, which stands above this layer
+
+        return clframe.load(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy for another process holds: the figures, and the path of the folder."""
