@@ -93,3 +93,15 @@ def test_a_plugin_that_serves_tasks_only_is_refused_elsewhere(tiny):
 
     with pytest.raises(UsageError, match="`task-only` cannot serve the setting `class` of `tiny`; it serves `task`"):
         run(tiny(), plugins=[TaskOnly()])
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not registry.plugin_class(n).state])
+def test_a_plugin_without_state_serves_a_second_run_as_a_new_one_does(name: str):
+    """Such an object is not refused in another run, so nothing of the first may be left in it."""
+    setting, plugin = testing.serves(subject(name)), subject(name).plugin()
+    recorders = [Recorder(), Recorder()]
+    for recorder in recorders:
+        testing.learn(testing.tiny(setting), [plugin, recorder], subject(name).model)
+    assert len(recorders[0].after) > 1
+    for first, second in zip(recorders[0].after, recorders[1].after, strict=True):
+        assert testing.differing(first, second) == []
