@@ -141,12 +141,18 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_stop_at_any_point_changes_no_bit(tiny, tmp_path: Path):
     runs: list[Busy] = []
+    told: list[str] = []
 
     def begin(folder: Path) -> None:
         runs.append(Busy())
-        clframe.run(stream(tiny), "cnn-small", runs[-1:], train=TRAIN, run={"output": str(folder)})
+        try:
+            clframe.run(stream(tiny), "cnn-small", runs[-1:], train=TRAIN, run={"output": str(folder)})
+        except Interrupted as error:
+            told.append(str(error))
+            raise
 
     def go_on(folder: Path) -> None:
+        assert f"`clframe resume {folder}`" in told[-1]
         resumed = Busy()
         clframe.resume(folder, scenario=stream(tiny), model=None, plugins=[resumed])
         assert all(torch.equal(a, b) for a, b in zip(runs[0].final, resumed.final, strict=True)), folder
@@ -541,3 +547,60 @@ def test_means_of_all_images_are_the_same_where_a_run_is_resumed_at_its_end(tiny
         begin(tmp_path / "run")
     clframe.resume(tmp_path / "run", scenario=tiny())
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def returning(tiny_arrays: Any, setting: Any) -> clframe.Scenario:
+    """Three experiences, of which the last brings the classes of the first back."""
+    arrays = tiny_arrays()
+    groups = ((0, 1), (2, 3), (0, 1))
+
+    def load(index: int, part: str) -> ImageData:
+        x, y = arrays.part(part)
+        where = torch.isin(y, torch.tensor(groups[index]))
+        return ImageData(x[where], y[where], task=index)
+
+    return clframe.Scenario("returning", setting, groups, arrays.class_names, (1, 4, 4), load)
+
+
+def move_frozen_names(checkpoints: Path, plugin: str) -> list[str]:
+    """Write the newest checkpoint as earlier versions did, where a plugin held the names; return what was frozen."""
+    newest = checkpoint.find_newest(checkpoints)
+    assert newest
+    content = json.loads((newest / "tree.json").read_text())
+    entries = dict(content["tree"]["dict"])
+    names = entries.pop("frozen")
+    content["tree"]["dict"] = list(entries.items())
+    dict(entries["plugins"]["dict"])[plugin]["dict"].append(["frozen", names])
+    (newest / "tree.json").write_text(json.dumps(content))
+    sums = {name: checkpoint.digest(newest / name) for name in checkpoint.CHECKPOINT_FILES}
+    (newest / "manifest.json").write_text(json.dumps(sums))
+    return checkpoint.unpack(names, {})
+
+
+@pytest.mark.parametrize("held_by", ["the run", "the plugin"])
+@pytest.mark.parametrize(
+    ("name", "setting"), [("finetune-fc", "class"), ("feature-extraction", "task"), ("lfl", "task")]
+)
+def test_what_was_frozen_at_a_stop_trains_again_in_the_next_experience(
+    name: str, setting: str, held_by: str, tiny_arrays, tmp_path: Path
+):
+    """The head of the first classes is frozen in the second experience, and learns when these classes come back."""
+
+    def begin(folder: Path) -> None:
+        plugins, run = [name, testing.Recorder()], {"tensorboard": False, "device": "cpu", "output": str(folder)}
+        clframe.run(returning(tiny_arrays, setting), "mlp-100", plugins, train={"iterations": 3}, run=run)
+
+    def here(engine: Any) -> bool:
+        return (engine.position.experience, engine.position.steps) == (1, 2)
+
+    begin(tmp_path / "whole")
+    with testing.stop_at(here), pytest.raises(Interrupted):
+        begin(tmp_path / "run")
+    if held_by == "the plugin":
+        assert "head.0.weight" in move_frozen_names(tmp_path / "run" / "checkpoints", name)
+    recorder = testing.Recorder()
+    clframe.resume(tmp_path / "run", scenario=returning(tiny_arrays, setting), plugins=[recorder])
+    assert "head.0.weight" in recorder.changed(-1)
+    assert all(parameter.requires_grad for parameter in recorder.model.parameters())
+    for file in testing.FILES:
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
