@@ -19,7 +19,7 @@ from clframe.data.build import change_domains
 from clframe.data.scenario import Scenario
 from clframe.deploy.trained import Trained
 from clframe.engine import Engine
-from clframe.errors import ClframeError, Interrupted, UsageError
+from clframe.errors import ClframeError, Interrupted, RunError, UsageError
 from clframe.hooks import hookimpl
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint, state
@@ -291,7 +291,7 @@ def it_keeps_no_image_that_it_does_not_declare(subject: Subject, folder: Path) -
     images = [image for experience in scenario for image in experience.train.x]
     normalized = [scenario.transform.normalize(image[None]) for image in images]
     needles = [t.numpy().tobytes() for t in (*images, *normalized)]
-    searched: set[Path] = set()
+    searched: set[str] = set()
     found: list[str] = []
 
     def search(files: Iterable[Path]) -> None:
@@ -305,15 +305,22 @@ def it_keeps_no_image_that_it_does_not_declare(subject: Subject, folder: Path) -
             return
         engine.folder.settle()
         for path in engine.folder.checkpoints.glob("[0-9]*"):
-            if path not in searched:
+            if path.name not in searched:
                 search(path.iterdir())
-                searched.add(path)
+                searched.add(path.name)
 
-    with at_pauses(look):  # each pause writes a checkpoint, of which the folder keeps the latest two
-        learn(scenario, [subject.plugin()], subject.model, output=str(folder / "run"), checkpoint_every=0.0)
+    try:
+        with at_pauses(look):  # each pause writes a checkpoint, of which the folder keeps the latest two
+            learn(scenario, [subject.plugin()], subject.model, output=str(folder / "run"), checkpoint_every=0.0)
+    except RunError:
+        if not found:
+            raise
     search((folder / "run").rglob("*"))
     for name in found:
         raise Broken(f"The bytes of a training image are in {name}: declare `keeps_images = True`.")
+    left = [path.name for path in (folder / "run" / "checkpoints").glob("[0-9]*")]
+    written = {f"{number:06d}" for number in range(1, int(max(left)) + 1)}
+    require(written == {*searched, *left}, "A checkpoint was removed before it was searched for images.")
 
 
 class _StateScale(Plugin):
