@@ -275,7 +275,7 @@ def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("lambda_", -1.0, "`a-ltm.lambda` is -1.0"),
+        ("lambda_", -1.0, r"`a-ltm\.lambda` is -1\.0: .* 0\.$"),
         ("loss", "kd", "`a-ltm.loss` is 'kd'.*'cross-entropy' or 'l2'"),
         ("on", "old", "`a-ltm.on` is 'old'.*'new', 'replay' or 'all'"),
     ],

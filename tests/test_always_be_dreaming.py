@@ -189,11 +189,15 @@ def test_each_generator_begins_anew_and_so_does_its_optimizer(tiny) -> None:
 def test_a_run_stopped_while_the_generator_learns_goes_on_to_the_same_bits(tiny, tmp_path: Path) -> None:
     options = SHORT | {"iterations": 3}
 
+    results: list[clframe.Results] = []
+
     def begin(folder: Path) -> None:
-        learn(tiny(shape=(1, 8, 8)), AlwaysBeDreaming(**options), output=str(folder), epochs=1, batch_size=24)
+        plugin = AlwaysBeDreaming(**options)
+        results.append(learn(tiny(shape=(1, 8, 8)), plugin, output=str(folder), epochs=1, batch_size=24))
 
     def go_on(folder: Path) -> None:
-        clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), plugins=[AlwaysBeDreaming(**options)])
+        resumed = clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), plugins=[AlwaysBeDreaming(**options)])
+        assert resumed.data == results[0].data
 
     files = ("results.json", "model.safetensors", "metrics.jsonl", "pictures/always-be-dreaming-3.png")
     stopped = testing.stop_and_resume(
@@ -239,10 +243,10 @@ def returning(tiny_arrays: Any) -> clframe.Scenario:
 @pytest.mark.parametrize(
     ("model", "shape", "words"),
     [
-        ("mlp-100", (1, 8, 8), ("batch norm", "cnn-small")),
-        ("mlp-100", (64,), ("[channels, height, width]", "[64]")),
-        ("cnn-small", (1, 8, 6), ("divisible by 4", "8 x 6", "`deep-inversion`")),
-        ("cnn-small", None, ("experience 2 of `returning`",)),
+        ("mlp-100", (1, 8, 8), ("batch norm", "choose a model", "cnn-small, resnet32 or resnet18")),
+        ("mlp-100", (64,), ("[channels, height, width]", "[64]", "choose a scenario of images")),
+        ("cnn-small", (1, 8, 6), ("divisible by 4", "8 x 6", "choose another scenario, or `deep-inversion`")),
+        ("cnn-small", None, ("experience 2 of `returning`", "choose a scenario", "share no class")),
     ],
 )
 def test_the_refusal_is_one_sentence_and_comes_before_training(
@@ -256,9 +260,13 @@ def test_the_refusal_is_one_sentence_and_comes_before_training(
     assert recorder.steps == []
 
 
-@pytest.mark.parametrize(("option", "value"), [("iterations", 0), ("temperature", 0.0), ("mu", -1.0)])
-def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [("iterations", 0, "equal to 1"), ("temperature", 0.0, "than 0"), ("mu", -1.0, "equal to 0")],
+)
+def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, least: str) -> None:
     with pytest.raises(UsageError) as caught:
         AlwaysBeDreaming(**{option: value})
     (problem,) = caught.value.problems
-    assert f"`always-be-dreaming.{option}` is {value}" in problem
+    assert problem.startswith(f"`always-be-dreaming.{option}` is {value}: ")
+    assert problem.endswith(f"{least}.")

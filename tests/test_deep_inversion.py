@@ -374,11 +374,15 @@ def test_a_run_stopped_within_a_dream_goes_on_to_the_same_bits(compete: float, t
     """At every step of the dreams, of the rival, and between them."""
     options = {"per_class": 3, "iterations": 2, "batch_size": 4, "compete": compete, "rounds": 2}
 
+    results: list[clframe.Results] = []
+
     def begin(folder: Path) -> None:
-        learn(tiny(2, shape=(1, 8, 8)), DeepInversion(**options), output=str(folder), epochs=1, batch_size=24)
+        plugin = DeepInversion(**options)
+        results.append(learn(tiny(2, shape=(1, 8, 8)), plugin, output=str(folder), epochs=1, batch_size=24))
 
     def go_on(folder: Path) -> None:
-        clframe.resume(folder, scenario=tiny(2, shape=(1, 8, 8)), plugins=[DeepInversion(**options)])
+        resumed = clframe.resume(folder, scenario=tiny(2, shape=(1, 8, 8)), plugins=[DeepInversion(**options)])
+        assert resumed.data == results[0].data
 
     files = ("results.json", "model.safetensors", "metrics.jsonl", "pictures/deep-inversion-2.png")
     stopped = testing.stop_and_resume(
@@ -434,9 +438,9 @@ class NoStatistics(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "words"),
     [
-        ("mlp-100", (1, 8, 8), ("batch norm", "cnn-small")),
-        (NoStatistics(), (1, 8, 8), ("batch norm", "cnn-small")),
-        ("mlp-100", (64,), ("[channels, height, width]", "[64]")),
+        ("mlp-100", (1, 8, 8), ("batch norm", "choose a model", "cnn-small, resnet32 or resnet18")),
+        (NoStatistics(), (1, 8, 8), ("batch norm", "choose a model", "cnn-small, resnet32 or resnet18")),
+        ("mlp-100", (64,), ("[channels, height, width]", "[64]", "choose a scenario of images")),
     ],
 )
 def test_the_refusal_is_one_sentence_and_comes_before_training(
@@ -456,14 +460,22 @@ def test_other_logits_are_refused(logits: str, tiny) -> None:
     with pytest.raises(UsageError) as caught:
         learn(tiny(shape=(1, 8, 8)), DeepInversion(), logits=logits)
     (problem,) = caught.value.problems
-    assert all(word in problem for word in ("`deep-inversion`", "`train.logits=seen`", f"is {logits}"))
+    assert all(word in problem for word in ("`deep-inversion`", "`train.logits=seen`", f"is {logits}: leave"))
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("per_class", 0), ("lr", 0.0), ("feature", -1.0), ("rounds", 1), ("temperature", 0.0)]
+    ("option", "value", "least"),
+    [
+        ("per_class", 0, "equal to 1"),
+        ("lr", 0.0, "than 0"),
+        ("feature", -1.0, "equal to 0"),
+        ("rounds", 1, "equal to 2"),
+        ("temperature", 0.0, "than 0"),
+    ],
 )
-def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float) -> None:
+def test_an_option_out_of_range_is_refused_in_one_sentence(option: str, value: float, least: str) -> None:
     with pytest.raises(UsageError) as caught:
         DeepInversion(**{option: value})
     (problem,) = caught.value.problems
-    assert f"`deep-inversion.{option}` is {value}" in problem
+    assert problem.startswith(f"`deep-inversion.{option}` is {value}: ")
+    assert problem.endswith(f"{least}.")

@@ -14,10 +14,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import clframe
-from clframe import Plugin, compose, contract, registry
+from clframe import Plugin, compose, contract, metrics, registry
 from clframe.cli.main import app, main
 from clframe.config import resolve
 from clframe.events import EVENTS
@@ -190,9 +191,9 @@ def test_a_hook_s_page_shows_a_plugin_that_implements_it(name):
     assert any("(Plugin):" in part and f"@hookimpl\n    def {name}(self" in part for part in plugins)
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path not in CARRIED_OUT])
+@pytest.mark.parametrize("path", [*(path for path in SOURCES if path not in CARRIED_OUT), "../README.md"])
 def test_commands_name_what_exists(path):
-    for line in shell_lines(pages()[path]):
+    for line in shell_lines((generate.FOLDER / path).read_text(encoding="utf-8")):
         assert command_problem(line) is None, line
 
 
@@ -283,9 +284,21 @@ def test_every_plugin_and_each_of_its_options_is_documented():
     for name in generate.names("plugin"):
         for option in options_of(registry.plugin_class(name), skip=("variant",)):
             assert option.doc, f"{name}.{option.name}"
-            assert f"\n| `{name}.{option.name}` | " in sections[name]
+            assert row_of(f"{name}.{option.name}", sections[name]).endswith(f" | {cell(option.doc)} |")
     assert "`clframe plugins show avalanche:AGEM`" in sections["avalanche"]
-    assert "| `ewc.lambda` | `float >= 0` | `100.0` | " in sections["ewc"]
+    assert row_of("ewc.lambda", sections["ewc"]).startswith("| `ewc.lambda` | `float >= 0` | `100.0` | ")
+
+
+def row_of(name, text):
+    """Return the only row of the tables in `text` whose first cell is `name`."""
+    (row,) = re.findall(rf"^\| `{re.escape(name)}` \| .*$", text, re.MULTILINE)
+    return row
+
+
+def cell(text):
+    """Return a description as a cell of a table holds it."""
+    (row,) = generate.table([], [[generate.prose(text)]])[2:]
+    return row.removeprefix("| ").removesuffix(" |")
 
 
 @pytest.mark.parametrize("name", generate.names("plugin"))
@@ -323,7 +336,8 @@ def test_every_scenario_and_backbone_and_each_of_its_options_is_documented():
             build = registry.find(kind, name)[0].load()
             for option in options_of(build, skip=registry.SUPPLIED):
                 assert option.doc, f"{name}: {option.name}"
-                assert f"\n| `{kind}.{option.name}` | " in sections[name + generate._variant(build)]
+                section = sections[name + generate._variant(build)]
+                assert row_of(f"{kind}.{option.name}", section).endswith(f" | {cell(option.doc)} |")
     assert "Raises:" not in pages()["reference/scenarios.md"]
     assert "- Model that suits `avalanche:SplitCIFAR10`: `resnet32`" in sections["avalanche:NAME"]
 
@@ -333,8 +347,8 @@ def test_every_setting_is_documented_with_its_default():
     for section, model in (("train", TrainSettings), ("run", RunSettings)):
         for name, field in model.model_fields.items():
             assert field.description
-            assert f"\n| `{section}.{name}` | " in page
-    assert "\n| `train.batch_size` | `int >= 1` | `32` | " in page
+            assert row_of(f"{section}.{name}", page).endswith(f" | {cell(field.description)} |")
+    assert row_of("train.batch_size", page).startswith("| `train.batch_size` | `int >= 1` | `32` | ")
 
 
 def test_every_command_and_each_of_its_options_is_documented():
@@ -344,14 +358,20 @@ def test_every_command_and_each_of_its_options_is_documented():
         for parameter in command.params:
             if parameter.param_type_name == "option" and parameter.name != "help":
                 assert parameter.help, f"{path} {parameter.name}"
-                assert all(flag in sections[path] for flag in parameter.opts)
+                rows = [row for row in sections[path].splitlines() if row.endswith(f" | {cell(parameter.help)} |")]
+                assert any(all(f"`{flag}" in row for flag in parameter.opts) for row in rows), (
+                    f"{path} {parameter.opts}"
+                )
     assert "| `-p`, `--plugin NAME` | " in sections["clframe run"]
 
 
 def test_every_measure_is_documented_with_its_formula():
-    assert "| `forgetting` | " in pages()["reference/measures.md"]
-    for name in ("average_accuracy", "backward_transfer", "ece", "nll", "confident_errors", "intransigence"):
-        assert f"\n| `{name}` | " in pages()["reference/measures.md"]
+    page = pages()["reference/measures.md"]
+    found = metrics.measures([[1.0]], [1]) | metrics.calibration(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    for name, measure in found.items():
+        assert row_of(name, page) == f"| `{name}` | {cell(measure.formula)} | {cell(measure.source)} |"
+    assert {"average_accuracy", "backward_transfer", "ece", "nll", "confident_errors", "intransigence"} <= set(found)
+    assert row_of("forgetting", page).startswith("| `forgetting` | mean over j&lt;T of max\\_i R\\[i,j\\] - R\\[T,j\\]")
 
 
 def test_every_public_name_is_in_the_reference_with_its_signature_and_members():
@@ -419,7 +439,9 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", pages()[path])):
         file, _, anchor = target.partition("#")
         linked = (ROOT / "docs" / path).parent.joinpath(file).resolve() if file else ROOT / "docs" / path
-        assert linked.exists(), target
+        assert linked.is_file(), target
+        if linked.suffix == ".md" and linked.is_relative_to(ROOT / "docs"):
+            assert linked.relative_to(ROOT / "docs").as_posix() in pages()
         if anchor:
             assert anchor in anchors(pages()[linked.relative_to(ROOT / "docs").as_posix()]), target
 

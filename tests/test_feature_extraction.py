@@ -255,6 +255,6 @@ def test_what_is_about_new_heads_is_refused_in_domains(tiny, option: str, value:
     with pytest.raises(UsageError) as caught:
         learn(tiny(setting="domain"), FeatureExtraction(**{option: value}))
     (problem,) = caught.value.problems
-    assert all(word in problem for word in (f"`feature-extraction.{option}`", "domain", "`--setting`"))
-    with pytest.raises(UsageError, match=r"`feature-extraction\.hidden` is 0"):
+    assert all(word in problem for word in (f"`feature-extraction.{option}`", "domain", "leave", "`--setting`"))
+    with pytest.raises(UsageError, match=r"`feature-extraction\.hidden` is 0: .* 1\.$"):
         FeatureExtraction(hidden=0)

@@ -171,5 +171,5 @@ def test_a_backbone_that_lacks_the_layers_is_refused(tiny):
         "`finetune-fc.warm_up` trains the head of new classes, and in the domain setting no experience brings any: "
         "leave it out, or choose another `--setting`.",
     )
-    with pytest.raises(UsageError, match=r"`finetune-fc\.last` is 0"):
+    with pytest.raises(UsageError, match=r"`finetune-fc\.last` is 0: .* 1\.$"):
         FinetuneFC(last=0)

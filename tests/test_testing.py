@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,44 +240,36 @@ class Growing(Plugin):
 @pytest.mark.parametrize(
     ("bad", "name", "sentence"),
     [
-        (Undocumented, "options are documented", "`size`"),
-        (Changed, "options are documented", "{'sizes': [1]}"),
-        (Stateless, "it learns", "['anchor']"),
-        (Unmarked, "hooks are marked", "`penalty` of plugin `bad`"),
-        (
-            Raises,
-            "it learns",
-            "`before_experience`: ",
-        ),
+        (Undocumented, "options are documented", "option `size` .* add it under `Options:`"),
+        (Changed, "options are documented", r"the options \{'sizes': \[1\]\}: store"),
+        (Stateless, "it learns", r"`state` names \['anchor'\]"),
+        (Unmarked, "hooks are marked", "`penalty` of plugin `bad` .* lacks"),
+        (Raises, "it learns", "setting `domain` .* `bad` .* `before_experience`: IndexError: no such place"),
         (Anything, "other settings are refused", "ValueError: nothing to do with settings"),
-        (Forgetful, "a stopped run resumes to the same bits", "results.json"),
-        (
-            LateState,
-            "a stopped run resumes to the same bits",
-            "State `net` of plugin `bad`",
-        ),
-        (Unpredictable, "a finished run loads and predicts", "`predictor_state`"),
+        (Forgetful, "a stopped run resumes to the same bits", r"another results\.json .* in `state`"),
+        (LateState, "a stopped run resumes to the same bits", "State `net` of plugin `bad` .* `before_run` or `grow`"),
+        (Unpredictable, "a finished run loads and predicts", "right in .* name in `predictor_state`"),
         (
             Global,
             "a plugin that does nothing changes nothing beside it",
-            "draw from `run.rng` only",
+            r"`backbone\.net\.0\.weight` .* draw from `run\.rng` only",
         ),
-        (Detached, "penalties pull", "`bad` has no gradient"),
+        (Detached, "penalties pull", "penalty `bad` has no gradient"),
         (Misnamed, "penalties pull", "`good` must be named `bad` or `bad/term`"),
         (Hooked, "nothing is left behind", "`backbone` still has hooks"),
         (Asleep, "nothing is left behind", "is left in eval mode"),
-        (Frozen, "nothing is left behind", "`requires_grad`"),
-        (Secret, "it keeps no image that it does not declare", "tensors.safetensors"),
-        (SecretNormalized, "it keeps no image that it does not declare", "tensors.safetensors"),
+        (Frozen, "nothing is left behind", "`.*` is left frozen: set `requires_grad` back in `after_run`"),
         (
-            Growing,
-            "its state does not grow",
-            "`grows = True`",
+            Secret,
+            "it keeps no image that it does not declare",
+            r"image .* tensors\.safetensors: .* `keeps_images = True`",
         ),
+        (SecretNormalized, "it keeps no image that it does not declare", r"image .* tensors\.safetensors: "),
+        (Growing, "its state does not grow", "bytes in .* experiences 1 to 4: .* `grows = True`"),
     ],
 )
 def test_a_plugin_that_breaks_the_contract_is_told_how(bad: type[Plugin], name: str, sentence: str):
-    assert sentence in why(testing.plugin(bad), name)
+    assert re.search(sentence, why(testing.plugin(bad), name))
 
 
 def test_the_options_of_a_repr_are_read_without_running_it():
@@ -301,7 +294,7 @@ def test_what_a_plugin_declares_is_not_looked_at():
 
 
 def test_a_check_that_is_called_raises():
-    with pytest.raises(testing.Broken, match="`size`"):
+    with pytest.raises(testing.Broken, match=r"option `size` .* `Options:`"):
         CHECKS["options are documented"](testing.plugin(Undocumented))
 
 
@@ -374,11 +367,15 @@ def unsummed() -> Scenario:
     ("build", "name", "sentence"),
     [
         (lambda: stream(), "options are documented", "`<lambda>` has no docstring"),
-        (strange_shape, "its images are what it says", "experience 1 of 2 are (1, 4, 4)"),
+        (
+            strange_shape,
+            "its images are what it says",
+            "The train images of experience 1 of 2 are (1, 4, 4), not as `input_shape`",
+        ),
         (
             mislabelled,
             "its images are what it says",
-            "The label [1] in the train images of experience 1 of 2",
+            "The label [1] in the train images of experience 1 of 2 is none of its classes",
         ),
         (random_images, "it is the same each time", "different checksums"),
         (unsummed, "it is the same each time", "no `checksum`"),
@@ -419,7 +416,7 @@ class Net(nn.Module):
         (
             "beside",
             "its features are as wide as it says",
-            "others beside it",
+            "depend on the others beside it",
         ),
         ("idle", "every parameter learns", "`idle.weight` gets no gradient"),
         ("counts", "its stopped run resumes to the same bits", "parameters or buffers"),
