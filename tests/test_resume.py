@@ -17,7 +17,7 @@ import clframe
 from clframe import ImageData, IncrementalNet, Phase, Plugin, Transform, hookimpl, snapshot, testing
 from clframe.errors import DataError, Interrupted, RunError, UsageError
 from clframe.evaluate import ModelPredictor
-from clframe.runs import checkpoint
+from clframe.runs import checkpoint, sums
 from clframe.runs.folder import RunFolder
 from clframe.system import writing
 from clframe.system.writing import save_file
@@ -572,8 +572,8 @@ def move_frozen_names(checkpoints: Path, plugin: str) -> list[str]:
     content["tree"]["dict"] = list(entries.items())
     dict(entries["plugins"]["dict"])[plugin]["dict"].append(["frozen", names])
     (newest / "tree.json").write_text(json.dumps(content))
-    sums = {name: checkpoint.digest(newest / name) for name in checkpoint.CHECKPOINT_FILES}
-    (newest / "manifest.json").write_text(json.dumps(sums))
+    manifest = {name: sums.digest(newest / name) for name in checkpoint.CHECKPOINT_FILES}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
     return checkpoint.unpack(names, {})
 
 
