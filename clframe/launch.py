@@ -251,7 +251,7 @@ def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
             raise RunError(
                 f"{run.folder or 'A file'} could not be written: {refused}.{engine.how_to_go_on()}"
             ) from error
-        if blamed := blame(engine, error):
+        if blamed := blame(error):
             raise RunError(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
         if refused:
             raise RunError(
@@ -273,7 +273,7 @@ def trained_model(engine: Engine) -> Trained:
         return Trained(predictor, scenario, engine.evaluator.readings, temperature, fitted).to("cpu")
 
 
-def blame(engine: Engine, error: Exception) -> str | None:
+def blame(error: Exception) -> str | None:
     """Return a sentence naming the plugin or module that raised `error`; None if neither is on the call stack."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner, place = frame.f_locals.get("self"), frame.f_code.co_name

@@ -154,19 +154,7 @@ def build_from_groups(
             tests[i] = data
         return data
 
-    return Scenario(
-        name,
-        setting,
-        classes,
-        [arrays.class_names[c] for c in order],
-        arrays.x_train.shape[1:],
-        load,
-        transform=arrays.transform,
-        class_order=order,
-        checksum=arrays.checksum(),
-        move=arrays.move,
-        notes=arrays.notes,
-    )
+    return arrays.to_scenario(name, setting, classes, [arrays.class_names[c] for c in order], order, load)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

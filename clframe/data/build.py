@@ -143,6 +143,30 @@ class Arrays:
     def _tensors(self) -> tuple[RawImages, ...]:
         return self.x_train, self.y_train, self.x_test, self.y_test
 
+    def to_scenario(
+        self,
+        name: str,
+        setting: Setting,
+        classes: Sequence[Sequence[int]],
+        class_names: Sequence[str],
+        class_order: Sequence[int],
+        load: Callable[[int, Part], ImageData],
+    ) -> Scenario:
+        """Return a scenario of these images, whose experiences `load` gives; arguments as in `Scenario`."""
+        return Scenario(
+            name,
+            setting,
+            classes,
+            class_names,
+            self.x_train.shape[1:],
+            load,
+            transform=self.transform,
+            class_order=class_order,
+            checksum=self.checksum(),
+            move=self.move,
+            notes=self.notes,
+        )
+
     def limited(self, per_class: int | None) -> Arrays:
         """Return the first `per_class` images of each class, of training and of test data; all if None."""
         if per_class is None:
@@ -337,19 +361,7 @@ def split_classes(
         names = [f"place {place}" for place in range(max(sizes))]
     else:
         classes = [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(experiences)]
-    return Scenario(
-        name,
-        setting,
-        list(classes),
-        names,
-        arrays.x_train.shape[1:],
-        load,
-        transform=arrays.transform,
-        class_order=order,
-        checksum=arrays.checksum(),
-        move=arrays.move,
-        notes=arrays.notes,
-    )
+    return arrays.to_scenario(name, setting, list(classes), names, order, load)
 
 
 def _check_arrays(name: str, arrays: object) -> None:
@@ -418,16 +430,6 @@ def change_domains(
             )
         return ImageData(changed, y + total * i * apart, index=torch.arange(len(y)), task=i)
 
-    return Scenario(
-        name,
-        setting,
-        [range(total * i * apart, total * (i * apart + 1)) for i in range(experiences)],
-        [f"{c} ({i})" if apart else c for i in range(experiences if apart else 1) for c in arrays.class_names],
-        arrays.x_train.shape[1:],
-        load,
-        transform=arrays.transform,
-        class_order=range(total),
-        checksum=arrays.checksum(),
-        move=arrays.move,
-        notes=arrays.notes,
-    )
+    classes = [range(total * i * apart, total * (i * apart + 1)) for i in range(experiences)]
+    names = [f"{c} ({i})" if apart else c for i in range(experiences if apart else 1) for c in arrays.class_names]
+    return arrays.to_scenario(name, setting, classes, names, range(total), load)
