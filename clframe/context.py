@@ -280,6 +280,29 @@ class Run:
         """Send a message for the user to all listeners."""
         self._emit(Message(text))
 
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the context."""
+        cuda = self.device.type == "cuda"
+        return {
+            "ticks": dict(self._tick_done),
+            "total_steps": self.total_steps,
+            "frozen": self.frozen,
+            "rng": {name: generator.get_state() for name, generator in self._generators.items()},
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        self._tick_done.update(state["ticks"])
+        self.total_steps = state["total_steps"]
+        self.frozen = state["frozen"]
+        for name, generator in state["rng"].items():
+            self.rng(name).set_state(generator)
+        torch.set_rng_state(state["torch_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
     def _emit(self, event: Event) -> None:
         """Give `event` to all listeners."""
         for listener in self.listeners:

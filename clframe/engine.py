@@ -6,37 +6,28 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clframe import compose, events
 from clframe.checks import check_labels, check_terms
 from clframe.context import Run
 from clframe.data.batch import Batch, ImageData, join
-from clframe.data.files import READ_AHEAD
 from clframe.data.scenario import Experience, Scenario
-from clframe.errors import DataError, Interrupted, RunError, UsageError
-from clframe.evaluate import Evaluator, PredictorHook, Row
+from clframe.errors import DataError, Interrupted, RunError
+from clframe.evaluate import Evaluator, PredictorHook
 from clframe.model import seed_torch
-from clframe.runs import checkpoint, state
-from clframe.runs.folder import RunFolder
+from clframe.runs import state
+from clframe.runs.folder import RunFolder, how_to_go_on
 from clframe.runs.record import collect_results
 from clframe.runs.results import Results
 from clframe.system.signals import noting
-from clframe.training import (
-    Phase,
-    Sampler,
-    extend_optimizer,
-    make_optimizer,
-    rate_factor,
-    trained_by,
-    training_only,
-)
-from clframe.watch import LossWatch, Rate, Stopwatch
+from clframe.training import Phase, Trainer, in_order
+from clframe.watch import Advice, StepReporter, Timings
 
 ONE_BY_ONE = (  # hooks called on one plugin after another, not on all together
     "before_experience",
@@ -69,9 +60,9 @@ def learn(engine: Engine, begin: Callable[[], None]) -> Results:
                 engine.enter(hook.predictor)
             engine.one_by_one("before_experience", experience=run.experience)
             extra = engine.one_by_one("extra_data", experience=run.experience)
-            phases = engine.in_order(engine.one_by_one("phases", experience=run.experience))
+            phases = in_order(engine.one_by_one("phases", experience=run.experience))
             data = ImageData.concat([experience.train.to(run.device), *extra.values()])
-            for phase in phases:
+            for phase in phases[engine.position.phase :]:
                 with engine.training(phase, data) as batches:
                     for batch in batches:
                         step(engine, batch)
@@ -95,9 +86,9 @@ def step(engine: Engine, batch: Batch) -> None:
     for named in cast(list[dict[str, Tensor]], hook.penalty(run=run, batch=batch, outputs=outputs)):
         check_terms(run, terms, named)
         terms.update(named)
-    engine.backward(terms)
+    engine.trainer.backward(terms)
     hook.after_backward(run=run, batch=batch)
-    engine.update()
+    engine.trainer.update()
     hook.after_step(run=run, batch=batch)
     engine.count_step(batch)
     engine.evaluate_within(hook.predictor)
@@ -132,29 +123,20 @@ class Engine:
         manager = compose.manager(run.plugins)
         self.hook = compose.callers(manager)
         self.evaluator = Evaluator(run, stream)
+        self.trainer = Trainer(run)
+        self.timings = Timings()
+        self.reporter = StepReporter(run)
+        self.advice = Advice(run)
         self.position = Position()
         self.collected: dict[str, dict[str, Any]] = {}  # this experience's answers to a hook, by plugin
-        self.baseline: dict[str, list[float | None]] = {}  # the untrained network's accuracy
         self.carried: dict[str, float] | None = None  # temperatures of the run that this one extends; None: it is new
-        self.timings: list[dict[str, float]] = []  # of each experience
-        self.row: Row | None = None  # the latest
-        self.oracle = any(plugin.keeps_experiences for plugin in run.plugins)
         self.calls = {hook: compose.callers_one_by_one(manager, run.plugins, hook) for hook in ONE_BY_ONE}
         self.origins = {
             plugin.name: k for k, plugin in enumerate(run.plugins, start=1)
         }  # the same numbers as in `Run.rows_from`
+        self.again = [plugin.name for plugin in run.plugins if plugin.keeps_experiences]  # a resume asks them again
         self.unsaved = [plugin.name for plugin in run.plugins if not plugin.resumes]
-        self.two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
-        self.kept_optimizer: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
-        self.trained: dict[str, nn.Parameter] = {}
-        self.trainable: list[str] | None = None  # as it was before a phase froze what it does not train
-        self.resumed: dict[str, Any] | None = None  # state of the phase that a resume goes on with
         self.replay_checked = False
-        self.hinted: set[str] = set()  # the plugins whose hints were told
-        self.silent: set[str] = set()  # the loss terms of which it was told that they are 0
-        self.losses = LossWatch()
-        self.clock = Stopwatch()
-        self.rate = Rate()
         self.signal = 0
         self.last_save = time.monotonic()
         run._pause = self.pause
@@ -167,7 +149,7 @@ class Engine:
         accuracy = {mode: list(rows) for mode, rows in run.accuracy.items()}
         validation = {mode: list(rows) for mode, rows in run.validation.items()}
         run._emit(events.Started(self.stream.name, len(self.stream), run.total_steps, accuracy, validation))
-        if self.oracle:
+        if self.again:
             run.earlier = [self.stream[i].for_training() for i in range(self.position.experience)]
         for index in range(self.position.experience, len(self.stream)):
             experience = self.stream[index]
@@ -176,8 +158,8 @@ class Engine:
             classes = list(experience.classes)
             names = [self.stream.class_names[c] for c in classes]
             run._emit(events.ExperienceBegan(index, experience.task, classes, names))
-            self.tell_hints()
-            self.clock.lap()
+            self.advice.tell_hints()
+            self.timings.count()
             yield experience
 
     def grow_head(self, experience: Experience) -> None:
@@ -201,10 +183,9 @@ class Engine:
         """Begin the experience for which the head has grown; before the first one, evaluate the untrained network."""
         index = self.run.experience.index
         self.position = Position(index, entered=True)
-        self.timings.append({"seconds": 0.0, "images": 0})
         if index == 0:
-            self.baseline = self.evaluator.baseline(predictor)
-        self.clock.lap()
+            self.evaluator.measure_untrained(predictor)
+        self.timings.begin()
 
     def one_by_one(self, hook: str, **arguments: Any) -> dict[str, Any]:
         """Call `hook` of one plugin after another, without those done before a resume; return the answers by plugin."""
@@ -223,22 +204,6 @@ class Engine:
             self.pause()
         return {plugin.name: answers[plugin.name] for plugin in run.plugins if plugin.name in answers}
 
-    def in_order(self, answers: Mapping[str, list[Phase]]) -> list[Phase]:
-        """Return the remaining phases in order: those before ``train``, ``train``, and those after it."""
-        owners: dict[str, str] = {}
-        for plugin, phases in answers.items():
-            for phase in phases:
-                if phase.name in owners:
-                    raise UsageError(
-                        f"Both `{owners[phase.name]}` and `{plugin}` bring a phase `{phase.name}`; leave one out."
-                    )
-                owners[phase.name] = plugin
-        given = [phase for phases in answers.values() for phase in phases]
-        before = [p for p in given if p.place == "before" and p.name != "train"]
-        after = [p for p in given if p.place == "after" and p.name != "train"]
-        train = [p for p in given if p.name == "train"] or [Phase("train")]
-        return [*before, *train, *after][self.position.phase :]
-
     @contextmanager
     def training(self, phase: Phase, data: ImageData) -> Iterator[Iterator[Batch]]:
         """Yield the batches that are left of `phase`, with its optimizer in place and everything else frozen."""
@@ -246,58 +211,20 @@ class Engine:
         data = data if phase.data is None else phase.data.to(run.device)
         if not len(data):
             raise DataError(f"The scenario `{self.stream.name}` has no training images in {run.progress_label}.")
-        run.phase = phase
-        self.trained = trained_by(phase, run.model)
-        self.trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
         check_labels(run, data, "the training data")
         self.replay_checked = False
-        length = phase.length(run.settings)
-        if not self.trained and any(phase.length(run.settings).values()):
-            wanted = f" named like {', '.join(f'`{p}`' for p in phase.only)}" if phase.only else ""
-            raise UsageError(
-                f"The phase `{phase.name}` of {run.progress_label} trains nothing: no parameter{wanted} requires "
-                "gradients."
-            )
-        run._sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
-        run._emit(events.PhaseBegan(phase.name, run._sampler.steps, run.experience.index))
-        with training_only(run.model, self.trained.values()):
-            if self.resumed is not None:  # the optimizers were restored with it
-                run._sampler.load(self.resumed)
-                self.resumed = None
-            elif phase.name == "train" and run.optimizer is not None:
-                extend_optimizer(run.optimizer, self.trained, run.settings)
-            else:
-                self.kept_optimizer = run.optimizer
-                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run._sampler.steps else None
-            self.rate.begin()
-            yield self.batches(data)
+        with self.trainer.training(phase, data) as batches:
+            self.reporter.begin_phase()
+            yield batches
             self.check_finite()
-        self.trainable = run._sampler = None
         self.position.phase += 1
-        if not (phase.name == "train" and run.settings.keep_optimizer):
-            run.optimizer, self.kept_optimizer = self.kept_optimizer, None
         self.pause()
-
-    def batches(self, data: ImageData) -> Iterator[Batch]:
-        """Yield the batches of the phase under way, at the learning rate of each step."""
-        run, sampler = self.run, self.run._sampler
-        if sampler is None or not sampler.steps:
-            return
-        augment = run.rng("loader") if run.scenario.transform.augments else None
-        optimizer = cast(torch.optim.Optimizer, run.optimizer)
-        for where in sampler:
-            if run.settings.schedule != "constant":
-                factor = rate_factor(run.settings, run.step, sampler)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * factor
-            data.expect(where)
-            data.expect(sampler.coming(max(READ_AHEAD, 2 * len(where))))
-            yield run.scenario.transform.batch(data.rows(where), augment)
 
     def leave(self) -> None:
         """Finish the experience: the next one begins with a checkpoint."""
-        self.tell_silent_terms()
-        if self.oracle:
+        if self.position.steps > 1:
+            self.advice.tell_silent_terms(self.position.effective)
+        if self.again:
             self.run.earlier.append(self.run.experience)
         self.position = Position(self.position.experience + 1)
         self.collected.clear()
@@ -318,70 +245,22 @@ class Engine:
         self.replay_checked = bool(extra)
         return join([batch, *extra])
 
-    def backward(self, terms: dict[str, Tensor]) -> None:
-        """Compute the gradients of the sum of all terms; in two passes where a plugin needs those of the base loss."""
-        run = self.run
-        for parameter in self.trained.values():  # what the optimizer's own `zero_grad` does, in a tenth of its time
-            parameter.grad = None
-        if self.two_backwards:
-            terms["base"].backward(retain_graph=len(terms) > 1)
-            run.task_gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
-            rest = [term for name, term in terms.items() if name != "base" and term.requires_grad]
-            if rest:
-                torch.stack(rest).sum().backward()
-        else:
-            total = terms["base"]
-            for name, term in terms.items():
-                total = total if name == "base" else total + term
-            total.backward()
-        run.losses = {name: term.detach() for name, term in terms.items()}
-
-    def update(self) -> None:
-        """Clip the gradient and take the optimizer's step."""
-        run = self.run
-        clip = run.settings.clip
-        norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        self.losses.keep(run.losses, norm)
-        # on the CPU it costs nothing to ask whether the factor, min(1, clip / (norm + 1e-6)), is 1
-        if clip and not (norm.device.type == "cpu" and norm + 1e-6 <= clip):
-            nn.utils.clip_grads_with_norm_(self.trained.values(), clip, norm)
-        if run.optimizer is not None:
-            run.optimizer.step()
-
     def count_step(self, batch: Batch) -> None:
         """Count the step that was taken, and record its losses and the progress when it is time."""
         run = self.run
         self.position.steps += 1
         run.total_steps += 1
-        self.timings[-1]["images"] += len(batch)
+        self.timings.rows[-1]["images"] += len(batch)
         log = run.total_steps % run.config.run.log_every == 0
-        if log or self.losses.full:
+        if log or self.trainer.watch.full:
             self.check_finite()
-        if log:
-            run._emit(events.StepTaken(**self.progress()))
-        if rate := self.rate.count(len(batch)):
-            left = (run.steps_in_phase - run.step - 1) * len(batch) / rate
-            run._emit(events.Progress(**self.progress(), images_per_second=rate, seconds_left=left))
-
-    def progress(self) -> dict[str, Any]:
-        """Return the fields of an event about the step that was taken."""
-        run = self.run
-        return {
-            "experience": run.experience.index,
-            "phase": run.phase.name,
-            "epoch": run.epoch,
-            "step": run.step + 1,
-            "steps": run.steps_in_phase,
-            "total_step": run.total_steps,
-            "losses": {name: loss.item() for name, loss in run.losses.items()},
-            "lr": run.optimizer.param_groups[0]["lr"] if run.optimizer else 0.0,
-        }
+        self.reporter.report(len(batch), log=log)
 
     # ---------------------------------------------------------------------------------------- refusals
 
     def check_finite(self) -> None:
         """Raise `RunError` naming the loss term or gradient that was the first not to be finite, and the step."""
-        found = self.losses.look(self.position.effective)
+        found = self.trainer.watch.look(self.position.effective)
         if found is None:
             return
         run = self.run
@@ -389,85 +268,26 @@ class Engine:
         raise RunError(
             f"The {what} became infinite or not a number in {run.progress_label}, phase `{run.phase.name}`, at step "
             f"{run.step + 1 - steps_ago} of {run.steps_in_phase}."
-            f"{self.how_to_go_on()} {' '.join(self.hints()) or GENERAL_HINT}"
+            f"{how_to_go_on(self.folder)} {' '.join(self.advice.hints()) or GENERAL_HINT}"
         )
-
-    def tell_hints(self) -> None:
-        """Emit the plugins' hints, those of each plugin once in a run."""
-        for plugin in self.run.plugins:
-            if plugin.name not in self.hinted and (hints := list(plugin.hints(self.run))):
-                self.hinted.add(plugin.name)
-                for hint in hints:
-                    self.run.tell(hint)
-
-    def tell_silent_terms(self) -> None:
-        """Emit which loss terms were 0 at every step of the experience, each once in a run."""
-        run = self.run
-        why = ""
-        if len(run.previous_classes or run.experience.classes) == 1:
-            why = " Only one class was known, and a softmax over one class is always 1: begin with two classes."
-        for term, effective in self.position.effective.items():
-            if not effective and self.position.steps > 1 and term not in self.silent:
-                self.silent.add(term)
-                run.tell(f"The loss term `{term}` was 0 at every step of {run.progress_label}.{why}")
-
-    def hints(self) -> list[str]:
-        """Return the plugins' warnings about settings that may prevent learning."""
-        return [hint for plugin in self.run.plugins for hint in plugin.hints(self.run)]
-
-    def how_to_go_on(self) -> str:
-        """Return a sentence on the checkpoint that is left; an empty text if there is none."""
-        if self.folder is None:
-            return ""
-        with suppress(RunError):  # an error is under way already
-            self.folder.settle()
-        if self.folder.finished:
-            return f" All results were written before: {self.run.folder} is the folder of a finished run."
-        kept = checkpoint.find_newest(self.folder.checkpoints)
-        return f" The last good checkpoint is kept: `clframe resume {self.run.folder}` starts from it." if kept else ""
 
     # -------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, predictor: PredictorHook) -> None:
-        """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers.
-
-        With ``train.val``, the matrices of the images held out get a row each, too.
-        """
-        run, index = self.run, self.run.experience.index
-        self.count_seconds()
-        if ["evaluate", ""] not in self.position.done:
-            parts = self.evaluator.parts
-            rows = {p: self.evaluator.evaluate(predictor, keep_scores=p == "test", part=p) for p in parts}
-            if not self.position.steps:  # nothing was trained, so there is nothing to say of it
-                rows = {part: row.blank_copy() for part, row in rows.items()}
-            self.row = rows["test"]
-            for part, row in rows.items():
-                matrices = run.accuracy if part == "test" else run.validation
-                for reading, accuracy in row.accuracy.items():
-                    matrices.setdefault(reading, []).append(accuracy)
-            if self.folder and run.config.run.predictions:
-                self.folder.keep_scores(index, self.row)
-            self.position.done.append(["evaluate", ""])
-            for part, row in rows.items():
-                accuracies = {str(mode): values for mode, values in row.accuracy.items()}
-                run._emit(events.Evaluated(index, run.total_steps, part, accuracies))
-        self.clock.lap()
-
-    def count_seconds(self) -> None:
-        """Add the seconds since the latest lap to the current experience, until it is evaluated."""
-        if self.position.entered and ["evaluate", ""] not in self.position.done:
-            self.timings[-1]["seconds"] += self.clock.lap()
+        """Add a row to each accuracy matrix, and keep its scores, unless a run that was resumed has it already."""
+        self.timings.end()
+        if ["evaluate", ""] in self.position.done:
+            return
+        row = self.evaluator.add_rows(predictor, blank=not self.position.steps)
+        if self.folder and self.run.config.run.predictions:
+            self.folder.keep_scores(self.position.experience, row)
+        self.position.done.append(["evaluate", ""])
 
     def evaluate_within(self, predictor: PredictorHook) -> None:
-        """Record a row at the end of an epoch, where ``run.eval_every`` asks for that; it enters no matrix."""
-        run = self.run
-        if run.config.run.eval_every != "epoch" or (run.step + 1) % run.batches_per_epoch:
-            return
-        with self.clock.stopped():
-            for part in self.evaluator.parts:
-                for reading, accuracy in self.evaluator.evaluate(predictor, part=part).accuracy.items():
-                    place = (run.experience.index, run.phase.name, run.epoch, run.total_steps)
-                    run._emit(events.EpochEvaluated(*place, part, reading, accuracy))
+        """Record a row while learning, where ``run.eval_every`` asks for that."""
+        if self.evaluator.is_due():
+            with self.timings.stopped():
+                self.evaluator.record(predictor)
 
     # ----------------------------------------------------------------------------- saving and stopping
 
@@ -509,10 +329,52 @@ class Engine:
         """
         if self.folder:
             self.check_finite()
-            self.count_seconds()
+            self.timings.count()
             if not self.unsaved:
-                self.folder.save(state.collect(self))
+                self.folder.save(self.state())
         self.last_save = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that decides how the run continues."""
+        run, folder = self.run, self.folder
+        kept = {plugin.name: plugin for plugin in run.plugins}
+        return {
+            "position": {
+                **asdict(self.position),
+                "done": [[hook, name] for hook, name in self.position.done if not self._asked_again(hook, name)],
+            },
+            "model": dict(run.model.state_dict()),
+            **run._state(),
+            **self.trainer.state(),
+            "extra_data": {
+                name: data
+                for name, data in self.collected.get("extra_data", {}).items()
+                if not self._asked_again("extra_data", name)
+            },
+            "phases": {n: [vars(phase) for phase in given] for n, given in self.collected.get("phases", {}).items()},
+            **self.evaluator.state(),
+            **self.timings.state(),
+            "plugins": {name: state.read_plugin_state(plugin, plugin.state) for name, plugin in kept.items()},
+            "config": folder.config_sum() if folder else None,
+            "metrics": folder.metrics_size() if folder else 0,
+        }
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Continue from the state `values`, when the network has grown and the plugins have their own."""
+        self.run._load(values)
+        self.trainer.load(values)
+        self.evaluator.load(values)
+        self.timings.load(values)
+        if self.position.entered and ["evaluate", ""] not in self.position.done:
+            self.timings.go_on()
+        self.collected = {
+            "extra_data": values["extra_data"],
+            "phases": {name: [Phase(**given) for given in phases] for name, phases in values["phases"].items()},
+        }
+
+    def _asked_again(self, hook: str, plugin: str) -> bool:
+        """Return whether a resume calls `hook` of `plugin` again, as no checkpoint holds its answer."""
+        return hook == "extra_data" and plugin in self.again
 
     def stoppable(self) -> AbstractContextManager[None]:
         """Return a context in which a signal lets the run finish its step, save and stop; a second one stops it."""

@@ -5,9 +5,9 @@ An evaluation mode, a *reading* in the code and in files, says which classes an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional
 from clframe.data.batch import ImageData
 from clframe.data.scenario import Scenario, Setting
 from clframe.data.transform import Transform
-from clframe.events import EvalPart
+from clframe.events import EpochEvaluated, EvalPart, Evaluated
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
 
 if TYPE_CHECKING:
@@ -179,17 +179,23 @@ class Row:
 
 
 class Evaluator:
-    """Evaluates a run on its stream, through the module that answers for it.
+    """Evaluates a run on its stream, through the module that answers for it, and keeps what it measures.
 
     Args:
         run: the context of the run.
         scenario: its stream, with images.
+
+    Attributes:
+        baseline: the accuracy of the untrained network, by evaluation mode, where it was measured.
+        row: the latest row that `add_rows` added, of test images, with scores.
     """
 
     def __init__(self, run: Run, scenario: Scenario) -> None:
         self.run = run
         self.scenario = scenario
         self.readings = Readings(scenario.setting, scenario.classes)
+        self.baseline: dict[str, list[float | None]] = {}
+        self.row: Row | None = None
 
     @property
     def parts(self) -> list[EvalPart]:
@@ -201,17 +207,64 @@ class Evaluator:
         answer = hook(run=self.run)
         return ModelPredictor(self.run.model) if answer is None else answer
 
-    def baseline(self, hook: PredictorHook) -> dict[str, list[float | None]]:
-        """Return the accuracy of the untrained network by evaluation mode, where it covers later experiences."""
+    def measure_untrained(self, hook: PredictorHook) -> None:
+        """Measure the accuracy of the untrained network, in the evaluation modes where it covers later experiences."""
         last = len(self.scenario) - 1
         n_classes = self.run.model.n_classes
         if not last or not self.readings.covers(self.readings.common, 0, last, n_classes):
-            return {}
+            return
         n_classes = n_answerable(self.answering(hook), n_classes)
         if not self.readings.covers(self.readings.common, 0, last, n_classes):
-            return {}
+            return
         accuracy = self.evaluate(hook).accuracy
-        return {mode: row for mode, row in accuracy.items() if self.readings.covers(mode, 0, last, n_classes)}
+        self.baseline.update(
+            (mode, row) for mode, row in accuracy.items() if self.readings.covers(mode, 0, last, n_classes)
+        )
+
+    def add_rows(self, hook: PredictorHook, *, blank: bool) -> Row:
+        """Add a row to each accuracy matrix: of all experiences so far, and of later ones that the head covers.
+
+        With ``train.val``, the matrices of the images held out get a row each, too. A `blank` row has no accuracies:
+        nothing was trained, so there is nothing to say. Returns the row of the test images, with scores.
+        """
+        run = self.run
+        rows = {part: self.evaluate(hook, keep_scores=part == "test", part=part) for part in self.parts}
+        if blank:
+            rows = {part: row.blank_copy() for part, row in rows.items()}
+        for part, row in rows.items():
+            matrices = run.accuracy if part == "test" else run.validation
+            for reading, accuracy in row.accuracy.items():
+                matrices.setdefault(reading, []).append(accuracy)
+        for part, row in rows.items():
+            accuracies = {str(mode): values for mode, values in row.accuracy.items()}
+            run._emit(Evaluated(run.experience.index, run.total_steps, part, accuracies))
+        self.row = rows["test"]
+        return self.row
+
+    def is_due(self) -> bool:
+        """Return whether ``run.eval_every`` asks for an evaluation after the step that was taken."""
+        return self.run.config.run.eval_every == "epoch" and (self.run.step + 1) % self.run.batches_per_epoch == 0
+
+    def record(self, hook: PredictorHook) -> None:
+        """Record a row while learning; it enters no matrix."""
+        run = self.run
+        place = (run.experience.index, run.phase.name, run.epoch, run.total_steps)
+        for part in self.parts:
+            for reading, accuracy in self.evaluate(hook, part=part).accuracy.items():
+                run._emit(EpochEvaluated(*place, part, reading, accuracy))
+
+    def state(self) -> dict[str, Any]:
+        """Return what was measured so far."""
+        measured = {"accuracy": self.run.accuracy, "baseline": self.baseline}
+        return measured | ({"validation": self.run.validation} if self.scenario.val_share else {})
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue with what was measured before; the rows of validation images may not have been kept."""
+        self.run.accuracy, self.baseline = state["accuracy"], state["baseline"]
+        if self.scenario.val_share:
+            measured = state.get("validation", {})
+            empty = {mode: [[None] * len(row) for row in rows] for mode, rows in self.run.accuracy.items()}
+            self.run.validation = {mode: measured.get(mode, rows) for mode, rows in empty.items()}
 
     def evaluate(self, hook: PredictorHook, *, keep_scores: bool = False, part: EvalPart = "test") -> Row:
         """Evaluate on the images of every experience that the head covers after the current one.

@@ -41,6 +41,7 @@ from clframe.runs.folder import (
     CONFIG_LIMIT,
     RunFolder,
     check_finished,
+    how_to_go_on,
     read_model,
 )
 from clframe.runs.record import fit_temperatures, restore_scenario
@@ -244,22 +245,22 @@ def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:
         if out_of_memory(error):
             raise RunError(
                 f"Out of memory on {run.device} in {run.progress_label}: a run with a smaller `train.batch_size` or "
-                f"`run.eval_batch_size` needs less.{engine.how_to_go_on()}"
+                f"`run.eval_batch_size` needs less.{how_to_go_on(engine.folder)}"
             ) from error
         refused = of_the_system(error)
         if refused and getattr(error, "errno", None) in OF_THE_DISK:
             raise RunError(
-                f"{run.folder or 'A file'} could not be written: {refused}.{engine.how_to_go_on()}"
+                f"{run.folder or 'A file'} could not be written: {refused}.{how_to_go_on(engine.folder)}"
             ) from error
         if blamed := blame(error):
-            raise RunError(f"{blamed}: {type(error).__name__}: {error}.{engine.how_to_go_on()}") from error
+            raise RunError(f"{blamed}: {type(error).__name__}: {error}.{how_to_go_on(engine.folder)}") from error
         if refused:
             raise RunError(
-                f"A file or the system failed in {run.progress_label}: {refused}.{engine.how_to_go_on()}"
+                f"A file or the system failed in {run.progress_label}: {refused}.{how_to_go_on(engine.folder)}"
             ) from error
         raise
     run._emit(Ended(str(run.folder) if run.folder else None))
-    run.optimizer = engine.kept_optimizer = None  # what the trained model does without
+    engine.trainer.drop_optimizers()
     engine.collected.clear()
     return replace(results, answering=lambda: trained_model(engine))
 

@@ -1,24 +1,26 @@
-"""What a phase of training is made of: its length, its order of images, its optimizer and learning rate."""
+"""What a phase of training is made of: its length, its order of images, its optimizer, its gradients and updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from clframe.data.batch import ImageData
-from clframe.errors import DataError
+from clframe.data.batch import Batch, ImageData
+from clframe.data.files import READ_AHEAD
+from clframe.errors import DataError, UsageError
+from clframe.events import PhaseBegan
 from clframe.settings import TrainSettings
+from clframe.watch import LossWatch
 
 if TYPE_CHECKING:
     from clframe.context import Run
-    from clframe.plugin import Plugin
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,26 @@ class Phase:
             one = 1 if settings.iterations is None else None
             return {"epochs": settings.epochs or one, "iterations": settings.iterations}
         return {"epochs": self.epochs, "iterations": self.iterations}
+
+
+def in_order(answers: Mapping[str, list[Phase]]) -> list[Phase]:
+    """Return the phases of an experience, by the plugins that bring them, in order: ``train`` between the others.
+
+    Raises `UsageError` if two plugins bring a phase of one name.
+    """
+    owners: dict[str, str] = {}
+    for plugin, phases in answers.items():
+        for phase in phases:
+            if phase.name in owners:
+                raise UsageError(
+                    f"Both `{owners[phase.name]}` and `{plugin}` bring a phase `{phase.name}`; leave one out."
+                )
+            owners[phase.name] = plugin
+    given = [phase for phases in answers.values() for phase in phases]
+    before = [p for p in given if p.place == "before" and p.name != "train"]
+    after = [p for p in given if p.place == "after" and p.name != "train"]
+    train = [p for p in given if p.name == "train"] or [Phase("train")]
+    return [*before, *train, *after]
 
 
 class Sampler:
@@ -129,6 +151,11 @@ def trained_by(phase: Phase, model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def trainable_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that require gradients."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 @contextmanager
 def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Put the model in train mode with all but `parameters` frozen; restore ``requires_grad`` afterwards.
@@ -167,39 +194,124 @@ def _rest(module: nn.Module, trained: set[int]) -> None:
         _rest(child, trained)
 
 
-def warm_up(run: Run, share: float) -> list[Phase] | None:
-    """Return a phase before ``train`` that trains the new head alone (Li and Hoiem, LwF, 2017, section 3.1).
-
-    None in the first experience, whose head is new but has no trained network below it, and for a share of 0.
+class Trainer:
+    """The training of a run in one phase after another: what is trained, by which optimizer, and how.
 
     Args:
-        run: the run, when the head has grown.
-        share: length of the phase, relative to the experience's own training.
+        run: the context of the run, whose `Run.optimizer` is that of the phase under way.
+
+    Attributes:
+        trained: the parameters that the phase under way trains, by name.
+        watch: the losses and gradient norms of the latest steps.
     """
-    blocks = run.new_blocks
-    if not share or not run.experience.index or not blocks:
-        return None
-    epochs, iterations = (n and max(1, round(share * n)) for n in Phase("train").length(run.settings).values())
-    return [Phase("warm-up", "before", epochs, iterations, only=tuple(f"head.{k}.*" for k in blocks))]
 
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.trained: dict[str, nn.Parameter] = {}
+        self.watch = LossWatch()
+        self._two_backwards = any(plugin.needs_task_gradient for plugin in run.plugins)
+        self._kept: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
+        self._trainable: list[str] | None = None  # as it was before a phase froze what it does not train
+        self._resumed: dict[str, Any] | None = None  # the order of images that waits for the phase of a resume
 
-def warm_up_problems(run: Run, plugin: Plugin) -> Iterator[str]:
-    """Yield reasons why `plugin`, whose attribute ``warm_up`` asks for the phase, cannot have it."""
-    asking = [p.name for p in run.plugins if getattr(p, "warm_up", 0)]
-    if plugin.name in asking and "domain" in plugin.serves:  # else that is refused already
-        yield from no_new_heads(run, f"`{plugin.name}.warm_up`")
-    if plugin.name in asking[:-1]:
-        yield f"Both `{plugin.name}` and `{asking[-1]}` bring a phase `warm-up`; leave one out."
+    @contextmanager
+    def training(self, phase: Phase, data: ImageData) -> Iterator[Iterator[Batch]]:
+        """Yield the batches that are left of `phase`, with its optimizer in place and everything else frozen."""
+        run = self.run
+        run.phase = phase
+        self.trained = trained_by(phase, run.model)
+        self._trainable = trainable_names(run.model)
+        length = phase.length(run.settings)
+        if not self.trained and any(length.values()):
+            wanted = f" named like {', '.join(f'`{p}`' for p in phase.only)}" if phase.only else ""
+            raise UsageError(
+                f"The phase `{phase.name}` of {run.progress_label} trains nothing: no parameter{wanted} requires "
+                "gradients."
+            )
+        run._sampler = Sampler(len(data), run.settings.batch_size, run.rng("loader"), run.device, **length)
+        run._emit(PhaseBegan(phase.name, run._sampler.steps, run.experience.index))
+        with training_only(run.model, self.trained.values()):
+            if self._resumed is not None:  # the optimizers were restored with it
+                run._sampler.load(self._resumed)
+                self._resumed = None
+            elif phase.name == "train" and run.optimizer is not None:
+                extend_optimizer(run.optimizer, self.trained, run.settings)
+            else:
+                self._kept = run.optimizer
+                run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run._sampler.steps else None
+            yield self.batches(data)
+        self._trainable = run._sampler = None
+        if not (phase.name == "train" and run.settings.keep_optimizer):
+            run.optimizer, self._kept = self._kept, None
 
+    def batches(self, data: ImageData) -> Iterator[Batch]:
+        """Yield the batches of the phase under way, at the learning rate of each step."""
+        run, sampler = self.run, self.run._sampler
+        if sampler is None or not sampler.steps:
+            return
+        augment = run.rng("loader") if run.scenario.transform.augments else None
+        optimizer = cast(torch.optim.Optimizer, run.optimizer)
+        for where in sampler:
+            if run.settings.schedule != "constant":
+                factor = rate_factor(run.settings, run.step, sampler)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+            data.expect(where)
+            data.expect(sampler.coming(max(READ_AHEAD, 2 * len(where))))
+            yield run.scenario.transform.batch(data.rows(where), augment)
 
-def no_new_heads(run: Run, asked_by: str) -> list[str]:
-    """Return the sentence that refuses `asked_by`, which needs new heads, in the domain setting."""
-    if run.scenario.setting != "domain":
-        return []
-    return [
-        f"{asked_by} trains the head of new classes, and in the domain setting no experience brings any: leave it out, "
-        "or choose another `--setting`."
-    ]
+    def backward(self, terms: dict[str, Tensor]) -> None:
+        """Compute the gradients of the sum of all terms; in two passes where a plugin needs those of the base loss."""
+        run = self.run
+        for parameter in self.trained.values():  # what the optimizer's own `zero_grad` does, in a tenth of its time
+            parameter.grad = None
+        if self._two_backwards:
+            terms["base"].backward(retain_graph=len(terms) > 1)
+            run.task_gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
+            rest = [term for name, term in terms.items() if name != "base" and term.requires_grad]
+            if rest:
+                torch.stack(rest).sum().backward()
+        else:
+            total = terms["base"]
+            for name, term in terms.items():
+                total = total if name == "base" else total + term
+            total.backward()
+        run.losses = {name: term.detach() for name, term in terms.items()}
+
+    def update(self) -> None:
+        """Clip the gradient and take the optimizer's step."""
+        run = self.run
+        clip = run.settings.clip
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        self.watch.keep(run.losses, norm)
+        # on the CPU it costs nothing to ask whether the factor, min(1, clip / (norm + 1e-6)), is 1
+        if clip and not (norm.device.type == "cpu" and norm + 1e-6 <= clip):
+            nn.utils.clip_grads_with_norm_(self.trained.values(), clip, norm)
+        if run.optimizer is not None:
+            run.optimizer.step()
+
+    def drop_optimizers(self) -> None:
+        """Forget all optimizers: a model that is trained needs none."""
+        self.run.optimizer = self._kept = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what decides how the training continues."""
+        run = self.run
+        return {
+            "trainable": trainable_names(run.model) if self._trainable is None else self._trainable,
+            "optimizer": run.optimizer,
+            "kept_optimizer": self._kept,
+            "sampler": run._sampler.state() if run._sampler else self._resumed,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, with the optimizers as their ``state_dict``; the model has its weights."""
+        trainable = set(state["trainable"])
+        for name, parameter in self.run.model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        self.run.optimizer = restore_optimizer(self.run, state["optimizer"])
+        self._kept = restore_optimizer(self.run, state["kept_optimizer"])
+        self._resumed = state["sampler"]
 
 
 def make_optimizer(
@@ -255,6 +367,31 @@ def extend_optimizer(
     new = {name: parameter for name, parameter in parameters.items() if name not in known}
     for group in group_parameters(new, settings, None):
         optimizer.add_param_group(group)
+
+
+def restore_optimizer(run: Run, saved: dict[str, Any] | None) -> torch.optim.Optimizer | None:
+    """Return the optimizer whose ``state_dict`` was `saved`; None if there was none.
+
+    Raises `ValueError` if its state does not fit the parameters.
+    """
+    if saved is None:
+        return None
+    parameters = dict(run.model.named_parameters())
+    # a kept optimizer may hold parameters that `grow` has renamed or replaced since: its next phase leaves them out
+    for group in saved["param_groups"]:
+        held = [
+            (name, index) for name, index in zip(group["names"], group["params"], strict=True) if name in parameters
+        ]
+        for index in set(group["params"]) - {index for _, index in held}:
+            saved["state"].pop(index, None)
+        group["names"], group["params"] = [name for name, _ in held], [index for _, index in held]
+    groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
+    optimizer = optimizer_of(groups, run.settings)
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        if wrong := [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]:
+            raise ValueError(f"the optimizer's `{wrong[0]}` is not of its parameter's shape")
+    return optimizer
 
 
 def restart(optimizer: torch.optim.Optimizer | None, entries: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

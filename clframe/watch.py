@@ -1,13 +1,19 @@
-"""What the engine watches while a run goes on: losses, seconds, and images per second."""
+"""What the engine watches while a run goes on, and tells: losses, seconds, images per second, hints."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from clframe.events import Progress, StepTaken
+
+if TYPE_CHECKING:
+    from clframe.context import Run
 
 FULL = 256  # steps at most whose losses are kept before they are looked at
 PULSE = 0.25  # seconds between two records of progress
@@ -58,48 +64,132 @@ class LossWatch:
         return len(steps) - 1 - first, names[values.isfinite().tolist().index(False)]
 
 
-class Stopwatch:
-    """The seconds that an experience takes, without those of evaluations."""
+class Timings:
+    """The seconds and images of each experience, without the seconds of its evaluations."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
+        self.rows: list[dict[str, float]] = []
+        self._running = False  # whether the time that passes belongs to the latest row
+        self._since = time.monotonic()
 
-    def lap(self) -> float:
-        """Return the seconds since the latest lap, and begin another."""
+    def begin(self) -> None:
+        """Begin an experience."""
+        self.rows.append({"seconds": 0.0, "images": 0})
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Count from now on, in the latest row."""
+        self._running = True
+        self._since = time.monotonic()
+
+    def count(self) -> None:
+        """Add the seconds since the latest count, if an experience is under way."""
         now = time.monotonic()
-        seconds = now - self.started
-        self.started = now
-        return seconds
+        if self._running:
+            self.rows[-1]["seconds"] += now - self._since
+        self._since = now
+
+    def end(self) -> None:
+        """End the experience: what follows is not counted."""
+        self.count()
+        self._running = False
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Exclude the time that is spent inside."""
         began = time.monotonic()
         yield
-        self.started += time.monotonic() - began
+        self._since += time.monotonic() - began
+
+    def state(self) -> dict[str, Any]:
+        """Return the rows so far."""
+        return {"timings": self.rows}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue with the rows of `state`."""
+        self.rows = state["timings"]
 
 
-class Rate:
-    """The images per second of a phase, without its first step, in which torch prepares itself."""
+class StepReporter:
+    """The records of a run's steps: their losses every ``run.log_every`` steps, and their speed while a phase goes on.
 
-    def __init__(self) -> None:
-        self.began: float | None = None  # the end of the first step
-        self.images = 0
-        self.told = time.monotonic()
+    The speed leaves out the first step of a phase, in which torch prepares itself.
+    """
 
-    def begin(self) -> None:
-        """Begin a phase."""
-        self.began = None
-        self.images = 0
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._began: float | None = None  # the end of the first step
+        self._images = 0
+        self._reported = time.monotonic()
 
-    def count(self, images: int) -> float | None:
-        """Count the images of a step. Return the rate if a record of progress is due, else None."""
+    def begin_phase(self) -> None:
+        """Begin to measure the speed of another phase."""
+        self._began = None
+        self._images = 0
+
+    def report(self, images: int, *, log: bool) -> None:
+        """Emit what is due after a step on so many images: its losses if `log`, and the progress."""
+        run = self.run
+        if log:
+            run._emit(StepTaken(**self._fields()))
+        if rate := self._rate(images):
+            left = (run.steps_in_phase - run.step - 1) * images / rate
+            run._emit(Progress(**self._fields(), images_per_second=rate, seconds_left=left))
+
+    def _rate(self, images: int) -> float | None:
+        """Count the images of a step. Return the images per second if a record of progress is due, else None."""
         now = time.monotonic()
-        if self.began is None:
-            self.began = now
+        if self._began is None:
+            self._began = now
         else:
-            self.images += images
-        if not self.images or now - self.told < PULSE:
+            self._images += images
+        if not self._images or now - self._reported < PULSE:
             return None
-        self.told = now
-        return self.images / (now - self.began)
+        self._reported = now
+        return self._images / (now - self._began)
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of an event about the step that was taken."""
+        run = self.run
+        return {
+            "experience": run.experience.index,
+            "phase": run.phase.name,
+            "epoch": run.epoch,
+            "step": run.step + 1,
+            "steps": run.steps_in_phase,
+            "total_step": run.total_steps,
+            "losses": {name: loss.item() for name, loss in run.losses.items()},
+            "lr": run.optimizer.param_groups[0]["lr"] if run.optimizer else 0.0,
+        }
+
+
+class Advice:
+    """What a run tells its user about its settings, each thing once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._told: set[str] = set()  # the plugins whose hints were told
+        self._silent: set[str] = set()  # the loss terms of which it was told that they are 0
+
+    def hints(self) -> list[str]:
+        """Return the plugins' warnings about settings that may prevent learning."""
+        return [hint for plugin in self.run.plugins for hint in plugin.hints(self.run)]
+
+    def tell_hints(self) -> None:
+        """Emit the plugins' hints, those of each plugin once in a run."""
+        for plugin in self.run.plugins:
+            if plugin.name not in self._told and (hints := list(plugin.hints(self.run))):
+                self._told.add(plugin.name)
+                for hint in hints:
+                    self.run.tell(hint)
+
+    def tell_silent_terms(self, effective: Mapping[str, bool]) -> None:
+        """Emit which loss terms were never nonzero in the experience under way, each once in a run."""
+        run = self.run
+        why = ""
+        if len(run.previous_classes or run.experience.classes) == 1:
+            why = " Only one class was known, and a softmax over one class is always 1: begin with two classes."
+        for term, was_nonzero in effective.items():
+            if not was_nonzero and term not in self._silent:
+                self._silent.add(term)
+                run.tell(f"The loss term `{term}` was 0 at every step of {run.progress_label}.{why}")

@@ -120,9 +120,9 @@ TOOLS = {  # modules that methods share: what of them is of use to a method's au
     "toolkit.rehearsal": "Rehearsal",
     "toolkit.weight_masks": "WeightMask WeightOwner",
     "toolkit.norms": "TaskNorm",
+    "toolkit.warm_up": "warm_up",
     "evaluate": "ModelPredictor TaskPredictor NearestMean",
     "model": "PerTask masked class_mask",
-    "training": "warm_up",
 }
 
 

@@ -11,7 +11,7 @@ from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.model import seed_torch
 from clframe.options import Count, NonNegative
-from clframe.training import no_new_heads, warm_up, warm_up_problems
+from clframe.toolkit.warm_up import no_new_heads, warm_up, warm_up_problems
 
 
 class FeatureExtraction(Plugin):

@@ -9,7 +9,7 @@ from torch import nn
 from clframe import Experience, Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.options import Count, NonNegative
-from clframe.training import warm_up, warm_up_problems
+from clframe.toolkit.warm_up import warm_up, warm_up_problems
 
 
 class FinetuneFC(Plugin):

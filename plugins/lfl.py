@@ -12,7 +12,7 @@ from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, h
 from clframe.context import Run
 from clframe.options import NonNegative
 from clframe.toolkit.distill import half_squared_distance
-from clframe.training import warm_up, warm_up_problems
+from clframe.toolkit.warm_up import warm_up, warm_up_problems
 
 
 class LFL(Plugin):

@@ -15,7 +15,7 @@ from clframe.errors import UsageError
 from clframe.model import masked
 from clframe.options import NonNegative, Positive
 from clframe.toolkit.distill import incremental_bce, soft_cross_entropy_per_group
-from clframe.training import warm_up, warm_up_problems
+from clframe.toolkit.warm_up import warm_up, warm_up_problems
 
 Form = Literal["heads", "local", "seen", "padded", "padded-mean", "all", "mc"]
 LOGITS = {  # the setting of `train.logits` that each form is made for

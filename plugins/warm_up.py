@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from clframe import Phase, Plugin, hookimpl
 from clframe.context import Run
 from clframe.options import Positive
-from clframe.training import warm_up, warm_up_problems
+from clframe.toolkit.warm_up import warm_up, warm_up_problems
 
 
 class WarmUp(Plugin):

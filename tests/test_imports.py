@@ -119,7 +119,7 @@ HOMONYMS = {
     "testing.fixtures": {"tensorboard"},  # the setting `run.tensorboard`
     "testing.plugin_checks": {"tensorboard"},
     "testing.scenario_checks": {"tensorboard"},
-    "training": {"warm-up"},  # a phase
+    "toolkit.warm_up": {"warm-up"},  # a phase
 }
 
 FOLDERS = {"clframe": "", "plugins": "plugins.", "scenarios": "scenarios.", "cli": "cli."}

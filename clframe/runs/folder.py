@@ -349,6 +349,18 @@ def _explain_loss(file: Path) -> str:
     )
 
 
+def how_to_go_on(folder: RunFolder | None) -> str:
+    """Return a sentence on the checkpoint that an ended run left in `folder`; an empty text if there is none."""
+    if folder is None:
+        return ""
+    with contextlib.suppress(RunError):  # an error is under way already
+        folder.settle()
+    if folder.finished:
+        return f" All results were written before: {folder.path} is the folder of a finished run."
+    kept = checkpoint.find_newest(folder.checkpoints)
+    return f" The last good checkpoint is kept: `clframe resume {folder.path}` starts from it." if kept else ""
+
+
 def check_finished(path: Path) -> None:
     """Raise `DataError` if `path` is not the folder of a run that is finished."""
     if not path.is_dir():

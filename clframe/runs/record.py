@@ -37,7 +37,7 @@ def collect_results(engine: Engine) -> Results:
     """Return the results of a run that has learned everything; write them, and the model, to its folder if any."""
     run, stream = engine.run, engine.stream
     run.experience = stream[len(stream) - 1].for_training()
-    row = engine.row or engine.evaluator.evaluate(engine.hook.predictor, keep_scores=True)
+    row = engine.evaluator.row or engine.evaluator.evaluate(engine.hook.predictor, keep_scores=True)
     if all(rows[-1] == [None] * len(stream) for rows in run.accuracy.values()):  # the run was not trained
         row = row.blank_copy()
     counts = [len(labels) for labels in row.labels]
@@ -57,12 +57,12 @@ def collect_results(engine: Engine) -> Results:
             reading: {
                 name: asdict(measure)
                 for name, measure in metrics.measures(
-                    matrix, counts, _read_joint(run.config.run.joint, reading), engine.baseline.get(reading)
+                    matrix, counts, _read_joint(run.config.run.joint, reading), engine.evaluator.baseline.get(reading)
                 ).items()
             }
             for reading, matrix in run.accuracy.items()
         },
-        "baseline": engine.baseline,
+        "baseline": engine.evaluator.baseline,
         "classes": [list(classes) for classes in stream.classes],
         "class_names": list(stream.class_names),
         "test_images": counts,
@@ -82,7 +82,7 @@ def collect_results(engine: Engine) -> Results:
     timings = {
         "experiences": [
             {**timing, "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None}
-            for timing in engine.timings
+            for timing in engine.timings.rows
         ],
         "peak_memory_bytes": peak,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,

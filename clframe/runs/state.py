@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -15,10 +14,8 @@ from clframe.errors import DataError
 from clframe.model import IncrementalNet, snapshot
 from clframe.plugin import Plugin
 from clframe.runs.checkpoint import collect_grown, unpack
-from clframe.training import Phase, optimizer_of
 
 if TYPE_CHECKING:
-    from clframe.context import Run
     from clframe.engine import Engine
 
 
@@ -40,6 +37,7 @@ class _Kinds(BaseModel):
     phases: dict[str, list[_Fields]]
     rng: dict[str, Tensor]
     torch_rng: Tensor
+    cuda_rng: Tensor | None = None
     accuracy: dict[str, list[Row]]
     validation: dict[str, list[Row]] = {}  # not there without `train.val`, and before it was kept
     baseline: dict[str, Row]
@@ -76,46 +74,13 @@ class _Fields(BaseModel):
     data: ImageData | None
 
 
-def collect(engine: Engine) -> dict[str, Any]:
-    """Return everything that decides how the run continues."""
-    run = engine.run
-    trainable = [name for name, p in run.model.named_parameters() if p.requires_grad]
-    keep_nothing = {plugin.name for plugin in run.plugins if plugin.keeps_experiences}  # a resume asks them again
-    return {
-        "position": {
-            **asdict(engine.position),
-            "done": [d for d in engine.position.done if not (d[0] == "extra_data" and d[1] in keep_nothing)],
-        },
-        "ticks": dict(run._tick_done),
-        "total_steps": run.total_steps,
-        "model": dict(run.model.state_dict()),
-        "trainable": trainable if engine.trainable is None else engine.trainable,
-        "frozen": run.frozen,
-        "optimizer": run.optimizer,
-        "kept_optimizer": engine.kept_optimizer,
-        "sampler": run._sampler.state() if run._sampler else engine.resumed,  # the resumed order waits for its phase
-        "extra_data": {n: d for n, d in engine.collected.get("extra_data", {}).items() if n not in keep_nothing},
-        "phases": {n: [vars(phase) for phase in given] for n, given in engine.collected.get("phases", {}).items()},
-        "rng": {name: generator.get_state() for name, generator in run._generators.items()},
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
-        "accuracy": run.accuracy,
-        **({"validation": run.validation} if engine.stream.val_share else {}),
-        "baseline": engine.baseline,
-        "timings": engine.timings,
-        "plugins": {plugin.name: read_plugin_state(plugin, plugin.state) for plugin in run.plugins},
-        "config": engine.folder.config_sum() if engine.folder else None,
-        "metrics": engine.folder.metrics_size() if engine.folder else 0,
-    }
-
-
 def read_position(packed: Any) -> dict[str, Any]:
     """Return the fields of `Position` in a packed checkpoint. Raises `ValidationError` if their types are wrong."""
     return dict(_Position.model_validate(unpack(dict(packed["dict"])["position"], {})))
 
 
 def restore(engine: Engine, packed: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Restore in a new engine the state that `collect` returned; replays ``grow``, after ``before_run`` was called.
+    """Restore in a new engine the state that `Engine.state` returned; replays ``grow``, after ``before_run``.
 
     Raises `DataError` if the configuration of the run folder has changed.
     """
@@ -133,7 +98,7 @@ def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, kee
     """
     _restore(engine, packed, tensors, keep_optimizer)
     n = len(engine.stream)
-    engine.baseline = {}
+    engine.evaluator.baseline = {}
     for rows in (*engine.run.accuracy.values(), *engine.run.validation.values()):
         rows[:] = [[*row, *[None] * (n - len(row))] for row in rows]
 
@@ -151,35 +116,16 @@ def _restore(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], keep_op
         name: unpack(entries[name], tensors, device=run.device) for name in _Kinds.model_fields if name in entries
     }
     _Kinds.model_validate(values)
-    run._tick_done.update(values["ticks"])
-    run.total_steps = values["total_steps"]
-    load_model(run.model, values["model"])
-    trainable = set(values["trainable"])
-    for name, parameter in run.model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    if keep_optimizer:
-        run.optimizer = _optimizer(run, entries["optimizer"], tensors)
-        engine.kept_optimizer = _optimizer(run, entries["kept_optimizer"], tensors)
-    engine.resumed = values["sampler"]
-    engine.collected = {
-        "extra_data": values["extra_data"],
-        "phases": {name: [Phase(**given) for given in phases] for name, phases in values["phases"].items()},
-    }
-    run.accuracy, engine.baseline, engine.timings = values["accuracy"], values["baseline"], values["timings"]
-    if engine.stream.val_share:
-        measured = values.get("validation", {})
-        not_measured = {reading: [[None] * len(row) for row in rows] for reading, rows in run.accuracy.items()}
-        run.validation = {reading: measured.get(reading, rows) for reading, rows in not_measured.items()}
     saved = dict(entries["plugins"]["dict"])
-    run.frozen = values["frozen"] if "frozen" in values else frozen_by_plugins(saved)
+    values.setdefault("frozen", frozen_by_plugins(saved))
+    for name in ("optimizer", "kept_optimizer"):
+        packed_optimizer = entries[name] if keep_optimizer else None
+        values[name] = packed_optimizer and unpack(packed_optimizer["optimizer"], tensors, device=run.device)
+    load_model(run.model, values["model"])
     for plugin in run.plugins:
         if plugin.name in saved:  # an observer may have been added
             load_plugin_state(plugin, saved[plugin.name], tensors, structures, run.device)
-    for name, generator_state in values["rng"].items():
-        run.rng(name).set_state(generator_state)
-    torch.set_rng_state(values["torch_rng"])
-    if run.device.type == "cuda" and entries["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(unpack(entries["cuda_rng"], tensors), run.device)
+    engine.load(values)
 
 
 def frozen_by_plugins(saved: Mapping[str, Any]) -> list[str]:
@@ -235,25 +181,3 @@ def load_plugin_state(
                 "a plugin builds those in `before_run` or `grow`."
             ) from error
         setattr(plugin, name, after)
-
-
-def _optimizer(run: Run, packed: Any, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer | None:
-    if packed is None:
-        return None
-    parameters = dict(run.model.named_parameters())
-    saved = unpack(packed["optimizer"], tensors, device=run.device)
-    # a kept optimizer may hold parameters that `grow` has renamed or replaced since: its next phase leaves them out
-    for group in saved["param_groups"]:
-        held = [
-            (name, index) for name, index in zip(group["names"], group["params"], strict=True) if name in parameters
-        ]
-        for index in set(group["params"]) - {index for _, index in held}:
-            saved["state"].pop(index, None)
-        group["names"], group["params"] = [name for name, _ in held], [index for _, index in held]
-    groups = [{**group, "params": [parameters[n] for n in group["names"]]} for group in saved["param_groups"]]
-    optimizer = optimizer_of(groups, run.settings)
-    optimizer.load_state_dict(saved)
-    for parameter, state in optimizer.state.items():
-        if wrong := [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]:
-            raise ValueError(f"the optimizer's `{wrong[0]}` is not of its parameter's shape")
-    return optimizer
