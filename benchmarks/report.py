@@ -262,6 +262,7 @@ TITLES = {
     "kills": "Killed at system calls and at random moments, then resumed",
     "flips": "Flipped bits in the files of a run folder",
     "hostile": "Generated hostile inputs",
+    "interval_coverage": "How often intervals of a mean difference hold the true one",
 }
 
 INTRODUCTION = """\

@@ -18,7 +18,7 @@ from clframe import registry
 from clframe.scenarios import sources
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {"avalanche", "torchvision", "sklearn", "matplotlib", "datasets", "pyarrow", "pandas"}
+HEAVY = {"avalanche", "torchvision", "sklearn", "matplotlib", "datasets", "pyarrow", "pandas", "scipy"}
 SECOND = {"plugins", "scenarios", "cli"}  # `import plugins.ewc` from the checkout would be a second module
 WITHOUT_TORCH = ["the front door", "scenarios list", "plugins list"]
 STEPS = {
@@ -84,6 +84,7 @@ LAYERS = {
     "engine": "engine",
     "deploy": "deploy.*",
     "front": "__init__ api launch testing.*",
+    "experiments": "experiments.*",
     "avalanche": "avalanche.*",
     "toolkit": "toolkit.*",
     "plugins": "plugins.*",
@@ -99,11 +100,12 @@ ARROWS = {
     "engine": "runs",
     "deploy": "context runs",
     "front": "engine deploy avalanche",
+    "experiments": "front",
     "avalanche": "context",
     "toolkit": "context",
     "plugins": "toolkit avalanche",
     "scenarios": "contract",
-    "cli": "front scenarios",
+    "cli": "front scenarios experiments",
 }
 # Imports that lead up, each with its reason.
 UPWARD = {
