@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from isolating import SHAPE, Answers, Small, copied
 from safetensors.torch import load_file
 from torch import Tensor
 
-import clframe
-from clframe import Plugin, Scenario, hookimpl, split_classes
+from clframe import Plugin, Scenario, hookimpl, split_classes, testing
 from clframe.plugins.duplicate import Copies, Duplicate
+from clframe.testing import SHAPE, Answers, Small
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "keep_optimizer": True},
 }
-
-
-class Witness(Answers):
-    """Keeps answers, and the network before and after each experience."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: list[dict[str, Tensor]] = []
-        self.after: list[dict[str, Tensor]] = []
-        self.trainable: list[set[str]] = []
-
-    @hookimpl
-    def before_experience(self, run, experience):
-        super().before_experience(run, experience)
-        self.before.append(copied(run.model))
-        self.trainable.append({name for name, p in run.model.named_parameters() if p.requires_grad})
-
-    @hookimpl
-    def after_eval(self, run, experience):
-        super().after_eval(run, experience)
-        self.after.append(copied(run.model))
 
 
 class Alike(Plugin):
@@ -67,14 +46,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return len(one) == 12 and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
-    return clframe.run(
-        scenario,
-        model or Small(),
-        plugins,
-        train={"epochs": 2, "batch_size": 8, **MOVERS["adam"], **(train or {})},
-        run={"tensorboard": False, **run},
-    )
+learn = partial(testing.learn, model=Small(), **MOVERS["adam"])
 
 
 @pytest.fixture
@@ -85,30 +57,30 @@ def stream(tiny: Any) -> Scenario:
 @pytest.mark.parametrize("start", ["original", "first"])
 def test_each_copy_begins_as_the_original_or_as_the_first_task_left_it(stream: Scenario, start: Any):
     """With what its norms hold, to the bit; and is another when it is learnt."""
-    witness = Witness()
+    witness = Answers()
     learn(stream, Duplicate(start=start), witness)
     original = Small().state_dict()
     assert same(network(witness.before[0], None), original)
-    first = network(witness.after[0], None)
+    first = network(witness.evaluated[0], None)
     assert not same(first, original)
     for k in (1, 2):
         begun = network(witness.before[k], k)
         assert same(begun, first if start == "first" else original)
-        assert not any(torch.equal(v, begun[n]) for n, v in network(witness.after[k], k).items())
+        assert not any(torch.equal(v, begun[n]) for n, v in network(witness.evaluated[k], k).items())
 
 
 @pytest.mark.parametrize("mover", MOVERS)
 @pytest.mark.parametrize("start", ["original", "first"])
 def test_later_tasks_change_no_bit_of_earlier_networks_and_answers(stream: Scenario, start: Any, mover: str):
-    witness = Witness()
-    results = learn(stream, Duplicate(start=start), witness, train=MOVERS[mover])
-    assert all(torch.equal(witness.answers[i][j], witness.answers[j][j]) for i in range(3) for j in range(i))
+    witness = Answers()
+    results = learn(stream, Duplicate(start=start), witness, **MOVERS[mover])
+    assert witness.same()
     assert results.measures["task"]["forgetting"] == 0
-    assert same(network(witness.after[2], 0), network(witness.after[0], None))
-    assert same(network(witness.after[2], 1), network(witness.after[1], 1))
+    assert same(network(witness.evaluated[2], 0), network(witness.evaluated[0], None))
+    assert same(network(witness.evaluated[2], 1), network(witness.evaluated[1], 1))
     for k in (0, 1):
         for name in (f"head.{k}.weight", f"head.{k}.bias"):
-            assert torch.equal(witness.after[2][name], witness.after[k][name])
+            assert torch.equal(witness.evaluated[2][name], witness.evaluated[k][name])
 
 
 @pytest.mark.parametrize("mover", MOVERS)
@@ -119,13 +91,13 @@ def test_a_copy_is_what_fine_tuning_the_original_on_its_task_alone_gives(tiny_ar
     def scenario(order: list[int]) -> Scenario:
         return split_classes("tiny", arrays, experiences=3, setting="task", order=order)
 
-    witness = Witness()
-    learn(scenario([0, 1, 2, 3, 4, 5]), Duplicate(), Alike(), witness, train=train)
+    witness = Answers()
+    learn(scenario([0, 1, 2, 3, 4, 5]), Duplicate(), Alike(), witness, **train)
     for k, order in ((1, [2, 3, 0, 1, 4, 5]), (2, [4, 5, 0, 1, 2, 3])):
-        alone = Witness()
-        learn(scenario(order), Alike(), alone, train=train)
-        assert same(network(witness.after[k], k), network(alone.after[0], None))
-        assert torch.equal(witness.after[k][f"head.{k}.weight"], alone.after[0]["head.0.weight"])
+        alone = Answers()
+        learn(scenario(order), Alike(), alone, **train)
+        assert same(network(witness.evaluated[k], k), network(alone.evaluated[0], None))
+        assert torch.equal(witness.evaluated[k][f"head.{k}.weight"], alone.evaluated[0]["head.0.weight"])
 
 
 def test_a_task_costs_a_network_and_a_head(tiny_arrays: Any, tmp_path: Path):
@@ -134,13 +106,13 @@ def test_a_task_costs_a_network_and_a_head(tiny_arrays: Any, tmp_path: Path):
         scenario = split_classes(
             "tiny", tiny_arrays(classes=2 * n, shape=SHAPE), experiences=n, setting="task", order=range(2 * n)
         )
-        learn(scenario, Duplicate(), train={"epochs": 1}, output=str(tmp_path / str(n)))
+        learn(scenario, Duplicate(), epochs=1, output=str(tmp_path / str(n)))
         sizes.append(sum(value.nbytes for value in load_file(tmp_path / str(n) / "model.safetensors").values()))
     assert sizes[1] - sizes[0] == sum(v.nbytes for v in Small().state_dict().values()) + 4 * (5 * 2 + 2)
 
 
 def test_what_the_user_froze_is_frozen_in_each_copy(stream: Scenario):
-    model, witness = Small(), Witness()
+    model, witness = Small(), Answers()
     model.conv.requires_grad_(False)
     learn(stream, Duplicate(), witness, model=model)
     original = Small().state_dict()
@@ -150,7 +122,7 @@ def test_what_the_user_froze_is_frozen_in_each_copy(stream: Scenario):
             f"head.{k}.weight",
             f"head.{k}.bias",
         }
-        assert torch.equal(network(witness.after[2], k)["conv.weight"], original["conv.weight"])
+        assert torch.equal(network(witness.evaluated[2], k)["conv.weight"], original["conv.weight"])
     frozen = {n for n, p in witness.model.named_parameters() if not p.requires_grad}
     assert frozen == {f"backbone.copies.{k}.conv.{p}" for k in range(3) for p in ("weight", "bias")}
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from isolating import SHAPE, Answers, seeded, unusual, usual
 from torch import Tensor, nn
 
-import clframe
-from clframe import IncrementalNet, Plugin, Scenario, hookimpl
+from clframe import IncrementalNet, Scenario, hookimpl, testing
 from clframe.backbones import mlp
 from clframe.errors import UsageError
 from clframe.plugins.hat import HAT
+from clframe.testing import SHAPE, Answers, Recorder, differing, seeded, unusual, usual
 from clframe.toolkit.norms import TaskNorm
 from clframe.toolkit.unit_gates import AttentionGate
 from clframe.toolkit.weight_masks import find_modules
@@ -33,24 +32,17 @@ class Witness(Answers):
         super().__init__()
         self.s: list[float] = []
         self.largest: list[float] = []
-        self.values: list[dict[str, float]] = []
 
     @hookimpl
-    def after_step(self, run):
+    def after_step(self, run, batch):
+        super().after_step(run, batch)
         gates = list(find_modules(run.model, AttentionGate).values())
         (s,) = {gate.s for gate in gates}
         self.s.append(s)
         self.largest.append(max(gate.embeddings[-1].abs().max().item() for gate in gates))
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
-    return clframe.run(
-        scenario,
-        model or usual(),
-        plugins,
-        train={"epochs": 4, "batch_size": 8, **MOVERS["adam"], **(train or {})},
-        run={"tensorboard": False, **run},
-    )
+learn = partial(testing.learn, model=usual(), epochs=4, **MOVERS["adam"])
 
 
 @pytest.fixture
@@ -65,7 +57,7 @@ def stream(tiny: Any) -> Scenario:
 def test_within_an_epoch_s_rises_from_1_over_s_max_to_s_max(stream: Scenario, s_max: float):
     """In equal steps (eq. 3); 24 images in batches of 5 are 5 batches."""
     witness = Witness()
-    learn(stream, HAT(s_max=s_max), witness, train={"epochs": 2, "batch_size": 5})
+    learn(stream, HAT(s_max=s_max), witness, epochs=2, batch_size=5)
     low = 1 / s_max
     epoch = [low + (s_max - low) * b / 4 for b in range(5)]
     assert witness.s == pytest.approx(epoch * 6, rel=1e-12)
@@ -74,13 +66,13 @@ def test_within_an_epoch_s_rises_from_1_over_s_max_to_s_max(stream: Scenario, s_
 
 def test_an_epoch_of_one_batch_has_the_largest_s(stream: Scenario):
     witness = Witness()
-    learn(stream, HAT(s_max=30.0), witness, train={"epochs": 2, "batch_size": 24})
+    learn(stream, HAT(s_max=30.0), witness, epochs=2, batch_size=24)
     assert witness.s == [30.0] * 6
 
 
 def test_embeddings_stay_within_6(stream: Scenario):
     witness = Witness()
-    learn(stream, HAT(), witness, train={"lr": 1.0})
+    learn(stream, HAT(), witness, lr=1.0)
     assert max(witness.largest) == 6.0
 
 
@@ -99,7 +91,7 @@ def gated(build: Any = usual, tasks: int = 2) -> tuple[HAT, Any, Any]:
 
 def test_the_penalty_is_the_attention_to_units_that_are_free_by_their_number():
     """Serra et al., eq. 6, over the units of all layers together."""
-    plugin, run, net = gated(lambda: seeded(mlp, SHAPE, hidden=[3, 2]))
+    plugin, run, net = gated(lambda: seeded(lambda: mlp(SHAPE, hidden=[3, 2])))
     one, two = find_modules(net, AttentionGate).values()
     one.used.copy_(torch.tensor([1.0, 0.5, 0.0]))
     two.used.copy_(torch.tensor([0.25, 0.0]))
@@ -209,8 +201,8 @@ def three_steps_of_sgd(used: list[Tensor] | None) -> list[list[Tensor]]:
 @pytest.mark.parametrize("build", [usual, unusual])
 def test_answers_to_earlier_tasks_hardly_change(stream: Scenario, build: Any, mover: str):
     """Gates are all but binary; without protection the same answers change by a hundred times as much."""
-    witness, bare, train = Witness(), Witness(), MOVERS[mover] | {"clip": 1.0}
-    learn(stream, HAT(), witness, model=build(), train=train)
+    witness, bare, train = Answers(), Answers(), MOVERS[mover] | {"clip": 1.0}
+    learn(stream, HAT(), witness, model=build(), **train)
 
     class Bare(HAT):
         name = "bare"
@@ -219,7 +211,7 @@ def test_answers_to_earlier_tasks_hardly_change(stream: Scenario, build: Any, mo
         def after_step(self, run):
             pass
 
-    learn(stream, Bare(), bare, model=build(), train=train)
+    learn(stream, Bare(), bare, model=build(), **train)
     assert witness.drift() < 0.01 * bare.drift()
     assert bare.drift() > 0.002
 
@@ -228,7 +220,7 @@ def test_answers_to_earlier_tasks_hardly_change(stream: Scenario, build: Any, mo
 @pytest.mark.parametrize("build", [usual, unusual])
 def test_where_gates_are_saturated_no_bit_changes(stream: Scenario, build: Any, mover: str):
     witness = Witness()
-    results = learn(stream, HAT(s_max=1e6), witness, model=build(), train=MOVERS[mover])
+    results = learn(stream, HAT(s_max=1e6), witness, model=build(), **MOVERS[mover])
     for gate in find_modules(witness.model, AttentionGate).values():
         attention = torch.stack([(1e6 * e).sigmoid() for e in gate.embeddings])
         assert ((attention == 0) | (attention == 1)).all()
@@ -238,26 +230,16 @@ def test_where_gates_are_saturated_no_bit_changes(stream: Scenario, build: Any, 
 
 def test_later_tasks_change_nothing_that_no_gate_protects(stream: Scenario):
     """Norms are the task's own; what is in no layer rests after the first task."""
-    states: list[dict[str, Tensor]] = []
-
-    class Keeping(Plugin):
-        name = "keeping"
-        observer = True
-
-        @hookimpl
-        def after_experience(self, run):
-            self.model = run.model
-            states.append(copy.deepcopy(run.model.state_dict()))
-
-    keeping = Keeping()
-    learn(stream, HAT(), keeping, model=unusual())
-    assert list(find_modules(keeping.model.backbone, TaskNorm)) == ["net.2"]
+    recorder = Recorder()
+    learn(stream, HAT(), recorder, model=unusual())
+    states = recorder.after
+    assert list(find_modules(recorder.model.backbone, TaskNorm)) == ["body.2"]
     for k in (0, 1):
-        own = [f".norms.{k}.", f"embeddings.{k}", f"head.{k}.", "net.3.", "net.5."]
+        own = [f".norms.{k}.", f"embeddings.{k}", f"head.{k}.", "body.3.", "body.5."]
         names = [n for n in states[k] if any(part in n for part in own)]
         assert len(names) == 5 + 3 + 2 + 3
-        assert all(torch.equal(states[2][n], states[k][n]) for n in names)
-    assert all(p.requires_grad for p in keeping.model.parameters())
+        assert not set(names) & set(differing(states[2], states[k]))
+    assert all(p.requires_grad for p in recorder.model.parameters())
 
 
 def test_a_layer_that_the_features_do_not_use_is_left_alone(stream: Scenario):
@@ -279,21 +261,15 @@ def test_a_layer_that_the_features_do_not_use_is_left_alone(stream: Scenario):
 
 
 def test_curves_tell_what_is_open_and_what_is_free(stream: Scenario):
-    told: list[dict[str, float]] = []
-    witness = Witness()
-    clframe.run(
-        stream,
-        usual(),
-        [HAT(), witness],
-        train={"epochs": 1},
-        listeners=[lambda record: told.append(record["values"]) if record["kind"] == "log" else None],
-    )
-    told = [values for values in told if "hat/open/net.0" in values]
-    for name, gate in find_modules(witness.model.backbone, AttentionGate).items():
+    recorder = Recorder()
+    learn(stream, HAT(), recorder, epochs=1)
+    told, gates = recorder.logged(), find_modules(recorder.model.backbone, AttentionGate)
+    assert len(gates) == 2
+    for name, gate in gates.items():
         is_open = torch.stack([e > 0 for e in gate.embeddings])
-        for k, values in enumerate(v for v in told if f"hat/open/{name}" in v):
-            assert values[f"hat/open/{name}"] == pytest.approx(is_open[k].float().mean().item())
-            assert values[f"hat/free/{name}"] == pytest.approx(1 - is_open[: k + 1].any(0).float().mean().item())
+        assert told[f"hat/open/{name}"] == pytest.approx([part.float().mean().item() for part in is_open])
+        free = [1 - is_open[: k + 1].any(0).float().mean().item() for k in range(3)]
+        assert told[f"hat/free/{name}"] == pytest.approx(free)
 
 
 # ------------------------------------------------------------------------------------------ afterwards

@@ -1,4 +1,4 @@
-"""Networks as people build them (`networks_table`), in everything that reads or changes parameters."""
+"""Networks as people build them (`testing.NETWORKS`), in everything that reads or changes parameters."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from isolating import Answers
-from networks_table import NETWORKS, SHAPE
 from torch import Tensor, nn
 
-from clframe import Results, UsageError, load, registry, run, testing
+from clframe import Results, UsageError, load, registry, testing
 from clframe.deploy.trained import Trained
 from clframe.model import IncrementalNet, snapshot
+from clframe.testing import NETWORKS, SHAPE, Answers, learn, seeded, state_copy
 from clframe.toolkit.importance import label_cotangents, norm_cotangents
 from clframe.toolkit.per_sample import GradientSums, zeros_for
 
 
 def network(name: str) -> IncrementalNet:
     """The same weights each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
+
+    def build() -> IncrementalNet:
         net = IncrementalNet(NETWORKS[name](), [3])
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.1, 0.1)
                 module.running_var.uniform_(0.5, 2)
-    return net.eval()
+        return net
+
+    return seeded(build, 5).eval()
 
 
 X = torch.rand(5, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -58,7 +59,7 @@ def test_importance_is_that_of_a_loop_over_images(name: str, reduce: str):
     net = network(name)
     parameters = dict(net.named_parameters())
     places = [(m, set(m._parameters)) for m in net.modules()]
-    before = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    before = state_copy(net)
     sums = zeros_for(parameters)
     for part in X.split(3):
         vectors = norm_cotangents if reduce == "abs" else lambda z: label_cotangents(z, "exact")
@@ -120,13 +121,9 @@ def learned(name: str, net: nn.Module, folder: Path | None = None, **settings: A
     answers, output = Answers(), str(folder) if folder else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = run(
-            testing.tiny(setting, SHAPE),
-            net,
-            [plugin, answers] if plugin.isolates else [plugin],
-            train={"iterations": 3, "batch_size": 12, **settings},
-            run={"output": output, "tensorboard": False},
-        )
+        plugins = [plugin, answers] if plugin.isolates else [plugin]
+        settings = {"iterations": 3, "batch_size": 12, "lr": 0.001, **settings}
+        results = learn(testing.tiny(setting), *plugins, model=net, output=output, **settings)
     return results, answers
 
 
@@ -144,7 +141,7 @@ def scores(trained: Trained) -> Tensor:
 def test_in_place_activations_change_nothing_and_the_given_network_stays(name: str, tmp_path: Path):
     """The same scores as those of activations that are not in place; `Results.trained` answers as `load` does."""
     net, found = given("in-place activations"), []
-    before = {key: value.clone() for key, value in net.state_dict().items()}
+    before = state_copy(net)
     try:
         results, _ = learned(name, net, tmp_path / "run")
     except UsageError as refused:

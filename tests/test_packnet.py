@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from isolating import SHAPE, Answers, Small, copied
 from torch import Tensor, nn
 
-import clframe
 from clframe import ImageData, Phase, Plugin, Scenario, hookimpl, testing
 from clframe.errors import UsageError
 from clframe.plugins.packnet import PackNet
+from clframe.testing import SHAPE, Answers, Recorder, Small, state_copy
 from clframe.toolkit.weight_masks import WeightOwner, find_modules
 
 MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient is zero
@@ -24,39 +24,25 @@ MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient i
 
 
 class Witness(Answers):
-    """Keeps answers, owners and what of the network each phase changed."""
+    """Keeps answers, owners and the network after each step of each phase."""
 
     def __init__(self) -> None:
         super().__init__()
         self.owners: list[dict[str, Tensor]] = []
-        self.states: list[dict[str, Tensor]] = []
-        self.steps: dict[tuple[int, str], list[dict[str, Tensor]]] = {}  # the network after each
+        self.at_step: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
 
     @hookimpl
-    def before_experience(self, run, experience):
-        super().before_experience(run, experience)
-        self.began = copied(run.model)
+    def after_step(self, run, batch):
+        super().after_step(run, batch)
+        self.at_step.setdefault((run.experience.index, run.phase.name), []).append(state_copy(run.model))
 
     @hookimpl
-    def after_step(self, run):
-        key = run.experience.index, run.phase.name
-        self.steps.setdefault(key, []).append(copied(run.model))
-
-    @hookimpl
-    def after_eval(self, run, experience):
-        super().after_eval(run, experience)
+    def after_eval(self, run):
+        super().after_eval(run)
         self.owners.append({name: p.owner.clone() for name, p in find_modules(run.model.backbone, WeightOwner).items()})
-        self.states.append(copied(run.model))
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
-    return clframe.run(
-        scenario,
-        model or Small(),
-        plugins,
-        train={"epochs": 2, "batch_size": 8, **MOVERS["adam"], **(train or {})},
-        run={"tensorboard": False, **run},
-    )
+learn = partial(testing.learn, model=Small(), **MOVERS["adam"])
 
 
 @pytest.fixture
@@ -85,7 +71,7 @@ def test_each_task_takes_its_share_of_each_layer_and_what_is_free_is_0(stream: S
             free -= taken[-1]
             owner = witness.owners[k][name]
             assert [(owner == t).sum().item() for t in range(5)] == [free, *taken, *[0] * (3 - k)]
-            assert (witness.states[k][weight(name)][owner == 0] == 0).all()
+            assert (witness.evaluated[k][weight(name)][owner == 0] == 0).all()
             if k:
                 before = witness.owners[k - 1][name]
                 assert torch.equal(owner[before > 0], before[before > 0])
@@ -97,24 +83,19 @@ def test_what_is_taken_is_what_the_training_left_largest(stream: Scenario):
     learn(stream, PackNet(prune=0.75), witness)
     learn(stream, unpruned)
     for name in SIZES:
-        trained = unpruned.steps[0, "train"][-1][f"backbone.{name}.weight"].abs()
+        trained = unpruned.at_step[0, "train"][-1][f"backbone.{name}.weight"].abs()
         mine = witness.owners[0][name] == 1
         assert trained[mine].min() >= trained[~mine].max()
-        pruned = witness.steps[0, "train"][-1][weight(name)]
+        pruned = witness.at_step[0, "train"][-1][weight(name)]
         assert torch.equal(pruned.abs(), trained * mine)
 
 
 def test_curves_tell_what_is_free(stream: Scenario):
-    told: list[dict[str, float]] = []
-    clframe.run(
-        stream,
-        Small(),
-        [PackNet(prune=0.5)],
-        train={"epochs": 1},
-        listeners=[lambda record: told.append(record["values"]) if record["kind"] == "log" else None],
-    )
-    assert [t["packnet/free/linear"] for t in told] == [0.5, 0.25, 0.125]
-    assert [t["packnet/free/conv"] for t in told] == [pytest.approx(n / 36) for n in (18, 9, 5)]
+    recorder = Recorder()
+    learn(stream, PackNet(prune=0.5), recorder, epochs=1)
+    told = recorder.logged()
+    assert told["packnet/free/linear"] == [0.5, 0.25, 0.125]
+    assert told["packnet/free/conv"] == pytest.approx([n / 36 for n in (18, 9, 5)])
 
 
 # --------------------------------------------------------------------------------- nothing is forgotten
@@ -124,23 +105,23 @@ def test_curves_tell_what_is_free(stream: Scenario):
 @pytest.mark.parametrize("options", [{}, {"retrain": 0.0}, {"pretrained": True}])
 def test_later_tasks_change_no_bit_of_what_earlier_ones_own_and_answer(stream: Scenario, options: Any, mover: str):
     witness = Witness()
-    results = learn(stream, PackNet(**options), witness, train=MOVERS[mover])
+    results = learn(stream, PackNet(**options), witness, **MOVERS[mover])
     assert witness.same()
     assert results.measures["task"]["forgetting"] == 0
     for k in (0, 1):
         for name in SIZES:
             mine = witness.owners[k][name] > 0
-            assert torch.equal(witness.states[2][weight(name)][mine], witness.states[k][weight(name)][mine])
-    fixed = [n for n in witness.states[2] if n.startswith("backbone.") and "parametrizations" not in n]
+            assert torch.equal(witness.evaluated[2][weight(name)][mine], witness.evaluated[k][weight(name)][mine])
+    fixed = [n for n in witness.evaluated[2] if n.startswith("backbone.") and "parametrizations" not in n]
     assert len(fixed) == 2 + 3 + 5  # biases, and what the two norms hold
-    for state in witness.states[1:]:
-        assert all(torch.equal(state[n], witness.states[1][n]) for n in fixed)
+    for state in witness.evaluated[1:]:
+        assert all(torch.equal(state[n], witness.evaluated[1][n]) for n in fixed)
         renamed = {n: n.replace("plain.norm.", "plain.") for n in fixed}
-        first = {n.replace("plain.norm.", "plain."): v for n, v in witness.states[0].items()}
+        first = {n.replace("plain.norm.", "plain."): v for n, v in witness.evaluated[0].items()}
         assert all(torch.equal(state[n], first[short]) for n, short in renamed.items())
     given = Small().state_dict()
-    assert torch.equal(given["linear.bias"], witness.states[0]["backbone.linear.bias"]) == ("pretrained" in options)
-    assert torch.equal(given["norm.running_mean"], witness.states[0]["backbone.norm.running_mean"]) == (
+    assert torch.equal(given["linear.bias"], witness.evaluated[0]["backbone.linear.bias"]) == ("pretrained" in options)
+    assert torch.equal(given["norm.running_mean"], witness.evaluated[0]["backbone.norm.running_mean"]) == (
         "pretrained" in options
     )
 
@@ -149,9 +130,9 @@ def test_later_tasks_change_no_bit_of_what_earlier_ones_own_and_answer(stream: S
 def test_each_phase_moves_its_own_weights_alone(stream: Scenario, mover: str):
     """`train` those that nobody owns, `retrain` those that the task took, in every step."""
     witness = Witness()
-    learn(stream, PackNet(prune=0.5), witness, train=MOVERS[mover])
+    learn(stream, PackNet(prune=0.5), witness, **MOVERS[mover])
     for k in range(3):
-        train, retrain = witness.steps[k, "train"], witness.steps[k, "retrain"]
+        train, retrain = witness.at_step[k, "train"], witness.at_step[k, "retrain"]
         assert len(train) == 2 * len(retrain) == 6
         for name in SIZES:
             now = witness.owners[k][name]
@@ -180,11 +161,11 @@ def test_a_phase_that_another_brings_after_the_training_moves_no_free_weight(str
 
     witness = Witness()
     learn(stream, Tuning(), PackNet(), witness)
-    assert (0, "tuning") in witness.steps
+    assert (0, "tuning") in witness.at_step
     assert witness.same()
     for k in range(3):
         for name in SIZES:
-            assert (witness.states[k][weight(name)][witness.owners[k][name] == 0] == 0).all()
+            assert (witness.evaluated[k][weight(name)][witness.owners[k][name] == 0] == 0).all()
 
 
 @pytest.mark.parametrize(("retrain", "steps"), [(0.0, 0), (0.1, 3), (0.5, 3), (1.0, 6), (2.0, 12)])
@@ -192,7 +173,7 @@ def test_retraining_is_as_long_as_its_share_of_the_training(stream: Scenario, re
     """An epoch at least."""
     witness = Witness()
     learn(stream, PackNet(retrain=retrain), witness)
-    assert [len(witness.steps.get((k, "retrain"), [])) for k in range(3)] == [steps] * 3
+    assert [len(witness.at_step.get((k, "retrain"), [])) for k in range(3)] == [steps] * 3
 
 
 def test_afterwards_the_model_is_as_trainable_as_before(stream: Scenario):
@@ -204,18 +185,12 @@ def test_afterwards_the_model_is_as_trainable_as_before(stream: Scenario):
 
 def test_a_layer_that_the_user_froze_is_not_pruned(stream: Scenario):
     """All tasks compute with the whole of it, and nobody is told that it is full."""
-    model, witness, told = Small(), Witness(), []
+    model, witness = Small(), Witness()
     model.conv.weight.requires_grad_(False)
-    clframe.run(
-        stream,
-        model,
-        [PackNet(), witness],
-        train={"epochs": 1, "lr": 0.01, "keep_optimizer": True},
-        listeners=[testing.message_listener(told)],
-    )
-    assert all(torch.equal(state[weight("conv")], Small().conv.weight) for state in witness.states)
+    learn(stream, PackNet(), witness, model=model, epochs=1, keep_optimizer=True)
+    assert all(torch.equal(state[weight("conv")], Small().conv.weight) for state in witness.evaluated)
     assert witness.same()
-    assert told == []
+    assert witness.messages() == []
     with torch.no_grad():
         for task in range(3):
             witness.model.select(task)
@@ -238,21 +213,13 @@ class Tiny(nn.Module):
 
 def test_a_layer_that_is_full_is_told_of(tiny: Any):
     """Of 64 weights 1 in a hundred is given back: 1 after the first task, none after the second."""
-    told: list[tuple[int, str]] = []
-    index = [0]
-
-    def listen(record: dict[str, Any]) -> None:
-        if record["kind"] == "experience":
-            index[0] = record["index"]
-        if record["kind"] == "message":
-            told.append((index[0], record["text"]))
-
-    scenario = tiny(setting="task")
-    clframe.run(scenario, Tiny(), [PackNet(prune=0.01)], train={"epochs": 1, "lr": 0.01}, listeners=[listen])
-    assert told == [(2, "`packnet` has no free weight left in linear: a larger `packnet.prune` leaves more.")]
-    told.clear()
-    clframe.run(tiny(setting="task"), Tiny(), [PackNet(prune=0.5)], train={"epochs": 1}, listeners=[listen])
-    assert told == []
+    full, roomy = Recorder(), Recorder()
+    learn(tiny(setting="task"), PackNet(prune=0.01), full, model=Tiny(), epochs=1)
+    told = [record for record in full.records if record["kind"] in ("experience", "message")]
+    assert [record["kind"] for record in told] == ["experience"] * 3 + ["message"]
+    assert all(word in told[-1]["text"] for word in ("`packnet`", " linear:", "`packnet.prune`"))
+    learn(tiny(setting="task"), PackNet(prune=0.5), roomy, model=Tiny(), epochs=1)
+    assert roomy.messages() == []
 
 
 @pytest.mark.parametrize("n", [255, 256])
@@ -268,7 +235,7 @@ def test_more_tasks_than_a_byte_tells_apart_are_refused(n: int):
     )
     refused = n > 255
     with pytest.raises(UsageError if refused else Exception) as caught:
-        clframe.run(scenario, Tiny(), [PackNet()], train={"epochs": 1})
+        learn(scenario, PackNet(), model=Tiny(), epochs=1)
     if refused:
         assert isinstance(caught.value, UsageError)
         (problem,) = caught.value.problems

@@ -7,19 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import isolating
 import pytest
 import torch
-from isolating import SHAPE
 from safetensors.torch import load_file
 from torch import Tensor
 
-import clframe
-from clframe import IncrementalNet, Plugin, Scenario, hookimpl, split_classes
+from clframe import IncrementalNet, Plugin, Scenario, hookimpl, split_classes, testing
 from clframe.backbones import cnn_small, mlp
 from clframe.errors import UsageError
 from clframe.model import evaluating
 from clframe.plugins.piggyback import Piggyback
+from clframe.testing import SHAPE, Answers
 from clframe.toolkit.norms import TaskNorm
 from clframe.toolkit.weight_masks import WeightMask, find_modules, mask_weights
 
@@ -27,28 +25,7 @@ MOVERS: dict[str, dict[str, Any]] = {  # all that moves weights whose gradient i
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "sgd": {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9, "weight_decay": 0.1, "decay": "all"},
 }
-
-
-Small = partial(isolating.Small, 3, last_relu=True)
-
-
-class Witness(isolating.Answers):
-    """Keeps the answers to every task so far and the network's state after each experience; sees each optimizer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.states: list[dict[str, Tensor]] = []
-        self.groups: list[list[tuple[list[str], float]]] = []
-
-    @hookimpl
-    def after_step(self, run):
-        if run.step == 0:
-            self.groups.append([(group["names"], group["weight_decay"]) for group in run.optimizer.param_groups])
-
-    @hookimpl
-    def after_eval(self, run, experience):
-        super().after_eval(run, experience)
-        self.states.append(isolating.copied(run.model))
+Small = partial(testing.Small, 3, last_relu=True)
 
 
 class Alike(Plugin):
@@ -66,14 +43,7 @@ class Alike(Plugin):
                 parameter.normal_(generator=torch.Generator().manual_seed(first))
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
-    return clframe.run(
-        scenario,
-        model or Small(),
-        plugins,
-        train={"epochs": 3, "batch_size": 8, **MOVERS["adam"], **(train or {})},
-        run={"tensorboard": False, **run},
-    )
+learn = partial(testing.learn, model=Small(), epochs=3, **MOVERS["adam"])
 
 
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,16 +109,16 @@ def test_a_task_begins_with_the_network_as_it_is(tiny, pretrained: bool, norm: A
 )
 def test_later_tasks_change_no_bit_of_the_backbone_and_of_earlier_answers(tiny, options: Any, mover: str):
     """Weights, biases and what norms hold, those of a norm that learns nothing, too."""
-    witness = Witness()
-    results = learn(tiny(shape=SHAPE, setting="task"), Piggyback(**options), witness, train=MOVERS[mover])
+    witness = Answers()
+    results = learn(tiny(shape=SHAPE, setting="task"), Piggyback(**options), witness, **MOVERS[mover])
     assert witness.same()
     assert results.measures["task"]["forgetting"] == 0
-    first = backbone_state(witness.states[0])
+    first = backbone_state(witness.evaluated[0])
     assert len(first) == 12
     if options.get("pretrained"):
         given = {f"backbone.{name}": value for name, value in Small().state_dict().items()}
         assert all(torch.equal(value, given[name]) for name, value in first.items())
-    for state in witness.states[1:]:
+    for state in witness.evaluated[1:]:
         later = backbone_state(state)
         assert later.keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in later.items())
@@ -162,15 +132,9 @@ def test_later_tasks_change_no_bit_of_the_backbone_and_of_earlier_answers(tiny, 
 
 
 def test_curves_tell_the_share_of_weights_that_a_task_uses(tiny):
-    told: list[dict[str, Any]] = []
-    witness = Witness()
-    clframe.run(
-        tiny(shape=SHAPE, setting="task"),
-        Small(),
-        [Piggyback(), witness],
-        train={"epochs": 2, "lr": 0.01},
-        listeners=[lambda record: told.append(record) if record["kind"] == "log" else None],
-    )
+    witness = Answers()
+    learn(tiny(shape=SHAPE, setting="task"), Piggyback(), witness, epochs=2)
+    told = [record for record in witness.records if record["kind"] == "log"]
     masks = find_modules(witness.model.backbone, WeightMask)
     for record in told:
         if record["experience"]:
@@ -193,8 +157,8 @@ def test_the_order_of_later_tasks_does_not_matter(tiny_arrays, options: Any):
     """With the same batches, each has the same bits, norms and answers, whether it comes second or third."""
     runs = []
     for order in ([0, 1, 2, 3, 4, 5], [0, 1, 4, 5, 2, 3]):
-        witness = Witness()
-        learn(stream(tiny_arrays, order), Piggyback(**options), Alike(), witness, train={"keep_optimizer": False})
+        witness = Answers()
+        learn(stream(tiny_arrays, order), Piggyback(**options), Alike(), witness, keep_optimizer=False)
         runs.append(witness)
     one, other = (find_modules(w.model.backbone, WeightMask) for w in runs)
     for name, mask in one.items():
@@ -216,10 +180,10 @@ MASKS = {f"backbone.{layer}.parametrizations.weight.0.real" for layer in ("conv"
 @pytest.mark.parametrize("norm", ["frozen", "task"])
 @pytest.mark.parametrize("mover", MOVERS)
 def test_the_optimizer_holds_masks_without_decay_the_new_head_and_the_tasks_norms(tiny, mover: str, norm: Any):
-    witness = Witness()
-    learn(tiny(shape=SHAPE, setting="task"), Piggyback(norm=norm), witness, train=MOVERS[mover])
+    witness = Answers()
+    learn(tiny(shape=SHAPE, setting="task"), Piggyback(norm=norm), witness, **MOVERS[mover])
     for k in (1, 2):
-        decays = {name: decay for names, decay in witness.groups[k] for name in names}
+        decays = {name: group["weight_decay"] for name, group in witness.optimized[k].items()}
         norms = {f"backbone.norm.norms.{k}.{p}" for p in ("weight", "bias")} if norm == "task" else set()
         assert decays.keys() == MASKS | norms | {f"head.{k}.weight", f"head.{k}.bias"}
         assert {decays[name] for name in MASKS} == {0}
@@ -227,7 +191,7 @@ def test_the_optimizer_holds_masks_without_decay_the_new_head_and_the_tasks_norm
 
 
 def test_afterwards_the_model_is_as_trainable_as_before(tiny):
-    witness = Witness()
+    witness = Answers()
     model = Small()
     model.conv.weight.requires_grad_(False)
     learn(tiny(shape=SHAPE, setting="task"), Piggyback(), witness, model=model)

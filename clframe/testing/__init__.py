@@ -11,8 +11,10 @@
 The checks need no test framework: they train small networks on a synthetic scenario, on one thread of the CPU, and
 write to temporary folders only. A check that does not hold raises `Broken`, whose text is one sentence.
 
-For tests of your own there are the same small scenarios (`tiny`, `tiny_arrays`), a plugin that keeps what happens in a
-run (`Recorder`), and a way to stop a run at any place and resume it (`stop_at`, `stop_and_resume`).
+For tests of your own there are the same small scenarios (`tiny`, `tiny_arrays`) and short runs on them (`learn`), small
+backbones with the parts that people use (`NETWORKS`), observers that keep what happens in a run (`Recorder`) and the
+answers of the network to earlier tasks (`Answers`), and a way to stop a run at any place and resume it (`stop_at`,
+`stop_and_resume`).
 """
 
 from clframe.testing import backbone_checks, plugin_checks, scenario_checks  # fills `CHECKS`
@@ -22,6 +24,7 @@ from clframe.testing.fixtures import (
     SETTINGS,
     SHAPE,
     TRAIN,
+    Answers,
     Broken,
     Idle,
     Pauses,
@@ -38,6 +41,7 @@ from clframe.testing.fixtures import (
     tiny,
     tiny_arrays,
 )
+from clframe.testing.networks import NETWORKS, Small, seeded, unusual, usual
 from clframe.testing.subjects import (
     BACKBONE_SHAPE,
     CHECKS,
@@ -57,9 +61,11 @@ __all__ = [
     "CHECKS",
     "FILES",
     "MODEL",
+    "NETWORKS",
     "SETTINGS",
     "SHAPE",
     "TRAIN",
+    "Answers",
     "Broken",
     "Check",
     "Idle",
@@ -67,6 +73,7 @@ __all__ = [
     "Outcome",
     "Pauses",
     "Recorder",
+    "Small",
     "Step",
     "Subject",
     "backbone",
@@ -81,10 +88,13 @@ __all__ = [
     "same_after_a_stop",
     "scenario",
     "scenario_checks",
+    "seeded",
     "serves",
     "state_copy",
     "stop_and_resume",
     "stop_at",
     "tiny",
     "tiny_arrays",
+    "unusual",
+    "usual",
 ]

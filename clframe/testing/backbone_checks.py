@@ -75,7 +75,7 @@ def its_stopped_run_resumes_to_the_same_bits(subject: Subject, folder: Path) -> 
     """Check that all that it keeps between two steps is in its `state_dict`, and its randomness torch's."""
 
     def begin(output: str) -> Results:
-        return learn(tiny(shape=BACKBONE_SHAPE), [], subject.backbone(), output=output)
+        return learn(tiny(shape=BACKBONE_SHAPE), model=subject.backbone(), output=output)
 
     def go_on(path: Path) -> Results:
         return api.resume(path, scenario=tiny(shape=BACKBONE_SHAPE), model=subject.backbone())
@@ -87,5 +87,5 @@ def its_stopped_run_resumes_to_the_same_bits(subject: Subject, folder: Path) -> 
 def its_finished_run_loads_and_predicts(subject: Subject, folder: Path) -> None:
     """Check that `clframe.load` gives a model that answers as the run was evaluated."""
     scenario = tiny(shape=BACKBONE_SHAPE)
-    whole = learn(scenario, [], subject.backbone(), output=str(folder / "run"))
+    whole = learn(scenario, model=subject.backbone(), output=str(folder / "run"))
     check_answers(api.load(folder / "run", model=subject.backbone()), whole, scenario, ADVICE)

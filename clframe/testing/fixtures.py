@@ -21,10 +21,12 @@ from clframe.data.scenario import Experience, Scenario, Setting
 from clframe.data.transform import Transform
 from clframe.engine import AT_PAUSE, Engine
 from clframe.errors import ClframeError, Interrupted
-from clframe.events import Event
+from clframe.events import Event, Listener
 from clframe.hooks import HOOKS, hookimpl
+from clframe.model import Outputs, evaluating
 from clframe.plugin import Plugin
 from clframe.runs.results import Results
+from clframe.settings import TrainSettings
 
 MODEL = "cnn-small"
 SETTINGS: tuple[Setting, ...] = ("class", "task", "domain")
@@ -68,11 +70,27 @@ def tiny(setting: Setting = "class", shape: Sequence[int] = SHAPE) -> Scenario:
 
 
 def learn(
-    scenario: Scenario, plugins: Sequence[Plugin], model: Any = MODEL, logits: str | None = None, **run: Any
+    scenario: Any, *plugins: Any, model: Any = MODEL, listeners: Sequence[Listener] = (), **settings: Any
 ) -> Results:
-    """Train for two epochs on the CPU, without TensorBoard, and return the results; `run` holds settings of the run."""
-    train = TRAIN | {"logits": logits}
-    return api.run(scenario, model, plugins, train=train, run={"tensorboard": False, "device": "cpu", **run})
+    """Train on the CPU, without TensorBoard, with the settings `TRAIN`, and return the results.
+
+    A file of tests writes its common settings once: ``learn = partial(testing.learn, model="mlp-100", lr=0.1)``.
+
+    Args:
+        scenario: the scenario, by its name, options or object, as in `clframe.run`.
+        plugins: the plugins, likewise.
+        model: the backbone, likewise; the run trains a copy of a module.
+        listeners: functions that get every record of the run.
+        settings: settings of `train` and `run` by their own names, such as ``lr`` and ``seed``; ``iterations`` replace
+            the epochs.
+
+    Raises `UsageError` as `clframe.run` does.
+    """
+    train = TRAIN | {name: settings.pop(name) for name in [*settings] if name in TrainSettings.model_fields}
+    if "iterations" in train:
+        del train["epochs"]
+    run = {"tensorboard": False, "device": "cpu", **settings}
+    return api.run(scenario, model, plugins, train=train, run=run, listeners=listeners)
 
 
 def message_listener(texts: list[str]) -> Callable[[dict[str, Any]], None]:
@@ -167,6 +185,8 @@ class Recorder(Plugin):
         after: the same at its end, before the evaluation; plugins that stand after the recorder may still change them.
         evaluated: the same after the evaluation.
         phase_ends: the same after the last step of each phase, by the index of the experience and the phase's name.
+        trainable: the names of the parameters that require gradients, at the first step of each experience.
+        optimized: the optimizer's settings for each parameter, by name, at the first step of each experience.
         records: all records that listeners get.
     """
 
@@ -179,6 +199,8 @@ class Recorder(Plugin):
         self.after: list[dict[str, Tensor]] = []
         self.evaluated: list[dict[str, Tensor]] = []
         self.phase_ends: dict[tuple[int, str], dict[str, Tensor]] = {}
+        self.trainable: list[set[str]] = []
+        self.optimized: list[dict[str, dict[str, Any]]] = []
         self.records: list[Event] = []
 
     @hookimpl
@@ -195,7 +217,11 @@ class Recorder(Plugin):
 
     @hookimpl
     def after_step(self, run: Run, batch: Batch) -> None:
-        """Keep the step's loss terms and batch; copy the network's state at the end of a phase."""
+        """Keep the step's loss terms and batch; at the ends of phases, copy the network's state."""
+        if not self.steps or self.steps[-1].experience != run.experience.index:
+            groups = run.optimizer.param_groups if run.optimizer else []
+            self.trainable.append({name for name, p in run.model.named_parameters() if p.requires_grad})
+            self.optimized.append({name: group for group in map(dict, groups) for name in group["names"]})
         self.steps.append(Step(run.experience.index, run.phase.name, dict(run.losses), batch))
         if run.step + 1 == run.steps_in_phase:
             self.phase_ends[run.experience.index, run.phase.name] = state_copy(run.model)
@@ -248,6 +274,49 @@ class Recorder(Plugin):
             for name, value in record["values"].items() if record["kind"] == "log" else ():
                 values.setdefault(name, []).append(value)
         return values
+
+    def messages(self) -> list[str]:
+        """Return the texts of the messages to the user."""
+        return [record["text"] for record in self.records if record["kind"] == "message"]
+
+
+class Answers(Recorder):
+    """A recorder that also asks the network, after each experience, about every task so far, on fixed images.
+
+    Attributes:
+        answers: the logits of each task's classes, by the index of the experience and the task.
+        asked: the outputs of the network from which they are taken, likewise.
+    """
+
+    name = "answers"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[list[Tensor]] = []
+        self.asked: list[list[Outputs]] = []
+
+    @hookimpl
+    def after_eval(self, run: Run) -> None:
+        """Ask about every task so far; copy the network's state."""
+        super().after_eval(run)
+        x = torch.rand(6, *run.scenario.input_shape, generator=torch.Generator().manual_seed(0))
+        with evaluating(run.model), torch.no_grad():
+            self.asked.append([run.model(x, torch.full((6,), task)) for task in range(run.experience.index + 1)])
+        self.answers.append([outputs.head(task).clone() for task, outputs in enumerate(self.asked[-1])])
+
+    def changes(self, measure: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+        """Return `measure` of a later and the first answer to a task, for each task and each experience after it."""
+        n = len(self.answers)
+        return [measure(self.answers[i][j], self.answers[j][j]) for i in range(n) for j in range(i)]
+
+    def same(self) -> bool:
+        """Return whether every answer to a task is the one given when the task had just been learned, to the bit."""
+        return all(self.changes(torch.equal))
+
+    def drift(self) -> float:
+        """Return the largest change of an answer to a task since the task had just been learned."""
+        drifts: list[float] = self.changes(lambda later, first: (later - first).abs().max().item())
+        return max(drifts)
 
 
 # --------------------------------------------------------------------------------------- stops and resumes

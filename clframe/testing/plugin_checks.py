@@ -103,7 +103,7 @@ def it_learns(subject: Subject, folder: Path) -> None:
     for setting in subject.factory.serves:
         built = subject.plugin()
         try:
-            results = learn(tiny(setting), [built], subject.model)
+            results = learn(tiny(setting), built, model=subject.model)
         except Interrupted:
             raise
         except UsageError as error:
@@ -133,7 +133,7 @@ def other_settings_are_refused(subject: Subject, folder: Path) -> None:
         raise NotRun("It serves every setting.")
     for setting in others:
         try:
-            learn(tiny(setting), [subject.plugin()], subject.model)
+            learn(tiny(setting), subject.plugin(), model=subject.model)
         except UsageError as error:
             expected = f"cannot serve the setting `{setting}`" in str(error)
             require(expected, f"The setting `{setting}` is refused for another reason: {error}")
@@ -147,7 +147,7 @@ def a_stopped_run_resumes_to_the_same_bits(subject: Subject, folder: Path) -> No
     setting = serves(subject)
 
     def begin(output: str) -> Results:
-        return learn(tiny(setting), [subject.plugin()], subject.model, output=output)
+        return learn(tiny(setting), subject.plugin(), model=subject.model, output=output)
 
     def go_on(path: Path) -> Results:
         return api.resume(path, scenario=tiny(setting), plugins=[subject.plugin()])
@@ -165,7 +165,7 @@ def a_stopped_run_resumes_to_the_same_bits(subject: Subject, folder: Path) -> No
 def a_finished_run_loads_and_predicts(subject: Subject, folder: Path) -> None:
     """Check that `clframe.load` gives a model that answers as the run was evaluated."""
     scenario = tiny(serves(subject))
-    whole = learn(scenario, [subject.plugin()], subject.model, output=str(folder / "run"))
+    whole = learn(scenario, subject.plugin(), model=subject.model, output=str(folder / "run"))
     loaded = api.load(folder / "run", plugins=[subject.plugin()])
     check_answers(loaded, whole, scenario, "name in `predictor_state` what `predictor` needs")
 
@@ -210,9 +210,9 @@ def a_plugin_that_does_nothing_changes_nothing_beside_it(subject: Subject, folde
     built = subject.plugin()
     alone = Recorder()
     beside = Recorder()
-    learn(tiny(setting), [built, alone], subject.model)
+    learn(tiny(setting), built, alone, model=subject.model)
     idle = IdleObserver() if built.isolates or built.keeps_experiences else Idle()
-    learn(tiny(setting), [idle, subject.plugin(), beside], subject.model)
+    learn(tiny(setting), idle, subject.plugin(), beside, model=subject.model)
     for name in differing(alone.evaluated[-1], beside.evaluated[-1]):
         raise Broken(
             f"Beside a plugin that does nothing, `{name}` is learned otherwise: draw from `run.rng` only, and ask for "
@@ -258,7 +258,7 @@ def penalties_pull(subject: Subject, folder: Path) -> None:
         raise NotRun("It has no penalty.")
     probe = _PenaltyProbe()
     probe.plugin = built
-    learn(tiny(serves(subject)), [built, probe], subject.model)
+    learn(tiny(serves(subject)), built, probe, model=subject.model)
     require(probe.norms, "`penalty` gave nothing in two experiences.")
     for term, norm in probe.norms.items():
         require(norm > 0, f"The penalty `{term}` has no gradient, or one of zero: it is detached, or holds nothing.")
@@ -270,7 +270,7 @@ def penalties_pull(subject: Subject, folder: Path) -> None:
 def nothing_is_left_behind(subject: Subject, folder: Path) -> None:
     """Check that after the run no module has hooks, or another mode than before, and no parameter is left frozen."""
     recorder = Recorder()
-    learn(tiny(serves(subject)), [subject.plugin(), recorder], subject.model)
+    learn(tiny(serves(subject)), subject.plugin(), recorder, model=subject.model)
     for name, module in recorder.model.named_modules():
         hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         require(not hooked, f"The module `{name}` still has hooks after the run: remove them in `after_run`.")
@@ -311,7 +311,7 @@ def it_keeps_no_image_that_it_does_not_declare(subject: Subject, folder: Path) -
 
     try:
         with at_pauses(look):  # each pause writes a checkpoint, of which the folder keeps the latest two
-            learn(scenario, [subject.plugin()], subject.model, output=str(folder / "run"), checkpoint_every=0.0)
+            learn(scenario, subject.plugin(), model=subject.model, output=str(folder / "run"), checkpoint_every=0.0)
     except RunError:
         if not found:
             raise
@@ -357,7 +357,7 @@ def its_state_does_not_grow(subject: Subject, folder: Path) -> None:
     built = subject.plugin()
     scale = _StateScale()
     scale.plugin = built
-    learn(scenario, [built, scale], subject.model)
+    learn(scenario, built, scale, model=subject.model)
     require(
         scale.sizes[1] == scale.sizes[2] == scale.sizes[3],
         f"The state has {', '.join(f'{size} bytes in {count} values' for size, count in scale.sizes)} after "
