@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import clframe
 from clframe import Batch, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot, testing
 from clframe.errors import UsageError
 from clframe.plugins.a_ltm import ALTM
@@ -18,7 +18,7 @@ from clframe.plugins.deep_inversion import DeepInversion
 from clframe.plugins.der import DER
 from clframe.testing import Recorder
 
-QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip": 0.0}
+learn = partial(testing.learn, model="mlp-100", optimizer="sgd", lr=0.05, momentum=0.9, clip=0.0)
 # old logits of two heads of two classes, and of a new one: softmaxes of a head are 1/4, 3/4 and 1/2, 1/2
 Q = torch.tensor([[0.0, math.log(3), 1.0, 1.0, 9.0, 9.0]], dtype=torch.float64)
 Z = torch.tensor([[0.0, 0.0, math.log(4), 0.0, 2.0, -5.0]], dtype=torch.float64)
@@ -121,22 +121,17 @@ class Replay(Plugin):
             self.rows = experience.train.rows(slice(0, 3))
 
 
-class Watch(Plugin):
+class Watch(Recorder):
     """Recomputes each step's term from a copy of its own, and looks at the stable network."""
 
-    name = "watch"
-    observer = True
-
     def __init__(self, a_ltm: ALTM) -> None:
+        super().__init__()
         self.a_ltm = a_ltm
         self.old: IncrementalNet | None = None
         self.wanted: list[float | None] = []
-        self.found: list[tuple[int, float | None]] = []
-        self.origins: list[list[int]] = []
 
     @hookimpl
     def penalty(self, run, batch: Batch, outputs: Outputs) -> None:
-        self.origins.append(batch.origin.tolist())
         if self.old is None:
             self.wanted.append(None)
             return
@@ -155,34 +150,29 @@ class Watch(Plugin):
         self.wanted.append(0.5 * each.mean().item())
 
     @hookimpl
-    def after_step(self, run) -> None:
-        value = run.losses.get("a-ltm")
-        self.found.append((run.experience.index, None if value is None else value.item()))
+    def after_step(self, run, batch) -> None:
+        super().after_step(run, batch)
         if self.old is not None:
             self.compare()
 
     @hookimpl
-    def after_experience(self, run) -> None:
+    def after_experience(self, run, experience) -> None:
+        super().after_experience(run, experience)
         self.old = snapshot(run.model)
 
     @hookimpl
     def after_eval(self, run) -> None:
-        """All plugins have had their turn after the experience."""
+        """Compare once more, after all plugins have had their turn after the experience."""
+        super().after_eval(run)
         self.compare()
 
     def compare(self) -> None:
         """The stable network is the one that the latest experience ended with, and frozen."""
         assert self.old is not None
         assert self.a_ltm.stable is not None
-        ours, its = self.old.state_dict(), self.a_ltm.stable.state_dict()
-        assert ours.keys() == its.keys()
-        assert all(torch.equal(value, its[name]) for name, value in ours.items())
+        assert testing.differing(self.old.state_dict(), self.a_ltm.stable.state_dict()) == []
         assert not any(p.requires_grad or p.grad is not None for p in self.a_ltm.stable.parameters())
         assert not any(m.training for m in self.a_ltm.stable.modules())
-
-
-def learn(scenario: Any, *plugins: Plugin, model: str = "mlp-100", **train: Any) -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=QUICK | train)
 
 
 @pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])
@@ -193,9 +183,9 @@ def test_in_a_run_each_step_has_the_term_of_its_rows(tiny, setting: str, loss: A
     a_ltm = ALTM(lambda_=0.5, loss=loss, on=on)
     watch = Watch(a_ltm=a_ltm)
     learn(tiny(setting=setting, shape=(1, 8, 8)), Replay(), a_ltm, watch, model=model)
-    assert watch.origins == [[0] * 8] * 6 + [[0] * 8 + [1] * 3] * 12
-    assert [value for _, value in watch.found[:6]] == [None] * 6 == watch.wanted[:6]
-    found = [value for _, value in watch.found[6:]]
+    assert [step.batch.origin.tolist() for step in watch.steps] == [[0] * 8] * 6 + [[0] * 8 + [1] * 3] * 12
+    assert watch.losses("a-ltm")[:6] == [None] * 6 == watch.wanted[:6]
+    found = watch.losses("a-ltm")[6:]
     assert found == pytest.approx(watch.wanted[6:], rel=1e-5, abs=1e-10)
     assert max(abs(value - found[0]) for value in found[1:6]) > 1e-4  # the flexible network moves
 
@@ -210,10 +200,10 @@ def test_rows_that_another_method_keeps_out_of_the_default_loss_are_distilled_on
     a_ltm = ALTM(lambda_=0.5, loss="l2", on="replay")
     watch = Watch(a_ltm=a_ltm)
     learn(tiny(shape=(1, 8, 8)), beside, a_ltm, watch, model="cnn-small", epochs=1)
-    old = [value for index, value in watch.found if index]
+    old = watch.losses("a-ltm")[len(watch.batches(0)) :]
     assert old == pytest.approx([value for value in watch.wanted if value is not None], rel=1e-5, abs=1e-10)
     assert min(old[1:]) > 1e-6
-    assert all(any(row) for row in watch.origins[-len(old) :])
+    assert all(step.batch.origin.any() for step in watch.steps if step.experience)
 
 
 @pytest.mark.parametrize("model", ["mlp-100", "cnn-small"])
@@ -222,7 +212,7 @@ def test_what_was_learnt_is_consolidated_and_then_rests(tiny, model: str) -> Non
     a_ltm = ALTM(loss="l2")
     watch = Watch(a_ltm=a_ltm)
     learn(tiny(shape=(1, 8, 8)), a_ltm, watch, model=model)
-    assert len(watch.found) == 18
+    assert len(watch.steps) == 18
     assert a_ltm.stable is not None
     assert a_ltm.stable.blocks == [2, 2, 2]
 
@@ -233,7 +223,7 @@ def test_the_flexible_network_begins_as_the_stable_one(tiny) -> None:
     watch = Watch(a_ltm=a_ltm)
     learn(tiny(), a_ltm, watch)
     for i in (1, 2):
-        values = [value for index, value in watch.found if index == i]
+        values = watch.losses("a-ltm")[6 * i : 6 * i + 6]
         assert values[0] == pytest.approx(0, abs=1e-10)
         assert values[1] is not None
         assert values[1] > 1e-6
@@ -266,8 +256,9 @@ def test_images_may_come_with_the_data_of_the_experience(tiny) -> None:
     a_ltm = ALTM(on="replay", lambda_=0.5)
     watch = Watch(a_ltm=a_ltm)
     learn(tiny(), Kept(), a_ltm, watch, batch_size=48)  # all images in each batch
-    assert [sorted(origin) for origin in watch.origins] == [[0] * 24] * 2 + [[0] * 24 + [1] * 24] * 4
-    found = [value for _, value in watch.found]
+    origins = [sorted(step.batch.origin.tolist()) for step in watch.steps]
+    assert origins == [[0] * 24] * 2 + [[0] * 24 + [1] * 24] * 4
+    found = watch.losses("a-ltm")
     assert found[:2] == [None, None]
     assert found[2:] == pytest.approx(watch.wanted[2:], rel=1e-5)
 

@@ -15,10 +15,10 @@ from clframe import Plugin, hookimpl, testing
 from clframe.errors import UsageError
 from clframe.model import evaluating
 from clframe.plugins.channel_gating import ChannelGating
+from clframe.testing import SHAPE
 from clframe.toolkit.channel_gates import ConditionalConv, firing_rates
 from clframe.toolkit.weight_masks import find_modules
 
-TRAIN = {"schedule": "constant", "epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.02}
 MOVERS = {  # all that moves weights whose gradient is zero
     "adam": {"optimizer": "adam", "weight_decay": 0.1, "decay": "all"},
     "adam-kept": {"optimizer": "adam", "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
@@ -50,55 +50,36 @@ class Rich(nn.Module):
         return self.head(self.norms[2](x.mean((2, 3)))).tanh()
 
 
-class Watch(Plugin):
-    """Told twice of each experience's end, before the gates are settled and afterwards, as `before` and by itself."""
-
-    name = "watch"
-    observer = True
+class Watch(testing.Answers):
+    """A recorder of the gates after each step and each experience; `early` stands before the method."""
 
     def __init__(self) -> None:
-        self.before = Early()
-        self.answers: list[list[tuple[Tensor, Tensor]]] = []  # of each evaluation, for each task so far
+        super().__init__(3 * torch.randn(9, *SHAPE, generator=torch.Generator().manual_seed(5)))
+        self.early = Early()
         self.fixed: list[dict[str, Tensor]] = []
         self.kernels: list[dict[str, Tensor]] = []
-        self.trained: list[set[str]] = []
-        self.optimized: list[set[str]] = []
-        self.terms: list[float | None] = []
         self.expected: list[float] = []
-        self.records: list[dict[str, Any]] = []
         self.hinted: list[list[str]] = []
 
     @hookimpl
-    def before_run(self, run):
-        self.run = run
-        run.listeners.append(self.records.append)
-
-    @hookimpl
-    def before_experience(self, run, experience):
+    def before_experience(self, run):
+        super().before_experience(run)
         (gating,) = (p for p in run.plugins if isinstance(p, ChannelGating))
         self.hinted.append(list(gating.hints(run)))
 
     @hookimpl
     def after_step(self, run, batch):
+        super().after_step(run, batch)
         shares = [conv.latest.mean() for conv in convs_of(run).values()]
         self.expected.append(torch.stack(shares).mean().item())
-        self.terms.append(run.losses["channel-gating"].item() if "channel-gating" in run.losses else None)
-        if run.step == 0:
-            self.trained.append({name for name, p in run.model.named_parameters() if p.requires_grad})
-            self.optimized.append({name for group in run.optimizer.param_groups for name in group["names"]})
 
     @hookimpl
     def after_experience(self, run, experience):
-        t = experience.index
-        self.fixed.append({name: conv.used_channels(t + 1).clone() for name, conv in convs_of(run).items()})
+        super().after_experience(run, experience)
+        self.fixed.append(
+            {name: conv.used_channels(experience.index + 1).clone() for name, conv in convs_of(run).items()}
+        )
         self.kernels.append(kernels(run))
-
-    @hookimpl
-    def after_eval(self, run, experience):
-        x = 3 * torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-        with evaluating(run.model), torch.no_grad():
-            given = [run.model(x, torch.full((9,), k)) for k in range(experience.index + 1)]
-        self.answers.append([(outputs.features, outputs.head(k)) for k, outputs in enumerate(given)])
 
 
 class Early(Plugin):
@@ -126,12 +107,11 @@ def kernels(run: Any) -> dict[str, Tensor]:
     return {name: conv.layer.weight.detach().clone() for name, conv in convs_of(run).items()}
 
 
-def learn(
-    scenario: Any, gating: ChannelGating, *others: Plugin, model: Any = None, train: Any = None, **run: Any
-) -> clframe.Results:
-    early = [plugin.before for plugin in others if isinstance(plugin, Watch)]
-    plugins = [*early, gating, *others]
-    return clframe.run(scenario, model or NET, plugins, train=TRAIN | (train or {}), run={"tensorboard": False, **run})
+def learn(scenario: Any, gating: ChannelGating, *watches: Watch, **settings: Any) -> clframe.Results:
+    early = [watch.early for watch in watches]
+    return testing.learn(
+        scenario, *early, gating, *watches, **{"model": NET, "schedule": "constant", "lr": 0.02, **settings}
+    )
 
 
 @pytest.fixture
@@ -149,13 +129,12 @@ def test_answers_of_earlier_tasks_stay_to_the_last_bit(scenario, setting: str, m
     for model in (NET, Rich()):
         watch = Watch()
         results = learn(
-            scenario(setting), ChannelGating(bias=0.0, sparsity=0.0, **QUICK), watch, model=model, train=MOVERS[mover]
+            scenario(setting), ChannelGating(bias=0.0, sparsity=0.0, **QUICK), watch, model=model, **MOVERS[mover]
         )
         assert [len(given) for given in watch.answers] == [1, 2, 3]
-        for later in (1, 2):
-            for k in range(later):
-                for before, after in zip(watch.answers[k][k], watch.answers[later][k], strict=True):
-                    assert torch.equal(before, after)
+        assert watch.same()
+        features = [[outputs.features for outputs in given] for given in watch.asked]
+        assert all(torch.equal(features[later][k], features[k][k]) for later in (1, 2) for k in range(later))
         assert results.measures["task"]["forgetting"] == 0.0
         rows = results.accuracy["task"]
         assert all(rows[i][j] == rows[j][j] for i in range(3) for j in range(i))
@@ -163,22 +142,22 @@ def test_answers_of_earlier_tasks_stay_to_the_last_bit(scenario, setting: str, m
         used = [torch.cat(list(fixed.values())) for fixed in watch.fixed]
         assert used[0].any()
         assert not used[1].all()
-        assert any(not torch.equal(watch.kernels[0][name], watch.before.kernels[1][name]) for name in watch.fixed[0])
+        assert any(not torch.equal(watch.kernels[0][name], watch.early.kernels[1][name]) for name in watch.fixed[0])
 
 
 def test_fixed_kernels_are_ever_more_and_those_that_never_fired_begin_anew(scenario) -> None:
     watch = Watch()
-    learn(scenario(), ChannelGating(bias=0.0, sparsity=0.0), watch, train=MOVERS["sgd-kept"])
+    learn(scenario(), ChannelGating(bias=0.0, sparsity=0.0), watch, **MOVERS["sgd-kept"])
     some = 0
     for t in range(3):
         for name, fixed in watch.fixed[t].items():
-            ever = torch.stack([watch.before.fire[k]["train"][name] > 0 for k in range(t + 1)]).any(0)
+            ever = torch.stack([watch.early.fire[k]["train"][name] > 0 for k in range(t + 1)]).any(0)
             assert torch.equal(fixed, ever)
-            same = (watch.kernels[t][name] == watch.before.kernels[t][name]).flatten(1).all(1)
+            same = (watch.kernels[t][name] == watch.early.kernels[t][name]).flatten(1).all(1)
             assert torch.equal(same, fixed)  # exactly those that never fired are renewed
             if t:
                 assert not (watch.fixed[t - 1][name] & ~fixed).any()
-                moved = (watch.kernels[t - 1][name] != watch.before.kernels[t][name]).flatten(1).any(1)
+                moved = (watch.kernels[t - 1][name] != watch.early.kernels[t][name]).flatten(1).any(1)
                 assert torch.equal(moved, ~watch.fixed[t - 1][name])  # and the others train
             some += int(fixed.sum()) * int((~fixed).sum()) > 0
     assert some >= 6
@@ -186,7 +165,7 @@ def test_fixed_kernels_are_ever_more_and_those_that_never_fired_begin_anew(scena
 
 def test_what_is_of_earlier_tasks_does_not_train(scenario) -> None:
     watch = Watch()
-    learn(scenario(), ChannelGating(bias=0.0, sparsity=0.0), watch, model=Rich(), train=MOVERS["adam-kept"])
+    learn(scenario(), ChannelGating(bias=0.0, sparsity=0.0), watch, model=Rich(), **MOVERS["adam-kept"])
     gate = [f"{layer}.{kind}" for layer in ("inner", "norm", "outer") for kind in ("weight", "bias")]
     kernels = {"backbone.first.layer.weight", "backbone.first.layer.bias", "backbone.second.layer.weight"}
     for t in range(3):
@@ -195,7 +174,7 @@ def test_what_is_of_earlier_tasks_does_not_train(scenario) -> None:
         own |= {f"backbone.{norm}.norms.{t}.{kind}" for norm in norms for kind in ("weight", "bias")}
         own |= {f"head.{t}.weight", f"head.{t}.bias"} | kernels
         rest = set() if t else {"backbone.head.weight", "backbone.head.bias"}
-        assert watch.trained[t] == watch.optimized[t] == own | rest
+        assert watch.trainable[t] == watch.optimized[t].keys() == own | rest
     assert all(p.requires_grad for p in watch.run.model.parameters())  # after the run
 
 
@@ -228,9 +207,9 @@ class Bright(Plugin):
 def test_held_out_images_tell_what_fired_where_there_are_any(scenario) -> None:
     for val in (0.25, 0.0):
         watch = Watch()
-        learn(scenario(), ChannelGating(bias=0.0), watch, train={"val": val})
+        learn(scenario(), ChannelGating(bias=0.0), watch, val=val)
         part = "val" if val else "train"
-        for t, fire in enumerate(watch.before.fire):
+        for t, fire in enumerate(watch.early.fire):
             assert set(fire) == {"train", part}
             for name, conv in convs_of(watch.run).items():
                 assert conv.fired[t].tolist() == (fire[part][name] > 0).tolist()
@@ -238,8 +217,8 @@ def test_held_out_images_tell_what_fired_where_there_are_any(scenario) -> None:
 
 def test_a_channel_that_fires_in_one_part_alone_is_judged_by_held_out_images(scenario) -> None:
     bright = Bright()
-    plugins = [bright, ChannelGating(bias=0.0)]  # the gates are set before the method looks at them
-    clframe.run(scenario(), NET, plugins, train=TRAIN | {"val": 0.25}, run={"tensorboard": False})
+    # the gates are set before the method looks at them
+    testing.learn(scenario(), bright, ChannelGating(bias=0.0), model=NET, lr=0.02, schedule="constant", val=0.25)
     assert len(bright.fires) == 3
     for t, fires in enumerate(bright.fires):
         assert fires["train"] != fires["val"]
@@ -253,8 +232,9 @@ def test_a_channel_that_fires_in_one_part_alone_is_judged_by_held_out_images(sce
 def test_the_penalty_is_sparsity_times_the_mean_share_of_open_gates(scenario, sparsity: float, after: float) -> None:
     watch = Watch()
     learn(scenario(), ChannelGating(sparsity=sparsity, sparsity_after=after), watch)
-    assert len(watch.terms) == 18
-    for step, (term, share) in enumerate(zip(watch.terms, watch.expected, strict=True)):
+    terms = watch.losses("channel-gating")
+    assert len(terms) == 18
+    for step, (term, share) in enumerate(zip(terms, watch.expected, strict=True)):
         if step % 6 < after * 6:
             assert term is None
         else:
@@ -267,7 +247,7 @@ def test_sparsity_shuts_gates(scenario) -> None:
     shares = []
     for sparsity in (0.0, 50.0):
         watch = Watch()
-        learn(scenario(), ChannelGating(sparsity=sparsity, sparsity_after=0.0), watch, train={"epochs": 5})
+        learn(scenario(), ChannelGating(sparsity=sparsity, sparsity_after=0.0), watch, epochs=5)
         shares.append(watch.expected[14])
     assert shares[1] < shares[0] - 0.2
 
@@ -288,7 +268,7 @@ def test_curves_are_logged_under_the_names_that_are_documented(scenario) -> None
             curves |= {"distance", "penalty"} if memory == "generative" else set()
             assert set(values) == {f"channel-gating/{curve}" for curve in curves}
             for layer in layers:
-                often, used = watch.before.fire[t]["train"][layer], watch.fixed[t][layer]
+                often, used = watch.early.fire[t]["train"][layer], watch.fixed[t][layer]
                 assert values[f"channel-gating/open/{layer}"] == pytest.approx(often.mean().item())
                 assert values[f"channel-gating/free/{layer}"] == pytest.approx((~used).double().mean().item())
 
@@ -296,41 +276,34 @@ def test_curves_are_logged_under_the_names_that_are_documented(scenario) -> None
 def test_where_no_kernel_is_left_it_names_the_layers(scenario) -> None:
     watch = Watch()
     learn(scenario(), ChannelGating(sparsity=0.0, bias=100.0), watch)
-    full = "net.0, net.3, net.6"
-    hint = f"`channel-gating` has no free kernel left in {full}: a larger `channel-gating.sparsity` leaves more."
+    silent, hint = watch.messages()
     assert watch.hinted == [[], [hint], [hint]]
-    messages = [r["text"] for r in watch.records if r["kind"] == "message"]
-    silent = "The loss term `channel-gating` was 0 at every step of experience 1 of 3."  # as `sparsity` is
-    assert messages == [silent, hint]
+    assert all(word in hint for word in ("`channel-gating`", " net.0, net.3, net.6:", "`channel-gating.sparsity`"))
+    assert all(word in silent for word in ("`channel-gating`", " 0 ", "experience 1 of 3"))  # as `sparsity` is 0
 
 
 # ------------------------------------------------------------------------------------------- refusals
 
 
 def test_it_is_refused_where_it_cannot_be_right(scenario, tiny) -> None:
-    def problems(stream: Any, model: Any = None, **options: Any) -> tuple[str, ...]:
+    def problems(stream: Any, model: Any = NET, **options: Any) -> tuple[str, ...]:
         with pytest.raises(UsageError) as caught:
             learn(stream, ChannelGating(**options), model=model)
         return caught.value.problems
 
-    assert problems(scenario(), "mlp") == (
-        "`channel-gating` gates convolutions, and `mlp` has none: choose another `--model`.",
-    )
-    assert problems(scenario("domain")) == (
-        "The plugin `channel-gating` cannot serve the setting `domain` of `tiny`; it serves `task` and `class`: choose "
-        "with `--setting`.",
-    )
-    assert problems(scenario("class"), size=5) == (
-        "`channel-gating.size` is 5, and there are 6 classes to remember: give each of them one image at least.",
-    )
     generative = {"memory": "generative", "generator_net": "conv"}
-    assert problems(tiny(shape=(1, 6, 6)), **generative) == (
-        "`channel-gating.generator_net=conv` halves images 2 times and needs sides that are divisible by 4, and these "
-        "have 6x6 pixels.",
-    )
-    deaf = "`channel-gating` can never open shut gates of first: their activations should be `nn.ReLU` modules."
-    assert problems(scenario(), Rich(functional.relu)) == (deaf,)
-    learn(scenario(), ChannelGating(size=5), train={"epochs": 1})  # where tasks are told, nothing is remembered
+    for (problem,), words in (
+        (problems(scenario(), "mlp"), ("`channel-gating`", "`mlp`", "`--model`")),
+        (problems(scenario("domain")), ("`channel-gating`", "`domain` of `tiny`", "`task` and `class`", "`--setting`")),
+        (problems(scenario("class"), size=5), ("`channel-gating.size` is 5", "6 classes")),
+        (
+            problems(tiny(shape=(1, 6, 6)), **generative),
+            ("`channel-gating.generator_net=conv`", "divisible by 4", "6x6"),
+        ),
+        (problems(scenario(), Rich(functional.relu)), ("`channel-gating`", " of first:", "`nn.ReLU`")),
+    ):
+        assert all(word in problem for word in words), problem
+    learn(scenario(), ChannelGating(size=5), epochs=1)  # where tasks are told, nothing is remembered
 
 
 # ---------------------------------------------------------------------------------------- saving, loading
@@ -362,7 +335,7 @@ def test_a_stop_within_a_tasks_gan_changes_no_bit(scenario, tmp_path: Path) -> N
     options = {"memory": "generative", "generator_iterations": 4, **QUICK}
 
     def begin(folder: Path) -> None:
-        learn(scenario("class", experiences=2), ChannelGating(**options), train={"epochs": 1}, output=str(folder))
+        learn(scenario("class", experiences=2), ChannelGating(**options), epochs=1, output=str(folder))
 
     def go_on(folder: Path) -> None:
         clframe.resume(folder, scenario=scenario("class", experiences=2), plugins=[ChannelGating(**options)])

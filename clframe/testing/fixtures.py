@@ -281,7 +281,10 @@ class Recorder(Plugin):
 
 
 class Answers(Recorder):
-    """A recorder that also asks the network, after each experience, about every task so far, on fixed images.
+    """A recorder that also asks the network, after each experience, about every task so far, on the same images.
+
+    Args:
+        x: the images [B, ...] as the network takes them; None: six random ones from 0 to 1.
 
     Attributes:
         answers: the logits of each task's classes, by the index of the experience and the task.
@@ -290,8 +293,9 @@ class Answers(Recorder):
 
     name = "answers"
 
-    def __init__(self) -> None:
+    def __init__(self, x: Tensor | None = None) -> None:
         super().__init__()
+        self.x = x
         self.answers: list[list[Tensor]] = []
         self.asked: list[list[Outputs]] = []
 
@@ -299,9 +303,11 @@ class Answers(Recorder):
     def after_eval(self, run: Run) -> None:
         """Ask about every task so far; copy the network's state."""
         super().after_eval(run)
-        x = torch.rand(6, *run.scenario.input_shape, generator=torch.Generator().manual_seed(0))
+        x = self.x
+        if x is None:
+            x = torch.rand(6, *run.scenario.input_shape, generator=torch.Generator().manual_seed(0))
         with evaluating(run.model), torch.no_grad():
-            self.asked.append([run.model(x, torch.full((6,), task)) for task in range(run.experience.index + 1)])
+            self.asked.append([run.model(x, torch.full((len(x),), task)) for task in range(run.experience.index + 1)])
         self.answers.append([outputs.head(task).clone() for task, outputs in enumerate(self.asked[-1])])
 
     def changes(self, measure: Callable[[Tensor, Tensor], Any]) -> list[Any]:
