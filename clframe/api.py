@@ -490,7 +490,7 @@ def _in_notebook() -> bool:
 
 
 def _mapping(given: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """Return the settings `given` as the argument `name`. Raises `UsageError` if they are no mapping."""
+    """Return the settings `given` as the argument `name`. Raises `UsageError` if they are not a mapping."""
     if given is not None and not isinstance(given, Mapping):
         raise UsageError(f"`{name}` is {quote(given)}; it must be a mapping of settings to values.")
     return dict(given or {})

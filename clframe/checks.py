@@ -187,7 +187,7 @@ def check_labels(run: Run, data: ImageData | Batch, what: str) -> None:
     inside = (data.y >= 0) & (data.y < n_classes)
     if not inside.all():
         raise UsageError(
-            f"Label {int(data.y[~inside][0])} in {what} of {run.progress_label} is no class of the head, "
+            f"Label {int(data.y[~inside][0])} in {what} of {run.progress_label} is not a class of the head, "
             f"which has 0 to {n_classes - 1}: correct the labels, or the classes that the scenario declares."
         )
     if mask is not None:
@@ -201,7 +201,7 @@ def check_labels(run: Run, data: ImageData | Batch, what: str) -> None:
 
 
 def check_terms(run: Run, terms: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-    """Refuse an answer to ``penalty`` that is no dict of new names to scalars: it would replace another term."""
+    """Refuse an answer to ``penalty`` that is not a dict of new names to scalars: it would replace another term."""
     if not isinstance(named, dict):
         raise UsageError(
             f"A `penalty` hook gave a {type(named).__name__} in {run.progress_label}; "

@@ -71,7 +71,7 @@ class Interrupted(ClframeError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that memory, or room for another thread, ended; on the CPU that is no MemoryError."""
+    """Return whether `error` says that memory, or room for a thread, ended; on the CPU that is not a MemoryError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):

@@ -36,7 +36,7 @@ def prepare(network: Any, input_shape: Sequence[int], device: torch.device, tell
         tell: called with a sentence about anything that is done differently from what the user may expect.
 
     Raises:
-        UsageError: if it is no backbone, cannot be copied, or `check_backbone` refuses it.
+        UsageError: if it is not a backbone, cannot be copied, or `check_backbone` refuses it.
     """
     plain = unwrap_compiled(network)
     if not isinstance(plain, nn.Module) or not isinstance(plain, Backbone):
@@ -105,7 +105,7 @@ def check_backbone(network: nn.Module, input_shape: Sequence[int], device: torch
         leaves = graph_of(features).leaves
         if strangers := [leaf for key, leaf in leaves.items() if key not in own]:
             problem = (
-                f"computes with a tensor {list(strangers[0].shape)} that requires gradients and is none of the "
+                f"computes with a tensor {list(strangers[0].shape)} that requires gradients and is not one of the "
                 "network's parameters, so that nothing would train it: make it an `nn.Parameter`, and `features` a "
                 "method, not a function that holds another network"
             )

@@ -36,7 +36,7 @@ GROUPS: dict[Kind, str] = {
     "model": "clframe.backbones",
 }
 RESERVED = ("train", "scenario", "model", "run")  # what `--set` uses itself
-SUPPLIED = ("data_root", "input_shape", "variant")  # a builder's parameters that are no options
+SUPPLIED = ("data_root", "input_shape", "variant")  # a builder's parameters that are not options
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,15 @@ class Sampler:
         """Continue where `state` was taken. Raises `DataError` if that was among other images."""
         length = len(state["order"])
         if not 0 <= state["step"] <= self.steps or length not in (0, self._n):
-            raise DataError("The checkpoint's place among the images is none of this phase: its data or state changed.")
+            raise DataError(
+                "The checkpoint's place among the images is not one of this phase, as its data or state changed: "
+                "resume with the data of the run, or start a new run."
+            )
         if length and not torch.equal(state["order"].cpu().sort().values, torch.arange(length)):
-            raise DataError("The checkpoint's order of the images is none: it does not name each of them once.")
+            raise DataError(
+                "The checkpoint's order of the images does not name each of them once: start a new run, or remove the "
+                "newest folder in `checkpoints` to resume from the one before it."
+            )
         self.step, self._order = state["step"], state["order"].to(self._device)
 
 

@@ -281,7 +281,8 @@ def find_problems(kind: registry.Kind, name: str) -> list[str]:
     """Return one sentence for each reason why a new package cannot be called `name`."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         return [
-            f"`{name}` is no name for a {KIND_OF[kind]}: take small letters, digits and single hyphens between them."
+            f"`{name}` cannot be the name of a {KIND_OF[kind]}: use small letters, digits and single hyphens between "
+            "them."
         ]
     module = name.replace("-", "_")
     if name in registry.RESERVED:

@@ -534,7 +534,7 @@ def markdown(docstring: str) -> list[str]:
 
 
 def _entries(body: list[str]) -> list[str]:
-    """Return the list that the indented lines below ``Args:`` and the like are, or their text if they are none."""
+    """Return the indented lines below ``Args:`` and the like as a list, or as text if they are not a list."""
     entries: list[list[str]] = []
     for line in body:
         if not line:

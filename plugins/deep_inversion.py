@@ -122,7 +122,7 @@ class DeepInversion(Plugin):
         return {"class": "seen", "task": "own"}.get(run.scenario.setting)
 
     def problems(self, run: Run) -> Iterable[str]:
-        """Yield a sentence for a backbone without batch norms, or inputs that are no images."""
+        """Yield a sentence for a backbone without batch norms, or inputs that are not images."""
         yield from dreaming_problems(run, self)
 
     @hookimpl

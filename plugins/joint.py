@@ -1,6 +1,6 @@
 """Joint training, the oracle: all data at once, or all data so far after each experience.
 
-The upper bound that methods are compared with. It keeps every experience, so it is no continual learner.
+The upper bound that methods are compared with. It keeps every experience, so it is not a continual learner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Joint(Plugin):
     scratch.
 
     When to use:
-        As the upper bound that methods are compared with; as it keeps every experience, it is no continual learner.
+        As the upper bound that methods are compared with; as it keeps every experience, it is not a continual learner.
 
     Keeps:
         All training images.

@@ -99,8 +99,8 @@ class LwM(Plugin):
             )
         elif self.layer is not None and self.layer not in maps:
             yield (
-                f"The output of `lwm.layer={self.layer}` is no map [B, K, H, W] of several pixels; choose one of the "
-                f"convolutions, {', '.join(convolutions) or 'of which this backbone has none'}."
+                f"The output of `lwm.layer={self.layer}` is not a map [B, K, H, W] of several pixels; choose one of "
+                f"the convolutions, {', '.join(convolutions) or 'of which this backbone has none'}."
             )
         elif why := self._why_not_twice(run, self.layer or maps[-1]):
             yield (

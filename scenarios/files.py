@@ -247,7 +247,7 @@ def read_all(
     for i in sorted(good, key=lambda i: entries[i].name):
         e = entries[i]
         line = "\0".join([e.name, e.label, e.part or "", e.group, found[i][0].hex(), ""])
-        total.update(line.encode(errors="surrogateescape"))  # a file's name may be no UTF-8
+        total.update(line.encode(errors="surrogateescape"))  # a file's name need not be UTF-8
     if len(good) < len(entries):
         entries = [entries[i] for i in good]
         pixels = pixels[good] if keep else pixels

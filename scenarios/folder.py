@@ -117,7 +117,7 @@ def _list_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[s
     """
     try:
         if not root.is_dir():
-            there = "is no folder" if root.exists() else "does not exist"
+            there = "is not a folder" if root.exists() else "does not exist"
             raise DataError(
                 f"The folder {quote_path(root.absolute())} {there}; name that of your class folders with "
                 "`--set scenario.path=FOLDER`."

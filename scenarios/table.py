@@ -297,7 +297,7 @@ def _check_groups(entries: Sequence[Entry], what: str, kind: str, column: str) -
 
 
 def _order_groups(groups: Sequence[str], stream: FileStream, kind: str) -> list[str]:
-    """Return the groups in the order in which they are learned. Raises `UsageError` if `order` is no permutation."""
+    """Return the groups in the order in which they are learned. Raises `UsageError` if `order` is not a permutation."""
     order = stream.class_order(len(groups))
     if sorted(order) != list(range(len(groups))):
         raise UsageError(

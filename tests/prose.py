@@ -43,6 +43,7 @@ PLAIN = {
     "one's own": "your own, custom",
     "such as will do": "that suffices",
     "springs?": "penalty",
+    r"(is|are|was|were|be|been)\s+(?-i:no|none)": "`is not a`, `are not`; `is not one of`",  # but `is None` is code
 }
 Z = (
     "categor|character|custom|final|general|initial|item|local|material|maxim|minim|modern|normal|optim|organ|parallel"
@@ -65,7 +66,12 @@ AMERICAN = {
     "whilst|amongst": "while, among",
 }
 WORDS = PLAIN | AMERICAN
-PATTERN = re.compile("|".join(rf"\b(?:{word})\b" for word in WORDS), re.IGNORECASE)
+# Phrases that are right, though an unwanted one is in them.
+RIGHT = (
+    r"there(\s+\w+)?\s+(is|are|was|were|be|been)\s+(no|none)",
+    r"(is|are|was|were|be|been)\s+no\s+(longer|more|less|fewer|faster|slower|larger|smaller|better|worse|later|earlier)",
+)
+PATTERN = re.compile(rf"\b(?:{'|'.join(RIGHT)}|(?P<word>{'|'.join(WORDS)}))\b", re.IGNORECASE)
 
 
 def better(word: str) -> str:
@@ -95,8 +101,8 @@ def findings(path: Path) -> Iterator[str]:
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
     for first, text in texts(path):
         for match in PATTERN.finditer(text):
-            word = match.group()
-            if word.lower() not in ALLOWED.get(name, ()):
+            word = match["word"]
+            if word and word.lower() not in ALLOWED.get(name, ()):
                 yield f"{name}:{first + text.count(chr(10), 0, match.start())}: {word!r}: {better(word)}"
 
 

@@ -362,7 +362,7 @@ def test_every_job_is_timed_with_its_method_at_work(
     for job in method_cost.JOBS:
         terms = seen.setdefault(f"{job.name} {job.setting}", set())
         assert method_cost.in_clframe(job, tmp_path) > 0
-    bare = {"fine-tuning", "feature-extraction", "finetune-fc", "lwf, mc"}  # what they do is no term of the loss
+    bare = {"fine-tuning", "feature-extraction", "finetune-fc", "lwf, mc"}  # what they do is not a term of the loss
     for name, terms in seen.items():
         job = next(job for job in method_cost.JOBS if f"{job.name} {job.setting}" == name)
         expected = set() if job.name in bare else set(job.plugins)

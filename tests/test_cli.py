@@ -108,7 +108,7 @@ def test_a_run_folder_that_exists_is_refused_and_kept(capsys):
     Path("out").mkdir()
     Path("out/precious").write_text("x")
     assert main(["run", *SHORT, "--output", "out"]) == 2
-    assert "The folder out is not empty, and no run folder" in capsys.readouterr().err
+    assert "The folder out is not empty, and is not a run folder" in capsys.readouterr().err
     Path("out/config.yaml").write_text("")
     assert main(["run", *SHORT, "--output", "out"]) == 2
     assert "clframe resume out" in capsys.readouterr().err

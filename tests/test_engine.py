@@ -610,7 +610,7 @@ def test_a_label_that_the_head_lacks_is_refused(tiny, label: int):
         def extra_data(self, run, experience):
             return clframe.ImageData(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.full((3,), label))
 
-    with pytest.raises(UsageError, match=f"Label {label} in the training data of experience 1 of 3 is no class"):
+    with pytest.raises(UsageError, match=f"Label {label} in the training data of experience 1 of 3 is not a class"):
         learn(tiny(), Strange())
 
 
@@ -669,12 +669,12 @@ def test_a_run_folder_that_is_a_file_is_refused(tiny, tmp_path: Path):
 
 
 def test_a_folder_with_something_else_in_it_is_refused_and_kept(tiny, tmp_path: Path):
-    """No word of resuming what is no run."""
+    """Nothing is said of resuming a folder that is not a run."""
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError) as caught:
         learn(tiny(), output=str(tmp_path))
     assert caught.value.problems == (
-        f"The folder {tmp_path} is not empty, and no run folder: name another with `--output`.",
+        f"The folder {tmp_path} is not empty, and is not a run folder: name another with `--output`.",
     )
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -214,7 +214,7 @@ def test_it_learns_from_the_labels_of_the_last_experience_or_is_refused(which: s
     if sentence := refusal(which, name):
         with pytest.raises(UsageError, match=sentence) as caught:
             learned()
-        if setting == "domain":  # in which classes come back as they should: that is no reason
+        if setting == "domain":  # in which classes come back as they should: that is not a reason
             assert "share the class" not in str(caught.value)
         return
     right = learned()
@@ -600,7 +600,7 @@ def test_old_answers_of_one_class_each_are_distilled_among_all_that_take_part_in
 
 
 def test_a_dream_is_of_its_class_among_all_classes_of_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Class 2 is new in the second task, whose class 1 is the first task's: alone it would be no choice."""
+    """Class 2 is new in the second task, whose class 1 is the first task's: alone it would not be a choice."""
     asked: set[tuple[int, tuple[bool, ...]]] = set()
     original = inversion.inversion_loss
 

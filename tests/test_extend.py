@@ -590,7 +590,7 @@ def test_a_folder_of_old_images_has_folders_named_like_learned_classes(tiny: Any
     coming, run = part(whole, 1, 2), {"old_images": str(tmp_path / "old")}
     with pytest.raises(UsageError, match="a folder class 7, and no class of that name was learned"):
         clframe.extend(tmp_path / "first", coming, plugins="mas", run=run)
-    with pytest.raises(DataError, match="which is no folder"):
+    with pytest.raises(DataError, match="which is not a folder"):
         clframe.extend(tmp_path / "first", coming, plugins="mas", run={"old_images": str(tmp_path / "none")})
     with pytest.raises(UsageError, match="there is none: leave it out"):
         clframe.extend(tmp_path / "first", coming, plugins="lwf", run=run)

@@ -109,7 +109,7 @@ def test_in_domains_the_one_head_goes_on_learning(tiny):
 
 @pytest.mark.parametrize("logits", ["seen", "all"])
 def test_a_head_that_stands_from_the_start_is_trained_block_by_block(tiny, logits: str):
-    """Blocks of classes to come are no old ones; with the loss over all logits they are trained, too."""
+    """Blocks of classes to come are not old ones; with the loss over all logits they are trained, too."""
     recorder = Recorder()
     learn(tiny(), FeatureExtraction(), recorder, train={"logits": logits})
     assert recorder.changed(1) == HEAD_1 | (HEAD_2 if logits == "all" else set())

@@ -284,7 +284,7 @@ def test_what_is_no_folder_of_classes_is_refused_in_one_sentence(small, tmp_path
     (heic / "phone" / "IMG_1.HEIC").write_text("")
     for path, told in (
         (tmp_path / "nowhere", "does not exist; name that of your class folders"),
-        (file, "is no folder"),
+        (file, "is not a folder"),
         (one, "has one class, `a`; it must hold a folder for each class, and two classes at least."),
         (flat, r"has no class folders with images; .* There are 10 images beside\.$"),
         (above, r"If the folders in .*inner are the classes, name that one with `--set scenario.path=FOLDER`"),

@@ -343,7 +343,7 @@ def test_what_fired_is_settled_and_the_rest_begins_anew() -> None:
 
 
 def test_kernels_that_begin_anew_begin_without_the_moments_of_a_kept_optimizer() -> None:
-    """Of a kernel that stays, and of what is no kernel, they stay to the bit."""
+    """Of a kernel that stays, and of what is not a kernel, they stay to the bit."""
     model, rows = gated(bias=0.0), images()
     often, convs = by_hand(model, rows), convs_of(model.backbone)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
@@ -369,7 +369,7 @@ def test_kernels_that_begin_anew_begin_without_the_moments_of_a_kept_optimizer()
 
 
 def test_a_users_own_norms_and_gates_and_head_are_told_apart_by_what_they_are() -> None:
-    """`norms.0` of the backbone is no norm of task 0, and `backbone.head` not the head."""
+    """`norms.0` of the backbone is not a norm of task 0, and `backbone.head` not the head."""
     net = Own(nn.ReLU(), nn.ReLU(), nn.ReLU())
     net.head = nn.Linear(6, 6)
     net.gates = nn.ModuleList([nn.Linear(2, 2)])

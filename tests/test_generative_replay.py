@@ -561,7 +561,7 @@ def test_images_that_are_classes_are_seen_as_those_by_the_solver(tiny) -> None:
     assert min(recorder.logged()["generative-replay/agreement"]) > 0.95
     recorder = testing.Recorder()
     learn(tiny(2), GenerativeReplay(prior="class", iterations=1, **SMALL), recorder)
-    assert max(recorder.logged()["generative-replay/agreement"]) < 0.8  # of a generator that is none
+    assert max(recorder.logged()["generative-replay/agreement"]) < 0.8  # of a generator that learns nothing
 
 
 def test_flat_inputs_are_learnt_and_not_shown(tiny_arrays, tmp_path: Path) -> None:

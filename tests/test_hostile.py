@@ -86,7 +86,7 @@ def test_only_the_kinds_of_images_that_are_named_are_opened(tmp_path, monkeypatc
     with Image.open(tmp_path / "photo.png") as image:
         assert image.format == "EPS"  # the trap works
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
-    with pytest.raises(DataError, match=r"^it is no image of a known kind$"):
+    with pytest.raises(DataError, match=r"^it is not an image of a known kind$"):
         ImageFormat(4).read(tmp_path / "photo.png")
     kinds = {"a.jpg", "a.png", "a.gif", "a.bmp", "a.webp", "a.tif", "a.ppm", "a.pgm", "a.pbm"}
     for name in kinds:

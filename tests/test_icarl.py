@@ -191,7 +191,7 @@ def test_a_finished_run_answers_without_its_images(tiny, tmp_path: Path) -> None
         assert float(correct) == pytest.approx(results.accuracy["class"][2][on])
     written = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert not any(image.numpy().tobytes() in written for e in scenario for image in e.train.x)
-    assert results.data["calibration"] == {}  # distances are no logits
+    assert results.data["calibration"] == {}  # distances are not logits
 
 
 def test_within_an_experience_new_classes_have_the_mean_of_their_images(tiny) -> None:

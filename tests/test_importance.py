@@ -125,7 +125,7 @@ class Branching(nn.Module):
 
 
 class OneRowOfParameters(nn.Module):
-    """A linear layer whose rows are no samples, though they may be as many."""
+    """A linear layer whose rows are not samples, though they may be as many."""
 
     width = 5
 

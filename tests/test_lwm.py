@@ -508,14 +508,14 @@ def test_the_loss_of_labels_is_over_the_current_classes(tiny) -> None:
         (
             "cnn-small",
             {"layer": "net.10"},
-            "The output of `lwm.layer=net.10` is no map [B, K, H, W] of several pixels; choose one of the "
-            "convolutions, `net.0`, `net.3`, `net.6`.",
+            "The output of `lwm.layer=net.10` is not a map [B, K, H, W] of several pixels; choose one of "
+            "the convolutions, `net.0`, `net.3`, `net.6`.",
         ),
         (
             "mlp-100",
             {"layer": "net.1"},
-            "The output of `lwm.layer=net.1` is no map [B, K, H, W] of several pixels; choose one of the "
-            "convolutions, of which this backbone has none.",
+            "The output of `lwm.layer=net.1` is not a map [B, K, H, W] of several pixels; choose one of "
+            "the convolutions, of which this backbone has none.",
         ),
     ],
 )

@@ -141,8 +141,8 @@ def test_it_runs_beside_built_ins(installed: Path, capsys):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("plugins new My_Method", "`My_Method` is no name for a plugin: take small letters, digits and single hyphens"),
-        ("plugins new 3d", "`3d` is no name for a plugin"),
+        ("plugins new My_Method", "`My_Method` cannot be the name of a plugin: use small letters, digits"),
+        ("plugins new 3d", "`3d` cannot be the name of a plugin"),
         ("plugins new run", "A plugin cannot be called `run`: `--set run.x=...` means something else."),
         ("plugins new after-step", "`after_step` is the name of a hook: choose another for the plugin."),
         ("plugins new none", "`none` is a word of Python: choose another for the plugin."),

@@ -205,7 +205,7 @@ def test_wrong_input_is_told_in_a_sentence_each(run: Any, tmp_path: Path):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:40])
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"broken.png cannot be read.*\n.*notes.txt cannot be read: it is no image"):
+    with pytest.raises(DataError, match=r"broken.png cannot be read.*\n.*notes.txt cannot be read: it is not an image"):
         trained.predict([tmp_path / "broken.png", image, tmp_path / "notes.txt"])
     skipped: list[str] = []
     found = trained.predict([tmp_path / "broken.png", image], skipped=skipped)
@@ -253,7 +253,7 @@ def test_the_command_prints_a_line_for_each_image_and_json(
         (["run"], 2, "Missing argument 'IMAGES...'"),
         (["run", "run", "--top", "0"], 2, "`--top` is 0; it must be 1 at least"),
         (["run", "run", "--task", "4"], 2, "`--task` is 4, and this model has learned the tasks 1 to 3"),
-        (["run", "run/config.yaml"], 3, "The image run/config.yaml cannot be read: it is no image of a known kind"),
+        (["run", "run/config.yaml"], 3, "The image run/config.yaml cannot be read: it is not an image of a known kind"),
     ],
 )
 def test_the_command_explains_wrong_input(

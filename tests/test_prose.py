@@ -12,7 +12,7 @@ MODULE = '''"""A module.
 It penalises
 whoever reads."""
 
-whoever = grey = 1  # names are no prose, but this heeds nothing
+whoever = grey = 1  # names are not prose, but this heeds nothing
 
 
 def colour(nobody: int) -> str:
@@ -45,6 +45,21 @@ def test_words_that_are_right_are_left_alone(tmp_path: Path):
         "Raise noise likewise; exercise, promise, precise, wise; users who see colors, learned or labeled.\n"
     )
     assert list(prose.findings(path)) == []
+
+
+def test_a_thing_is_not_said_to_be_no_thing(tmp_path: Path):
+    path = tmp_path / "page.md"
+    path.write_text(
+        "Label 3 is no class of the head, which\nare\nno options, was none of these, or must be no folder.\n"
+        "There is no plugin, there may be none, there\n    are no images; it is no longer, no faster and no folder "
+        "`is None`.\n"
+    )
+    assert [line.removeprefix(f"{path}:") for line in prose.findings(path)] == [
+        "1: 'is no': `is not a`, `are not`; `is not one of`",
+        "2: 'are\\nno': `is not a`, `are not`; `is not one of`",
+        "3: 'was none': `is not a`, `are not`; `is not one of`",
+        "3: 'be no': `is not a`, `are not`; `is not one of`",
+    ]
 
 
 def test_an_allowed_word_is_allowed_in_its_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -152,7 +152,7 @@ def test_two_packages_with_one_name_are_both_named(install):
 
 
 def test_a_package_that_offers_a_name_twice_is_named_with_both(install):
-    """Its metadata may, though a pyproject.toml may not; a second copy of the package is no second offer."""
+    """Its metadata may, though a pyproject.toml may not; a second copy of the package is not a second offer."""
     info = install("acme", PLUGIN, plugins={"noise": "acme:Noise"})
     with (info / "entry_points.txt").open("a") as file:
         file.write("noise = acme:Other\n")

@@ -287,7 +287,7 @@ def test_path_is_that_of_the_base_loss_alone(
 
 
 def test_path_of_convolutions_and_batch_norms(tiny: Callable[..., Scenario]) -> None:
-    """Gradients are those of training, in train mode; running statistics are no weights and have no importance."""
+    """Gradients are those of training, in train mode; running statistics are not weights and have no importance."""
     si = SI(c=3.0)
     seen = run(tiny(2), si, model=cnn(), **ADAM)
     for omega, wanted in zip(seen.omega_of_si, seen.omega, strict=True):

@@ -110,9 +110,9 @@ def test_what_the_file_does_not_settle_can_be(saved):
 def test_a_file_that_holds_no_scenario_is_refused(saved, tmp_path):
     for name, text, told in (
         ("missing.json", None, r"cannot be read: No such file"),
-        ("text.json", "hello", r"it is no JSON"),
+        ("text.json", "hello", r"it is not JSON"),
         ("pipe.json", "", r"cannot be read: it is a pipe"),
-        ("digits.json", '{"kind": ' + "1" * 5_000 + "}", r"it is no JSON"),
+        ("digits.json", '{"kind": ' + "1" * 5_000 + "}", r"it is not JSON"),
         ("name.json", '{"kind": "clframe scenario", "format": 1, "scenario": {"name": 3}}', r"holds no scenario"),
         ("list.json", "[1]", r"holds no scenario: write one with `clframe scenarios show NAME --save FILE\.json`"),
         ("other.json", '{"kind": "x"}', r"holds no scenario"),

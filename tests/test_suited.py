@@ -134,7 +134,7 @@ def test_the_same_in_another_type_is_taken_and_what_is_not_the_same_is_refused(n
     [
         (int, 2e1, 20),
         (int, -0.0, 0),
-        (int, 2.0**53, 2.0**53),  # the first whose neighbor is no float
+        (int, 2.0**53, 2.0**53),  # the first whose neighbor is not a float
         (int, float("inf"), float("inf")),
         (int | float, 2.0, 2.0),
         (int | list[int], 2.0, 2),

@@ -272,7 +272,7 @@ def test_a_link_that_appears_while_it_runs_is_not_written_through(tmp_path: Path
     assert (tmp_path / "x").read_bytes() == b"new"
 
 
-# ------------------------------------------------------------------------------- what is no such file
+# ------------------------------------------------------------------------------- what is not such a file
 
 
 @pytest.mark.parametrize("name", READ)
@@ -387,7 +387,7 @@ def test_a_folder_with_a_users_own_files_is_never_taken(tmp_path: Path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "split.json").write_text("{}")
-    with pytest.raises(UsageError, match="not empty, and no run folder"):
+    with pytest.raises(UsageError, match="not empty, and is not a run folder"):
         begin(folder)
     assert (folder / "split.json").read_text() == "{}"
 

@@ -49,7 +49,7 @@ def from_avalanche(
             stay as they are.
 
     Raises:
-        UsageError: if the object is no such benchmark, or cannot be learned in this setting.
+        UsageError: if the object is not such a benchmark, or cannot be learned in this setting.
         DataError: if the parts of its data do not match.
     """
     parts = {part: _read_stream(benchmark, part) for part in ("train", "test")}

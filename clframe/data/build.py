@@ -306,7 +306,7 @@ def split_classes(
             ``keep`` them (`Arrays.without_duplicates`); None: no search for such images, as in published data sets.
 
     Raises:
-        UsageError: if the classes cannot be divided into such groups, or `order` is no permutation.
+        UsageError: if the classes cannot be divided into such groups, or `order` is not a permutation.
         DataError: if training and test share images, and `duplicates` is ``refuse``.
     """
     _check_arrays(name, arrays)
@@ -407,7 +407,7 @@ def change_domains(
 
     Raises:
         DataError: if training and test share images, and `duplicates` is ``refuse``.
-        UsageError: if `change` is no function of two arguments, or returns another number or shape of images.
+        UsageError: if `change` is not a function of two arguments, or returns another number or shape of images.
     """
     _check_arrays(name, arrays)
     asked = {"experiences": experiences, "setting": setting, "duplicates": duplicates}

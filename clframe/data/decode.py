@@ -96,7 +96,7 @@ class ImageFormat:
                 plain = self._resize(_convert_mode(image, "L" if self.mode == "gray" else "RGB"))
             pixels = np.asarray(plain)
         except UnidentifiedImageError as error:
-            raise DataError("it is no image of a known kind") from error
+            raise DataError("it is not an image of a known kind") from error
         except Unreadable as error:
             raise DataError(error.reason) from error
         except DataError:

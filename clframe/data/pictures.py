@@ -48,7 +48,7 @@ def draw_sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
     A row has `columns` images, divided among the classes in their order, if there are enough.
 
     Raises:
-        UsageError: if the data of `scenario` are no images.
+        UsageError: if the data of `scenario` are not images.
     """
     import numpy as np
     import torch
@@ -56,8 +56,8 @@ def draw_sheet(scenario: Scenario, columns: int = 12) -> NDArray[np.uint8]:
 
     if len(scenario.input_shape) != 3:
         raise UsageError(
-            f"The data of `{scenario.name}` are {list(scenario.input_shape)}, no images [channels, height, width]: "
-            "there is nothing to draw."
+            f"The data of `{scenario.name}` are {list(scenario.input_shape)}, not images [channels, height, "
+            "width]: there is nothing to draw, so leave out the sheet."
         )
     strips: list[NDArray[np.uint8]] = []
     for experience in scenario:

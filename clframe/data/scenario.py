@@ -20,7 +20,7 @@ Part = Literal["train", "test"]
 
 
 def names_of(class_names: Iterable[object], name: str) -> tuple[str, ...]:
-    """Return the class names of the scenario `name` as texts. Raises `UsageError` if `class_names` is no list."""
+    """Return the class names of the scenario `name` as texts. Raises `UsageError` if `class_names` is not a list."""
     if not isinstance(class_names, Iterable):
         raise UsageError(f"The class names of `{name}` are {quote(class_names)}: give a list with one for each label.")
     return tuple(map(str, class_names))

@@ -123,7 +123,7 @@ def collect_grown(data: Any) -> set[int]:
 
 
 def _find_item(container: Any, key: Any) -> Any:
-    """Return the item of a container under `key`; None if there is none, or `container` is none."""
+    """Return the item of a container under `key`; None if there is none, or `container` is not one."""
     if isinstance(container, Mapping):
         return container.get(key)
     if isinstance(container, list | tuple) and isinstance(key, int) and key < len(container):

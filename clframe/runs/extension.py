@@ -152,7 +152,9 @@ def read_old_images(
         UsageError: if a folder is not named like a class that was learned, or there is no image.
     """
     if not folder.is_dir():
-        raise DataError(f"`run.old_images` is {folder}, which is no folder; name one that has a folder for each class.")
+        raise DataError(
+            f"`run.old_images` is {folder}, which is not a folder; name one that has a folder for each class."
+        )
     learned = {_normalize(scenario.class_names[c]): c for classes in scenario.classes for c in classes}
     try:
         found = class_folders(folder, left)

@@ -54,7 +54,7 @@ class RunFolder:
 
     Raises:
         UsageError: if `new` and the folder exists.
-        DataError: if the folder cannot be written, is no run folder, or another process works on it.
+        DataError: if the folder cannot be written, is not a run folder, or another process works on it.
     """
 
     def __init__(self, path: Path, *, new: bool) -> None:
@@ -77,7 +77,7 @@ class RunFolder:
             ) from error
 
     def _check(self, new: bool) -> None:
-        """Refuse a path that is no place for a new run folder, or is no run folder."""
+        """Refuse a path that cannot become a new run folder, or is not a run folder."""
         path = self.path
         if new and path.exists() and not path.is_dir():
             raise UsageError(f"The run folder {path} is a file: name another with `--output`.")
@@ -88,7 +88,7 @@ class RunFolder:
                 f"The run folder {path} exists already: name another with `--output`, or go on with "
                 f"`clframe resume {path}`."
                 if a_run
-                else f"The folder {path} is not empty, and no run folder: name another with `--output`."
+                else f"The folder {path} is not empty, and is not a run folder: name another with `--output`."
             )
         if not new:
             if not (path / CONFIG).is_file():

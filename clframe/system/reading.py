@@ -36,7 +36,7 @@ def expand_home(path: str | Path) -> Path:
 
     Raises:
         DataError: if there is no such user.
-        UsageError: if `path` is no path.
+        UsageError: if `path` is not a path.
     """
     try:
         return Path(path).expanduser()
@@ -52,7 +52,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
     """Open the regular file `path`, of `limit` bytes at most, for reading; pipes and devices are never read.
 
     Raises:
-        DataError: if the file is missing, may not be read, is no regular file, or has more than `limit` bytes.
+        DataError: if the file is missing, may not be read, is not a regular file, or has more than `limit` bytes.
     """
     try:
         check_regular(path, limit)
@@ -98,21 +98,21 @@ def read_text(path: str | Path, limit: int) -> str:
 
 
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
-    """Return the content of the JSON file `path`. Raises `DataError` as `read_text`, and for text that is no JSON."""
+    """Return the content of the JSON file `path`. Raises `DataError` as `read_text`, and for text that is not JSON."""
     return parse_json(read_text(path, limit), path)
 
 
 def parse_json(text: str | bytes, path: str | Path) -> Any:
     """Return the content of the JSON `text` from the file `path`.
 
-    Raises `DataError` if the text is no JSON, is nested too deeply, or has whole numbers of thousands of digits.
+    Raises `DataError` if the text is not JSON, is nested too deeply, or has whole numbers of thousands of digits.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
         raise Unreadable(path, "it is nested too deeply") from error
     except ValueError as error:  # from JSON, UTF-8, or `int`, which takes 4,300 digits at most
-        raise Unreadable(path, f"it is no JSON ({cut(str(error))})") from error
+        raise Unreadable(path, f"it is not JSON ({cut(str(error))})") from error
 
 
 @contextmanager

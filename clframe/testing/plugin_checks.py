@@ -65,7 +65,7 @@ def options_are_documented(subject: Subject, folder: Path) -> None:
 def options_of_repr(text: str, name: str) -> dict[str, Any]:
     """Return the arguments of a call such as `EWC(lambda_=1.0)`, which may hold literals and paths.
 
-    Raises `ValueError` if `text` is no such call of `name`.
+    Raises `ValueError` if `text` is not such a call of `name`.
     """
     try:
         call = ast.parse(text, mode="eval").body

@@ -35,7 +35,7 @@ def its_images_are_what_it_says(subject: Subject, folder: Path) -> None:
             expected = tuple(stream.input_shape)
             require(shape == expected, f"The {part} images of {where} are {shape}, not as `input_shape`.")
             strange = sorted(set(data.y.tolist()) - set(experience.classes))
-            require(not strange, f"The label {strange[:1]} in the {part} images of {where} is none of its classes.")
+            require(not strange, f"The label {strange[:1]} in the {part} images of {where} is not one of its classes.")
             tasks = data.task.unique().tolist()
             require(tasks == [experience.task], f"The {part} images of {where} have the tasks {tasks}.")
     last = max(max(classes) for classes in stream.classes)

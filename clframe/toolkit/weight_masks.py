@@ -61,7 +61,7 @@ def _places(like: Tensor) -> Tensor:
 
 
 def undecayed_parameter(values: Tensor) -> nn.Parameter:
-    """Create a parameter of these values, exempt from weight decay, for which 0 is no sensible prior."""
+    """Create a parameter of these values, exempt from weight decay, for which 0 is not a sensible prior."""
     parameter = nn.Parameter(values)
     parameter.decays = False  # type: ignore[attr-defined]  # read where the optimizer is built
     return parameter
