@@ -191,8 +191,8 @@ def test_a_sheet_has_a_row_for_each_experience_with_its_classes_in_turn(tiny):
     assert Image.open(BytesIO(encode_png(picture))).size == (width, 3 * height)
 
 
-def test_there_is_no_sheet_of_what_is_no_image(tiny):
-    with pytest.raises(UsageError, match=r"The data of `tiny` are \[16\], no images"):
+def test_there_is_no_sheet_of_data_that_are_not_images(tiny):
+    with pytest.raises(UsageError, match=r"The data of `tiny` are \[16\], not images"):
         draw_sheet(tiny(shape=(16,)))
 
 
