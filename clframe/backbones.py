@@ -296,7 +296,10 @@ def _check(net: nn.Module, input_shape: tuple[int, ...], width: int, name: str) 
 def _channels(input_shape: tuple[int, ...], name: str) -> int:
     """Return the number of channels of the images, or raise `UsageError` if their shape is not that of images."""
     if len(input_shape) != 3:
-        raise UsageError(f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}.")
+        raise UsageError(
+            f"`{name}` takes images [channels, height, width], and the scenario's shape is {input_shape}: choose "
+            "another model, such as mlp."
+        )
     return input_shape[0]
 
 

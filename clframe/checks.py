@@ -35,7 +35,10 @@ def check_run(run: Run, scenario: Scenario) -> None:
         if scenario.setting not in plugin.serves
     ]
     if run.config.train.logits == "own" and scenario.setting == "domain":
-        problems.append("`train.logits=own` needs tasks with classes of their own; the domain setting has none.")
+        problems.append(
+            "`train.logits=own` needs tasks with classes of their own, and the domain setting has none: choose `seen`, "
+            "or leave it out."
+        )
     problems += _logits_problems(run)
     problems += stream_problems(run)
     problems += single_image_problems(run, scenario)

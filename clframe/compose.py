@@ -49,7 +49,7 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
             problems.append(f"`{plugin.__name__}` is a class; give a plugin built from it: `{plugin.__name__}()`.")
             continue
         if not isinstance(plugin, Plugin):
-            problems.append(f"{plugin!r} is not a plugin: its class does not derive from `clframe.Plugin`.")
+            problems.append(f"{plugin!r} is not a plugin: derive its class from `clframe.Plugin`.")
             continue
         cls = type(plugin)
         cls.name = cls.name or cls.__name__
@@ -57,7 +57,10 @@ def manager(plugins: Sequence[Plugin]) -> pluggy.PluginManager:
             problems.append(f"The plugin `{cls.name}` is in the run twice; name it once.")
             continue
         if cls.name in RESERVED:
-            problems.append(f"A plugin cannot be called `{cls.name}`: `--set {cls.name}.x=...` means something else.")
+            problems.append(
+                f"A plugin cannot be called `{cls.name}`, as `--set {cls.name}.x=...` means something else: give its "
+                "class another `name`."
+            )
         built[cls.name] = plugin
         problems += _problems_of(cls)
     alone = [problem for plugin in built.values() for problem in isolation_problems(plugin, built.values())]

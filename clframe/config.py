@@ -254,7 +254,9 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     except Unreadable as error:
         raise UsageError(f"The configuration {quote_path(path)} cannot be read: {error.reason}.") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"The configuration {path} is not UTF-8 text (byte {error.start}).") from error
+        raise UsageError(
+            f"The configuration {path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
+        ) from error
     data = parse_yaml(text, str(path))
     if (path.parent / ENVIRONMENT).is_file():  # in a run folder, which an earlier version may have written
         data = update_config(data)
@@ -279,7 +281,7 @@ def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str,
             problems.append(f"`--set {cut(text)}` is not of the form `section.option=value`, such as `train.lr=0.1`.")
             continue
         if public_name(option) in changes.get(section, {}):
-            problems.append(f"`--set {section}.{public_name(option)}` is given twice.")
+            problems.append(f"`--set {section}.{public_name(option)}` is given twice; give it once.")
         with _collected(problems):
             changes.setdefault(section, {})[public_name(option)] = parse_yaml(value, f"`--set {cut(text)}`")
     return changes

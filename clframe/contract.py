@@ -76,7 +76,7 @@ def _problems_of(cls: type[Plugin]) -> list[str]:
                     + did_you_mean(parameter.name, allowed)
                 )
             elif parameter.default is not parameter.empty:
-                problems.append(f"{method} gives its argument `{parameter.name}` a default; hooks have none.")
+                problems.append(f"{method} gives its argument `{parameter.name}` a default: leave it out.")
     for old, new in OF_PLUGINS.items():
         if any(old in vars(base) for base in cls.__mro__):
             problems.append(now_called(f"{old}` of plugin `{cls.name}", new))

@@ -210,7 +210,9 @@ class Engine:
         run = self.run
         data = data if phase.data is None else phase.data.to(run.device)
         if not len(data):
-            raise DataError(f"The scenario `{self.stream.name}` has no training images in {run.progress_label}.")
+            raise DataError(
+                f"The scenario `{self.stream.name}` has no training images in {run.progress_label}; add some."
+            )
         check_labels(run, data, "the training data")
         self.replay_checked = False
         with self.trainer.training(phase, data) as batches:

@@ -124,7 +124,9 @@ def find(kind: Kind, name: str) -> tuple[Offer, str | None]:
     known = offers(kind)
     found = [offer for offer in known if offer.name == base]
     if kind == "plugin" and base in RESERVED:
-        raise UsageError(f"A plugin cannot be called `{base}`: `--set {base}.x=...` means something else.")
+        raise UsageError(
+            f"A plugin cannot be called `{base}`, as `--set {base}.x=...` means something else: give it another name."
+        )
     if not found:
         raise UsageError(_not_found(kind, base, [offer.name for offer in known]))
     if len({offer.package for offer in found}) < len(found):
@@ -144,7 +146,9 @@ def plugin_class(name: str) -> type[Plugin]:
     found = offer.load()
     of = f"The plugin `{offer.name}` of package `{offer.package}`"
     if not (inspect.isclass(found) and issubclass(found, Plugin)):
-        raise UsageError(f"{of} is {found!r}, which is not a class that derives from `clframe.Plugin`.")
+        raise UsageError(
+            f"{of} is {found!r}, which is not a class that derives from `clframe.Plugin`: correct its entry point."
+        )
     own = vars(found).get("name")
     if own and own != offer.name:
         raise UsageError(f"{of} calls itself `{own}` in its class; the two names must be the same.")
@@ -178,7 +182,8 @@ def builder(kind: Literal["scenario", "model"], name: str) -> Callable[..., Any]
     found = offer.load()
     if not callable(found):
         raise UsageError(
-            f"The {kind} `{offer.name}` of package `{offer.package}` is {found!r}, which cannot be called."
+            f"The {kind} `{offer.name}` of package `{offer.package}` is {found!r}, which cannot be called: "
+            "correct its entry point."
         )
     _with_variant(offer, found, variant)
     return cast(Callable[..., Any], found)
@@ -230,7 +235,10 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
     with _blamed_on(offer):
         built = build(**_with_variant(offer, build, variant), **options)
     if not isinstance(built, Scenario):
-        raise UsageError(f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`.")
+        raise UsageError(
+            f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`: let its "
+            "function return one."
+        )
     if pinned is not None:
         split_file.check(built, pinned)
     return built

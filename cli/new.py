@@ -286,7 +286,10 @@ def find_problems(kind: registry.Kind, name: str) -> list[str]:
         ]
     module = name.replace("-", "_")
     if name in registry.RESERVED:
-        return [f"A {KIND_OF[kind]} cannot be called `{name}`: `--set {name}.x=...` means something else."]
+        return [
+            f"A {KIND_OF[kind]} cannot be called `{name}`, as `--set {name}.x=...` means something else: choose "
+            "another name."
+        ]
     if module in HOOKS:
         return [f"`{module}` is the name of a hook: choose another for the {KIND_OF[kind]}."]
     if keyword.iskeyword(module) or keyword.iskeyword(_class(name)):

@@ -82,7 +82,10 @@ class MAS(Plugin):
         if self.images is not None:
             shape = tuple(read_images(self.images).shape[1:])
             if shape != run.scenario.input_shape:
-                yield f"The images in `mas.images`, {self.images}, are {shape}, not {run.scenario.input_shape}."
+                yield (
+                    f"The images in `mas.images`, {self.images}, are {shape}, not {run.scenario.input_shape}: bring "
+                    "them to that shape."
+                )
 
     @hookimpl
     def penalty(self, run: Run) -> dict[str, Tensor] | None:

@@ -124,7 +124,9 @@ def _list_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[s
             )
         return _find_images(root)
     except OSError as error:
-        raise DataError(f"The folder {quote_path(root.absolute())} cannot be read: {reason(error)}.") from error
+        raise DataError(
+            f"The folder {quote_path(root.absolute())} cannot be read: {reason(error)}; make it readable."
+        ) from error
 
 
 def _find_images(root: Path) -> tuple[list[Entry], list[tuple[str, str]], list[str]]:

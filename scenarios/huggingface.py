@@ -257,7 +257,9 @@ def _explain(datasets: Any, name: str) -> Iterator[None]:
                 f"`scenario.config` does not fit the data set `{name}` ({reason}): name one of its configurations with "
                 "`--set scenario.config=NAME`."
             ) from error
-        raise DataError(f"The data set `{name}` cannot be read ({reason or type(error).__name__}).") from error
+        raise DataError(
+            f"The data set `{name}` cannot be read ({reason or type(error).__name__}): repair it, or name another."
+        ) from error
 
 
 # ------------------------------------------------------------------------------------ splits and columns

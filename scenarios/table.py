@@ -88,7 +88,8 @@ def split_table(
     if by_group and (stream.experiences is not None or stream.first is not None):
         given = "experiences" if stream.experiences is not None else "first"
         raise UsageError(
-            f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` decides it."
+            f"`scenario.{given}` has no meaning for {table}, whose column `{rows.column(kind)}` decides it: "
+            "leave it out."
         )
     what = str(table)
     entries = rows.entries(kind)

@@ -163,7 +163,7 @@ def test_a_flag_ends_the_other_length_of_the_file_but_two_of_one_place_are_refus
             {"sets": ["lr"]},
             "`--set lr` is not of the form `section.option=value`, such as `train.lr=0.1`.",
         ),
-        ({"sets": ["train.lr=1", "train.lr=2"]}, "`--set train.lr` is given twice."),
+        ({"sets": ["train.lr=1", "train.lr=2"]}, "`--set train.lr` is given twice; give it once."),
         (
             {"sets": ["train.lr=[1"]},
             "`--set train.lr=[1`, line 1, column 3: expected ',' or ']', but got '<stream end>'.",
@@ -220,7 +220,7 @@ def test_all_mistakes_are_told_at_once(file):
         ("run: 5", "`run` is 5; it must be a mapping of options to values."),
         ("scenario: {name: 5}", "`scenario.name` is 5; it must be a text."),
         ("plugins: ewc", "`plugins` is 'ewc'; it must be a mapping of names to options, or a list of names."),
-        (b"\xff\xfe\xff", " is not UTF-8 text (byte 0)."),
+        (b"\xff\xfe\xff", " is not UTF-8 text (byte 0): save it as UTF-8."),
         ("#" * 100_001, " cannot be read: it is larger than 100000 bytes."),
         (f"plugins: [{', '.join(f'p{i}' for i in range(101))}]", "`plugins` names 101 plugins; it can name 100."),
         ("plugins: 3", "`plugins` is 3; it must be a mapping of names to options, or a list of names."),

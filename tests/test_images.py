@@ -152,7 +152,10 @@ def test_a_folder_to_predict_is_read_by_the_rule_of_training(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.pdf").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no image in the folder .*, nor below it, but files of the kinds \.pdf\."):
+    with pytest.raises(
+        DataError,
+        match=r"no image in the folder .*, nor below it, but files of the kinds \.pdf; name a folder with images\.",
+    ):
         image_files([other])
 
 

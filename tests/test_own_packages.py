@@ -143,7 +143,10 @@ def test_it_runs_beside_built_ins(installed: Path, capsys):
     [
         ("plugins new My_Method", "`My_Method` cannot be the name of a plugin: use small letters, digits"),
         ("plugins new 3d", "`3d` cannot be the name of a plugin"),
-        ("plugins new run", "A plugin cannot be called `run`: `--set run.x=...` means something else."),
+        (
+            "plugins new run",
+            "A plugin cannot be called `run`, as `--set run.x=...` means something else: choose another name.",
+        ),
         ("plugins new after-step", "`after_step` is the name of a hook: choose another for the plugin."),
         ("plugins new none", "`none` is a word of Python: choose another for the plugin."),
         ("scenarios new class", "`class` is a word of Python: choose another for the scenario."),

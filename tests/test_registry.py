@@ -82,7 +82,12 @@ def test_built_ins_come_by_entry_points():
         ("model", "mlp:wide", "The model `mlp` has no variants: leave out `:wide`."),
         ("model", "torchvision", "The model `torchvision` needs a variant: write `torchvision:VARIANT`."),
         *(
-            ("plugin", name, f"A plugin cannot be called `{name}`: `--set {name}.x=...` means something else.")
+            (
+                "plugin",
+                name,
+                f"A plugin cannot be called `{name}`, as `--set {name}.x=...` means something else: give it another "
+                "name.",
+            )
             for name in ("train", "scenario", "model", "run")
         ),
     ],
@@ -445,7 +450,7 @@ def test_the_methods_that_isolate_tasks_say_so():
 
 def test_what_is_no_plugin_instance_is_refused():
     assert refusal(compose.manager, [First]) == "`First` is a class; give a plugin built from it: `First()`."
-    assert refusal(compose.manager, [5]) == "5 is not a plugin: its class does not derive from `clframe.Plugin`."
+    assert refusal(compose.manager, [5]) == "5 is not a plugin: derive its class from `clframe.Plugin`."
 
 
 def test_a_plugin_without_a_name_is_called_as_its_class():
@@ -488,7 +493,7 @@ def old_wrapper(self):
             {"penalty": with_strange_argument},
             "takes `batchh`, which the hook `penalty` does not give. Did you mean `batch`?",
         ),
-        ({"penalty": with_default}, "`penalty` of plugin `odd` gives its argument `batch` a default; hooks have none."),
+        ({"penalty": with_default}, "`penalty` of plugin `odd` gives its argument `batch` a default: leave it out."),
         ({"penalty": with_rest}, "takes `rest`, which the hook `penalty` does not give."),
         ({"penalty": old_wrapper}, "`penalty` of plugin `odd` is an old-style wrapper: use `@hookimpl(wrapper=True)`."),
         ({"state": ("anchor")}, "`state` of plugin `odd` is a text; it must be a tuple of names."),

@@ -287,7 +287,7 @@ def test_one_flipped_bit_is_noticed_and_the_older_checkpoint_used(stopped: Path,
 def test_a_resume_without_a_good_checkpoint_never_starts_afresh(stopped: Path):
     for path in (stopped / "checkpoints").glob("*/tensors.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"damaged.*never starts afresh"):
+    with pytest.raises(DataError, match=r"damaged.*never starts from the beginning"):
         clframe.resume(stopped)
     assert not (stopped / "results.json").exists()
 

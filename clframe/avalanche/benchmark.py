@@ -112,10 +112,12 @@ class _Data:
             if len(test) == len(train) and (new := sorted(set(y.tolist()) - found)):
                 raise DataError(
                     f"The test images of experience {i} of `{name}` have the labels {new}, which its training images "
-                    "do not have."
+                    "do not have: leave these out, or train on some."
                 )
             if not found & set(y.tolist()):
-                raise DataError(f"Experience {i} of `{name}` has no test images of its classes.")
+                raise DataError(
+                    f"Experience {i} of `{name}` has no test images of its classes: add some, or leave it out."
+                )
 
     def image(self, i: int, part: Part, row: int) -> Tensor:
         """Return one raw image of experience i."""
@@ -131,7 +133,10 @@ class _Data:
         rows = [row for row, c in enumerate(y.tolist()) if c in labels]
         images = [self.image(k, part, row) for row in rows]
         if len(shapes := {tuple(image.shape) for image in images}) > 1:
-            raise DataError(f"The {part} images of experience {i} of `{self.name}` are of several shapes: {shapes}.")
+            raise DataError(
+                f"The {part} images of experience {i} of `{self.name}` are of several shapes, {shapes}: bring them "
+                "to one."
+            )
         start = sum(len(targets) for targets in self.targets[part][:k])
         columns = torch.tensor([labels[int(y[row])] for row in rows])
         data = ImageData(torch.stack(images), columns, index=torch.tensor(rows) + start, task=i)
@@ -199,7 +204,9 @@ def _name_columns(columns: dict[tuple[int, int], int], given: Any, name: str) ->
         words = [str(c) if given is None else str(given[c]) for _, c in columns]
     except (IndexError, KeyError):
         most = max(c for _, c in columns)
-        raise UsageError(f"`class_names` of `{name}` has {len(given)} names, but there is a class {most}.") from None
+        raise UsageError(
+            f"`class_names` of `{name}` has {len(given)} names, but there is a class {most}: give each class a name."
+        ) from None
     return [f"{word} ({task})" if repeated else word for word, (task, _) in zip(words, columns, strict=True)]
 
 

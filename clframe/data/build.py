@@ -330,7 +330,7 @@ def split_classes(
         raise UsageError(
             f"`scenario.experiences` is {experiences}"
             + (f" with `scenario.first` {first}" if first is not None else "")
-            + f": {total} classes of {arrays.name} cannot be divided evenly in this way."
+            + f": {total} classes of {arrays.name} cannot be divided evenly in this way; choose other numbers."
         )
     sizes = ([first] if first is not None else []) + [left // max(rest, 1)] * rest
     if setting == "domain" and sizes[0] < max(sizes):

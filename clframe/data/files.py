@@ -51,12 +51,14 @@ def image_files(paths: Sequence[str | Path], left: LeftOut | None = None) -> lis
             inside, others = walk(path, left)
             if not inside:
                 instead = f", but files of the kinds {', '.join(sorted(others)[:SHOWN])}" if others else ""
-                raise DataError(f"There is no image in the folder {path}, nor below it{instead}.")
+                raise DataError(
+                    f"There is no image in the folder {path}, nor below it{instead}; name a folder with images."
+                )
             found += sorted(map(Path, inside))
         elif path.exists():
             found.append(path)
         else:
-            raise DataError(f"There is no file or folder {path}.")
+            raise DataError(f"There is no file or folder {path}; correct the path.")
     return found
 
 

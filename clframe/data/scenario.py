@@ -139,7 +139,9 @@ class Scenario:
                 )
             seen += len(new)
         if not self.classes or seen > len(self.class_names):
-            raise UsageError(f"Scenario `{name}` has {seen} labels, but {len(self.class_names)} class names.")
+            raise UsageError(
+                f"Scenario `{name}` has {seen} labels, but {len(self.class_names)} class names; give each label one."
+            )
 
     def __len__(self) -> int:
         return len(self.classes)

@@ -98,7 +98,8 @@ def read_split(path: Path) -> dict[str, Any]:
         )
     if data.get("format") != SPLIT_FORMAT:
         raise UsageError(
-            f"The scenario {path} has format {quote(data.get('format'))}, and this clframe reads format {SPLIT_FORMAT}."
+            f"The scenario {path} has format {quote(data.get('format'))}, and this clframe reads format "
+            f"{SPLIT_FORMAT}: write it again with `clframe scenarios show NAME --save FILE.json`."
         )
     return {**update_mode(spec), PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
 

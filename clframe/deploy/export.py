@@ -110,7 +110,7 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
     if path.exists():
         raise UsageError(f"{path} exists already: name another file.")
     if not path.parent.is_dir():
-        raise UsageError(f"There is no folder {path.parent} to write {path.name} into.")
+        raise UsageError(f"There is no folder {path.parent} to write {path.name} into; make it, or name another.")
     module = build_module(trained, task, kind)
     inputs = [draw_example(trained, module, n) for n in BATCHES]
     write = {"safetensors": _safetensors, "torch-export": _torch_export, "onnx": _onnx}[kind]
@@ -125,12 +125,12 @@ def export(trained: Trained, path: Path, kind: str, task: int | None) -> Exporte
             if difference is not None and difference > TOLERANCE:
                 raise RunError(
                     f"The exported model does not answer as the run's does: its scores differ by {difference:.2g} of "
-                    "the largest; nothing was written."
+                    "the largest; nothing was written, so choose another format."
                 )
     except Exception as error:
         if isinstance(error, ClframeError) or not (refused := of_the_system(error)):
             raise
-        raise RunError(f"{path} could not be written: {refused}.") from error
+        raise RunError(f"{path} could not be written: {refused}; make room, or name another file.") from error
     described = {"images": f"{str(inputs[0][0].dtype).removeprefix('torch.')} [B, {_shape(trained)}]"}
     if module.takes_task:
         described["task"] = "int64 [B], from 0"

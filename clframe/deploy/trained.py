@@ -295,7 +295,10 @@ class Trained(nn.Module):
                 return torch.stack([files.convert_image(image, look, scale) for image in given])
             shapes = sorted({tuple(image.shape) for image in given})
             if len(shapes) > 1:
-                raise UsageError(f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}.")
+                raise UsageError(
+                    f"The images are of several shapes, such as {list(shapes[0])} and {list(shapes[1])}: bring them "
+                    "to one."
+                )
             images = torch.stack([torch.as_tensor(image) for image in given])
         try:
             raw = torch.as_tensor(images)

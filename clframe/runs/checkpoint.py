@@ -207,7 +207,11 @@ def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tens
             tell(f"{problem} The older checkpoint {path.name} is used.")
         return loaded
     if problems:
-        raise DataError(" ".join(problems) + " No other checkpoint is left, and a resume never starts afresh.")
+        raise DataError(
+            " ".join(problems)
+            + " No other checkpoint is left, and a resume never starts from the beginning: put one back "
+            "from a copy, or start a new run."
+        )
     raise DataError(
         f"There is no checkpoint in {folder}, so nothing to resume; start the run again with another folder."
     )

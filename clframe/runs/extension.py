@@ -159,7 +159,9 @@ def read_old_images(
     try:
         found = class_folders(folder, left)
     except OSError as error:
-        raise DataError(f"`run.old_images` is {quote_path(folder)}, which cannot be read: {reason(error)}.") from error
+        raise DataError(
+            f"`run.old_images` is {quote_path(folder)}, which cannot be read: {reason(error)}; make it readable."
+        ) from error
     if strangers := [path.name for path in found if _normalize(path.name) not in learned]:
         raise UsageError(
             f"{folder} has a folder {strangers[0]}, and no class of that name was learned: name each folder like the "
@@ -236,7 +238,8 @@ def extend_scenario(old: Scenario, coming: Scenario) -> Scenario:
     problems = []
     if coming.setting != old.setting:
         problems.append(
-            f"`{coming.name}` is of the setting `{coming.setting}`, and the run learned in `{old.setting}`."
+            f"`{coming.name}` is of the setting `{coming.setting}`, and the run learned in "
+            f"`{old.setting}`: choose a scenario of that setting."
         )
     if coming.input_shape != old.input_shape:
         problems.append(

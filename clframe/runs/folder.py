@@ -92,7 +92,9 @@ class RunFolder:
             )
         if not new:
             if not (path / CONFIG).is_file():
-                raise DataError(f"{quote_path(path)} is not a run folder: it has no config.yaml.")
+                raise DataError(
+                    f"{quote_path(path)} is not a run folder, as it has no config.yaml; name the folder of a run."
+                )
             writing.refuse_links(path, WRITTEN)
 
     def close(self) -> None:
@@ -242,7 +244,7 @@ class RunFolder:
         except DataError as error:
             raise DataError(f"{self.path} is not a whole run folder: {error}") from error
         if not isinstance(found, dict):
-            raise DataError(f"{self.path} is not a whole run folder: {name} holds no mapping.")
+            raise DataError(f"{self.path} is not a whole run folder: {name} holds no mapping; copy it again.")
         return found
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -366,7 +368,7 @@ def check_finished(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"There is no folder {path}; name the folder of a finished run.")
     if not (path / "config.yaml").is_file():
-        raise DataError(f"{path} is not a run folder: it has no config.yaml.")
+        raise DataError(f"{path} is not a run folder, as it has no config.yaml; name the folder of a finished run.")
     if not (path / RESULTS_FILE).is_file():
         raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
 
@@ -382,7 +384,9 @@ def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
             state = parse_json(description.pop("state"), path / "model.json")
         return description, state, checkpoint.read_tensors(path / "model.safetensors")
     except OSError as error:
-        raise DataError(f"{path} holds no trained model that can be read ({error}).") from error
+        raise DataError(
+            f"{path} holds no trained model that can be read ({error}); copy the folder again, or repeat the run."
+        ) from error
 
 
 def describe_environment(device: torch.device, seed: int, checksum: str) -> dict[str, Any]:

@@ -313,4 +313,4 @@ class _Described(BaseModel):
 
 
 def _refuse_images() -> Any:
-    raise UsageError("A loaded model has no images.")
+    raise UsageError("A loaded model has no images: build its scenario again to read them.")

@@ -44,7 +44,7 @@ def read(folder: Path) -> dict[str, str] | None:
     data = read_json(file)
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, dict) or data.get("format") != SUMS_FORMAT or data.get("sum") != _sum_of_list(files):
-        raise DataError(f"{file} is damaged: it is not what was written.")
+        raise DataError(f"{file} is damaged: it is not what was written; put it back from a copy.")
     return {str(name): str(found) for name, found in files.items()}
 
 
@@ -55,9 +55,9 @@ def check(folder: Path, *names: str) -> None:
         return
     for name in names:
         if name not in sums:
-            raise DataError(f"{folder / name} is not in {SUMS_FILE}: the run did not write it.")
+            raise DataError(f"{folder / name} is not in {SUMS_FILE}: the run did not write it; remove it.")
         if digest(folder / name) != sums[name]:
-            raise DataError(f"{folder / name} is damaged: it is not what was written.")
+            raise DataError(f"{folder / name} is damaged: it is not what was written; put it back from a copy.")
 
 
 def explain_missing(folder: Path) -> str | None:
