@@ -537,7 +537,7 @@ def test_images_and_classes_that_are_skipped_are_told(small):
     assert split_folder(path=small, size=8, skip_broken=True, skip_empty=True).notes == (
         "The class `e` has no images and is left out (`scenario.skip_empty`).",
         "1 of the 40 images of small cannot be read and is left out (`scenario.skip_broken`), such as b/3.png (it is "
-        "no image of a known kind).",
+        "not an image of a known kind).",
     )
 
 
