@@ -167,7 +167,7 @@ def test_why_a_file_is_no_image_is_said_in_a_few_words(tmp_path):
     Image.new("F", (4, 4), float("nan")).save(tmp_path / "nan.tif")
     Image.new("I", (4, 4), 65535).save(tmp_path / "small.tif")
     for name, reason in (
-        ("text.png", "no image of a known kind"),
+        ("text.png", "not an image of a known kind"),
         ("cut.bmp", "truncated"),
         ("real.tif", "from 0 to 1.5, and 0 to 1 can be read: save it in 8 or 16 bits"),
         ("nan.tif", "not finite"),
