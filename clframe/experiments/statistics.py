@@ -221,7 +221,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     m = _mean(x)
     if n == 1:
         return Estimate(m, None, 1)
-    s = 0.0 if _all_equal(x) else math.sqrt(math.fsum((x - m) ** 2) / (n - 1))
+    s = math.sqrt(math.fsum((x - m) ** 2) / (n - 1))
     half = float(stdtrit(n - 1, (1 + level) / 2)) * s / math.sqrt(n)
     return Estimate(m, Interval(m - half, m + half), n)
 
