@@ -35,15 +35,14 @@ from clframe.launch import (
     check_resumes,
     environment_of,
     plugin_name,
-    read_config,
     tell,
 )
 from clframe.networks import unwrap_compiled
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint, state, sums
 from clframe.runs.extension import derive_options, load_base
+from clframe.runs.files import ENVIRONMENT, read_config
 from clframe.runs.folder import (
-    ENVIRONMENT,
     RunFolder,
     check_finished,
     compare_environments,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +13,12 @@ from pydantic import (
 
 from clframe import registry
 from clframe.data import split_file
-from clframe.errors import UsageError, did_you_mean
+from clframe.errors import ClframeError, UsageError, did_you_mean
 from clframe.options import (
+    REQUIRED,
     STRANGERS,
     explain,
+    options_of,
     public_name,
     suited,
     unknown,
@@ -115,6 +117,57 @@ def to_yaml(config: Config) -> str:
     data = config.model_dump()
     data["run"]["output"] = None
     return dump_yaml(data)
+
+
+def list_settings(config: Config) -> dict[str, Any]:
+    """Return the value of every setting of `config` by its full name, as ``--set`` takes it; ``plugins`` is their list.
+
+    The folder of the run is left out.
+    """
+    sections = config.model_dump()
+    plugins = sections.pop("plugins")
+    del sections["run"]["output"]
+    parts = {**sections, **plugins}
+    return {"plugins": list(plugins)} | {
+        f"{part}.{option}": value for part, options in parts.items() for option, value in options.items()
+    }
+
+
+def list_defaults(config: Config) -> dict[str, Any]:
+    """Return the defaults of the settings of `config` by full name: what they are where only its parts are named.
+
+    Settings without a default are left out, and so are the options of a part that is not installed here, or that a
+    Python program gave as an object.
+    """
+    found: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    suiting: Any = None
+    with suppress(ClframeError):
+        build = registry.builder("scenario", config.scenario["name"])
+        suiting, training = registry.suited(build, config.scenario["name"])
+        found |= _list_option_defaults("scenario", build)
+    with suppress(ClframeError):
+        found |= _list_option_defaults("model", registry.builder("model", config.model["name"]))
+    model = {"name": suiting} if isinstance(suiting, str) else dict(suiting or {"name": DEFAULT_MODEL})
+    if model.get("name") == config.model["name"]:
+        found |= {f"model.{public_name(option)}": value for option, value in model.items()}
+    for name in config.plugins:
+        with suppress(ClframeError):
+            found |= _list_option_defaults(name, registry.plugin_class(name))
+    train = TrainSettings(**_merge_train([training, registry.suited_train(config.plugins)]))
+    found |= {f"train.{name}": value for name, value in train.model_dump().items()}
+    return found | {f"run.{name}": value for name, value in RunSettings().model_dump().items() if name != "output"}
+
+
+def _list_option_defaults(part: str, build: Any) -> dict[str, Any]:
+    """Return the defaults of the options of `build`, by their full names; options without one are left out."""
+    options = options_of(build, skip=registry.SUPPLIED)
+    return {f"{part}.{option.name}": _plain(option.default) for option in options if option.default is not REQUIRED}
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with lists for tuples, as a file of settings gives them back."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------ the sections

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from clframe import contract, registry
@@ -31,14 +30,11 @@ from clframe.errors import (
 from clframe.events import Ended, Event, Listener, Message
 from clframe.model import IncrementalNet, seed_torch
 from clframe.networks import check_backbone, prepare
-from clframe.options import explain
 from clframe.plugin import Plugin
-from clframe.renamed import update_config
 from clframe.runs import checkpoint, state
 from clframe.runs.extension import Base, extend_scenario, join, load_base
+from clframe.runs.files import BASE, read_config
 from clframe.runs.folder import (
-    BASE,
-    CONFIG_LIMIT,
     RunFolder,
     check_finished,
     how_to_go_on,
@@ -47,10 +43,8 @@ from clframe.runs.folder import (
 from clframe.runs.record import fit_temperatures, restore_scenario
 from clframe.runs.results import Results
 from clframe.settings import OBJECT, START, Config
-from clframe.strict_yaml import parse_yaml
-from clframe.system.reading import blame_file, expand_home, read_text
+from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import alone, plain_torch, quiet_writers
-from clframe.system.texts import cut
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
 
@@ -94,16 +88,6 @@ def check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: s
                 f"The run in {path} cannot be {what}: what `{name}` keeps is in no checkpoint. Start it again with "
                 f"`clframe run --config {path / 'config.yaml'}`."
             )
-
-
-def read_config(path: Path) -> Config:
-    """Return the resolved configuration in the run folder `path`. Raises `DataError` if it cannot be read."""
-    file = path / "config.yaml"
-    try:
-        return Config.model_validate(update_config(parse_yaml(read_text(file, CONFIG_LIMIT), str(file))))
-    except (DataError, UsageError, ValidationError) as error:
-        problems = explain(error, "") if isinstance(error, ValidationError) else [str(error)]
-        raise DataError(f"{file} cannot be read, so the run cannot go on: {cut(' '.join(problems), 2000)}") from error
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clframe import __version__, compose, registry
-from clframe.cli import advice, show, streams
+from clframe.cli import advice, runs, show, streams
+from clframe.cli.parameters import Json
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
@@ -40,6 +41,7 @@ plugins_app = typer.Typer(help="Methods that a run can name with --plugin.")
 scenarios_app = typer.Typer(help="Scenarios that a run can name with --scenario.")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(scenarios_app, name="scenarios")
+app.add_typer(runs.app, name="runs")
 
 
 def _complete(kind: registry.Kind) -> Callable[[str], list[str]]:
@@ -51,7 +53,6 @@ def _complete(kind: registry.Kind) -> Callable[[str], list[str]]:
     return complete
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 DataRoot = Annotated[
     str | None,
@@ -446,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    if given in ([], ["plugins"], ["scenarios"]):
+    if given in ([], ["plugins"], ["scenarios"], ["runs"]):
         given.append("--help")
     with streams.guard_streams() as output, streams.stop_on_signals() as signals:
         return _run_command(given, debug, output, signals)

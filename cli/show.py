@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 from clframe.system.texts import UNPRINTABLE, escape_unprintable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clframe.options import Option
     from clframe.runs.results import Results
 
 MODES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
 HELD_OUT = "images held out"  # of the training images, by `train.val`
+UNLIMITED = 100_000  # columns of a terminal on which every table fits
 Rows = Sequence[Sequence[str]]
 
 
@@ -45,24 +48,27 @@ def document(data: Mapping[str, Any] | Sequence[Any]) -> None:
         print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", one))
 
 
-def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
-    """Print a table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`)."""
+def table(headers: Sequence[str], rows: Rows, numbers: bool = False, spare: Sequence[str] = ()) -> None:
+    """Print a table on a terminal; in a pipe a line for each row, with tabs (aligned columns if they are `numbers`).
+
+    Where a terminal is too narrow, the columns in `spare` are left out, the first of them first, and named on stderr.
+    """
     headers, rows = (
         [escape_unprintable(header) for header in headers],
         [[escape_unprintable(cell) for cell in row] for row in rows],
     )
     if sys.stdout.isatty():
-        from rich import box
         from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
 
-        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, header in enumerate(headers):
-            drawn.add_column(header, justify="right" if numbers and i else "left", overflow="fold")
-        for row in rows:
-            drawn.add_row(*(Text(cell) for cell in row))
-        Console().print(drawn)
+        console = Console()
+        left_out: list[str] = []
+        while (drawn := _draw(headers, rows, numbers, left_out)) and len(left_out) < len(spare):
+            if Console(width=UNLIMITED).measure(drawn).maximum <= console.width:
+                break
+            left_out.append(spare[len(left_out)])
+        console.print(drawn)
+        if left_out:
+            note(f"The terminal is too narrow for {', '.join(left_out)}: `--json` has them.")
     elif numbers:
         widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
         for row in [headers, *rows]:
@@ -71,6 +77,37 @@ def table(headers: Sequence[str], rows: Rows, numbers: bool = False) -> None:
     else:
         for row in rows:
             print("\t".join(row))
+
+
+def _draw(headers: Sequence[str], rows: Rows, numbers: bool, left_out: Sequence[str]) -> Table:
+    """Return the table for a terminal, without the columns in `left_out`."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    kept = [i for i, header in enumerate(headers) if header not in left_out]
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i in kept:
+        drawn.add_column(headers[i], justify="right" if numbers and i else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(row[i]) for i in kept))
+    return drawn
+
+
+def tree(rows: Sequence[tuple[int, str]]) -> None:
+    """Print texts as a tree, each with its level: with guides on a terminal, in a pipe indented by two spaces each."""
+    if not sys.stdout.isatty():
+        for level, text in rows:
+            line("  " * level + text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    path = [Tree("", hide_root=True)]
+    for level, text in rows:
+        path[level + 1 :] = [path[level].add(Text(escape_unprintable(text), overflow="fold"))]
+    Console().print(path[0])
 
 
 def options(found: Sequence[Option]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,15 +22,15 @@ from torch import Tensor, nn
 from clframe.data.batch import ImageData
 from clframe.errors import DataError, RunError, of_the_system, out_of_memory
 from clframe.model import IncrementalNet, snapshot
+from clframe.runs.files import TREE, list_checkpoints
 from clframe.runs.sums import TEXT_LIMIT, digest
 from clframe.system import writing
 from clframe.system.reading import open_regular, read_json
 from clframe.system.writing import save_file
 
 CHECKPOINT_FORMAT = 1  # of the files and of the tree in them; docs/reference/compatibility.md has the rule for changes
-CHECKPOINT_FILES = ("tree.json", "tensors.safetensors")
+CHECKPOINT_FILES = (TREE, "tensors.safetensors")
 KEPT = 2  # checkpoints
-NAME = re.compile(r"[0-9]{1,18}")  # of a checkpoint
 
 
 class OtherFormat(DataError):
@@ -149,7 +148,7 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
 
     The checkpoint before it is kept. Raises `RunError` if the disk is full or cannot be written; older ones stay.
     """
-    number = max((int(p.name) for p in _list_checkpoints(folder)), default=0) + 1
+    number = max((int(p.name) for p in list_checkpoints(folder)), default=0) + 1
     target = folder / f"{number:06d}"
     beside = folder / f".{number:06d}"
     try:
@@ -184,7 +183,7 @@ def write(folder: Path, packed: Any, tensors: dict[str, Tensor]) -> Path:
                 else "there is none yet: make room and resume, which begins the run again."
             )
         ) from error
-    for old in _list_checkpoints(folder)[:-KEPT]:
+    for old in list_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -195,7 +194,7 @@ def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tens
     `tell` is called with a sentence for each damaged one that is newer. Raises `DataError` if none is whole.
     """
     problems = []
-    for path in reversed(_list_checkpoints(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
             loaded = _read(path)
         except OtherFormat:  # not damaged, and an older checkpoint would take the run back
@@ -219,7 +218,7 @@ def load(folder: Path, tell: Callable[[str], None]) -> tuple[Any, dict[str, Tens
 
 def find_newest(folder: Path) -> Path | None:
     """Return the newest checkpoint in `folder`, unverified; None if there is none."""
-    return next(reversed(_list_checkpoints(folder)), None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -279,10 +278,3 @@ def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None =
     else:
         save_file(tensors, path)
     path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def _list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, the oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), key=lambda p: int(p.name))

@@ -24,24 +24,22 @@ from clframe.data.pictures import encode_png
 from clframe.errors import DataError, RunError, UsageError
 from clframe.evaluate import Row
 from clframe.runs import checkpoint, sums
+from clframe.runs.files import BASE, CHECKPOINTS, CONFIG, CONFIG_LIMIT, ENVIRONMENT, LOCK, MODEL, SPLIT
 from clframe.runs.results import RESULTS_FILE, Results, check_format
 from clframe.system import writing
 from clframe.system.reading import blame_file, parse_json, quote_path, read_bytes, read_json, reason
 from clframe.system.writing import to_json, write_text
 
 PACKAGES = ("clframe", "torch", "torchvision", "pluggy", "numpy", "safetensors")
-BASE = "base.json"  # description of the run that this one extends
-ENVIRONMENT = "environment.json"
-CONFIG = "config.yaml"
-CONFIG_LIMIT = 1_000_000  # bytes
-BEGIN = (BASE, ENVIRONMENT, "split.json", CONFIG)  # files of the beginning, in this order: the last makes a run folder
+BEGIN = (BASE, ENVIRONMENT, SPLIT, CONFIG)  # files of the beginning, in this order: the last makes a run folder
 # files of a process that was killed before the last one; sums.json is written first
-BEGUN = {".lock", *(name for file in (sums.SUMS_FILE, *BEGIN) for name in (file, f".{file}"))}
+BEGUN = {LOCK, *(name for file in (sums.SUMS_FILE, *BEGIN) for name in (file, f".{file}"))}
 PART = re.compile(r"predictions/[0-9]+\.safetensors")
 WRITTEN = (  # everything that clframe writes into a run folder
-    *(".lock", sums.SUMS_FILE, *BEGIN, "metrics.jsonl", RESULTS_FILE, "timings.json", "model.json"),
-    *("model.safetensors", "predictions.safetensors", "predictions", "checkpoints", "pictures", "tensorboard"),
+    *(LOCK, sums.SUMS_FILE, *BEGIN, "metrics.jsonl", RESULTS_FILE, "timings.json", "model.json"),
+    *(MODEL, "predictions.safetensors", "predictions", CHECKPOINTS, "pictures", "tensorboard"),
 )
+LOCK_WAIT = 0.2  # seconds: `is_locked` holds a lock for microseconds to find out whether a run does
 BINDING = ("torch", "device", "threads")  # what the last bit of a figure depends on
 
 
@@ -66,8 +64,8 @@ class RunFolder:
         try:
             self._check(new)
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(path / ".lock")
-            self._lock.acquire(blocking=False)
+            self._lock = filelock.FileLock(path / LOCK)
+            self._lock.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
             raise DataError(f"Another process is working on the run folder {path}; wait for it or stop it.") from None
         except (OSError, ValueError) as error:  # ValueError: no file can have this name
@@ -109,7 +107,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Return the folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def save(self, tree: Mapping[str, Any]) -> None:
         """Write a checkpoint of `tree` as it is now, in the background; first wait for the checkpoint before.
@@ -150,17 +148,17 @@ class RunFolder:
         texts = {
             **({BASE: to_json(base)} if base is not None else {}),
             ENVIRONMENT: to_json(environment),
-            "split.json": to_json(split),
+            SPLIT: to_json(split),
             CONFIG: config,
         }
         try:
-            self._clear(but=".lock")
+            self._clear(but=LOCK)
             self._sums = {name: hashlib.sha256(text.encode("utf-8")).hexdigest() for name, text in texts.items()}
             self._write_sums()
             for name, text in texts.items():
                 write_text(self.path / name, text)
         except OSError as error:
-            self._clear(but=".lock")
+            self._clear(but=LOCK)
             raise RunError(
                 f"The run folder {self.path} could not be written ({error}): make room, or name another with "
                 "`--output`."
@@ -305,8 +303,8 @@ class RunFolder:
         tensors: dict[str, Tensor] = {}
         state = checkpoint.pack(model, tensors)
         written = {name: sum_ for name, sum_ in self._sums.items() if name in BEGIN}
-        for name, values in (("model.safetensors", tensors), ("predictions.safetensors", scores)):
-            if values or name == "model.safetensors":
+        for name, values in ((MODEL, tensors), ("predictions.safetensors", scores)):
+            if values or name == MODEL:
                 checkpoint.write_tensors(self.path / name, values)
                 written[name] = sums.digest(self.path / name)
         texts = {
@@ -335,7 +333,7 @@ def _is_untouched(path: Path) -> bool:
     names = {p.name for p in path.iterdir()}
     if CONFIG in names or names - BEGUN:
         return False
-    if names <= {".lock", f".{sums.SUMS_FILE}"}:
+    if names <= {LOCK, f".{sums.SUMS_FILE}"}:
         return True
     try:
         return sums.read(path) is not None
@@ -376,13 +374,13 @@ def check_finished(path: Path) -> None:
 def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     """Read description, packed state and tensors of the trained model in run folder `path`. Raises `DataError`."""
     check_finished(path)
-    sums.check(path, CONFIG, "model.json", "model.safetensors")
+    sums.check(path, CONFIG, "model.json", MODEL)
     try:
         description = read_json(path / "model.json")
         check_format(description, path / "model.json")
         with blame_file(path / "model.json"):
             state = parse_json(description.pop("state"), path / "model.json")
-        return description, state, checkpoint.read_tensors(path / "model.safetensors")
+        return description, state, checkpoint.read_tensors(path / MODEL)
     except OSError as error:
         raise DataError(
             f"{path} holds no trained model that can be read ({error}); copy the folder again, or repeat the run."
