@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +11,7 @@ import typer
 from clframe.cli import show
 from clframe.cli.parameters import Json
 from clframe.errors import DataError
-from clframe.system.reading import expand_home
+from clframe.system.reading import blame_file, expand_home
 
 if TYPE_CHECKING:
     from clframe.runs.listing import Comparison, Difference, RunSummary
@@ -23,6 +22,7 @@ Column = Literal[
     "run", "state", "scenario", "setting", "methods", "model", "seed", "accuracy", "forgetting", "seconds", "date"
 ]
 SPARE = ("date", "seconds", "setting", "model", "seed", "forgetting")  # columns that a narrow terminal does without
+NAMES = ("plugins", "scenario.name")  # settings that are the name of the run, whatever their defaults are
 RunsFolder = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder that holds run folders, at any depth.")]
 AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")]
 
@@ -83,6 +83,8 @@ def show_run(
     """Show the settings and figures of a run, where its files are, and what can be done with it."""
     from clframe.config import list_defaults, list_settings
     from clframe.runs import listing
+    from clframe.runs.files import CHECKPOINTS, list_checkpoints
+    from clframe.runs.results import RESULTS_FILE
 
     path = expand_home(folder)
     run = listing.open_run(path)
@@ -93,50 +95,52 @@ def show_run(
     changed = {
         name: value
         for name, value in settings.items()
-        if name not in listing.OF_THE_MACHINE and (name not in defaults or defaults[name] != value)
+        if name not in (*NAMES, *listing.OF_THE_MACHINE) and (name not in defaults or defaults[name] != value)
     }
     chain = listing.trace(run)
-    checkpoints = listing.list_checkpoints(path / listing.CHECKPOINTS)
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
     steps = [] if problems else _advise(run, folder)
-    if json:
-        show.document(
-            {
-                **_describe(run),
-                "problems": problems,
-                "changed": changed,
-                "settings": settings,
-                "origin": [
-                    {"how": how, "run": str(place), "state": past.status if past else None}
-                    for how, place, past in chain
-                ],
-                "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
-                "next": steps,
-                "results": run.results.data if run.results else None,
-                "timings": run.results.timings if run.results else None,
-            }
-        )
-    else:
-        show.line(f"{folder}: {run.status}")
-        if run.begun:
-            learned = "" if run.seconds is None else f", {run.seconds:.1f} s of learning"
-            show.line(f"Begun: {run.begun:%Y-%m-%d %H:%M}{learned}")
-        for how, place, past in chain:
-            state = f" ({past.status})" if past else " (not there)"
-            show.line(f"{how.capitalize()}: {place}{state}")
-        show.line()
-        _print_settings("Settings that differ from the defaults", changed, defaults)
-        others = {name: value for name, value in settings.items() if name not in changed}
-        if all_:
-            _print_settings("Other settings", others, None)
-        elif others:
-            show.line(f"{len(others)} other settings: `--all` prints them.")
-        show.line()
-        if run.results:
-            show.results(run.results, False)
-        if checkpoints:
-            show.line(f"Checkpoints: {', '.join(map(str, checkpoints))}")
-        for step in steps:
-            show.line(f"Next: {step}")
+    with blame_file(path / RESULTS_FILE):
+        if json:
+            show.document(
+                {
+                    **_describe(run),
+                    "problems": problems,
+                    "changed": changed,
+                    "settings": settings,
+                    "origin": [
+                        {"how": how, "run": str(place), "state": past.status if past else None}
+                        for how, place, past in chain
+                    ],
+                    "checkpoints": [str(checkpoint) for checkpoint in checkpoints],
+                    "next": steps,
+                    "results": run.results.data if run.results else None,
+                    "timings": run.results.timings if run.results else None,
+                }
+            )
+        else:
+            show.line(f"{folder}: {run.status}")
+            if run.config:
+                show.line(f"{run.scenario} with {_name_methods(run)} on {run.model}, seed {run.seed}")
+            if run.begun:
+                learned = "" if run.seconds is None else f", {run.seconds:.1f} s of learning"
+                show.line(f"Begun: {run.begun:%Y-%m-%d %H:%M}{learned}")
+            for how, place, past in chain:
+                show.line(f"{how.capitalize()}: {place} ({past.status if past else 'not there'})")
+            show.line()
+            _print_settings("Settings that differ from the defaults", changed, defaults)
+            others = {name: value for name, value in settings.items() if name not in changed}
+            if all_:
+                _print_settings("Other settings", others, None)
+            elif others:
+                show.line(f"{len(others)} other settings: `--all` prints them.")
+            show.line()
+            if run.results:
+                show.results(run.results, False)
+            if checkpoints:
+                show.line(f"Checkpoints: {', '.join(map(str, checkpoints))}")
+            for step in steps:
+                show.line(f"Next: {step}")
     if problems:
         raise DataError("\n".join(problems))
 
@@ -170,16 +174,12 @@ def diff_runs(
         return
     headers = ["", first, second]
     _print_differences("Settings", headers, [[d.name, _text(d.first), _text(d.second)] for d in found.settings])
-    figures = [
-        [_name_figure(d.name), show.format_percent(d.first), show.format_percent(d.second), _change(d.change)]
-        for d in found.figures
-    ]
     if found.identical is not None:
-        _print_differences("Figures, in percent", [*headers, "difference"], figures)
+        _print_differences("Figures, in percent", [*headers, "difference"], [_figure_row(one) for one in found.figures])
         _print_entries(found)
     _print_differences("Environment", headers, [[d.name, _text(d.first), _text(d.second)] for d in found.environment])
-    costs = [[d.name.replace("_", " "), _text(d.first), _text(d.second)] for d in found.costs]
-    if costs:
+    if found.costs:
+        costs = [[d.name.replace("_", " "), _count(d.first), _count(d.second)] for d in found.costs]
         _print_differences("Costs", headers, costs)
     show.line(_conclude(found))
 
@@ -359,15 +359,18 @@ def _text(value: Any) -> str:
 
     if value is ABSENT:
         return "-"
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        return str(int(value)) if abs(value) < 2**53 else f"{value:g}"
     return show.format_value(value)
 
 
-def _name_figure(name: str) -> str:
-    mode, _, measure = name.partition(".")
-    return f"{measure.replace('_', ' ')}, {show.MODES.get(mode, mode)}"
+def _count(value: Any) -> str:
+    """Return seconds or bytes; a dash if the run has none."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else "-"
 
 
-def _change(change: float | None) -> str:
-    return "-" if change is None else f"{100 * change:+.3g}"
+def _figure_row(one: Difference) -> list[str]:
+    """Return a figure that differs as a row: name, both values, difference; shares of 1 are in percent."""
+    mode, _, measure = one.name.partition(".")
+    scale, digits, unit = (1, 4, " (in nats)") if measure == "nll" else (100, 2, "")
+    values = [f"{scale * v:.{digits}f}" if isinstance(v, float | int) else "-" for v in (one.first, one.second)]
+    change = "-" if one.change is None else f"{scale * one.change:+.3g}"
+    return [f"{measure.replace('_', ' ')}{unit}, {show.MODES.get(mode, mode)}", *values, change]

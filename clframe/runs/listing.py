@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,10 @@ def summarize(path: Path) -> RunSummary:
         finished = (path / RESULTS_FILE).is_file()
         state = "finished" if finished else "running" if is_locked(path) else "stopped"
         sums.check(path, CONFIG)
-        known["config"] = read_config(path)
+        config = read_config(path)
+        with blame_file(path / CONFIG):
+            list_settings(config)
+        known["config"] = config
         if finished:
             results = read_results(path)
             check_regular(path / MODEL)
@@ -359,10 +363,10 @@ def open_run(path: Path) -> RunSummary:
 
 
 def _read_environment(path: Path) -> dict[str, Any]:
+    """Return the environment of a run; what is neither text nor number is JSON."""
     found = read_json(path / ENVIRONMENT)
-    if not isinstance(found, dict):
-        raise DataError(f"{path / ENVIRONMENT} holds no mapping: put the file back as it was.")
-    return found
+    with blame_file(path / ENVIRONMENT):
+        return {name: v if isinstance(v, str | int | float) else json.dumps(v) for name, v in found.items()}
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
@@ -374,6 +378,7 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Di
 
 
 def _list_figures(results: Results) -> dict[str, float | None]:
+    """Return measures and calibration by evaluation mode and name."""
     measures = {f"{mode}.{name}": value for mode, of in results.measures.items() for name, value in of.items()}
     calibration = {
         f"{mode}.{name}": measure["value"]
@@ -400,11 +405,12 @@ def _list_entries(results: Results) -> dict[str, float | None]:
 
 
 def _list_costs(results: Results) -> dict[str, float]:
+    """Return seconds and bytes by name."""
     sizes = {"model": results.data.get("model", {}), **results.data.get("storage", {})}
     return {
         "seconds": float(sum(one["seconds"] for one in results.timings["experiences"])),
-        **{key: float(value) for key, value in results.timings.items() if key.endswith("_bytes") and value is not None},
-        **{f"{owner} bytes": float(size["bytes"]) for owner, size in sizes.items()},
+        **{key: int(value) for key, value in results.timings.items() if key.endswith("_bytes") and value is not None},
+        **{f"{owner} bytes": int(size["bytes"]) for owner, size in sizes.items()},
     }
 
 
