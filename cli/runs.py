@@ -41,8 +41,9 @@ def list_runs(
     Accuracy and forgetting are in percent, in the evaluation mode of the run's setting.
     """
     found = _find(folder)
+    order = {run.path: i for i, run in enumerate(found)}
     columns: dict[str, Callable[[RunSummary], Any]] = {
-        "run": lambda run: None,  # they come in this order
+        "run": lambda run: order[run.path],
         "state": lambda run: run.status,
         "scenario": lambda run: run.scenario,
         "setting": lambda run: run.setting,
@@ -55,12 +56,8 @@ def list_runs(
         "date": lambda run: run.begun,
     }
     value = columns[sort]
-    with_value = [run for run in found if value(run) is not None]
-    without = [run for run in found if value(run) is None]
-    if reverse:
-        with_value.reverse()  # so that equal ones, too, stand the other way round
-        without = without[::-1] if sort == "run" else without
-    runs = [*sorted(with_value, key=value, reverse=reverse), *without]
+    sorted_ = sorted((run for run in found if value(run) is not None), key=value, reverse=reverse)
+    runs = [*sorted_, *(run for run in found if value(run) is None)]
     if json:
         show.document([_describe(run) for run in runs])
         return
@@ -359,6 +356,8 @@ def _text(value: Any) -> str:
 
     if value is ABSENT:
         return "-"
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):  # such as `plugins`
+        return "+".join(value) or "none"
     return show.format_value(value)
 
 

@@ -88,7 +88,7 @@ def _draw(headers: Sequence[str], rows: Rows, numbers: bool, left_out: Sequence[
     kept = [i for i, header in enumerate(headers) if header not in left_out]
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i in kept:
-        drawn.add_column(headers[i], justify="right" if numbers and i else "left", overflow="fold")
+        drawn.add_column(Text(headers[i]), justify="right" if numbers and i else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(row[i]) for i in kept))
     return drawn
