@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ def find_runs(folder: Path, notes: list[str] | None = None, depth: int = DEPTH) 
         else:
             deeper += len(inside)
     if deeper and notes is not None:
-        notes.append(f"{deeper:,} folders are more than {depth} levels below {quote_path(folder)}: name one nearer.")
+        notes.append(f"Below {quote_path(folder)}, folders at more than {depth} levels ({deeper:,}) are not searched.")
     return sorted(found, key=lambda path: [by_name(part) for part in path.parts])
 
 
@@ -208,11 +209,13 @@ def summarize(path: Path) -> RunSummary:
 
 
 def _check_figures(results: Results) -> None:
-    """Raise the error that a figure gives of which a table cannot be made, such as a whole number of 400 digits."""
-    for value in (*_list_entries(results).values(), *_list_figures(results).values()):
-        if value is not None:
-            float(value)
-    list(results.notes())
+    """Raise an error if a figure is not a number that tables can show, which no run writes."""
+    for name, value in {**_list_entries(results), **_list_figures(results), **_list_sizes(results)}.items():
+        if value is not None and not math.isfinite(float(value)):
+            raise ValueError(f"{name} is {value}")
+    for note in results.notes():
+        if not isinstance(note, str):
+            raise TypeError("a note is not a text")
 
 
 def is_locked(path: Path) -> bool:
@@ -339,7 +342,7 @@ def compare(first: Path, second: Path) -> Comparison:
         found |= {
             "figures": _differences(*map(_list_figures, results)),
             "entries": _differences(*map(_list_entries, results)),
-            "costs": _differences(*map(_list_costs, results)),
+            "costs": _differences(*({**_list_costs(one), **_list_sizes(one)} for one in results)),
             "same_model": sums.digest(first / MODEL) == sums.digest(second / MODEL),
         }
     return Comparison(runs, **found)
@@ -405,13 +408,18 @@ def _list_entries(results: Results) -> dict[str, float | None]:
 
 
 def _list_costs(results: Results) -> dict[str, float]:
-    """Return seconds and bytes by name."""
-    sizes = {"model": results.data.get("model", {}), **results.data.get("storage", {})}
+    """Return the seconds of learning, and the peaks of memory in bytes, by name."""
+    peaks = {key: value for key, value in results.timings.items() if key.endswith("_bytes") and value is not None}
     return {
         "seconds": float(sum(one["seconds"] for one in results.timings["experiences"])),
-        **{key: int(value) for key, value in results.timings.items() if key.endswith("_bytes") and value is not None},
-        **{f"{owner} bytes": int(size["bytes"]) for owner, size in sizes.items()},
+        **{key: int(value) for key, value in peaks.items()},
     }
+
+
+def _list_sizes(results: Results) -> dict[str, int]:
+    """Return the bytes of the model, and of what each method keeps between experiences, by name."""
+    sizes = {name: results.data[name] for name in ("model",) if name in results.data} | results.data.get("storage", {})
+    return {f"{owner}_bytes": int(size["bytes"]) for owner, size in sizes.items()}
 
 
 # ------------------------------------------------------------------------------------------ ancestry
