@@ -215,7 +215,7 @@ def test_a_damaged_run_is_a_row_that_says_so(runs: Path, capsys: pytest.CaptureF
     assert len(err.splitlines()) == 1
     assert err.startswith("runs/a")
     assert told(capsys, "show", "runs/a", code=3)[1].startswith("clframe: runs/a")
-    with pytest.raises(DataError, match="^runs/a"):
+    with pytest.raises(DataError, match=r"^runs/a"):
         compare(runs / "b", runs / "a")
     assert not Path("pwned").exists()
 
