@@ -238,7 +238,7 @@ def command_problem(line):
     try:
         if path[1:] == ["run"] and given["config"] is None:
             resolve(scenario=given["scenario"], model=given["model"], plugins=given["plugin"], sets=given["set_"] or ())
-        elif path[2:] == ["show"]:
+        elif path[2:] == ["show"] and path[1] != "runs":
             registry.find(path[1].removesuffix("s"), given["name"])
     except clframe.UsageError as error:
         return str(error)
