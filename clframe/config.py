@@ -73,7 +73,7 @@ def resolve(
     """
     problems: list[str] = []
     file = _read_file(expand_home(yaml_file), problems) if yaml_file is not None else dict(base or {})
-    changes = _parse_sets(sets, problems)
+    changes = parse_sets(sets, problems)
     by_file = _plugin_options(file.get("plugins"), problems)
     by_call = _plugin_options(plugins, problems)
     chosen = by_call or by_file
@@ -324,8 +324,8 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     return data
 
 
-def _parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the values of ``--set`` by section and option."""
+def parse_sets(sets: Sequence[str], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the values of ``--set`` by section and option; sentences on mistakes are added to `problems`."""
     changes: dict[str, dict[str, Any]] = {}
     for text in sets:
         target, equals, value = text.partition("=")

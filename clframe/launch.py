@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from clframe import contract, registry
+from clframe.checks import check_run
 from clframe.context import Run
 from clframe.data.scenario import Scenario
 from clframe.data.streams import following
@@ -183,6 +184,22 @@ def build(
     engine = Engine(run, scenario, folder)
     engine.carried = None if base is None else dict(base.get("temperature") or {})
     return engine
+
+
+def check_config(config: Config) -> None:
+    """Raise what a run of `config` raises before it trains; nothing is written, trained, or kept on a device.
+
+    Raises:
+        UsageError: with one sentence for each reason why it could not be learned as it is asked to.
+        DataError: if data or the run that it extends are missing or damaged.
+    """
+    config = config.model_copy(deep=True)
+    config.run.device = "cpu"
+    base = base_of(config)
+    with environment_of(config) as device:
+        engine = build(config, device, None, None, None, (), (), base.known if base else None, restored=True)
+        begin_from(engine, base)
+        check_run(engine.run, engine.stream)
 
 
 def start_from(backbone: nn.Module, path: Path, name: str) -> None:

@@ -117,6 +117,7 @@ IMPORTS_AVALANCHE = {"avalanche.adapter"}  # in the core; the plugin and the sce
 HOMONYMS = {
     "api": {"joint"},  # the setting `run.joint`
     "avalanche.benchmark": {"avalanche"},  # the name of a scenario
+    "experiments.study": {"joint"},  # a baseline of studies, by default
     "runs.folder": {"tensorboard"},  # a folder of a run
     "testing.fixtures": {"tensorboard"},  # the setting `run.tensorboard`
     "testing.plugin_checks": {"tensorboard"},

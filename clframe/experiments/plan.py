@@ -1,0 +1,317 @@
+"""The plan of a study: its cells with their addresses, what is refused, and which cells on the disk serve."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clframe.errors import DataError, RunError, UsageError
+from clframe.experiments.cells import (
+    CELLS,
+    Cell,
+    Record,
+    address_of,
+    code_of,
+    explain_change,
+    find_data,
+    forget_code,
+    name_of,
+    problems_of,
+    read_records,
+    settings_of,
+    state_of,
+)
+from clframe.experiments.study import Method, Options, Study
+from clframe.system.reading import read_json
+
+if TYPE_CHECKING:
+    from clframe.settings import Config
+
+PLAN = "cells.json"  # the file of a plan in the folder of a study
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A method that cannot learn a scenario, with the sentences that say why; its cells are not carried out."""
+
+    method: str
+    scenario: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"`{self.method}` cannot learn `{self.scenario}`: {' '.join(self.reasons)}"
+
+
+@dataclass(frozen=True)
+class StaleCell:
+    """A finished cell on the disk whose code or data changed since, with one phrase for each change."""
+
+    record: Record
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of a study, in the order of scenario, method, class order and seed.
+
+    Attributes:
+        cells: those to carry out, and those that are finished.
+        refused: methods that cannot learn a scenario.
+        stale: finished cells with the settings of one in `cells`, but with other code or data.
+        left_out: records of cells on the disk that the study does not ask for.
+    """
+
+    cells: Sequence[Cell]
+    refused: Sequence[Refused] = ()
+    stale: Sequence[StaleCell] = ()
+    left_out: Sequence[Record] = ()
+
+    def waiting(self) -> list[Cell]:
+        """Return the cells that are not finished."""
+        return [cell for cell in self.cells if state_of(cell.folder) != "finished"]
+
+    def write(self, folder: Path) -> None:
+        """Write the plan to its file in the folder of the study."""
+        from clframe.system.writing import to_json, write_text  # here, as that imports torch
+
+        cells = [
+            {
+                "method": cell.method,
+                "scenario": cell.scenario,
+                "seed": cell.seed,
+                "order": cell.order,
+                "name": cell.folder.name,
+                "stale": list(cell.stale),
+            }
+            for cell in self.cells
+        ]
+        refused = [{"method": r.method, "scenario": r.scenario, "reasons": list(r.reasons)} for r in self.refused]
+        write_text(folder / PLAN, to_json({"format": PLAN_FORMAT, "cells": cells, "refused": refused}))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return the content of the file of the plan in the folder of a study. Raises `DataError` if it cannot be read."""
+    found = read_json(folder / PLAN)
+    if not isinstance(found, dict) or found.get("format") != PLAN_FORMAT:
+        raise DataError(
+            f"{folder / PLAN} is not the plan of a study that this clframe reads: repeat `clframe compare`."
+        )
+    return found
+
+
+@dataclass
+class _Row:
+    """The cells of one method on one scenario before their addresses are known."""
+
+    method: Method
+    scenario: str
+    configs: list[tuple[int | None, Config]] = field(default_factory=list)  # for each class order, of the first seed
+
+
+def make_plan(study: Study, folder: Path, *, keep_stale: bool = False) -> Plan:
+    """Return the plan of `study` in `folder`, which may not exist yet. Nothing is written or trained.
+
+    Args:
+        study: what is asked for.
+        folder: of the study, with the cells of earlier plans.
+        keep_stale: let finished cells of other code or data stand in for those that are asked for.
+
+    Raises:
+        UsageError: with one sentence for each mistake.
+        DataError: if data are missing or damaged, or a record in the folder is.
+    """
+    forget_code()
+    rows = _resolve(study)
+    refused, problems = [], []
+    data: dict[str, str] = {}
+    for row in rows:
+        first = row.configs[0][1]
+        try:
+            if row.scenario not in data:
+                data[row.scenario] = find_data(first)
+            if reasons := problems_of(first):
+                refused.append(Refused(row.method.name, row.scenario, reasons))
+        except UsageError as error:
+            problems += error.problems
+        except (DataError, RunError) as error:
+            problems.append(str(error))
+            break
+    if problems:
+        raise (UsageError if len(data) == len(study.scenarios) else DataError)("\n".join(dict.fromkeys(problems)))
+    without = {(r.method, r.scenario) for r in refused}
+    records = read_records(folder)
+    cells = [
+        cell
+        for row in rows
+        if (row.method.name, row.scenario) not in without
+        for cell in _cells_of(row, study.seeds, data[row.scenario], folder, records)
+    ]
+    return _with_records(cells, refused, records, keep_stale)
+
+
+def _resolve(study: Study) -> list[_Row]:
+    """Return a row for each scenario and method of `study`. Raises `UsageError` with all mistakes."""
+    problems = study.problems()
+    rows = []
+    for scenario, label in zip(study.scenarios, study.scenario_labels, strict=True):
+        try:
+            orders = [(seed, order_options(study, scenario, seed)) for seed in study.orders_of(scenario)]
+        except UsageError as error:
+            problems += error.problems
+            continue
+        for method in study.all_methods:
+            row = _Row(method, label)
+            for seed, options in orders:
+                try:
+                    row.configs.append((seed, study.configure(scenario, method, options, study.seeds[0])))
+                except UsageError as error:
+                    problems += error.problems
+                    break
+            rows.append(row)
+    if not problems:
+        problems += _equal_rows(rows)
+    if problems:
+        raise UsageError(*dict.fromkeys(problems))
+    return rows
+
+
+def _equal_rows(rows: Sequence[_Row]) -> list[str]:
+    """Return one sentence for each row whose cells are those of an earlier row."""
+    problems = []
+    before: dict[str, _Row] = {}
+    for row in rows:
+        found = before.setdefault(settings_of(row.configs[0][1]), row)
+        if found is row:
+            continue
+        if found.scenario == row.scenario:
+            problems.append(
+                f"The methods `{found.method.name}` and `{row.method.name}` are the same cells, with all of their "
+                "options: leave out one of them."
+            )
+        else:
+            problems.append(
+                f"The scenarios `{found.scenario}` and `{row.scenario}` are the same, with all of their options: leave "
+                "out one of them."
+            )
+    return problems
+
+
+def _cells_of(row: _Row, seeds: Sequence[int], data: str, study: Path, records: Sequence[Record]) -> list[Cell]:
+    """Return the cells of one method on one scenario, each in the folder that it has on the disk, or in a new one."""
+    there = {record.address: record.folder for record in records}
+    cells = []
+    for order, resolved in row.configs:
+        code = code_of(resolved)
+        for seed in seeds:
+            config = resolved.model_copy(deep=True)
+            config.run.seed = seed
+            settings = settings_of(config)
+            address = address_of(settings, code, data)
+            name = name_of(row.method.name, row.scenario, seed, order, address)
+            folder = there.get(address, study / CELLS / name)
+            config.run.output = str(folder)
+            cells.append(Cell(row.method.name, row.scenario, seed, order, config, settings, code, data, folder))
+    return cells
+
+
+def _with_records(
+    cells: Sequence[Cell], refused: Sequence[Refused], records: Sequence[Record], keep_stale: bool
+) -> Plan:
+    """Return the plan of `cells`, given what is on the disk."""
+    by_settings: dict[str, list[Record]] = {}
+    for record in records:
+        by_settings.setdefault(record.settings, []).append(record)
+    chosen, stale, used = [], [], set()
+    for cell in cells:
+        if state_of(cell.folder) != "finished":
+            others = [r for r in by_settings.get(cell.settings, []) if r.address != cell.address]
+            finished = [record for record in others if state_of(record.folder) == "finished"]
+            if finished:
+                newest = max(finished, key=lambda record: record.path.stat().st_mtime)
+                reasons = explain_change(newest, cell)
+                stale.append(StaleCell(newest, reasons))
+                if keep_stale:
+                    cell = replace(cell, folder=newest.folder, stale=reasons)
+        used.add(cell.folder)
+        chosen.append(cell)
+    left_out = [record for record in records if record.folder not in used]
+    return Plan(chosen, refused, stale, left_out)
+
+
+# ---------------------------------------------------------------------------------- class orders
+
+
+def order_options(study: Study, scenario: Options, seed: int | None) -> dict[str, Any]:
+    """Return the options of `scenario` that give it the class order of this seed; {} for its own order.
+
+    Orders of `order_sampling: extreme` take turns: a random one, one with the most and one with the least similar
+    neighbors, so that more orders add to those that are there.
+    """
+    if seed is None:
+        return {}
+    if study.order_sampling == "random" or seed % 3 == 0:
+        return {"order": "random", "seed": seed}
+    natural = study.configure(scenario, Method(""), {}, 0)
+    key = json.dumps(natural.model_dump()["scenario"], sort_keys=True, default=str)
+    if key not in _SIMILARITIES:
+        _SIMILARITIES[key] = _similarities(natural)
+    similar = _SIMILARITIES[key]
+    if seed // 3 >= len(similar):
+        raise UsageError(
+            f"`{scenario['name']}` has {len(similar)} classes, and an extreme order of each kind begins with another "
+            f"one: ask for at most {3 * len(similar)} orders."
+        )
+    return {"order": extreme_order(similar, seed // 3, most=seed % 3 == 1), "seed": seed}
+
+
+_SIMILARITIES: dict[str, list[list[float]]] = {}  # of the classes of a scenario, as reading its images takes time
+
+
+def extreme_order(similar: Sequence[Sequence[float]], i: int, *, most: bool) -> list[int]:
+    """Return the i-th class order in which each class is followed by the most (or least) similar one that is left.
+
+    Args:
+        similar: similarities of all pairs of classes.
+        i: which order; each begins with another class, drawn with a fixed seed.
+        most: whether neighbors are the most similar ones, else the least.
+    """
+    starts = sorted(range(len(similar)), key=lambda label: hashlib.sha256(f"{most} {label}".encode()).digest())
+    order = [starts[i]]
+    left = set(range(len(similar))) - set(order)
+    sign = -1 if most else 1
+    while left:
+        row = similar[order[-1]]
+        order.append(min(left, key=lambda label: (sign * row[label], label)))
+        left.remove(order[-1])
+    return order
+
+
+def _similarities(config: Config) -> list[list[float]]:
+    """Return the cosine of the mean training images of each pair of classes, by the data set's class numbers.
+
+    Rounded to 6 decimals, so that the last bits of a sum do not decide an order. Raises as `build_scenario`.
+    """
+    import torch
+
+    from clframe import registry
+
+    scenario = registry.build_scenario(config.scenario, config.run)
+    sums: dict[int, tuple[Any, int]] = {}
+    for experience in scenario:
+        data = experience.train
+        for label in experience.classes:
+            images = data.x[data.y == label].flatten(1).to(torch.float64)
+            total, count = sums.get(label, (0.0, 0))
+            sums[label] = total + images.sum(0), count + len(images)
+    means = torch.stack([sums[label][0] / max(1, sums[label][1]) for label in sorted(sums)])
+    means = torch.nn.functional.normalize(means, dim=1)
+    found = torch.empty(len(means), len(means), dtype=torch.float64)
+    numbers = torch.tensor(list(scenario.class_order))
+    found[numbers[:, None], numbers[None, :]] = means @ means.T
+    rounded: list[list[float]] = found.round(decimals=6).tolist()
+    return rounded
