@@ -447,7 +447,7 @@ def _teller(cell: Cell, tell: Callable[[CellEvent], None]) -> Listener:
 
 
 def find_data(config: Config) -> str:
-    """Return the SHA-256 of the data of the scenario, whatever the seed. Raises as `clframe.registry.build_scenario`."""
+    """Return the SHA-256 of the scenario's data, whatever the seed. Raises as `clframe.registry.build_scenario`."""
     settings = config.run.model_copy(update={"seed": 0})
     return registry.build_scenario(config.scenario, settings).checksum
 

@@ -98,9 +98,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """Return the content of the file of the plan in the folder of a study. Raises `DataError` if it cannot be read."""
     found = read_json(folder / PLAN)
     if not isinstance(found, dict) or found.get("format") != PLAN_FORMAT:
-        raise DataError(
-            f"{folder / PLAN} is not the plan of a study that this clframe reads: repeat `clframe compare`."
-        )
+        raise DataError(f"{folder / PLAN} is not a plan that this clframe reads: repeat `clframe compare {folder}`.")
     return found
 
 
@@ -127,7 +125,8 @@ def make_plan(study: Study, folder: Path, *, keep_stale: bool = False) -> Plan:
     """
     forget_code()
     rows = _resolve(study)
-    refused, problems = [], []
+    refused: list[Refused] = []
+    problems: list[str] = []
     data: dict[str, str] = {}
     for row in rows:
         first = row.configs[0][1]
@@ -257,6 +256,8 @@ def order_options(study: Study, scenario: Options, seed: int | None) -> dict[str
     if study.order_sampling == "random" or seed % 3 == 0:
         return {"order": "random", "seed": seed}
     natural = study.configure(scenario, Method(""), {}, 0)
+    if "setting" in natural.model_dump()["scenario"]:  # the classes of the data set, whatever labels the setting has
+        natural = study.configure(scenario, Method(""), {"setting": "class"}, 0)
     key = json.dumps(natural.model_dump()["scenario"], sort_keys=True, default=str)
     if key not in _SIMILARITIES:
         _SIMILARITIES[key] = _similarities(natural)

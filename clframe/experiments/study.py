@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ DEFAULT_SEEDS = 5
 MOST_SEEDS = 10_000
 MOST_CELLS = 100_000
 SAMPLINGS = ("random", "extreme")
+METHOD_KEYS = ("plugins", "name", "train", "grid", "tuned")
 NOT_OF_A_STUDY = {  # settings that a study has a place of its own for
     "run.seed": "`seeds` (`--seeds`) has the seeds",
     "run.output": "each cell has a folder in that of the study",
@@ -129,9 +130,7 @@ class Study:
         """
         if not isinstance(data, Mapping):
             raise UsageError(f"{where}a study is a mapping with some of {', '.join(KEYS)}; this is {quote(data)}.")
-        problems = [
-            f"there is no key `{cut(key)}` in a study.{did_you_mean(key, KEYS)}" for key in data if key not in KEYS
-        ]
+        problems = _unknown_keys(data, KEYS, "a study")
         found: dict[str, Any] = {}
         for key, read in KEYS.items():
             if data.get(key) is None:
@@ -292,9 +291,8 @@ class Study:
                 guess = did_you_mean(section, [*registry.RESERVED, *plugins])
                 problems.append(f"`--set {section}...`: there is no plugin `{section}` in the study.{guess}")
         given = {f"run.{name}" for name in self.run} | set(self.set)
-        problems += [
-            f"`{name}` cannot be set in a study: {why}." for name, why in NOT_OF_A_STUDY.items() if name in given
-        ]
+        refused = [name for name in NOT_OF_A_STUDY if name in given]
+        problems += [f"`{name}` cannot be set in a study: {NOT_OF_A_STUDY[name]}." for name in refused]
         count = len(self.scenarios) * len(methods) * len(self.seeds) * len(self.order_seeds)
         if count > MOST_CELLS:
             problems.append(f"The study asks for {count:,} cells, and {MOST_CELLS:,} are the most that one can have.")
@@ -350,10 +348,7 @@ def _read_method(given: Any) -> list[Method]:
         return [Method(given.strip(), {name: {} for name in split_method(given)})]
     if not isinstance(given, Mapping):
         raise UsageError(f"`methods` has {quote(given)}; it must hold names such as `er+lwf`, or mappings.")
-    keys = ("plugins", "name", "train", "grid", "tuned")
-    problems = [
-        f"there is no key `{cut(k)}` in a method of a study.{did_you_mean(k, keys)}" for k in given if k not in keys
-    ]
+    problems = _unknown_keys(given, METHOD_KEYS, "a method of a study")
     plugins: dict[str, Options] = {}
     named = given.get("plugins") or ()
     for item in [named] if isinstance(named, str | Mapping) else named:
@@ -478,10 +473,13 @@ def _read_set(given: Any, key: str) -> Options:
     for name in found:
         section, dot, option = name.partition(".")
         if not (section and dot and option):
-            raise UsageError(
-                f"`{key}` has `{cut(name)}`, which is not of the form `section.option`, such as `er.size`."
-            )
+            raise UsageError(f"`{key}` has `{cut(name)}`; it must be of the form `section.option`, such as `er.size`.")
     return found
+
+
+def _unknown_keys(given: Options, known: Collection[str], what: str) -> list[str]:
+    """Return one sentence for each key of `given` that `what` does not have."""
+    return [f"there is no key `{cut(key)}` in {what}.{did_you_mean(key, known)}" for key in given if key not in known]
 
 
 def _list(given: Any, key: str) -> Sequence[Any]:
