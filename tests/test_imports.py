@@ -117,7 +117,8 @@ IMPORTS_AVALANCHE = {"avalanche.adapter"}  # in the core; the plugin and the sce
 HOMONYMS = {
     "api": {"joint"},  # the setting `run.joint`
     "avalanche.benchmark": {"avalanche"},  # the name of a scenario
-    "experiments.study": {"joint"},  # a baseline of studies, by default
+    "experiments.cells": {"tensorboard"},  # the setting `run.tensorboard`
+    "experiments.study": {"joint", "tensorboard"},  # a baseline, by default; the setting
     "runs.folder": {"tensorboard"},  # a folder of a run
     "testing.fixtures": {"tensorboard"},  # the setting `run.tensorboard`
     "testing.plugin_checks": {"tensorboard"},

@@ -208,7 +208,7 @@ def _code_from(module: str) -> Mapping[str, str]:
         if top == "clframe" and not name.startswith(BY_USE):
             continue
         spec = None
-        with suppress(ImportError, ValueError, AttributeError):  # what is imported may be no module, but a name in it
+        with suppress(ImportError, ValueError, AttributeError):  # the import may be of a name in a module
             spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None or not Path(spec.origin).is_file():
             continue

@@ -44,7 +44,8 @@ class Refused:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"`{self.method}` cannot learn `{self.scenario}`: {' '.join(self.reasons)}"
+        reasons = " ".join(self.reasons).replace("`--setting`", "`--set scenario.setting=...`")
+        return f"`{self.method}` cannot learn `{self.scenario}`: {reasons}"
 
 
 @dataclass(frozen=True)
