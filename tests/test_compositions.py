@@ -16,6 +16,7 @@ import clframe
 from clframe import Plugin, compose, contract, hookimpl, registry, testing
 from clframe.context import Run
 from clframe.errors import UsageError
+from clframe.testing import Recorder, refused
 
 CLASSES = {name: registry.plugin_class(name) for name in registry.names("plugin")}
 METHODS = [name for name, cls in CLASSES.items() if not (cls.observer or cls.variants)]
@@ -35,8 +36,6 @@ ABSENT = {
 # beside feature extraction these have nothing to hold: all that is old is frozen
 NOTHING_TO_HOLD = {"a-ltm", "ewc", "finetune-fc", "lfl", "lwf", "lwm", "mas", "si"}
 ISOLATING = {name for name in METHODS if registry.plugin_class(name).isolates}
-END = "choose other forms, or run them apart."
-USER_END = "leave that out, or choose another form."
 
 
 class ConvFC(nn.Module):
@@ -57,32 +56,23 @@ class ConvFC(nn.Module):
         return self.last(self.fc(self.relu(self.norm(self.conv(x))).flatten(1)))
 
 
-class Witness(Plugin):
-    """Keeps what the second experience was made of: terms, phases, and the weights around them."""
-
-    name = "witness"
-    observer = True
-
-    def __init__(self) -> None:
-        self.losses: dict[str, list[float]] = {}
-        self.ends: dict[str, dict[str, Tensor]] = {}
+class Witness(Recorder):
+    """A recorder of two experiences, of which the second is compared."""
 
     @hookimpl
-    def before_experience(self, run, experience):
-        self.ends["before"] = {name: value.clone() for name, value in run.model.state_dict().items()}
+    def before_experience(self, run):
+        super().before_experience(run)
         self.logits = run.logits
 
-    @hookimpl
-    def after_step(self, run, batch):
-        for name, value in run.losses.items():
-            self.losses.setdefault(name, []).append(value.item())
-        if run.experience.index == 1:
-            self.ends[run.phase.name] = {name: value.clone() for name, value in run.model.state_dict().items()}
+    @property
+    def terms(self) -> set[str]:
+        """The names of all loss terms."""
+        return {name for step in self.steps for name in step.losses}
 
-    def changed(self, phase: str = "train") -> set[str]:
-        """What of the network changed from the beginning of the experience to the end of the phase."""
-        before = self.ends["before"]
-        return {name for name, v in self.ends[phase].items() if not torch.equal(v, before[name])}
+    @property
+    def end(self) -> dict[str, Tensor]:
+        """The network after the last step of the second experience."""
+        return self.phase_ends[1, "train"]
 
 
 def built(*names: str) -> list[Plugin]:
@@ -95,15 +85,10 @@ def setting_of(*names: str) -> str:
     return next((s for s in ("class", "task", "domain") if all(s in given for given in served)), served[0][0])
 
 
-def learn(scenario: Any, plugins: list[Plugin], train: Any = None, **run: Any) -> Witness:
+def learn(scenario: Any, *plugins: Plugin, **settings: Any) -> Witness:
     witness = Witness()
-    clframe.run(scenario, ConvFC(), [*plugins, witness], train=TRAIN | (train or {}), run={"tensorboard": False, **run})
+    testing.learn(scenario, *plugins, witness, **{"model": ConvFC(), **TRAIN, **settings})
     return witness
-
-
-def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether the networks with these weights have other layers, or other weights."""
-    return a.keys() != b.keys() or any(not torch.equal(value, b[name]) for name, value in a.items())
 
 
 SINGLES: dict[tuple[str, str, str | None], Witness] = {}
@@ -113,7 +98,7 @@ def alone(tiny: Any, name: str, setting: str, logits: str | None = None) -> Witn
     """The run of one method by itself, under given logits; each is run once."""
     key = name, setting, logits
     if key not in SINGLES:
-        SINGLES[key] = learn(stream(tiny, setting), built(name), {"logits": logits})
+        SINGLES[key] = learn(stream(tiny, setting), *built(name), logits=logits)
     return SINGLES[key]
 
 
@@ -123,29 +108,22 @@ def stream(tiny: Any, setting: str) -> clframe.Scenario:
 
 
 def refusal(run: Run, a: Plugin, b: Plugin) -> tuple[str, ...]:
-    """The sentences that refuse the pair, by what both declare; none: it may run."""
+    """What the refusal of the pair must name, by what both declare, after the kind of reason; none: it may run."""
     if a.isolates and b.isolates:
-        both = f"`{a.name}` and `{b.name}` each decide what of the network a task may use; leave out one of them."
-        return (both,)
+        return "isolates", f"`{a.name}` and `{b.name}`"
     for one, other in ((a, b), (b, a)):
         if one.isolates and other.name != "warm-up":
-            nothing = (
-                f"`{other.name}` has nothing to do beside `{one.name}`, where nothing that was learned can change; "
-            )
-            return (nothing + "leave out one of them.",)
+            return "isolates", f"`{other.name}`", f"beside `{one.name}`"
     for hook in compose.OWNED:
         if all(hook in contract.hooks_of(type(plugin)) and plugin.owns(hook) for plugin in (a, b)):
-            return (f"`{hook}` is answered by `{a.name}` and `{b.name}`; a run can have only one of them.",)
+            return "owned", f"`{hook}`", f"`{a.name}` and `{b.name}`"
     for one, other in ((a, b), (b, a)):
-        if other.name in one.conflicts:
-            return (f"The plugin `{one.name}` cannot run beside `{other.name}`; leave out one of them.",)
-        if one.name == "joint":
-            return (f"`joint` trains on all data and cannot run beside `{other.name}`; run them one by one.",)
+        if other.name in one.conflicts or one.name == "joint":
+            return "joint", f"`{one.name}`", f"cannot run beside `{other.name}`"
     wanted = [plugin.wanted_logits(run) for plugin in (a, b)]
     if None not in wanted and wanted[0] != wanted[1]:
         form = f" (form `{b.form}`)" if b.form else ""
-        made = f"`{b.name}`{form} is made for `train.logits={wanted[1]}`"
-        return (f"{made}, but `{a.name}` for `{wanted[0]}`: {END}",)
+        return "logits", f"`{b.name}`{form}", f"`train.logits={wanted[1]}`", f"`{a.name}` for `{wanted[0]}`"
     return ()
 
 
@@ -153,31 +131,30 @@ def refusal(run: Run, a: Plugin, b: Plugin) -> tuple[str, ...]:
 def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: str):
     """Two experiences; the order of naming is without effect, but for rounding."""
     setting = setting_of(a, b)
-    sentences = refusal(context(setting, *built(a, b)), *built(a, b))
-    if sentences:
-        with pytest.raises(UsageError) as caught:
-            learn(stream(tiny, setting), built(a, b))
-        assert caught.value.problems == sentences
+    reason = refusal(context(setting, *built(a, b)), *built(a, b))
+    if reason:
+        with refused(*reason[1:]):
+            learn(stream(tiny, setting), *built(a, b))
         return
-    pair, reverse = learn(stream(tiny, setting), built(a, b)), learn(stream(tiny, setting), built(b, a))
+    pair, reverse = learn(stream(tiny, setting), *built(a, b)), learn(stream(tiny, setting), *built(b, a))
     one, other = alone(tiny, a, setting), alone(tiny, b, setting)
     absent = ABSENT.get((a, b), set())
-    assert absent <= one.losses.keys() | other.losses.keys()
-    assert pair.losses.keys() == (one.losses.keys() | other.losses.keys()) - absent
-    assert pair.ends.keys() == one.ends.keys() | other.ends.keys()  # the phases of both
-    assert torch.tensor([value for values in pair.losses.values() for value in values]).isfinite().all()
-    end = pair.ends["train"]
+    assert absent <= one.terms | other.terms
+    assert pair.terms == (one.terms | other.terms) - absent
+    assert pair.phase_ends.keys() == one.phase_ends.keys() | other.phase_ends.keys()  # the phases of both
+    assert all(value.isfinite() for step in pair.steps for value in step.losses.values())
+    end = pair.end
     assert all(value.isfinite().all() for value in end.values())
-    for name, value in reverse.ends["train"].items():
+    for name, value in reverse.end.items():
         torch.testing.assert_close(value, end[name], rtol=1e-4, atol=1e-6)
 
     if "feature-extraction" in (a, b) and NOTHING_TO_HOLD & {a, b}:
         frozen = alone(tiny, "feature-extraction", setting, pair.logits)
-        assert all(torch.equal(value, frozen.ends["train"][name]) for name, value in end.items())
+        assert testing.differing(end, frozen.end) == []
     else:
         for single in (one, other):
-            assert differ(end, single.ends["train"])
-    changed = pair.changed()
+            assert testing.differing(end, single.end) != []
+    changed = pair.changed(1)
     heads = {name for name in end if name.startswith("head.")}
     if "feature-extraction" in (a, b):
         assert changed == heads - {"head.0.weight", "head.0.bias"}
@@ -186,7 +163,7 @@ def test_a_pair_has_the_effect_of_both_or_is_refused(tiny, context, a: str, b: s
     elif "lfl" in (a, b):
         assert changed == end.keys() - {"head.0.weight", "head.0.bias"}
     if "warm-up" in (a, b) and not {a, b} & ISOLATING:
-        assert pair.changed("warm-up") == heads - {"head.0.weight", "head.0.bias"}
+        assert pair.changed_in_phase(1, "warm-up") == heads - {"head.0.weight", "head.0.bias"}
 
 
 def test_the_pairs_are_told_apart_as_they_should_be(context):
@@ -197,19 +174,13 @@ def test_the_pairs_are_told_apart_as_they_should_be(context):
     assert {"channel-gating", "duplicate", "hat", "packnet", "piggyback"} == ISOLATING
     for a, b in PAIRS:
         if {a, b} & ISOLATING:
-            assert len(refusal(context("task", *built(a, b)), *built(a, b))) == ("warm-up" not in (a, b))
+            assert bool(refusal(context("task", *built(a, b)), *built(a, b))) == ("warm-up" not in (a, b))
         elif "icarl" in (a, b) and (two_losses | other_logits) & {a, b}:
-            assert len(refusal(context("class", *built(a, b)), *built(a, b))) == 1
+            assert refusal(context("class", *built(a, b)), *built(a, b))
         elif {a, b} <= compose:
             assert refusal(context(setting_of(a, b), *built(a, b)), *built(a, b)) == ()
         elif "joint" in (a, b):
-            assert len(refusal(context(setting_of(a, b), *built(a, b)), *built(a, b))) == 1
-
-
-def problems(scenario: Any, *plugins: Plugin, **train: Any) -> tuple[str, ...]:
-    with pytest.raises(UsageError) as caught:
-        learn(scenario, list(plugins), train)
-    return caught.value.problems
+            assert refusal(context(setting_of(a, b), *built(a, b)), *built(a, b))
 
 
 def test_two_owners_are_refused_and_one_beside_a_form_that_owns_nothing_runs(tiny):
@@ -221,43 +192,29 @@ def test_two_owners_are_refused_and_one_beside_a_form_that_owns_nothing_runs(tin
             return 0.5 * run.loss(batch, outputs)
 
     for options in ({"form": "mc"}, {"balance": True}):
-        assert problems(stream(tiny, "class"), registry.build_plugin("lwf", options), Own()) == (
-            "`base_loss` is answered by `lwf` and `own-loss`; a run can have only one of them.",
-        )
-    witness = learn(stream(tiny, "class"), [Own(), *built("lwf", "ewc")])
-    assert witness.losses.keys() == {"base", "lwf", "ewc"}
+        with refused("`base_loss`", "`lwf` and `own-loss`"):
+            learn(stream(tiny, "class"), registry.build_plugin("lwf", options), Own())
+    witness = learn(stream(tiny, "class"), Own(), *built("lwf", "ewc"))
+    assert witness.terms == {"base", "lwf", "ewc"}
 
 
-@pytest.mark.parametrize(
-    ("lwf", "partner", "sentence"),
-    [
-        ({"form": "all"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `all`: {END}"),
-        ({"form": "seen"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `seen`: {END}"),
-        ({"form": "mc"}, "lwm", f"`lwm` is made for `train.logits=current`, but `lwf` for `all`: {END}"),
-    ],
-)
-def test_methods_that_are_made_for_other_logits_are_refused(
-    tiny, context, lwf: dict[str, str], partner: str, sentence: str
-):
-    built_lwf = registry.build_plugin("lwf", lwf)
-    assert problems(stream(tiny, "class"), built_lwf, *built(partner)) == (sentence,)
-    wanted = built_lwf.wanted_logits(context("class"))
-    assert problems(stream(tiny, "class"), *built(partner), registry.build_plugin("lwf", lwf)) == (
-        f"`lwf` (form `{lwf['form']}`) is made for `train.logits={wanted}`, but `lwm` for `current`: {END}",
-    )
+@pytest.mark.parametrize(("form", "wanted"), [("all", "all"), ("seen", "seen"), ("mc", "all")])
+def test_methods_that_are_made_for_other_logits_are_refused(tiny, form: str, wanted: str):
+    with refused("`lwm`", "`train.logits=current`", f"`lwf` for `{wanted}`"):
+        learn(stream(tiny, "class"), registry.build_plugin("lwf", {"form": form}), *built("lwm"))
+    with refused(f"`lwf` (form `{form}`)", f"`train.logits={wanted}`", "`lwm` for `current`"):
+        learn(stream(tiny, "class"), *built("lwm"), registry.build_plugin("lwf", {"form": form}))
 
 
 def test_a_method_and_a_user_who_want_other_logits_are_refused(tiny):
-    assert problems(stream(tiny, "class"), *built("ewc", "lwf"), logits="seen") == (
-        f"`lwf` is made for `train.logits=current`, but `train.logits` is seen: {USER_END}",
-    )
-    assert problems(stream(tiny, "class"), *built("lwm", "lwf"), logits="all") == (
-        f"`lwm` is made for `train.logits=current`, but `train.logits` is all: {USER_END}",
-        f"`lwf` is made for `train.logits=current`, but `train.logits` is all: {USER_END}",
-    )
-    assert problems(stream(tiny, "task"), *built("lwf"), logits="all") == (
-        f"`lwf` is made for `train.logits=own`, but `train.logits` is all: {USER_END}",
-    )
+    with refused("`lwf`", "`train.logits=current`", "`train.logits` is seen"):
+        learn(stream(tiny, "class"), *built("ewc", "lwf"), logits="seen")
+    with refused("`lwf`", "`train.logits=own`", "`train.logits` is all"):
+        learn(stream(tiny, "task"), *built("lwf"), logits="all")
+    with pytest.raises(UsageError) as caught:
+        learn(stream(tiny, "class"), *built("lwm", "lwf"), logits="all")
+    for name, problem in zip(("lwm", "lwf"), caught.value.problems, strict=True):
+        assert all(word in problem for word in (f"`{name}`", "`train.logits=current`", "`train.logits` is all"))
 
 
 def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: Path):
@@ -266,26 +223,26 @@ def test_three_methods_are_stopped_and_resumed_to_the_same_bits(tiny, tmp_path: 
     witnesses: list[Witness] = []
 
     def begin(folder: Path) -> None:
-        witnesses.append(learn(tiny(shape=(1, 8, 8)), built(*names), train, output=str(folder)))
+        witnesses.append(learn(tiny(shape=(1, 8, 8)), *built(*names), **train, output=str(folder)))
 
     def go_on(folder: Path) -> None:
         clframe.resume(folder, scenario=tiny(shape=(1, 8, 8)), model=ConvFC(), plugins=[*built(*names), Witness()])
 
     testing.stop_and_resume(tmp_path, begin, go_on, places=8)
-    assert witnesses[0].losses.keys() == {"base", *names}
-    assert all(values[-1] > 0 for values in witnesses[0].losses.values())
+    assert witnesses[0].terms == {"base", *names}
+    assert all(value > 0 for value in witnesses[0].steps[-1].losses.values())
 
 
 def why(a: str, b: str, context: Any) -> str:
     """``+`` if the pair may run together, else the letter of the reason."""
-    sentences = refusal(context(setting_of(a, b), *built(a, b)), *built(a, b))
-    if not sentences:
+    reason = refusal(context(setting_of(a, b), *built(a, b)), *built(a, b))
+    if not reason:
         return "+"
     if {a, b} & ISOLATING:
         return "p"
     if "joint" in (a, b):
         return "j"
-    return "z" if "train.logits" in sentences[0] else "o"
+    return {"logits": "z", "owned": "o"}[reason[0]]
 
 
 def test_the_matrix_of_pairs_in_the_documentation_is_what_the_code_does(context):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,24 +11,21 @@ import torch
 from torch.nn import functional
 
 import clframe
-from clframe import Plugin, change_domains, hookimpl
-from clframe.errors import UsageError
+from clframe import change_domains, hookimpl, testing
 from clframe.plugins.er import ER
+from clframe.testing import Recorder
 
-TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
+fine_tune = partial(testing.learn, model="mlp-100", optimizer="sgd", lr=0.05)
 
 
-class Watch(Plugin):
-    """Keeps the rows of each step, the base loss, and the memory after each experience."""
+class Watch(Recorder):
+    """A recorder that also compares the base loss with its weighing, and keeps the memory after each experience."""
 
-    name = "watch"
-    observer = True
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, Any]] = []
+    def __init__(self, er: ER) -> None:
+        super().__init__()
+        self.er = er
         self.expected: list[float] = []
         self.memory: list[list[int]] = []
-        self.er: Any = None
 
     @hookimpl
     def penalty(self, run, batch, outputs):
@@ -41,18 +40,18 @@ class Watch(Plugin):
 
     @hookimpl
     def after_step(self, run, batch):
-        self.steps.append((run.experience.index, batch))
+        super().after_step(run, batch)
         assert run.losses["base"].item() == pytest.approx(self.expected[-1], rel=1e-5)
 
     @hookimpl
-    def after_eval(self, run, experience):
+    def after_eval(self, run):
+        super().after_eval(run)
         self.memory.append(self.er.kept.index.tolist())
 
 
-def learn(scenario: clframe.Scenario, er: ER, *more: Plugin, **train: Any) -> Watch:
-    watch = Watch()
-    watch.er = er
-    clframe.run(scenario, "mlp-100", [er, *more, watch], train=TRAIN | train, run={"tensorboard": False})
+def learn(scenario: Any, er: ER, **settings: Any) -> Watch:
+    watch = Watch(er=er)
+    fine_tune(scenario, er, watch, **settings)
     return watch
 
 
@@ -62,7 +61,7 @@ def test_the_loss_is_what_the_weighing_says(tiny, memory: str, weigh: str) -> No
     """The comparison stands in `Watch.after_step`."""
     watch = learn(tiny(), ER(size=12, memory=memory, weigh=weigh, batch_size=5))
     assert len(watch.steps) == 18
-    replayed = [[i for i, batch in watch.steps if len(batch) > 8].count(k) for k in range(3)]
+    replayed = [sum(len(batch) > 8 for batch in watch.batches(k)) for k in range(3)]
     assert replayed == [0 if memory == "balanced" or weigh == "experiences" else 5, 6, 6]
 
 
@@ -72,9 +71,9 @@ def test_old_images_come_as_they_are_and_are_marked(tiny) -> None:
         int(i): (x, int(y)) for e in scenario for x, y, i in zip(e.train.x, e.train.y, e.train.index, strict=True)
     }
     watch = learn(scenario, ER(size=6, memory="balanced"))
-    for index, batch in watch.steps:
-        old = batch.origin == 1
-        assert (batch.y[old] < 2 * index).all()
+    for step in watch.steps:
+        batch, old = step.batch, step.batch.origin == 1
+        assert (batch.y[old] < 2 * step.experience).all()
         for x, y, task, i in zip(batch.x[old], batch.y[old], batch.task[old], batch.index[old], strict=True):
             image, label = by_index[int(i)]
             assert torch.equal(x, scenario.transform.normalize(image[None])[0])
@@ -97,8 +96,8 @@ def test_a_ring_holds_the_latest_of_each_class(tiny) -> None:
     for experience, kept in enumerate(watch.memory):
         met = [
             (int(y), int(i))
-            for k, b in watch.steps
-            if k <= experience
+            for k in range(experience + 1)
+            for b in watch.batches(k)
             for y, i, o in zip(b.y, b.index, b.origin, strict=True)
             if not o
         ]
@@ -108,7 +107,7 @@ def test_a_ring_holds_the_latest_of_each_class(tiny) -> None:
 
 def test_a_reservoir_is_filled_with_the_first_images(tiny) -> None:
     watch = learn(tiny(), ER(size=24), epochs=1)
-    first = [int(i) for k, b in watch.steps if k == 0 for i, o in zip(b.index, b.origin, strict=True) if not o]
+    first = [int(i) for b in watch.batches(0) for i, o in zip(b.index, b.origin, strict=True) if not o]
     assert watch.memory[0] == first  # 24 images in one epoch
     assert all(len(kept) == 24 for kept in watch.memory)
     assert len(set(watch.memory[2]) & set(first)) < 24
@@ -125,50 +124,37 @@ def test_in_domains_each_experience_has_its_part(tiny_arrays) -> None:
 
 
 def test_augmented_memory_is_augmented_anew(tiny_arrays) -> None:
-    from dataclasses import replace
-
     arrays = tiny_arrays(shape=(1, 8, 8))
     arrays = replace(arrays, transform=clframe.Transform(pad=2))
     watch = learn(clframe.split_classes("tiny", arrays, experiences=3), ER(size=6, memory="balanced"))
     views = {}
-    for _, batch in watch.steps:
+    for batch in (step.batch for step in watch.steps):
         for x, i in zip(batch.x[batch.origin == 1], batch.index[batch.origin == 1], strict=True):
             views.setdefault(int(i), set()).add(x.numpy().tobytes())
     assert max(len(seen) for seen in views.values()) > 3
 
 
-def refusal(scenario: clframe.Scenario, er: ER, **train: Any) -> tuple[str, ...]:
-    with pytest.raises(UsageError) as caught:
-        clframe.run(scenario, "mlp-100", [er], train=TRAIN | train, run={"tensorboard": False})
-    return caught.value.problems
-
-
 def test_a_memory_without_room_for_each_class_is_refused(tiny, tiny_arrays) -> None:
-    end = "give each of them one image at least."
-    assert refusal(tiny(), ER(size=5)) == (f"`er.size` is 5, and there are 6 classes to remember: {end}",)
     domains = change_domains("tiny", tiny_arrays(), lambda i, x: x.roll(i, -1), experiences=3)
-    assert refusal(domains, ER(size=6, memory="ring")) == (
-        f"`er.size` is 6, and there are 18 classes to remember: {end}",
-    )
-    learn(domains, ER(size=6))  # a reservoir knows no domains
+    with testing.refused("`er.size` is 5", "6 classes", "one image"):
+        learn(tiny(), ER(size=5))
+    with testing.refused("`er.size` is 6", "18 classes", "one image"):
+        learn(domains, ER(size=6, memory="ring"))
+    learn(domains, ER(size=6))  # a reservoir needs no domains
 
 
 def test_a_reservoir_has_no_classes() -> None:
-    with pytest.raises(UsageError, match=r"`er\.per_class` needs a memory by class: set `er\.memory` to"):
+    with testing.refused("`er.per_class`", "set `er.memory`"):
         ER(per_class=3)
 
 
 def test_logits_that_leave_old_classes_out_are_refused(tiny) -> None:
-    with pytest.raises(
-        UsageError, match=r"`er` brings old classes back, which `train.logits=current` leaves out of the"
-    ):
+    with testing.refused("`er`", "`train.logits=current`"):
         learn(tiny(), ER(size=6), logits="current")
 
 
 def test_replay_saves_on_digits_what_fine_tuning_forgets() -> None:
     """One seed with room to spare: 20.0 against 93.9 (92.5 to 94.6) over five."""
     train = {"iterations": 300, "batch_size": 32, "lr": 1e-3, "optimizer": "adam", "keep_optimizer": True}
-    run = {"tensorboard": False}
-    plugin = ER(per_class=20, memory="balanced")
-    results = clframe.run("split-digits", "mlp-100", [plugin], train=train, run=run)
+    results = fine_tune("split-digits", ER(per_class=20, memory="balanced"), **train)
     assert results.measures["class"]["average_accuracy"] > 0.88

@@ -1,48 +1,38 @@
 from __future__ import annotations
 
 import copy
-import math
-import signal
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import clframe
 from clframe import Plugin, testing
 from clframe.context import Run
 from clframe.data.scenario import Experience
-from clframe.errors import Interrupted, UsageError
+from clframe.errors import UsageError
 from clframe.hooks import hookimpl
 from clframe.plugins.ewc import EWC
-from clframe.runs import checkpoint
-from clframe.toolkit import importance
+from clframe.testing import Recorder
 from clframe.toolkit.importance import label_cotangents
 from clframe.toolkit.per_sample import GradientSums, zeros_for
 
 QUICK = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}
+learn = partial(testing.learn, model={"name": "mlp", "hidden": [16]}, **QUICK)
 
 
-class Witness(Plugin):
-    """Keeps, after each experience, the weights and the Fisher information by the public functions."""
-
-    name = "witness"
+class Witness(Recorder):
+    """A recorder that also keeps, after each experience, the weights and the Fisher information by public functions."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.weights: list[dict[str, Tensor]] = []
         self.fisher: list[dict[str, Tensor]] = []
-        self.penalties: list[float] = []
-        self.model: nn.Module | None = None
-
-    @hookimpl
-    def after_step(self, run: Run) -> None:
-        self.penalties.append(run.losses["ewc"].item() if "ewc" in run.losses else math.nan)
 
     @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        self.model = run.model
+        super().after_experience(run, experience)
         parameters = dict(run.model.named_parameters())
         self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
         sums = zeros_for(parameters)
@@ -52,15 +42,10 @@ class Witness(Plugin):
         self.fisher.append({name: total / len(batch) for name, total in sums.items()})
 
 
-def run(ewc: EWC, scenario: str = "permuted-digits", experiences: int = 3, **train: Any) -> Witness:
+def run(ewc: EWC | None, scenario: str = "permuted-digits", experiences: int = 3, **settings: Any) -> Witness:
     witness = Witness()
-    clframe.run(
-        {"name": scenario, "experiences": experiences, "limit": 12},
-        model={"name": "mlp", "hidden": [16]},
-        plugins=[ewc, witness],
-        train=QUICK | train,
-        run={"output": None, "seed": 0, "tensorboard": False},
-    )
+    given = {"name": scenario, "experiences": experiences, "limit": 12}
+    learn(given, *([ewc] if ewc else []), witness, **settings)
     return witness
 
 
@@ -95,9 +80,9 @@ def test_online_penalty_has_one_anchor_and_fades(gamma: float | None) -> None:
     theta = {name: w + 1 for name, w in anchor.items()}
     wanted = value(theta, [(30.0 * fading**k, f, anchor) for k, f in ((3, f1), (2, f2), (1, f3))])
     assert 30.0 * fading * ewc.penalties(theta).item() == pytest.approx(wanted, rel=1e-4)
-    steps = len(seen.penalties) // 3
-    second = seen.penalties[steps : 2 * steps]
-    offline = run(EWC(lambda_=30.0 * fading, samples=None)).penalties[steps : 2 * steps]
+    steps = len(seen.steps) // 3
+    second = seen.losses("ewc")[steps : 2 * steps]
+    offline = run(EWC(lambda_=30.0 * fading, samples=None)).losses("ewc")[steps : 2 * steps]
     assert second == pytest.approx(offline, rel=1e-4)  # one task: the same but for gamma
 
 
@@ -121,22 +106,15 @@ def test_online_with_gamma_1_and_equal_anchors_is_the_sum() -> None:
 
 
 def test_penalty_begins_at_zero_in_the_second_experience() -> None:
-    penalties = run(EWC(lambda_=30.0), experiences=2).penalties
+    penalties = run(EWC(lambda_=30.0), experiences=2).losses("ewc")
     half = len(penalties) // 2
-    assert all(math.isnan(p) for p in penalties[:half])
+    assert penalties[:half] == [None] * half
     assert penalties[half] == 0
     assert all(p > 0 for p in penalties[half + 1 :])
 
 
 def test_first_experience_is_that_of_finetuning() -> None:
-    with_ewc, without = run(EWC(lambda_=1e3)), Witness()
-    clframe.run(
-        {"name": "permuted-digits", "experiences": 3, "limit": 12},
-        model={"name": "mlp", "hidden": [16]},
-        plugins=[without],
-        train=QUICK,
-        run={"output": None, "seed": 0, "tensorboard": False},
-    )
+    with_ewc, without = run(EWC(lambda_=1e3)), run(None)
     assert all(torch.equal(with_ewc.weights[0][name], w) for name, w in without.weights[0].items())
     assert not torch.equal(with_ewc.weights[1]["backbone.net.1.weight"], without.weights[1]["backbone.net.1.weight"])
 
@@ -165,12 +143,8 @@ def test_frozen_parameters_are_left_out() -> None:
             run.model.backbone.get_parameter("net.1.weight").requires_grad_(False)
 
     ewc = EWC()
-    clframe.run(
-        {"name": "permuted-digits", "experiences": 2, "limit": 5},
-        model={"name": "mlp", "hidden": [8]},
-        plugins=[ewc, Freeze()],
-        train=QUICK,
-        run={"output": None, "tensorboard": False},
+    learn(
+        {"name": "permuted-digits", "experiences": 2, "limit": 5}, ewc, Freeze(), model={"name": "mlp", "hidden": [8]}
     )
     assert list(ewc.penalties.anchor) == ["backbone.net.1.bias", "head.0.weight", "head.0.bias"]
 
@@ -226,12 +200,12 @@ def test_fisher_information_is_that_of_single_images(model: str, setting: str, l
                         total += weight * gradient**2 / len(batch)
 
     ewc = EWC(labels=labels, samples=None, form="online", gamma=0.0)  # the latest experience alone
-    clframe.run(
+    learn(
         {"name": "split-digits", "experiences": 5, "limit": 6, "setting": setting},
+        Autograd(),
+        ewc,
         model={"name": "mlp", "hidden": [8]} if model == "mlp" else model,
-        plugins=[Autograd(), ewc],
-        train=QUICK | {"epochs": 2},
-        run={"output": None, "tensorboard": False},
+        epochs=2,
     )
     assert ewc.penalties.precision.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -245,12 +219,11 @@ def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(form: str) -> None:
     """Without clipping: the weights that mattered stay where they were, and nothing diverges or is warned of."""
     told: list[str] = []
     ewc = EWC(lambda_=1e6, form=form, gamma=0.5 if form == "online" else None)
-    results = clframe.run(
+    results = learn(
         {"name": "permuted-digits", "experiences": 2, "limit": 12},
-        model={"name": "mlp", "hidden": [16]},
-        plugins=[ewc],
-        train=QUICK | {"clip": 0.0, "epochs": 20},
-        run={"output": None, "tensorboard": False},
+        ewc,
+        clip=0.0,
+        epochs=20,
         listeners=[testing.message_listener(told)],
     )
     assert 0.05 * 1e6 * max(f.max().item() for f in ewc.penalties.precision.values()) > 100  # far above the bound of 2
@@ -273,50 +246,12 @@ def test_nothing_is_left_on_the_model_and_running_statistics_stay() -> None:
 
     results = []
     for plugins in ([Look()], [EWC(lambda_=0.0), Look()]):
-        clframe.run(
-            {"name": "permuted-digits", "experiences": 1, "limit": 5},
-            model="cnn-small",
-            plugins=plugins,
-            train=QUICK,
-            run={"output": None, "tensorboard": False},
-        )
+        learn({"name": "permuted-digits", "experiences": 1, "limit": 5}, *plugins, model="cnn-small")
         results.append(statistics.pop())
     assert torch.equal(*results)
     witness = run(EWC(), experiences=1)
     model = witness.model
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The partial sums and the images of the pass are in the state; sampled labels go on where they were."""
-    monkeypatch.setattr(importance, "CHUNK", 1)  # batches of the training's size, so that the pass has a middle
-
-    def go(folder: Path, listeners: list[Any]) -> None:
-        clframe.run(
-            {"name": "permuted-digits", "experiences": 2, "limit": 12},
-            model={"name": "mlp", "hidden": [16]},
-            plugins=[{"ewc": {"labels": "sampled", "samples": 100}}],
-            train=QUICK,
-            run={"output": str(folder), "seed": 0, "tensorboard": False},
-            listeners=listeners,
-        )
-
-    def stop(record: dict[str, Any]) -> None:
-        if record["kind"] == "tick" and record["i"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    go(tmp_path / "whole", [])
-    with pytest.raises(Interrupted):
-        go(tmp_path / "stopped", [stop])
-    ticks: list[int] = []
-    clframe.resume(tmp_path / "stopped", listeners=[lambda r: ticks.append(r["i"]) if r["kind"] == "tick" else None])
-    assert ticks == [3, 4, 1, 2, 3, 4]
-    whole, stopped = (checkpoint.load(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "stopped"))
-    assert whole.keys() == stopped.keys()
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert any("ewc/penalties" in name for name in whole)
 
 
 def test_state_is_small_after_an_experience() -> None:

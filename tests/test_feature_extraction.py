@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import clframe
 from clframe import Plugin, hookimpl, snapshot, testing
 from clframe.errors import RunError, UsageError
 from clframe.plugins.feature_extraction import FeatureExtraction, TwoLayers
-from clframe.testing import Recorder
+from clframe.testing import Answers, Recorder
 
-TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 MOVERS = {  # all that moves weights whose gradient is zero
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
     "adam": {"optimizer": "adam", "weight_decay": 0.1, "decay": "all", "keep_optimizer": True},
@@ -43,11 +43,7 @@ class Small(nn.Module):
         return self.own(self.linear(x.flatten(1)).relu())
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
-    return clframe.run(
-        scenario, model or Small(), plugins, train=TRAIN | (train or {}), run={"tensorboard": False, **run}
-    )
-
+learn = partial(testing.learn, model=Small())
 
 HEAD_1 = {"head.1.weight", "head.1.bias"}
 HEAD_2 = {"head.2.weight", "head.2.bias"}
@@ -60,7 +56,7 @@ def test_an_experience_changes_the_new_head_and_nothing_else(tiny, setting: str,
     """Guards against rows frozen by zeroing gradients, which momentum, Adam and weight decay move, and against batch
     norms left in training mode, those that learn nothing included."""
     recorder = Recorder()
-    learn(tiny(setting=setting), FeatureExtraction(), recorder, train=MOVERS[mover])
+    learn(tiny(setting=setting), FeatureExtraction(), recorder, **MOVERS[mover])
     first = recorder.changed(0)
     assert {"backbone.conv.weight", "backbone.norm.running_mean", "backbone.plain.running_var"} < first
     assert {"head.0.weight", "head.0.bias"} < first
@@ -71,7 +67,7 @@ def test_an_experience_changes_the_new_head_and_nothing_else(tiny, setting: str,
 def test_without_it_the_same_run_changes_everything(tiny):
     """What the test above asserts is the method's doing."""
     recorder = Recorder()
-    learn(tiny(setting="task"), recorder, train=MOVERS["adam"])
+    learn(tiny(setting="task"), recorder, **MOVERS["adam"])
     trained = {name for name in recorder.after[1] if "backbone.own" not in name}
     assert recorder.changed(1) == trained
 
@@ -79,31 +75,17 @@ def test_without_it_the_same_run_changes_everything(tiny):
 @pytest.mark.parametrize("hidden", [None, 5])
 def test_where_the_task_is_told_nothing_is_forgotten(tiny, hidden: int | None):
     """R[T][j] = R[j][j], exactly, and so are all scores of an old task."""
-    scores: list[list[Tensor]] = []
-
-    class Asking(Plugin):
-        name = "asking"
-        observer = True
-
-        @hookimpl
-        def after_eval(self, run, experience):
-            x = torch.linspace(0, 1, 5 * 16).view(5, 1, 4, 4)
-            run.model.eval()
-            with torch.no_grad():
-                outputs = run.model(x)
-                scores.append([outputs.head(k) for k in range(experience.index + 1)])
-            run.model.train()
-
-    results = learn(tiny(setting="task"), FeatureExtraction(hidden=hidden), Asking(), train={"epochs": 1})
+    answers = Answers(x=torch.linspace(0, 1, 5 * 16).view(5, 1, 4, 4))
+    results = learn(tiny(setting="task"), FeatureExtraction(hidden=hidden), answers, epochs=1)
     rows = results.accuracy["task"]
     assert all(rows[i][j] == rows[j][j] for i in range(3) for j in range(i))
     assert results.measures["task"]["forgetting"] == 0
-    assert all(torch.equal(scores[i][j], scores[j][j]) for i in range(3) for j in range(i))
+    assert answers.same()
 
 
 def test_in_domains_the_one_head_goes_on_learning(tiny):
     recorder = Recorder()
-    learn(tiny(setting="domain"), FeatureExtraction(), recorder, train=MOVERS["sgd"])
+    learn(tiny(setting="domain"), FeatureExtraction(), recorder, **MOVERS["sgd"])
     assert recorder.changed(1) == recorder.changed(2) == {"head.0.weight", "head.0.bias"}
 
 
@@ -111,20 +93,19 @@ def test_in_domains_the_one_head_goes_on_learning(tiny):
 def test_a_head_that_stands_from_the_start_is_trained_block_by_block(tiny, logits: str):
     """Blocks of classes to come are not old ones; with the loss over all logits they are trained, too."""
     recorder = Recorder()
-    learn(tiny(), FeatureExtraction(), recorder, train={"logits": logits})
+    learn(tiny(), FeatureExtraction(), recorder, logits=logits)
     assert recorder.changed(1) == HEAD_1 | (HEAD_2 if logits == "all" else set())
     assert recorder.changed(2) == HEAD_2
 
 
 def test_features_that_came_with_weights_stay_from_the_first_experience_on(tiny):
     recorder = Recorder()
-    learn(tiny(), FeatureExtraction(pretrained=True, hidden=3), recorder, train=MOVERS["adam"])
+    learn(tiny(), FeatureExtraction(pretrained=True, hidden=3), recorder, **MOVERS["adam"])
     assert [len(recorder.changed(i)) for i in range(3)] == [4, 4, 4]
     for i in range(3):
         assert {name.split(".")[0] + name.split(".")[1] for name in recorder.changed(i)} == {f"head{i}"}
         assert isinstance(recorder.model.head[i], TwoLayers)
-    expected = Small().state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in recorder.model.backbone.state_dict().items())
+    assert testing.differing(recorder.model.backbone.state_dict(), Small().state_dict()) == []
 
 
 def test_a_new_head_has_a_hidden_layer_of_that_many_units(tiny):
@@ -189,12 +170,11 @@ def test_hidden_layers_are_drawn_from_the_seed_and_leave_the_global_generator_al
 @pytest.mark.parametrize("options", [{"hidden": 5}, {"hidden": 5, "pretrained": True, "warm_up": 1.0}])
 def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, options: Any):
     """The hidden layers are built again before their weights are loaded, and what was frozen is frozen again."""
-    train = {"epochs": 1} | MOVERS["adam"]
     recorders: list[Recorder] = []
 
     def begin(folder: Path) -> None:
         recorders.append(Recorder())
-        learn(tiny(), FeatureExtraction(**options), recorders[-1], train=train, output=str(folder))
+        learn(tiny(), FeatureExtraction(**options), recorders[-1], epochs=1, **MOVERS["adam"], output=str(folder))
 
     def go_on(folder: Path) -> None:
         recorders.append(Recorder())
@@ -252,9 +232,7 @@ def test_its_warm_up_is_a_phase_of_the_new_head(tiny):
 
 @pytest.mark.parametrize(("option", "value"), [("warm_up", 0.5), ("hidden", 4)])
 def test_what_is_about_new_heads_is_refused_in_domains(tiny, option: str, value: float):
-    with pytest.raises(UsageError) as caught:
+    with testing.refused(f"`feature-extraction.{option}`", "domain", "leave", "`--setting`"):
         learn(tiny(setting="domain"), FeatureExtraction(**{option: value}))
-    (problem,) = caught.value.problems
-    assert all(word in problem for word in (f"`feature-extraction.{option}`", "domain", "leave", "`--setting`"))
     with pytest.raises(UsageError, match=r"`feature-extraction\.hidden` is 0: .* 1\.$"):
         FeatureExtraction(hidden=0)

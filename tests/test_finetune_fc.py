@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Plugin, testing
+from clframe import testing
 from clframe.errors import UsageError
 from clframe.plugins.finetune_fc import FinetuneFC
 from clframe.testing import Recorder
@@ -69,9 +70,7 @@ class Flat(nn.Module):
         return self.net(x)
 
 
-def learn(scenario: Any, *plugins: Plugin, model: Any = None, train: Any = None, **run: Any) -> clframe.Results:
-    settings = {"epochs": 2, "batch_size": 8, "keep_optimizer": True} | (train or MOVERS["adam"])
-    return clframe.run(scenario, model or ConvFC(), plugins, train=settings, run={"tensorboard": False, **run})
+learn = partial(testing.learn, model=ConvFC(), keep_optimizer=True, **MOVERS["adam"])
 
 
 def both(*modules: str) -> set[str]:
@@ -88,7 +87,7 @@ def test_behind_convolutions_the_fully_connected_layers_learn(tiny, mover: str, 
 
     Guards against rows frozen by zeroing gradients and against batch norms left in training mode."""
     recorder = Recorder()
-    learn(tiny(setting="task"), FinetuneFC(last=last), recorder, train=MOVERS[mover])
+    learn(tiny(setting="task"), FinetuneFC(last=last), recorder, **MOVERS[mover])
     assert recorder.changed(0) == set(recorder.after[0])
     assert recorder.changed(1) == both(*layers, "head.1")
     assert recorder.changed(2) == both(*layers, "head.2")
@@ -155,21 +154,12 @@ def test_a_stop_anywhere_changes_no_bit(tiny, tmp_path: Path, model: Any):
 
 
 def test_a_backbone_that_lacks_the_layers_is_refused(tiny):
-    def problems(plugin: Plugin, **given: Any) -> tuple[str, ...]:
-        with pytest.raises(UsageError) as caught:
-            learn(tiny(shape=(1, 8, 8), setting=given.pop("setting", "class")), plugin, **given)
-        return caught.value.problems
-
-    assert problems(FinetuneFC(), model="cnn-small") == (
-        "`finetune-fc` finds no fully connected layer in the backbone, so it would train the head alone: use "
-        "`feature-extraction`, or a model that has some, such as mlp or torchvision:vgg16.",
-    )
-    assert problems(FinetuneFC(last=3), model="mlp-100") == (
-        "`finetune-fc.last` is 3, but the backbone's fully connected layers are `net.1`, `net.3`.",
-    )
-    assert problems(FinetuneFC(warm_up=1.0), model="mlp-100", setting="domain") == (
-        "`finetune-fc.warm_up` trains the head of new classes, and in the domain setting no experience brings any: "
-        "leave it out, or choose another `--setting`.",
-    )
+    scenario = tiny(shape=(1, 8, 8))
+    with testing.refused("`finetune-fc`", "`feature-extraction`", "mlp or torchvision:vgg16"):
+        learn(scenario, FinetuneFC(), model="cnn-small")
+    with testing.refused("`finetune-fc.last` is 3", "`net.1`, `net.3`"):
+        learn(scenario, FinetuneFC(last=3), model="mlp-100")
+    with testing.refused("`finetune-fc.warm_up`", "domain", "`--setting`"):
+        learn(tiny(setting="domain"), FinetuneFC(warm_up=1.0), model="mlp-100")
     with pytest.raises(UsageError, match=r"`finetune-fc\.last` is 0: .* 1\.$"):
         FinetuneFC(last=0)

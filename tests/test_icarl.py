@@ -13,14 +13,12 @@ from torch.nn import functional
 
 import clframe
 from clframe import ImageData, Plugin, hookimpl, testing
-from clframe.errors import UsageError
 from clframe.evaluate import NearestMean
 from clframe.model import evaluating
 from clframe.plugins.icarl import ICaRL
+from clframe.testing import learn, refused
 from clframe.toolkit.distill import incremental_bce
 from clframe.toolkit.memory import herding
-
-TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "adam", "lr": 0.01}
 
 
 class Watch(Plugin):
@@ -28,9 +26,9 @@ class Watch(Plugin):
 
     name = "watch"
     observer = True
-    icarl: ICaRL
 
-    def __init__(self) -> None:
+    def __init__(self, icarl: ICaRL) -> None:
+        self.icarl = icarl
         self.steps = 0
         self.sizes: list[dict[int, int]] = []
         self.orders: list[dict[int, list[int]]] = []
@@ -96,17 +94,6 @@ def plain_features(run: Any, x: Tensor) -> Tensor:
         return functional.normalize(run.model.features(run.scenario.transform.normalize(x)), dim=1)
 
 
-def watching(icarl: ICaRL) -> Watch:
-    watch = Watch()
-    watch.icarl = icarl
-    return watch
-
-
-def learn(scenario: clframe.Scenario, *plugins: Plugin, model: str = "cnn-small", **run: Any) -> clframe.Results:
-    train = TRAIN | run.pop("train", {})
-    return clframe.run(scenario, model, plugins, train=train, run={"tensorboard": False, **run})
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,7 +106,7 @@ def learn(scenario: clframe.Scenario, *plugins: Plugin, model: str = "cnn-small"
 )
 def test_it_is_the_papers_algorithm(tiny, options: dict[str, Any]) -> None:
     icarl = ICaRL(**options)
-    watch = watching(icarl)
+    watch = Watch(icarl=icarl)
     results = learn(tiny(shape=(1, 8, 8)), icarl, watch)
     assert results.data["forms"] == {"icarl": icarl.read_out}
     if icarl.per_class:
@@ -196,7 +183,7 @@ def test_a_finished_run_answers_without_its_images(tiny, tmp_path: Path) -> None
 
 def test_within_an_experience_new_classes_have_the_mean_of_their_images(tiny) -> None:
     recorder = testing.Recorder()
-    learn(tiny(shape=(1, 8, 8)), ICaRL(size=12), recorder, eval_every="epoch", train={"epochs": 6})
+    learn(tiny(shape=(1, 8, 8)), ICaRL(size=12), recorder, eval_every="epoch", epochs=6)
     rows = [record for record in recorder.records if record["kind"] == "within"]
     last = [r["row"] for r in rows if r["reading"] == "class" and r["experience"] == 2]
     assert last[-1][2] > 0.5  # the classes that have no exemplars yet
@@ -212,18 +199,18 @@ def test_it_is_refused_where_it_cannot_be_right(tiny) -> None:
         def predictor(self, run):
             return None
 
-    with pytest.raises(UsageError, match="`predictor` is answered by `icarl` and `other`"):
+    with refused("`predictor`", "`icarl` and `other`"):
         learn(tiny(shape=(1, 8, 8)), ICaRL(), Other())
     learn(tiny(shape=(1, 8, 8)), ICaRL(read_out="output"), Other())
-    with pytest.raises(UsageError, match=r"`icarl\.size` is 5, and there are 6 classes to remember"):
+    with refused("`icarl.size` is 5", "6 classes"):
         learn(tiny(shape=(1, 8, 8)), ICaRL(size=5))
-    with pytest.raises(UsageError, match=r"`icarl` \(form `nme`\) is made for `train\.logits=all`"):
-        learn(tiny(shape=(1, 8, 8)), ICaRL(), train={"logits": "seen"})
-    with pytest.raises(UsageError, match="`icarl` cannot serve the setting `task`"):
+    with refused("`icarl` (form `nme`)", "`train.logits=all`"):
+        learn(tiny(shape=(1, 8, 8)), ICaRL(), logits="seen")
+    with refused("`icarl`", "setting `task`"):
         learn(tiny(shape=(1, 8, 8), setting="task"), ICaRL())
 
 
 def test_it_saves_on_digits_what_fine_tuning_forgets() -> None:
     train = {"iterations": 300, "batch_size": 32, "lr": 1e-3, "optimizer": "adam", "keep_optimizer": True}
-    results = learn("split-digits", ICaRL(per_class=20), model="mlp-100", train={**train, "epochs": None})
+    results = learn("split-digits", ICaRL(per_class=20), model="mlp-100", **train)
     assert results.measures["class"]["average_accuracy"] > 0.8

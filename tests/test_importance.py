@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+import clframe
+from clframe import testing
 from clframe.data.batch import Batch, ImageData
 from clframe.data.transform import Transform
-from clframe.errors import UsageError
+from clframe.errors import Interrupted, UsageError
 from clframe.model import IncrementalNet
+from clframe.runs import checkpoint
 from clframe.settings import TrainSettings
 from clframe.toolkit import importance
 from clframe.toolkit.importance import (
@@ -916,3 +921,38 @@ def test_local_importance_of_a_layer_whose_rows_are_no_images_is_refused() -> No
     sums = GradientSums(model, zeros_for(dict(model.named_parameters())), "abs")
     with pytest.raises(UsageError, match="A local importance cannot be computed"):
         sums.add_local(torch.randn(3, 10), None, torch.relu)
+
+
+# --------------------------------------------------------------------------------- stopped within the pass
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ewc", {"labels": "sampled"}), ("mas", {"form": "global"}), ("mas", {"form": "local"})],
+)
+def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partial sums and the images of the pass are in the state; sampled labels go on where they were."""
+    monkeypatch.setattr(importance, "CHUNK", 1)  # batches of the training's size, so that the pass has a middle
+    scenario = {"name": "permuted-digits", "experiences": 2, "limit": 12}
+    model, plugin = {"name": "mlp", "hidden": [16]}, {name: {"samples": 100, **options}}
+
+    def begin(folder: Path, *listeners: Any) -> None:
+        train: dict[str, Any] = {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05}
+        testing.learn(scenario, plugin, model=model, output=str(folder), listeners=listeners, **train)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["kind"] == "tick" and record["i"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    begin(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        begin(tmp_path / "stopped", stop)
+    ticks: list[int] = []
+    clframe.resume(tmp_path / "stopped", listeners=[lambda r: ticks.append(r["i"]) if r["kind"] == "tick" else None])
+    assert ticks == [3, 4, 1, 2, 3, 4]
+    whole, stopped = (checkpoint.load(tmp_path / run / "checkpoints", print)[1] for run in ("whole", "stopped"))
+    assert testing.differing(whole, stopped) == []
+    assert any(f"{name}/penalties" in key for key in whole)
+    assert not any(f"{name}/mean/partial" in key for key in whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import clframe
 from clframe import Batch, IncrementalNet, Outputs, Plugin, Transform, hookimpl, snapshot, split_classes, testing
 from clframe.backbones import cnn_small, resnet32
 from clframe.errors import RunError, UsageError
@@ -21,7 +21,7 @@ from clframe.plugins.lwm import LwM
 from clframe.testing import Recorder
 from clframe.toolkit.distill import attention_distance, grad_cam, observe, sigmoid_cross_entropy, soft_cross_entropy
 
-QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
+learn = partial(testing.learn, optimizer="sgd", lr=0.05)
 
 
 class Maps(nn.Module):
@@ -231,10 +231,6 @@ def test_gamma_scales_attention() -> None:
 def test_an_activation_that_works_in_place_changes_nothing() -> None:
     values = [Bench(Maps(inplace)).terms(images())["lwm/attend"].item() for inplace in (False, True)]
     assert values[0] == values[1] > 0
-
-
-def learn(scenario: Any, *plugins: Plugin, model: Any = "cnn-small", **train: Any) -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=QUICK | train, run={"tensorboard": False})
 
 
 def test_a_run_has_both_terms_from_the_second_experience_on_and_leaves_no_hook(tiny) -> None:
@@ -724,5 +720,5 @@ def test_a_layer_that_stands_in_two_places_counts_as_the_last_of_them(tiny):
     torch.manual_seed(0)
     plugin = LwM()
     scenario = tiny(experiences=2, shape=(1, 8, 8))
-    clframe.run(scenario, Shared(), [plugin], train={"epochs": 1, "batch_size": 12}, run={"tensorboard": False})
+    learn(scenario, plugin, model=Shared(), epochs=1, batch_size=12)
     assert plugin.layer == "norm"

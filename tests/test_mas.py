@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import copy
 import re
-import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from clframe import Arrays, Plugin, Scenario, hookimpl, split_classes, testing
 from clframe.context import Run
 from clframe.data.batch import Batch
 from clframe.data.scenario import Experience
-from clframe.errors import DataError, Interrupted, UsageError
+from clframe.errors import DataError, UsageError
 from clframe.plugins.mas import MAS
-from clframe.runs import checkpoint
+from clframe.testing import Recorder
 from clframe.toolkit import importance
 
 Weights = dict[str, Tensor]
-QUICK = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "clip": 0.0}
+learn = partial(testing.learn, optimizer="sgd", lr=0.1, clip=0.0)
 STILL = {"lr": 1e-30}  # training that moves nothing
 
 
@@ -78,20 +78,16 @@ def by_single_images(model: nn.Module, batch: Batch, mask: Tensor | None) -> Wei
     return {name: value / len(batch) for name, value in total.items()}
 
 
-class Witness(Plugin):
+class Witness(Recorder):
     """Keeps weights, images and the importance by autograd of each experience, the penalty and its gradient by step."""
 
-    name = "witness"
-
-    def __init__(self) -> None:
-        self.mas: MAS | None = None
-        self.model: nn.Module | None = None
+    def __init__(self, mas: MAS | None) -> None:
+        super().__init__()
+        self.mas = mas
         self.weights: list[Weights] = []
         self.new: list[Weights] = []
-        self.batches: list[Batch] = []
-        self.masks: list[Tensor | None] = []
+        self.images: list[Batch] = []
         self.importance: list[Weights] = []  # of `mas` before it took in the experience
-        self.penalties: list[float | None] = []
         self.gradients: list[Weights] = []
         self.at_step: list[Weights] = []
 
@@ -106,17 +102,12 @@ class Witness(Plugin):
         self.at_step.append(copied(run.model))
 
     @hookimpl
-    def after_step(self, run: Run) -> None:
-        self.penalties.append(run.losses["mas"].item() if "mas" in run.losses else None)
-
-    @hookimpl
     def after_experience(self, run: Run, experience: Experience) -> None:
-        self.model = run.model
+        super().after_experience(run, experience)
         batch = run.batch(experience.train)
         mask = run.mask(batch.task)
         self.weights.append(copied(run.model))
-        self.batches.append(batch)
-        self.masks.append(mask)
+        self.images.append(batch)
         self.new.append(by_single_images(run.model, batch, mask))
         if self.mas is not None:
             self.importance.append(dict(self.mas.penalties.precision))
@@ -126,24 +117,9 @@ def copied(model: nn.Module) -> Weights:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def run(
-    scenario: Scenario,
-    mas: MAS | None,
-    *others: Plugin,
-    model: nn.Module | None = None,
-    listeners: Any = (),
-    **train: Any,
-) -> Witness:
-    witness = Witness()
-    witness.mas = mas
-    clframe.run(
-        scenario,
-        model=model or mlp(),
-        plugins=[witness, *others, *([mas] if mas else [])],
-        train=QUICK | train,
-        run={"output": None, "seed": 0, "tensorboard": False},
-        listeners=listeners,
-    )
+def run(scenario: Scenario, mas: MAS | None, *others: Plugin, model: Any = None, **settings: Any) -> Witness:
+    witness = Witness(mas=mas)
+    learn(scenario, witness, *others, *([mas] if mas else []), model=model or mlp(), **settings)
     return witness
 
 
@@ -173,7 +149,7 @@ def test_linear_network_has_a_closed_form(tiny: Callable[..., Scenario]) -> None
     """Omega_ij = 2 E[|z_i| |x_j|] for z = W x + b, and 2 E[|z_i|] for the bias."""
     mas = MAS(heads=True)
     seen = run(tiny(1), mas, model=linear())
-    x, w = seen.batches[0].x.flatten(1).double(), seen.weights[0]
+    x, w = seen.images[0].x.flatten(1).double(), seen.weights[0]
     z = x @ w["head.0.weight"].T + w["head.0.bias"]
     got = mas.penalties.precision
     assert torch.allclose(got["head.0.weight"], 2 * torch.einsum("ni,nj->ij", z.abs(), x.abs()) / len(x), rtol=1e-9)
@@ -238,7 +214,7 @@ def test_gradient_of_the_batch_mean_is_another_thing(tiny: Callable[..., Scenari
     mas = MAS(heads=True)
     seen = run(tiny(1), mas, model=linear(), epochs=10)
     net = copy.deepcopy(seen.model).eval()
-    norm = net(seen.batches[0].x, None).logits.square().sum(1).mean()
+    norm = net(seen.images[0].x, None).logits.square().sum(1).mean()
     (mean,) = torch.autograd.grad(norm, [net.get_parameter("head.0.weight")])
     assert mean.abs().sum() < 0.8 * mas.penalties.precision["head.0.weight"].sum()
 
@@ -292,13 +268,7 @@ def test_frozen_weights_have_no_new_importance(tiny: Callable[..., Scenario]) ->
 
     found: list[Weights] = []
     mas = MAS()
-    clframe.run(
-        tiny(2),
-        model=mlp(),
-        plugins=[Freeze(), mas, Look()],
-        train=QUICK,
-        run={"output": None, "tensorboard": False},
-    )
+    learn(tiny(2), Freeze(), mas, Look(), model=mlp())
     assert "backbone.net.1.weight" not in mas.penalties.anchor
     first, second = found
     assert torch.equal(first["backbone.net.1.bias"], second["backbone.net.1.bias"])
@@ -321,7 +291,7 @@ def test_samples_choose_images(tiny: Callable[..., Scenario]) -> None:
     singles = MAS(samples=1)
     seen = run(tiny(1), singles)
     candidates = [
-        by_single_images(seen.model, row_of(seen.batches[0], b), None)[name] for b in range(len(seen.batches[0]))
+        by_single_images(seen.model, row_of(seen.images[0], b), None)[name] for b in range(len(seen.images[0]))
     ]
     assert sum(torch.allclose(c, singles.penalties.precision[name], rtol=1e-9, atol=1e-15) for c in candidates) == 1
 
@@ -341,15 +311,15 @@ def test_penalty_has_no_half_and_one_anchor(tiny: Callable[..., Scenario]) -> No
     strength = 0.1
     mas = MAS(lambda_=strength, heads=True)
     seen = run(tiny(), mas)
-    steps = len(seen.penalties) // 3
-    assert seen.penalties[:steps] == [None] * steps
-    assert seen.penalties[steps] == 0
+    steps = len(seen.steps) // 3
+    assert seen.losses("mas")[:steps] == [None] * steps
+    assert seen.losses("mas")[steps] == 0
     for step in (steps + 2, 2 * steps + 4):
         k = step // steps
         held, anchor, theta = seen.importance[k], seen.weights[k - 1], seen.at_step[step]
         value = sum((held[n] * (theta[n] - anchor[n]) ** 2).sum().item() for n in anchor)
         assert value > 1e-5
-        assert seen.penalties[step] == pytest.approx(strength * value, rel=1e-9)
+        assert seen.losses("mas")[step] == pytest.approx(strength * value, rel=1e-9)
         pulls = {n: 2 * strength * held[n] * (theta[n] - anchor[n]) for n in anchor if n != "backbone.unused"}
         assert apart({n: seen.gradients[step][n] for n in pulls}, pulls) < 1e-9
 
@@ -383,7 +353,7 @@ def test_importance_of_images_of_ones_own(form: str, dtype: Any, tiny: Callable[
     mas, own = MAS(form=form, images=tmp_path / "images.npy"), MAS(form=form)
     seen = run(tiny(2, setting="task"), mas)
     run(tiny(2, setting="task"), own)
-    batch = row_of(seen.batches[1], 0)
+    batch = row_of(seen.images[1], 0)
     x = torch.from_numpy(images).double() / 255
     batch.x, batch.task = x, torch.ones(13, dtype=torch.int64)
     batch.y = torch.zeros(13, dtype=torch.int64)
@@ -401,13 +371,9 @@ def test_importance_of_images_of_ones_own(form: str, dtype: Any, tiny: Callable[
 def test_images_can_be_named_in_a_config_and_found_by_a_resume(tiny: Callable[..., Scenario], tmp_path: Path) -> None:
     file = tmp_path / "images.npy"
     np.save(file, np.full((3, 1, 8, 8), 7, np.uint8))
-    clframe.run(
-        {"name": "split-digits", "experiences": 5, "limit": 4},
-        model={"name": "mlp", "hidden": [4]},
-        plugins=[{"mas": {"images": str(file), "samples": 2}}],
-        train={"epochs": 1},
-        run={"output": str(tmp_path / "run"), "tensorboard": False},
-    )
+    scenario = {"name": "split-digits", "experiences": 5, "limit": 4}
+    plugin = {"mas": {"images": str(file), "samples": 2}}
+    learn(scenario, plugin, model={"name": "mlp", "hidden": [4]}, epochs=1, output=str(tmp_path / "run"))
     assert f"images: {file}" in (tmp_path / "run" / "config.yaml").read_text()
     assert clframe.load(tmp_path / "run")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
@@ -465,7 +431,7 @@ def test_local_form_is_the_mean_product_of_activities(tiny: Callable[..., Scenar
     object.__setattr__(normalised.transform, "std", (0.5,))
     mas = MAS(form="local", heads=True)
     seen = run(normalised, mas)
-    x, w = seen.batches[0].x.flatten(1).double(), seen.weights[0]
+    x, w = seen.images[0].x.flatten(1).double(), seen.weights[0]
     assert (x < 0).any()
     h = torch.relu(x @ w["backbone.net.1.weight"].T + w["backbone.net.1.bias"])
     f = torch.relu(h @ w["backbone.net.3.weight"].T + w["backbone.net.3.bias"])
@@ -488,7 +454,7 @@ def test_local_form_of_convolutions(tiny: Callable[..., Scenario]) -> None:
     mas = MAS(form="local")
     seen = run(tiny(2), mas, model=convolutions(), lr=0.01)
     total: Weights = {}
-    for batch, w in zip(seen.batches, seen.weights, strict=True):
+    for batch, w in zip(seen.images, seen.weights, strict=True):
         x = batch.x.double()
         first, second = (w[f"backbone.net.{k}.weight"] for k in (0, 2))
         a = torch.relu(functional.conv2d(x, first, w["backbone.net.0.bias"], padding=1))
@@ -534,13 +500,7 @@ def test_nothing_is_left_on_the_model_and_running_statistics_stay(form: str, tin
     class After(Look):
         name = "after"
 
-    clframe.run(
-        tiny(1),
-        model=cnn_small(),
-        plugins=[Before(), MAS(form=form), After()],
-        train=QUICK,
-        run={"output": None, "tensorboard": False},
-    )
+    learn(tiny(1), Before(), MAS(form=form), After(), model=cnn_small())
     before, after = seen["before"], seen["after"]
     assert any(name.endswith("running_mean") for name in before[0])
     assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
@@ -549,50 +509,15 @@ def test_nothing_is_left_on_the_model_and_running_statistics_stay(form: str, tin
     assert torch.equal(before[4], after[4])
 
 
-@pytest.mark.parametrize("form", ["global", "local"])
-def test_a_run_stopped_within_the_pass_goes_on_to_the_same_penalty(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The partial sums and the images of the pass are in the state."""
-    monkeypatch.setattr(importance, "CHUNK", 1)  # batches of the training's size, so that the pass has a middle
-
-    def go(folder: Path, listeners: list[Any]) -> None:
-        clframe.run(
-            {"name": "permuted-digits", "experiences": 2, "limit": 12},
-            model={"name": "mlp", "hidden": [16]},
-            plugins=[{"mas": {"form": form, "samples": 100}}],
-            train={"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.05},
-            run={"output": str(folder), "seed": 0, "tensorboard": False},
-            listeners=listeners,
-        )
-
-    def stop(record: dict[str, Any]) -> None:
-        if record["kind"] == "tick" and record["i"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    go(tmp_path / "whole", [])
-    with pytest.raises(Interrupted):
-        go(tmp_path / "stopped", [stop])
-    ticks: list[int] = []
-    clframe.resume(tmp_path / "stopped", listeners=[lambda r: ticks.append(r["i"]) if r["kind"] == "tick" else None])
-    assert ticks == [3, 4, 1, 2, 3, 4]
-    whole, stopped = (checkpoint.load(tmp_path / name / "checkpoints", print)[1] for name in ("whole", "stopped"))
-    assert whole.keys() == stopped.keys()
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert any("mas/penalties" in name for name in whole)
-    assert not any("mas/mean/partial" in name for name in whole)
-
-
 # ------------------------------------------------------------------- large penalties and refusals
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_learns_beside_a_penalty_that_it_would_overshoot(momentum: float, tiny: Callable[..., Scenario]) -> None:
-    told: list[str] = []
     mas = MAS(lambda_=1e5)
-    witness = run(tiny(2), mas, listeners=[testing.message_listener(told)], epochs=10, momentum=momentum)
+    witness = run(tiny(2), mas, epochs=10, momentum=momentum)
     assert 0.1 * 2e5 * max(p.max().item() for p in mas.penalties.precision.values()) > 2 * (1 + momentum)
-    assert told == []
+    assert witness.messages() == []
     assert all(p.isfinite().all() for p in witness.model.parameters())
 
 
@@ -617,8 +542,7 @@ def test_wrong_options_are_refused(option: str, value: Any) -> None:
 def test_a_finished_run_is_loaded_without_its_images(tiny: Callable[..., Scenario], tmp_path: Path) -> None:
     images = tmp_path / "images.npy"
     np.save(images, np.zeros((4, 1, 4, 4), dtype=np.uint8))
-    given = {"output": str(tmp_path / "run"), "tensorboard": False}
-    results = clframe.run(tiny(2), "mlp", [MAS(images=images)], train={"epochs": 1}, run=given)
+    results = learn(tiny(2), MAS(images=images), model="mlp", epochs=1, output=str(tmp_path / "run"))
     images.unlink()
     loaded = clframe.load(tmp_path / "run", plugins=[MAS(images=images)])
     test = tiny(2)[1].test

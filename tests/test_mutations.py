@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,12 +34,8 @@ from clframe.toolkit.generators import VAE, WGAN, mix
 from clframe.toolkit.inversion import Dreaming
 from clframe.toolkit.task_inference import PathPredictor
 
-TRAIN = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.05, "schedule": "constant", "threads": 1}
-SHAPE = (1, 8, 8)
-
-
-def learn(scenario: clframe.Scenario, *plugins: Plugin, model: Any = "cnn-small", **train: Any) -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=TRAIN | train, run={"tensorboard": False, "device": "cpu"})
+learn = partial(testing.learn, optimizer="sgd", lr=0.05, schedule="constant")
+SHAPE = testing.SHAPE
 
 
 def augmenting(**options: Any) -> clframe.Scenario:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,18 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import clframe
-from clframe import Outputs, Plugin, Scenario, hookimpl
-from clframe.errors import UsageError
+from clframe import Outputs, Plugin, Scenario, hookimpl, testing
 from clframe.evaluate import NearestMean
 from clframe.model import IncrementalNet
 
-QUICK = {"epochs": 1, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
-OWN = {"train": {"logits": "own"}}
-CURRENT = {"train": {"logits": "current"}}
-
-
-def learn(scenario: Scenario, *plugins: Any, model: str = "mlp-100", **train: Any) -> clframe.Results:
-    return clframe.run(scenario, model, plugins, train=QUICK | train)
+learn = partial(testing.learn, model="mlp-100", epochs=1, optimizer="sgd", lr=0.05)
 
 
 @pytest.mark.parametrize(
@@ -42,15 +36,12 @@ def test_one_class_among_its_own_is_refused_with_what_serves(
     tiny, setting: str, plugin: Any, train: dict[str, Any], advice: str
 ) -> None:
     scenario = tiny(experiences=6, setting=setting, shape=(1, 8, 8))
-    with pytest.raises(UsageError) as caught:
+    with testing.refused("Experience 1 of `tiny` (and 5 more)", "one class, `", advice):
         learn(scenario, *([plugin] if plugin else []), model="cnn-small", **train)
-    (problem,) = caught.value.problems
-    assert problem.startswith("Experience 1 of `tiny` (and 5 more) has one class, `")
-    assert problem.endswith(advice)
 
 
 def test_always_be_dreaming_needs_two_new_classes_after_the_first_experience(tiny) -> None:
-    with pytest.raises(UsageError, match="experience 2 of `tiny` has one class"):
+    with testing.refused("experience 2 of `tiny`", "one class"):
         learn(tiny(experiences=2, first=5, shape=(1, 8, 8)), "always-be-dreaming", model="cnn-small")
 
 
@@ -92,16 +83,16 @@ def test_joint_training_learns_one_class_beside_others(tiny) -> None:
 @pytest.mark.parametrize(("first", "rest"), [(5, 1), (4, 2)])
 def test_an_extension_has_the_same_rule(tiny, tmp_path, first: int, rest: int) -> None:
     """Of the experiences to come alone."""
-    arrays = clframe.testing.tiny_arrays()
+    arrays = testing.tiny_arrays()
     learned = clframe.split_classes("old", arrays, experiences=1)
-    clframe.run(learned, "mlp-100", train=QUICK | {"logits": "current"}, run={"output": str(tmp_path / "run")})
+    learn(learned, logits="current", output=str(tmp_path / "run"))
     names = [f"new {k}" for k in range(6)]
     arrays.class_names = tuple(names)
     coming = clframe.split_classes("new", arrays, experiences=2, first=first)
     if rest > 1:
         assert clframe.extend(tmp_path / "run", coming).accuracy["task"][-1][-1] is not None
         return
-    with pytest.raises(UsageError, match=r"Experience 3 of `old\+new` has one class, `new 5`"):
+    with testing.refused("Experience 3 of `old+new`", "`new 5`"):
         clframe.extend(tmp_path / "run", coming)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import clframe
 from clframe import Plugin, Scenario, hookimpl, testing
 from clframe.context import Run
 from clframe.data.batch import Batch
@@ -22,6 +21,7 @@ from clframe.plugins.warm_up import WarmUp
 from clframe.runs import checkpoint
 from clframe.runs.state import load_plugin_state, read_plugin_state
 from clframe.settings import TrainSettings
+from clframe.testing import Recorder
 
 Weights = dict[str, Tensor]
 SGD = {"iterations": 8, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "clip": 0.0}
@@ -54,24 +54,22 @@ def copied(model: nn.Module) -> Weights:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-class Witness(Plugin):
+class Witness(Recorder):
     """Finds the path integrals by itself: the base loss's gradient by autograd on a copy of the network, at each step.
 
     Named before `si`, it is called before `si` clears its state. It also keeps what several codes take instead of the
     gradient of the base loss: with the penalties' (Avalanche, van de Ven), after clipping, with weight decay's share.
     """
 
-    name = "witness"
-
-    def __init__(self) -> None:
-        self.si: SI | None = None
+    def __init__(self, si: SI | None) -> None:
+        super().__init__()
+        self.si = si
         self.start: list[Weights] = []
         self.end: list[Weights] = []
         self.omega: list[Weights] = []
         self.omega_of_si: list[Weights] = []
         self.importance: list[Weights] = []  # as `si` had it before it took in the experience
         self.wrong: list[dict[str, Weights]] = []
-        self.losses: list[dict[str, float]] = []
         self.by_penalties: list[Weights] = []  # gradients of all other terms than the base loss, by step
         self.before_step: list[Weights] = []
 
@@ -94,8 +92,8 @@ class Witness(Plugin):
         self.by_penalties.append({n: self.total[n] - g for n, g in self.gradients.items()})
 
     @hookimpl
-    def after_step(self, run: Run) -> None:
-        self.losses.append({name: loss.item() for name, loss in run.losses.items()})
+    def after_step(self, run: Run, batch: Batch) -> None:
+        super().after_step(run, batch)
         before, wrong = self.before_step[-1], self.wrong[-1]
         for name, p in run.model.named_parameters():
             if name in self.gradients:
@@ -106,31 +104,17 @@ class Witness(Plugin):
                 wrong["with weight decay"][name] -= (g + run.settings.weight_decay * before[name]) * step
 
     @hookimpl
-    def after_experience(self, run: Run) -> None:
+    def after_experience(self, run: Run, experience: Experience) -> None:
+        super().after_experience(run, experience)
         self.end.append(copied(run.model))
         if self.si is not None:
             self.omega_of_si.append({name: value.clone() for name, value in self.si.omega.items()})
             self.importance.append({name: value.clone() for name, value in self.si.penalties.precision.items()})
 
 
-def run(
-    scenario: Scenario,
-    si: SI | None,
-    *others: Plugin,
-    model: nn.Module | None = None,
-    listeners: Any = (),
-    **train: Any,
-) -> Witness:
-    witness = Witness()
-    witness.si = si
-    clframe.run(
-        scenario,
-        model=model or mlp(),
-        plugins=[witness, *others, *([si] if si else [])],
-        train=SGD | train,
-        run={"output": None, "seed": 0, "tensorboard": False},
-        listeners=listeners,
-    )
+def run(scenario: Scenario, si: SI | None, *others: Plugin, model: Any = None, **settings: Any) -> Witness:
+    witness = Witness(si=si)
+    testing.learn(scenario, witness, *others, *([si] if si else []), model=model or mlp(), **SGD | settings)
     return witness
 
 
@@ -299,7 +283,7 @@ def test_path_of_convolutions_and_batch_norms(tiny: Callable[..., Scenario]) -> 
 def test_a_huge_penalty_has_no_share_in_the_path(tiny: Callable[..., Scenario]) -> None:
     """Along a trajectory that a penalty dominates, omega is still found from the base loss's gradients."""
     seen = run(tiny(2), SI(c=1e6), **ADAM)
-    assert max(losses["si"] / losses["base"] for losses in seen.losses if "si" in losses) > 50
+    assert max(step.losses["si"].item() / step.losses["base"].item() for step in seen.steps if "si" in step.losses) > 50
     assert apart(seen.omega_of_si[1], seen.omega[1]) < 1e-9
     assert apart(seen.wrong[1]["with penalties"], seen.omega[1]) > 10
 
@@ -339,17 +323,17 @@ def test_penalty_has_no_half_and_one_anchor(tiny: Callable[..., Scenario]) -> No
     c = 3.0
     si = SI(c=c)
     seen = run(tiny(), si)
-    steps = len(seen.losses) // 3
+    steps = len(seen.steps) // 3
     for step in (steps + 3, 2 * steps + 5):
         k = step // steps
         omega, anchor, theta = seen.importance[k], seen.end[k - 1], seen.before_step[step]
         value = sum((omega[n] * (theta[n] - anchor[n]) ** 2).sum().item() for n in anchor)
-        assert seen.losses[step]["si"] == pytest.approx(c * value, rel=1e-9)
+        assert seen.losses("si")[step] == pytest.approx(c * value, rel=1e-9)
         assert value > 1e-5
         pulls = {n: 2 * c * omega[n] * (theta[n] - anchor[n]) for n in anchor}
         assert apart({n: seen.by_penalties[step][n] for n in anchor}, pulls) < 1e-9
-    assert not any("si" in losses for losses in seen.losses[:steps])
-    assert seen.losses[steps]["si"] == 0
+    assert seen.losses("si")[:steps] == [None] * steps
+    assert seen.losses("si")[steps] == 0
     theta = {n: w + 1 for n, w in seen.end[-1].items()}
     net = IncrementalNet(mlp(), [2, 2, 2])
     net.load_state_dict(theta)
@@ -433,13 +417,13 @@ def test_frozen_weights_have_no_path(tiny: Callable[..., Scenario]) -> None:
 def test_path_beside_a_warm_up(setting: str, tiny: Callable[..., Scenario]) -> None:
     """In the warm-up the penalty is on frozen weights: a term without gradient. The new head's path begins in it."""
     seen = run(tiny(2, setting=setting), SI(c=3.0), WarmUp())
-    assert len(seen.losses) == 3 * SGD["iterations"]
+    assert len(seen.steps) == 3 * SGD["iterations"]
     assert apart(seen.omega_of_si[1], seen.omega[1]) < 1e-9
     warm = seen.before_step[8:16]
     assert all(torch.equal(w["backbone.net.1.weight"], warm[0]["backbone.net.1.weight"]) for w in warm)
     assert not torch.equal(warm[-1]["head.1.weight"], warm[0]["head.1.weight"])
-    assert [losses["si"] for losses in seen.losses[8:17]] == [0.0] * 9
-    assert seen.losses[-1]["si"] > 0
+    assert seen.losses("si")[8:17] == [0.0] * 9
+    assert seen.losses("si")[-1] > 0
 
 
 @pytest.mark.parametrize("setting", ["class", "task"])
@@ -452,8 +436,8 @@ def test_path_beside_lwf(warm_up: float, setting: str, tiny: Callable[..., Scena
     assert (seen.end[1]["head.0.weight"] - seen.end[0]["head.0.weight"]).abs().max() > 1e-4
     assert seen.omega_of_si[1]["head.0.weight"].abs().max() == 0
     assert torch.equal(si.penalties.precision["head.0.weight"], seen.importance[1]["head.0.weight"])
-    assert seen.losses[-1]["si"] > 0
-    assert seen.losses[-1]["lwf"] > 0
+    assert seen.losses("si")[-1] > 0
+    assert seen.losses("lwf")[-1] > 0
 
 
 # -------------------------------------------------------------------- large penalties and refusals

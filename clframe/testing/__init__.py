@@ -13,8 +13,8 @@ write to temporary folders only. A check that does not hold raises `Broken`, who
 
 For tests of your own there are the same small scenarios (`tiny`, `tiny_arrays`) and short runs on them (`learn`), small
 backbones with the parts that people use (`NETWORKS`), observers that keep what happens in a run (`Recorder`) and the
-answers of the network to earlier tasks (`Answers`), and a way to stop a run at any place and resume it (`stop_at`,
-`stop_and_resume`).
+answers of the network to earlier tasks (`Answers`), a way to stop a run at any place and resume it (`stop_at`,
+`stop_and_resume`), and the words that a refusal must have (`refused`).
 """
 
 from clframe.testing import backbone_checks, plugin_checks, scenario_checks  # fills `CHECKS`
@@ -34,6 +34,7 @@ from clframe.testing.fixtures import (
     learn,
     message_listener,
     one_thread,
+    refused,
     same_after_a_stop,
     state_copy,
     stop_and_resume,
@@ -85,6 +86,7 @@ __all__ = [
     "outcomes",
     "plugin",
     "plugin_checks",
+    "refused",
     "same_after_a_stop",
     "scenario",
     "scenario_checks",

@@ -20,7 +20,7 @@ from clframe.data.build import Arrays, split_classes
 from clframe.data.scenario import Experience, Scenario, Setting
 from clframe.data.transform import Transform
 from clframe.engine import AT_PAUSE, Engine
-from clframe.errors import ClframeError, Interrupted
+from clframe.errors import ClframeError, Interrupted, UsageError
 from clframe.events import Event, Listener
 from clframe.hooks import HOOKS, hookimpl
 from clframe.model import Outputs, evaluating
@@ -43,6 +43,27 @@ def require(truth: object, sentence: str) -> None:
     """Raise `Broken` with this sentence unless `truth` is true."""
     if not truth:
         raise Broken(sentence)
+
+
+@contextmanager
+def refused(*words: str, error: type[ClframeError] = UsageError) -> Iterator[None]:
+    """Raise `Broken` unless the code inside the context is refused in one sentence that has all `words`.
+
+    A test of a refusal names the option, its value and the choices; the sentence around them may change.
+
+    Args:
+        words: what the sentence must have, in any order.
+        error: the class of the error.
+    """
+    try:
+        yield
+    except error as refusal:
+        sentences = getattr(refusal, "problems", (str(refusal),))
+        require(len(sentences) == 1, f"The refusal should be one sentence: {' '.join(sentences)}")
+        missing = [word for word in words if word not in sentences[0]]
+        require(not missing, f"The refusal lacks {missing}: {sentences[0]}")
+    else:
+        raise Broken(f"Nothing is refused; an error with {list(words)} was expected.")
 
 
 # ------------------------------------------------------------------------------- scenarios and short runs
