@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -351,9 +352,9 @@ def test_objects_of_a_program_are_given_again(tiny: Any, tmp_path: Path):
     )
     torch.manual_seed(0)
     assert weights(tmp_path / "second")["/model/head.2.weight"].shape == (2, 64)
-    with pytest.raises(DataError, match=r"The model `Flat` of this run is an object.*clframe.extend"):
+    with pytest.raises(DataError, match=r"`Flat` .*`clframe\.extend`"):
         clframe.extend(tmp_path / "first", part(whole, 2, 3), plugins=[EWC()])
-    with pytest.raises(DataError, match="The plugin `ewc` of this run is an object"):
+    with pytest.raises(DataError, match="`ewc` of this run "):
         clframe.extend(tmp_path / "first", part(whole, 2, 3), model=Flat())
 
 
@@ -368,33 +369,33 @@ def first(tiny: Any, tmp_path: Path) -> Path:
 
 def test_what_cannot_follow_is_refused_in_a_sentence_each(first: Path, tiny: Any, tiny_arrays: Any, tmp_path: Path):
     scenario = tiny()
-    with pytest.raises(UsageError, match="`tiny` is of the setting `task`, and the run learned in `class`"):
+    with pytest.raises(UsageError, match=r"`tiny` .* `task`, .* `class`"):
         clframe.extend(first, tiny(setting="task"))
-    with pytest.raises(UsageError, match=r"The images of `tiny` are \[1, 8, 8\], and the run learned with \[1, 4, 4\]"):
+    with pytest.raises(UsageError, match=r"`tiny` .* \[1, 8, 8\], .* \[1, 4, 4\]"):
         clframe.extend(first, tiny(shape=(1, 8, 8)))
     scenario.transform = Transform(scale=16)
-    with pytest.raises(UsageError, match="go up to 16, and the run learned with 255"):
+    with pytest.raises(UsageError, match=r" 16, .* 255"):
         clframe.extend(first, scenario)
     with pytest.raises(UsageError, match="`named` has two classes `class 1`"):
         clframe.extend(first, named(tiny, ["class 1", "class 1"]))
-    with pytest.raises(UsageError, match="`si` cannot join it, as it needs"):
+    with pytest.raises(UsageError, match=r"`si` .* join"):
         clframe.extend(first, tiny(), plugins=[{"si": {}}])
-    with pytest.raises(UsageError, match=r"learned with `ewc`, and what extends it leaves `ewc` out.*name the same"):
+    with pytest.raises(UsageError, match=r"`ewc`, .* `ewc` out"):
         clframe.run(tiny(), "mlp-100", run={"extends": str(first)})
-    with pytest.raises(UsageError, match=r"The network of the run in .* is `mlp-100` with the options"):
+    with pytest.raises(UsageError, match=r"network .*first is `mlp-100` "):
         clframe.run(tiny(), "mlp", ["ewc"], run={"extends": str(first)})
     clframe.run(tiny(), "mlp-100", ["joint"], train=TRAIN | {"epochs": 1}, run={"output": str(tmp_path / "joint")})
-    with pytest.raises(UsageError, match="`joint` trains on the images of earlier experiences"):
+    with pytest.raises(UsageError, match=r"`joint` .* earlier"):
         clframe.extend(tmp_path / "joint", tiny())
 
 
 def test_a_run_whose_last_state_is_gone_is_predicted_with_and_not_extended(first: Path, tiny: Any):
     newest = sorted((first / "checkpoints").iterdir())[-1]
     (newest / "tensors.safetensors").write_bytes(b"none")
-    with pytest.raises(DataError, match=r"cannot be extended, as its last checkpoint is gone.*is damaged"):
+    with pytest.raises(DataError, match=r"last checkpoint .* damaged"):
         clframe.extend(first, tiny())
     shutil.rmtree(first / "checkpoints")
-    with pytest.raises(DataError, match="cannot be extended: There is no checkpoint in"):
+    with pytest.raises(DataError, match=r"no checkpoint in .*first"):
         clframe.extend(first, tiny())
     assert len(clframe.load(first).predict(tiny()[0].test.x)) == 8
 
@@ -478,8 +479,8 @@ def test_a_folder_of_one_class_extends_a_run_where_its_loss_is_not_always_0(
     assert results.accuracy["task"][2][2] is None  # one class among itself: no figure
     assert main(["extend", "lwf", *again, "--output", "no"]) == 2
     told = capsys.readouterr().err
-    assert "Experience 3 of `split-folder+split-folder` has one class, `e`, and with `train.logits=current`" in told
-    assert "always 0: add two classes at least, or choose `lwf.form=seen`." in told
+    words = ("Experience 3 of `split-folder+split-folder`", "`e`", "`train.logits=current`", "`lwf.form=seen`")
+    assert all(word in told for word in words)
     assert not Path("no").exists()
     assert main(["extend", "lwf", *again, "--set", "lwf.form=seen", "--output", "yes"]) == 0
     assert clframe.load("yes").class_names == ("a", "b", "c", "d", "e")
@@ -588,11 +589,11 @@ def test_a_folder_of_old_images_has_folders_named_like_learned_classes(tiny: Any
     clframe.run(part(whole, 0, 1), "mlp-100", train=TRAIN, run={"output": str(tmp_path / "first")})
     (tmp_path / "old" / "class 7").mkdir(parents=True)
     coming, run = part(whole, 1, 2), {"old_images": str(tmp_path / "old")}
-    with pytest.raises(UsageError, match="a folder class 7, and no class of that name was learned"):
+    with pytest.raises(UsageError, match=r" class 7, "):
         clframe.extend(tmp_path / "first", coming, plugins="mas", run=run)
     with pytest.raises(DataError, match="which is not a folder"):
         clframe.extend(tmp_path / "first", coming, plugins="mas", run={"old_images": str(tmp_path / "none")})
-    with pytest.raises(UsageError, match="there is none: leave it out"):
+    with pytest.raises(UsageError, match=r"`run\.old_images`"):
         clframe.extend(tmp_path / "first", coming, plugins="lwf", run=run)
 
 
@@ -621,12 +622,12 @@ def test_new_classes_alone_do_not_sharpen_the_confidence(tiny: Any, tmp_path: Pa
     clframe.run(part(whole, 0, 1), "mlp-100", train=train, run={"output": first})
     before = clframe.load(first)
     assert before.temperature == {"class": 2, "task": 2}
-    assert before.about_confidence() == "The confidence (temperature 2) was fitted to 6 images held out."
+    assert re.search(r"\(temperature 2\) .* 6 images", before.about_confidence())
     clframe.extend(first, part(whole, 1, 2), run={"output": second})
     after = clframe.load(second)
     assert after.temperature == {"class": 2, "task": 3}
     assert after.fitted["class"] == {"images": 6, "classes": [2, 3], "floor": 2}
-    assert "held out of new classes only (class 2, class 3)" in after.about_confidence()
+    assert "(class 2, class 3)" in after.about_confidence()
     clframe.extend(second, part(whole, 0, 2), run={"output": str(tmp_path / "third")})  # all classes come back
     again = clframe.load(tmp_path / "third")
     assert again.temperature == {"class": 0.25, "task": 0.25}

@@ -122,17 +122,11 @@ def test_a_folder_of_photographs_runs_without_code(photographs, tmp_path, monkey
     call += ["--epochs", "1", "--set", "scenario.size=16", "--output", str(tmp_path / "run")]
     assert main(call) == 3
     told = capsys.readouterr().err
-    assert told == (
-        "clframe: The class `none yet` in photographs has no images; add some, remove the folder, or leave it out with "
-        "`--set scenario.skip_empty=true`.\n"
-    )
+    assert re.fullmatch(r"clframe: .*`none yet` in photographs .*`--set scenario\.skip_empty=true`.*\n", told)
     call += ["--set", "scenario.skip_empty=true"]
     assert main(call) == 3
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == (
-        "clframe: 1 of the 200 images of photographs cannot be read; repair or remove them, or leave them out with "
-        "`--set scenario.skip_broken=true`:"
-    )
+    assert re.fullmatch(r"clframe: 1 of the 200 images of photographs .*`--set scenario\.skip_broken=true`:", told[0])
     assert told[1].startswith("clframe:   photographs/temple/image 1.jpg (")
     assert len(told) == 2
     call += ["--set", "scenario.skip_broken=true"]
@@ -283,14 +277,14 @@ def test_what_is_no_folder_of_classes_is_refused_in_one_sentence(small, tmp_path
     (heic / "phone").mkdir()
     (heic / "phone" / "IMG_1.HEIC").write_text("")
     for path, told in (
-        (tmp_path / "nowhere", "does not exist; name that of your class folders"),
+        (tmp_path / "nowhere", r"nowhere .* class folders"),
         (file, "is not a folder"),
-        (one, "has one class, `a`; it must hold a folder for each class, and two classes at least."),
-        (flat, r"has no class folders with images; .* There are 10 images beside\.$"),
-        (above, r"If the folders in .*inner are the classes, name that one with `--set scenario.path=FOLDER`"),
-        (single, "The class `b` in .* has one image only"),
+        (one, "one class, `a`; .* two classes"),
+        (flat, r"no class folders .* 10 images "),
+        (above, r"inner .*`--set scenario\.path=FOLDER`"),
+        (single, "The class `b` .* one image"),
         (half, "has a folder `train` and none `test`"),
-        (heic, r"The class `phone` in .* has no images \(but files of the kinds .heic, which are not read\)"),
+        (heic, r"The class `phone` .* no images .*\.heic"),
     ):
         with pytest.raises(DataError, match=told) as caught:
             split_folder(path=path, size=8)
@@ -300,7 +294,7 @@ def test_what_is_no_folder_of_classes_is_refused_in_one_sentence(small, tmp_path
 def test_classes_must_be_both_learnt_and_tested(small):
     halved(small)
     shutil.copytree(small / "test" / "a", small / "test" / "e")
-    with pytest.raises(DataError, match=r"The class `e` in the test images of .* is not in its training images; add"):
+    with pytest.raises(DataError, match=r"The class `e` in the test images .* training images"):
         split_folder(path=small, size=8)
     shutil.rmtree(small / "test" / "e")
     shutil.rmtree(small / "test" / "b")
@@ -312,12 +306,12 @@ def test_a_class_all_of_whose_images_are_broken_is_named(small):
     halved(small)
     for file in (small / "train" / "c").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"The class `c` in the test images of .*, without its broken images, is not"):
+    with pytest.raises(DataError, match=r"The class `c` in the test images .* broken images"):
         split_folder(path=small, size=8, skip_broken=True)
 
 
 def test_groups_that_do_not_divide_the_classes_are_refused(small):
-    with pytest.raises(UsageError, match="4 classes of small cannot be divided evenly"):
+    with pytest.raises(UsageError, match="4 classes of small"):
         split_folder(path=small, size=8, experiences=3)
 
 
@@ -404,7 +398,7 @@ def test_training_and_evaluation_keep_no_images_that_they_read(small):
 
 
 def test_no_more_images_are_read_ahead_than_said(small, monkeypatch):
-    monkeypatch.setattr("clframe.engine.READ_AHEAD", 5)
+    monkeypatch.setattr("clframe.training.READ_AHEAD", 5)
     most = []
     expect = ImageFiles.expect
 
@@ -431,7 +425,7 @@ def test_a_file_that_vanishes_while_a_run_goes_on_stops_it(small, tmp_path, caps
             if experience.index == 1:
                 (small / "train" / "d" / "0.png").unlink()
 
-    with pytest.raises(DataError, match=r"The image .*d/0\.png could be read before, and cannot any more"):
+    with pytest.raises(DataError, match=r"The image .*d/0\.png .* before"):
         clframe.run(options(small, memory=0, experiences=2), "cnn-small", [Thief()], train=TRAIN)
 
 
@@ -467,21 +461,18 @@ def test_of_test_and_validation_the_images_with_classes_are_tested_with(small):
         folder.rmdir()
     found = split_folder(path=small, size=8)
     assert found.class_names == ("a", "b", "c", "d")
-    assert found.notes == ("The folder `test` is left out of small: `train` is learned and `val` is tested with.",)
+    assert all(word in found.notes[0] for word in ("`test`", " small", "`train`", "`val`"))
 
 
 @pytest.mark.parametrize(
     ("made", "told"),
     [
-        (["train/a", "train/b", "training/a", "test/a"], "has the folders `train` and `training`, which mean the same"),
-        (["train/a", "val/a", "valid/a"], "has the folders `val` and `valid`, which mean the same"),
-        (["train/a", "test/a", "more"], "has the folder `more` with images beside `train` and `test`; move"),
-        (["val/a", "val/b"], "has a folder `val` and none `train`; add that, or name .*val as the path"),
-        (["Train/a", "Train/b"], "has a folder `Train` and none `test`; add that, or name .*Train as the path"),
-        (
-            ["a/train", "a/test", "b/train", "b/test"],
-            "holds folders of training and of test images; exchange the levels",
-        ),
+        (["train/a", "train/b", "training/a", "test/a"], "`train` and `training`"),
+        (["train/a", "val/a", "valid/a"], "`val` and `valid`"),
+        (["train/a", "test/a", "more"], "`more` .* `train` and `test`"),
+        (["val/a", "val/b"], "`val` and none `train`; .*val "),
+        (["Train/a", "Train/b"], "`Train` and none `test`; .*Train "),
+        (["a/train", "a/test", "b/train", "b/test"], "training and .* test images"),
     ],
 )
 def test_a_layout_that_may_mean_several_things_is_refused(small, tmp_path, made, told):
@@ -505,11 +496,14 @@ def test_what_a_folder_holds_beside_is_counted_and_kept_in_the_results(small, tm
     (small / "c" / "link").symlink_to(small / "a")
     shutil.copy(small / "a" / "0.png", small / "cover.png")
     (small / ".DS_Store").write_bytes(b"")
-    told = (
-        "Left out of small: files of other kinds (1: .pdf), hidden files or folders (2: .ipynb_checkpoints, ._1.png), "
-        "images beside the class folders (1: cover.png), links to folders (1: link)."
-    )
-    assert split_folder(path=small, size=8).notes == (told,)
+    (told,) = split_folder(path=small, size=8).notes
+    parts = re.findall(r"([a-z]+) [^()]*\((.*?)\)", told.removeprefix("Left out of small: "))
+    assert parts == [
+        ("files", "1: .pdf"),
+        ("hidden", "2: .ipynb_checkpoints, ._1.png"),
+        ("images", "1: cover.png"),
+        ("links", "1: link"),
+    ]
     assert main(["scenarios", "show", "split-folder", "--set", f"scenario.path={small}"]) == 0
     assert told in capsys.readouterr().out.splitlines()
     heard = []
@@ -528,17 +522,16 @@ def test_a_folder_that_cannot_be_opened_is_told(small, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert split_folder(path=small, size=8).notes == ("Left out of small: folders that cannot be read (1: locked).",)
+    (note,) = split_folder(path=small, size=8).notes
+    assert re.fullmatch(r"Left out of small: folders .*\(1: locked\)\.", note)
 
 
 def test_images_and_classes_that_are_skipped_are_told(small):
     (small / "b" / "3.png").write_bytes(b"no image")
     (small / "e").mkdir()
-    assert split_folder(path=small, size=8, skip_broken=True, skip_empty=True).notes == (
-        "The class `e` has no images and is left out (`scenario.skip_empty`).",
-        "1 of the 40 images of small cannot be read and is left out (`scenario.skip_broken`), such as b/3.png (it is "
-        "not an image of a known kind).",
-    )
+    empty, broken = split_folder(path=small, size=8, skip_broken=True, skip_empty=True).notes
+    assert re.fullmatch(r"The class `e` .*\(`scenario\.skip_empty`\)\.", empty)
+    assert re.fullmatch(r"1 of the 40 images of small .*\(`scenario\.skip_broken`\), such as b/3\.png \(.*\)\.", broken)
 
 
 def test_class_names_are_compared_in_one_unicode_form(small):
@@ -547,18 +540,19 @@ def test_class_names_are_compared_in_one_unicode_form(small):
     (small / "test" / "a").rename(small / "test" / "cafe\u0301")  # as macOS writes it
     assert split_folder(path=small, size=8).class_names == ("b", "c", "caf\u00e9", "d")
     (small / "train" / "b").rename(small / "train" / "cafe\u0301")
-    with pytest.raises(DataError, match=r"Two folders in .* are called `caf\u00e9`, in two Unicode spellings"):
+    with pytest.raises(DataError, match=r"Two folders .* `caf\u00e9`.* Unicode"):
         split_folder(path=small, size=8)
 
 
 def test_odd_names_are_told(small):
     (small / "b").rename(small / "A")
     found = split_folder(path=small, size=8)
-    assert found.notes == ("The classes `A`, `a` differ in upper and lower case alone, and are classes of their own.",)
+    (note,) = found.notes
+    assert "`A`, `a`" in note
     os.rename(os.fsencode(small / "c" / "1.png"), os.fsencode(small / "c") + b"/\xff.png")
     assert split_folder(path=small, size=8).checksum != found.checksum  # read all the same
     os.rename(os.fsencode(small / "c"), os.fsencode(small) + b"/\xff")
-    with pytest.raises(DataError, match=r"is called '.udcff', which is not UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"'.udcff'.* UTF-8"):
         split_folder(path=small, size=8)
     with pytest.raises(DataError, match="File name too long"):
         split_folder(path=small / ("x" * 300), size=8)
@@ -572,20 +566,18 @@ def test_the_same_image_in_training_and_test_is_refused_dropped_or_kept(small):
     for name in ("a/0.png", "b/1.png"):
         shutil.copy(small / "train" / name, small / "test" / f"{name[0]}/copy.png")
     shutil.copy(small / "train" / "a" / "0.png", small / "train" / "a" / "twin.png")
-    told = "2 of the 18 test images of (/.*/)?small are in training, too, such as train/a/0.png and test/a/copy.png"
-    with pytest.raises(
-        DataError, match=f"{told}: leave them out of training with `--set scenario.duplicates=drop`, or"
-    ):
+    told = r"2 of the 18 test images of (/.*/)?small .* train/a/0\.png and test/a/copy\.png"
+    with pytest.raises(DataError, match=f"{told}.*`--set scenario.duplicates=drop`"):
         split_folder(path=small, size=8)
     kept = split_folder(path=small, size=8, memory=0, experiences=4, duplicates="keep")
     assert re.match(told, kept.notes[0])
     assert kept.notes[0].endswith("(`scenario.duplicates=keep`).")
     assert "1 of the images of" in kept.notes[1]
-    assert "several times within training or within test, such as train/a/0.png and train/a/twin" in kept.notes[1]
+    assert "train/a/0.png and train/a/twin" in kept.notes[1]
     assert names_of(small, kept[0].train) == {f"a/{i}.png" for i in (*range(6), "twin")}
     for memory in (0, 10**9):
         dropped = split_folder(path=small, size=8, memory=memory, experiences=4, duplicates="drop")
-        assert dropped.notes[0].endswith(": 3 training images are left out (`scenario.duplicates=drop`).")
+        assert re.search(r": 3 training images .*\(`scenario\.duplicates=drop`\)\.$", dropped.notes[0])
         assert [len(e.train) for e in dropped] == [5, 5, 6, 6]
         assert [len(e.test) for e in dropped] == [5, 5, 4, 4]
         assert torch.equal(dropped[0].train.x, kept[0].train.x[1:6])
@@ -599,9 +591,9 @@ def test_an_image_that_is_tested_as_another_class_is_told_and_not_refused(small)
     halved(small)
     shutil.copy(small / "train" / "a" / "0.png", small / "test" / "b" / "copy.png")
     (told,) = split_folder(path=small, size=8).notes
-    assert told.endswith("is in training, too, such as train/a/0.png and test/b/copy.png, of other classes.")
+    assert re.search(r"train/a/0\.png and test/b/copy\.png, .*other classes\.$", told)
     assert told.startswith("1 of the 17 test images of ")
-    assert "1 training images are left out" in split_folder(path=small, size=8, duplicates="drop").notes[0]
+    assert ": 1 training images " in split_folder(path=small, size=8, duplicates="drop").notes[0]
     shutil.copy(small / "train" / "a" / "0.png", small / "test" / "a" / "copy.png")
     with pytest.raises(DataError, match="2 of the 18 test images"):
         split_folder(path=small, size=8)
@@ -610,4 +602,4 @@ def test_an_image_that_is_tested_as_another_class_is_told_and_not_refused(small)
 def test_one_file_under_two_classes_is_told(small):
     shutil.copy(small / "a" / "0.png", small / "b" / "copy.png")
     told = split_folder(path=small, size=8, duplicates="keep", test=0.1).notes[-1]
-    assert "1 of them under several classes, such as a/0.png and b/copy.png" in told
+    assert re.search(r"1 of them .* several classes, .*a/0\.png and b/copy\.png", told)

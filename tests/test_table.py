@@ -183,21 +183,21 @@ def test_rows_that_say_nothing_or_something_else_are_named(images):
     other["split"][2] = "val"
     for given, told in (
         (empty, r"Row 7 of .* has no `label`; fill it in"),
-        (other, r"Row 3 of .* has `val` in the column `split`; it must be `train` or `test`"),
-        ({name: [] for name in columns()}, r"has no rows below its header"),
+        (other, r"Row 3 of .* `val` in the column `split`; .* `train` or `test`"),
+        ({name: [] for name in columns()}, r"no rows"),
     ):
         with pytest.raises(DataError, match=told):
             split_table(path=table(images, given))
     path = images / "wide.csv"
     path.write_text("path,label\na.png,x,y\n")
-    with pytest.raises(DataError, match=r"line 2 has more values than the header"):
+    with pytest.raises(DataError, match=r"line 2 .* header"):
         split_table(path=path)
     path.write_bytes(b"path,label\n\xff\xfe,x\n")
-    with pytest.raises(DataError, match=r"cannot be read, as it is not UTF-8 text; save it so"):
+    with pytest.raises(DataError, match=r"wide\.csv .* UTF-8"):
         split_table(path=path)
-    with pytest.raises(DataError, match=r"does not exist; name a CSV or Parquet file"):
+    with pytest.raises(DataError, match=r"none\.csv .* CSV or Parquet"):
         split_table(path=images / "none.csv")
-    with pytest.raises(DataError, match=r"is a folder; name a CSV or Parquet file"):
+    with pytest.raises(DataError, match=r"folder; .* CSV or Parquet"):
         split_table(path=images)
 
 
@@ -208,13 +208,10 @@ def test_classes_and_groups_must_be_learnt_and_tested(images):
     shared["task"] = ["1" if i % 8 < 4 else "2" for i in range(24)]
     one["label"] = ["a"] * 24
     for given, told in (
-        (new, r"The class `zebra` in the test images of .* is not in its training images; give it rows to learn from"),
+        (new, r"The class `zebra` in the test images .* training images"),
         (half, r"The task `2` in .* has no test images"),
-        (
-            shared,
-            r"The class `a` in .* is in the tasks `1` and `2`, and a class belongs to one: with `--setting domain`",
-        ),
-        (one, r"has 1 class, `a`; there must be two at least"),
+        (shared, r"The class `a` .* tasks `1` and `2`, .*`--setting domain`"),
+        (one, r"1 class, `a`; "),
     ):
         with pytest.raises(DataError, match=told):
             split_table(path=table(images, given), **SMALL)
@@ -222,11 +219,9 @@ def test_classes_and_groups_must_be_learnt_and_tested(images):
 
 def test_a_number_of_experiences_has_no_meaning_where_tasks_are_given(images):
     path = table(images, columns(task=[str(i % 4 // 2) for i in range(24)]))
-    with pytest.raises(UsageError, match=r"`scenario.experiences` has no meaning for .* column `task` decides it"):
+    with pytest.raises(UsageError, match=r"`scenario\.experiences` .* column `task` "):
         split_table(path=path, experiences=2)
-    with pytest.raises(
-        UsageError, match=r"`scenario.order` is \[0\]; it must hold each of the numbers 0 to 1 of the tasks"
-    ):
+    with pytest.raises(UsageError, match=r"`scenario\.order` is \[0\]; .* 0 to 1 "):
         split_table(path=path, order=[0], **SMALL)
 
 
@@ -249,7 +244,7 @@ def test_a_file_that_is_learnt_and_tested_is_found_by_its_bytes(images):
         (images / "copy.png").write_bytes((images / "images" / "0.png").read_bytes())
         files = [f"images/{i}.png" for i in range(23)] + [spelt]
         rows = columns(path=files, label=[*"abcd" * 5, *"abca"])
-        with pytest.raises(DataError, match=r"^1 of the 8 test images of .*t.csv is in training, too, such as imag"):
+        with pytest.raises(DataError, match=r"^1 of the 8 test images of .*t\.csv .* imag"):
             split_table(path=table(images, rows), **SMALL)
         dropped = split_table(path=table(images, rows), duplicates="drop", experiences=2, **SMALL)
         assert numbers(dropped[0].train) == [i for i in range(1, 16) if i % 4 < 2]
@@ -263,9 +258,7 @@ def test_a_class_that_is_left_without_training_images_is_named(images):
         path=[f"images/{i}.png" for i in range(16)] + [f"images/{i}.png" for i in (0, 4, 8, 12, 17, 18, 19, 20)]
     )
     rows["label"] = ["abcd"[i % 4] for i in range(16)] + [*"aaaabcda"]
-    with pytest.raises(
-        DataError, match=r"`a` in the test images of .* without its broken images and those that are tested"
-    ):
+    with pytest.raises(DataError, match=r"`a` in the test images .* broken images "):
         split_table(path=table(images, rows), duplicates="drop", **SMALL)
 
 

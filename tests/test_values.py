@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -49,13 +50,13 @@ WRONG: dict[str, tuple[Callable[[], Any], float, str]] = {
     "another scale": (lambda: RAW.float() / 255, 16, r"divided by 16 .*or values from 0 to 16"),
     "black and white": (lambda: RAW > 100, 255, r"from 0 to 1 only"),
     "whole numbers 0 and 1": (lambda: (RAW > 100).to(torch.uint8), 255, r"from 0 to 1 only"),
-    "normalized": (lambda: NORMAL.normalize(RAW), 255, r"from -2 to 2, as normalized images have"),
-    "floats from -1 to 1": (lambda: RAW.float() / 127.5 - 1, 255, "as normalized images have"),
-    "normalized pixel by pixel": (lambda: 40 * NORMAL.normalize(RAW) / 2, 255, "as normalized images have"),
-    "not a number": (lambda: with_value(torch.nan), 255, r"in 1 of the 24, the first in image 5, counted from 0"),
-    "infinity, whatever the scale": (lambda: with_value(torch.inf) / 255, 1, "the first in image 5"),
+    "normalized": (lambda: NORMAL.normalize(RAW), 255, r"from -2 to 2, .*normalized"),
+    "floats from -1 to 1": (lambda: RAW.float() / 127.5 - 1, 255, "normalized"),
+    "normalized pixel by pixel": (lambda: 40 * NORMAL.normalize(RAW) / 2, 255, "normalized"),
+    "not a number": (lambda: with_value(torch.nan), 255, r"1 of the 24, .* image 5, "),
+    "infinity, whatever the scale": (lambda: with_value(torch.inf) / 255, 1, " image 5"),
     "complex numbers": (lambda: RAW.to(torch.complex64), 1, r"complex numbers \(torch.complex64\)"),
-    "channels last": (lambda: RAW.permute(0, 2, 3, 1), 255, r"are \[6, 8, 3\], which is height, width and channels"),
+    "channels last": (lambda: RAW.permute(0, 2, 3, 1), 255, r"are \[6, 8, 3\], .*height, width and channels"),
     "channels last, of floats": (lambda: RAW.permute(0, 2, 3, 1) / 255, 1, r"x.permute\(0, 3, 1, 2\)"),
     "grey, channels last": (lambda: RAW.permute(0, 2, 3, 1)[..., :1], 255, r"are \[6, 8, 1\]"),
 }
@@ -151,9 +152,9 @@ def shared(**options: Any) -> Scenario:
 
 
 def test_images_in_memory_that_are_learned_and_tested_are_refused():
-    with pytest.raises(DataError, match=r"3 of the 24 test images of `shapes` are in training, too, such as") as e:
+    with pytest.raises(DataError, match="3 of the 24 test images of `shapes`") as e:
         shared()
-    assert "training image 7 and test image 3, counted from 0" in str(e.value)
+    assert "training image 7 and test image 3" in str(e.value)
     assert "`duplicates=drop`" in str(e.value)
     assert "`duplicates=keep`" in str(e.value)
 
@@ -176,7 +177,7 @@ def test_images_in_memory_are_dropped_from_training_or_kept_and_the_results_say_
 def test_a_class_that_loses_all_training_images_is_named():
     tests = RAW[N:].clone()
     tests[:6] = RAW[:N][Y == 2]
-    with pytest.raises(DataError, match="All training images of the class `c` of `shapes` are test images, too"):
+    with pytest.raises(DataError, match="training images of the class `c` of `shapes`"):
         split_classes("shapes", arrays(tests=tests), experiences=2, duplicates="drop")
 
 
@@ -208,7 +209,7 @@ def test_a_part_of_the_training_images_is_tested_with_and_said(of: Callable[[Ten
     x = of(RAW)
     part = Arrays("part", x[:N], Y, x[4:8], Y[4:8], tuple("abcd"))
     [note] = split_classes("part", part, experiences=2).notes
-    assert note.startswith("4 of the 4 test images of `part` are in training, too, such as training image 4 and test")
+    assert re.match("4 of the 4 test images of `part` .* training image 4 and test", note)
     assert [len(e.train) for e in split_classes("part", part, experiences=2, duplicates="drop")] == [10, 10]
     with pytest.raises(DataError, match="2 of the 4 test images"):
         split_classes("part", Arrays("part", x[:N], Y, x[N - 2 : N + 2], Y[:4], tuple("abcd")), experiences=2)
