@@ -44,13 +44,12 @@ from clframe.runs.extension import derive_options, load_base
 from clframe.runs.files import ENVIRONMENT, read_config
 from clframe.runs.folder import (
     RunFolder,
-    check_finished,
     compare_environments,
     describe_environment,
     read_model,
 )
 from clframe.runs.record import check_description, list_experiences
-from clframe.runs.results import Results
+from clframe.runs.results import Results, check_finished
 from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, Config, TrainSettings
 from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import beside_no_run, plain_torch

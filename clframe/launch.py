@@ -37,12 +37,11 @@ from clframe.runs.extension import Base, extend_scenario, join, load_base
 from clframe.runs.files import BASE, read_config
 from clframe.runs.folder import (
     RunFolder,
-    check_finished,
     how_to_go_on,
     read_model,
 )
 from clframe.runs.record import fit_temperatures, restore_scenario
-from clframe.runs.results import Results
+from clframe.runs.results import Results, check_finished
 from clframe.settings import OBJECT, START, Config
 from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import alone, plain_torch, quiet_writers

@@ -16,7 +16,8 @@ from typing import Any
 from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.experiments import statistics
 from clframe.experiments.statistics import Claim, Estimate, Paired, Unit
-from clframe.runs.results import RESULTS_FILE, Results, read_results
+from clframe.runs.files import read_config
+from clframe.runs.results import RESULTS_FILE, Results, check_finished, read_results
 from clframe.settings import Config
 
 FINE_TUNING = "fine-tuning"  # label of a run without a method: the baseline unless another is named
@@ -308,9 +309,6 @@ def check_figures(results: Results, folder: Path) -> None:
 
 
 def _read_run(folder: Path) -> tuple[Config, Results]:
-    from clframe.launch import read_config
-    from clframe.runs.folder import check_finished
-
     check_finished(folder)
     results = read_results(folder)
     check_figures(results, folder)

@@ -25,7 +25,7 @@ from clframe.errors import DataError, RunError, UsageError
 from clframe.evaluate import Row
 from clframe.runs import checkpoint, sums
 from clframe.runs.files import BASE, CHECKPOINTS, CONFIG, CONFIG_LIMIT, ENVIRONMENT, LOCK, MODEL, SPLIT
-from clframe.runs.results import RESULTS_FILE, Results, check_format
+from clframe.runs.results import RESULTS_FILE, Results, check_finished, check_format
 from clframe.system import writing
 from clframe.system.reading import blame_file, parse_json, quote_path, read_bytes, read_json, reason
 from clframe.system.writing import to_json, write_text
@@ -359,16 +359,6 @@ def how_to_go_on(folder: RunFolder | None) -> str:
         return f" All results were written before: {folder.path} is the folder of a finished run."
     kept = checkpoint.find_newest(folder.checkpoints)
     return f" The last good checkpoint is kept: `clframe resume {folder.path}` starts from it." if kept else ""
-
-
-def check_finished(path: Path) -> None:
-    """Raise `DataError` if `path` is not the folder of a run that is finished."""
-    if not path.is_dir():
-        raise DataError(f"There is no folder {path}; name the folder of a finished run.")
-    if not (path / "config.yaml").is_file():
-        raise DataError(f"{path} is not a run folder, as it has no config.yaml; name the folder of a finished run.")
-    if not (path / RESULTS_FILE).is_file():
-        raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:

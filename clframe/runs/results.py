@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from clframe.errors import DataError
 from clframe.runs import sums
+from clframe.runs.files import CONFIG
 from clframe.system.reading import blame_file, expand_home, read_json
 
 if TYPE_CHECKING:
@@ -197,6 +198,16 @@ class Results:
         if sentence := sums.explain_missing(folder):
             warnings.warn(sentence, stacklevel=2)
         return results
+
+
+def check_finished(path: Path) -> None:
+    """Raise `DataError` if `path` is not the folder of a run that is finished."""
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}; name the folder of a finished run.")
+    if not (path / CONFIG).is_file():
+        raise DataError(f"{path} is not a run folder, as it has no config.yaml; name the folder of a finished run.")
+    if not (path / RESULTS_FILE).is_file():
+        raise DataError(f"The run in {path} is not finished: `clframe resume {path}` goes on with it.")
 
 
 def read_results(folder: Path) -> Results:
