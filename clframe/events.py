@@ -63,7 +63,11 @@ class Started(Event):
 
 @dataclass(frozen=True, eq=False)
 class Message(Event):
-    """Something that a person should read."""
+    """A sentence that a person should read.
+
+    Attributes:
+        text: the sentence.
+    """
 
     kind = "message"
     text: str
@@ -89,7 +93,13 @@ class ExperienceBegan(Event):
 
 @dataclass(frozen=True, eq=False)
 class PhaseBegan(Event):
-    """A phase of training begins, of so many steps."""
+    """A phase of training begins.
+
+    Attributes:
+        name: of the phase.
+        steps: number of its steps.
+        experience: index of the experience.
+    """
 
     kind = "phase"
     name: str
@@ -139,7 +149,13 @@ class Progress(StepTaken):
 
 @dataclass(frozen=True, eq=False)
 class Tick(Event):
-    """An iteration of a long piece of work in a hook is done: ``i`` of ``n``."""
+    """An iteration of a long piece of work in a hook is done.
+
+    Attributes:
+        name: of the work.
+        i: number of iterations that are done.
+        n: number of all iterations.
+    """
 
     kind = "tick"
     name: str
@@ -191,7 +207,13 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, eq=False)
 class Logged(Event):
-    """A plugin called `clframe.Run.log` with these values by name."""
+    """A plugin called `clframe.Run.log`.
+
+    Attributes:
+        experience: index of the experience.
+        total_step: of the run.
+        values: by name.
+    """
 
     kind = "log"
     experience: int
@@ -201,7 +223,13 @@ class Logged(Event):
 
 @dataclass(frozen=True, eq=False)
 class ImagesLogged(Event):
-    """A plugin called `clframe.Run.log_images`; the picture is [H, W, 3] uint8."""
+    """A plugin called `clframe.Run.log_images`.
+
+    Attributes:
+        name: of the picture.
+        experience: index of the experience.
+        picture: [H, W, 3] uint8.
+    """
 
     kind = "images"
     name: str
@@ -211,7 +239,11 @@ class ImagesLogged(Event):
 
 @dataclass(frozen=True, eq=False)
 class Ended(Event):
-    """The run is finished; `folder` is its run folder, or None."""
+    """The run is finished.
+
+    Attributes:
+        folder: its run folder; None if it kept none.
+    """
 
     kind = "end"
     folder: str | None
