@@ -50,7 +50,7 @@ from clframe.runs.folder import (
 )
 from clframe.runs.record import check_description, list_experiences
 from clframe.runs.results import Results, check_finished
-from clframe.settings import DEFAULT_MODEL, DEFAULT_SCENARIO, OBJECT, OBSERVERS, Config, TrainSettings
+from clframe.settings import OBSERVERS, Component, Config
 from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import beside_no_run, plain_torch
 from clframe.system.texts import quote
@@ -274,6 +274,8 @@ def extend(
         Interrupted: as `run`.
     """
     own = scenario if isinstance(scenario, Scenario) else None
+    if isinstance(scenario, str):
+        scenario = {"name": scenario}
     plugins = _each_plugin(plugins)
     given = {plugin_name(plugin): plugin for plugin in plugins if isinstance(plugin, Plugin)}
     plugins = [{plugin: {}} if isinstance(plugin, str) else plugin for plugin in plugins]
@@ -281,21 +283,20 @@ def extend(
     run = _of_run(run)
     config = extension_config(
         expand_home(folder),
-        {"name": own.name, OBJECT: True} if own else {"name": scenario} if isinstance(scenario, str) else scenario,
+        _object(scenario.name) if isinstance(scenario, Scenario) else scenario,
         objects=(*given, "model") if model is not None else tuple(given),
         plugins=options,
         train=train,
         run=run,
     )
-    for name, plugin in given.items():
-        config.plugins[name] = {**plugin.public_options(), OBJECT: True}
+    config.plugins |= {name: _object(name, plugin.public_options()) for name, plugin in given.items()}
     with _shown(progress, listeners) as everyone:
         return run_config(config, scenario=own, model=model, plugins=list(given.values()), listeners=everyone)
 
 
 def extension_config(
     path: Path,
-    scenario: Any,
+    scenario: Mapping[str, Any] | Component,
     *,
     objects: Sequence[str] = (),
     plugins: Mapping[str, Mapping[str, Any]] | None = None,
@@ -305,32 +306,33 @@ def extension_config(
 ) -> Config:
     """Return the configuration of a run that extends the finished one in `path`, changed by the arguments.
 
-    `objects` names the plugins, and ``model``, that a program gives as objects. Raises as `extend`.
+    `objects` names the plugins, and ``model``, that a program gives as objects; a scenario that is an object is a
+    `Component`. Raises as `extend`.
     """
     check_finished(path)
     base = load_base(path, read_config(path))
     check_resumes(base.config, (), path, "extended")
-    old = base.config.model_dump()
-    named = {name: values for name, values in old["plugins"].items() if name not in objects}
-    for name, values in named.items():
-        check_named(values, "plugin", name)
+    named = [plugin for name, plugin in base.config.plugins.items() if name not in objects]
+    for plugin in named:
+        check_named(plugin, "plugin")
     if "model" not in objects:
-        check_named(old["model"], "model")
+        check_named(base.config.model, "model")
+    old = base.config.model_dump()
     joining = {name: values for name, values in (plugins or {}).items() if name not in old["plugins"]}
-    changed = {name: values | dict((plugins or {}).get(name, {})) for name, values in named.items()} | joining
-    own = OBJECT in scenario
-    carried = (
-        {"name": DEFAULT_SCENARIO} if own else {"name": scenario["name"], **derive_options(base, scenario["name"])}
-    )
+    changed = {plugin.name: {**plugin.options, **(plugins or {}).get(plugin.name, {})} for plugin in named} | joining
+    carried = {}
+    if not isinstance(scenario, Component):
+        carried = {"name": scenario["name"], **derive_options(base, scenario["name"])}
     device = old["run"]["device"]
     kept = {"output": None, "joint": None, "old_images": None, "extends": str(path.resolve())}
     if device.startswith("cuda") and not torch.cuda.is_available():
         kept["device"] = "auto"
     config = resolve(
-        scenario=None if own else scenario,
+        scenario=scenario,
+        model=base.config.model if "model" in objects else None,
         base={
             "scenario": carried,
-            "model": {"name": DEFAULT_MODEL} if "model" in objects else old["model"],
+            "model": old["model"],
             "plugins": changed,
             "train": old["train"],
             "run": old["run"] | kept,
@@ -339,11 +341,7 @@ def extension_config(
         train=train,
         run=run,
     )
-    if own:
-        config.scenario = dict(scenario)
-    if "model" in objects:
-        config.model = old["model"]
-    config.plugins = {name: config.plugins.get(name, {}) for name in (*old["plugins"], *joining)}
+    config.plugins = base.config.plugins | config.plugins
     return config
 
 
@@ -439,26 +437,27 @@ def _config_of(
         )
     own_scenario = scenario if isinstance(scenario, Scenario) else None
     own_model = model if isinstance(model, nn.Module) else None
-    defaults = TrainSettings.model_validate({}).model_dump() if own_scenario else {}  # not what suits split-digits
     config = resolve(
-        scenario=None if isinstance(scenario, Scenario) else scenario,
-        model=None if isinstance(model, nn.Module) else model or ("mlp" if own_scenario else None),
+        scenario=_object(scenario.name) if isinstance(scenario, Scenario) else scenario,
+        model=_object(type(unwrap_compiled(model)).__name__) if isinstance(model, nn.Module) else model,
         plugins=[plugin for plugin in plugins if not isinstance(plugin, Plugin)],
-        train={**defaults, **_mapping(train, "train")},
+        train=_mapping(train, "train"),
         run=run,
-        plugin_train=registry.suited_train(built),
+        plugin_train=registry.suited_train(
+            plugin if isinstance(plugin, Plugin) else plugin_name(plugin)
+            for plugin in plugins
+            if isinstance(plugin, str | Mapping | Plugin)
+        ),
     )
-    if own_scenario:
-        config.scenario = {"name": own_scenario.name, OBJECT: True}
-        suited = registry.suited_train(
-            plugin if isinstance(plugin, Plugin) else plugin_name(plugin) for plugin in plugins
-        )
-        config.train = TrainSettings(**suited | dict(train or {}))  # without its length, too
-    if own_model is not None:  # a compiled one has no truth value
-        config.model = {"name": type(unwrap_compiled(own_model)).__name__, OBJECT: True}
-    named = config.plugins | {plugin_name(plugin): {**plugin.public_options(), OBJECT: True} for plugin in built}
-    config.plugins = {name: named[name] for name in map(plugin_name, plugins)}
+    objects = {name: _object(name, plugin.public_options()) for plugin in built for name in [plugin_name(plugin)]}
+    parts = config.plugins | objects
+    config.plugins = {name: parts[name] for name in map(plugin_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
+
+
+def _object(name: str, options: Mapping[str, Any] | None = None) -> Component:
+    """Return what a configuration holds of an object of a Python program."""
+    return Component(name, options or {}, origin="object")
 
 
 @contextmanager

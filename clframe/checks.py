@@ -162,7 +162,7 @@ def single_image_problems(run: Run, stream: Scenario) -> list[str]:
     alone = [i for i in to_come if not (adding and i) and len(stream[i].train) == 1]
     if alone:
         why.append(f"experience {alone[0] + 1} of `{stream.name}` has one training image: give it more")
-    model = run.config.model["name"]
+    model = run.config.model.name
     return [
         f"`{model}` has batch normalization, which cannot learn from one value for each channel, and {reason}, or "
         "choose a model without it."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     ValidationError,
@@ -22,19 +23,18 @@ from clframe.options import (
     public_name,
     suited,
     unknown,
-    validated,
 )
 from clframe.renamed import update_config
 from clframe.settings import (
     DEFAULT_MODEL,
     DEFAULT_SCENARIO,
     LENGTH,
-    OBJECT,
     SECTIONS,
-    START,
+    Component,
     Config,
     RunSettings,
     TrainSettings,
+    read_component,
 )
 from clframe.strict_yaml import dump_yaml, parse_yaml
 from clframe.system.reading import Unreadable, expand_home, quote_path, read_bytes
@@ -47,12 +47,13 @@ OF_OPTIMIZER = ("lr", "head_lr", "momentum", "nesterov", "betas", "eps")  # they
 Given = Mapping[str, Any]
 Named = str | Given | None  # a name, or a mapping with ``name`` and options, or options alone
 Kind = TypeVar("Kind", TrainSettings, RunSettings)
+UNRESOLVED = Component("")  # in place of one that a mistake keeps from being resolved
 
 
 def resolve(
     *,
-    scenario: Named = None,
-    model: Named = None,
+    scenario: Named | Component = None,
+    model: Named | Component = None,
     plugins: Given | Sequence[str | Given] = (),
     yaml_file: str | Path | None = None,
     sets: Sequence[str] = (),
@@ -63,10 +64,11 @@ def resolve(
 ) -> Config:
     """Return the whole configuration, with the value of every option.
 
-    From weak to strong: defaults, what suits the scenario, what suits the plugins (`plugin_train` is of those that are
-    given as objects), the YAML file, `sets` (each ``a.b=value``), and the other arguments. A model or scenario of
-    another name takes no options from a weaker place; plugins that are given here replace the file's, of which those
-    named again keep their options. `base` stands in for what a file holds.
+    From weak to strong: defaults, what suits the scenario, what suits the plugins (`plugin_train`, where some are
+    objects), the YAML file, `sets` (each ``a.b=value``), and the other arguments. A model or scenario of another name
+    takes no options from a weaker place; plugins that are given here replace the file's, of which those named again
+    keep their options. `base` stands in for what a file holds. A scenario or model that is a `Component`, such as an
+    object of a Python program, is taken as it is; no training settings are known to suit that scenario.
 
     Raises:
         UsageError: with one sentence for each mistake.
@@ -86,18 +88,25 @@ def resolve(
         of_file = _mapping(file.get(section), section, problems)
         return [of_file, changes.get(section, {}), _mapping(given, section, problems)]
 
-    resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
-    backbone, training = registry.suited(build, resolved_scenario.get("name", ""))
+    if isinstance(scenario, Component):
+        resolved_scenario, build = scenario, None
+    else:
+        resolved_scenario, build = _resolve_scenario(layers("scenario", scenario), problems)
+    backbone, training = registry.suited(build, resolved_scenario.name)
     suiting = _named(backbone, "model", problems)
-    resolved_model = _resolve_model(layers("model", model), suiting, problems)
+    resolved_model = (
+        model if isinstance(model, Component) else _resolve_model(layers("model", model), suiting, problems)
+    )
     resolved_plugins = {
         name: _resolve_plugin(
             name, {**by_file.get(name, {}), **changes.get(name, {}), **by_call.get(name, {})}, problems
         )
         for name in chosen
     }
-    of_plugins = registry.suited_train(resolved_plugins) | dict(plugin_train or {})
-    train_layers = [training, of_plugins, *settings_layers("train", train)]
+    of_plugins = registry.suited_train(resolved_plugins) if plugin_train is None else plugin_train
+    # experiences of an object last one epoch, too; the record of the run leaves that open, as it always has
+    length = {} if isinstance(scenario, Component) else {"epochs": 1}
+    train_layers = [length, training, dict(of_plugins), *settings_layers("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)
     run_layers = settings_layers("run", run)
     resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)
@@ -143,18 +152,18 @@ def list_defaults(config: Config) -> dict[str, Any]:
     training: dict[str, Any] = {}
     suiting: Any = None
     with suppress(ClframeError):
-        build = registry.builder("scenario", config.scenario["name"])
-        suiting, training = registry.suited(build, config.scenario["name"])
+        build = registry.builder("scenario", config.scenario.name)
+        suiting, training = registry.suited(build, config.scenario.name)
         found |= _list_option_defaults("scenario", build)
     with suppress(ClframeError):
-        found |= _list_option_defaults("model", registry.builder("model", config.model["name"]))
+        found |= _list_option_defaults("model", registry.builder("model", config.model.name))
     model = {"name": suiting} if isinstance(suiting, str) else dict(suiting or {"name": DEFAULT_MODEL})
-    if model.get("name") == config.model["name"]:
+    if model.get("name") == config.model.name:
         found |= {f"model.{public_name(option)}": value for option, value in model.items()}
     for name in config.plugins:
         with suppress(ClframeError):
             found |= _list_option_defaults(name, registry.plugin_class(name))
-    train = TrainSettings(**_merge_train([training, registry.suited_train(config.plugins)]))
+    train = TrainSettings(**_merge_train([{"epochs": 1}, training, registry.suited_train(config.plugins)]))
     found |= {f"train.{name}": value for name, value in train.model_dump().items()}
     return found | {f"run.{name}": value for name, value in RunSettings().model_dump().items() if name != "output"}
 
@@ -182,17 +191,13 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], Any]:
+def _resolve_scenario(layers: list[dict[str, Any]], problems: list[str]) -> tuple[Component, Any]:
     """Return the scenario with all of its options, and the function that builds it (None if it is unknown)."""
     with _collected(problems):
-        name, options = _merge(_with_split(layers), DEFAULT_SCENARIO)
-        pinned = {split_file.PINNED: options.pop(split_file.PINNED)} if split_file.PINNED in options else {}
-        problems += [problem for value in pinned.values() for problem in split_file.pinned_problems(value)]
-        if OBJECT in options:
-            raise UsageError(_only_in_python("scenario", name))
-        build = registry.builder("scenario", name)
-        return {"name": name, **_checked(build, options, "scenario", name, problems), **pinned}, build
-    return {}, None
+        component = _read("scenario", *_merge(_with_split(layers), DEFAULT_SCENARIO))
+        build = registry.builder("scenario", component.name)
+        return _complete("scenario", component, problems), build
+    return UNRESOLVED, None
 
 
 def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -211,51 +216,48 @@ def _with_split(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [file, *layers]
 
 
-def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[str]) -> dict[str, Any]:
+def _resolve_model(layers: list[dict[str, Any]], suiting: Given, problems: list[str]) -> Component:
     """Return the model with all of its options: the one that suits the scenario, if no other is named."""
     name, options = _merge(layers, "")
     if not name:
         name, options = _merge([dict(suiting), options], DEFAULT_MODEL)
     with _collected(problems):
-        if OBJECT in options:
-            raise UsageError(_only_in_python("model", name))
-        build = registry.builder("model", name)
-        start = suited(str | None, options.get(START))
-        if START in options and not isinstance(start, str):
-            problems.append(f"`model.{START}` is {quote(start)}; it must be the folder of a finished run.")
-        options = {option: value for option, value in options.items() if option != START}
-        return {"name": name, **_checked(build, options, "model", name, problems), **({START: start} if start else {})}
-    return {}
+        return _complete("model", _read("model", name, options), problems)
+    return UNRESOLVED
 
 
-def _resolve_plugin(name: str, options: Given, problems: list[str]) -> dict[str, Any]:
-    """Return all options of the plugin; building it lets its constructor refuse combinations."""
+def _resolve_plugin(name: str, options: Given, problems: list[str]) -> Component:
+    """Return the plugin with all of its options; building it lets its constructor refuse combinations."""
     with _collected(problems):
-        if OBJECT in options:
-            raise UsageError(_only_in_python("plugin", name))
+        component = _read("plugin", name, options)
         parts = [part.strip() for part in name.split(",")]
         if len(parts) > 1 and set(parts) <= set(registry.names("plugin")):
             repeated = " ".join(f"--plugin {part}" for part in parts)
             raise UsageError(f"There is no plugin `{name}`. For several methods repeat `--plugin`: {repeated}.")
-        resolved = registry.build_plugin(name, options).public_options()
+        resolved = registry.build_plugin(name, component.options).public_options()
         if ":" in name:
             resolved.pop("variant", None)  # the name holds it already
-        return resolved
-    return {}
+        return replace(component, options=resolved)
+    return UNRESOLVED
 
 
-def _only_in_python(section: str, name: str) -> str:
-    return (
-        f"The {section} `{name}` of this configuration is an object of a Python program: give it again to "
-        "`clframe.run` from Python."
-    )
+def _read(kind: registry.Kind, name: str, options: Given) -> Component:
+    """Return the component of this name and these merged options. Raises `UsageError` if it is an object."""
+    component = read_component(kind, {**options, "name": name} if kind != "plugin" else options, name)
+    if component.origin == "object":
+        raise UsageError(
+            f"The {kind} `{name}` of this configuration is an object of a Python program: give it again to "
+            "`clframe.run` from Python."
+        )
+    return component
 
 
-def _checked(build: Any, options: Given, section: str, name: str, problems: list[str]) -> dict[str, Any]:
+def _complete(kind: Literal["scenario", "model"], component: Component, problems: list[str]) -> Component:
+    """Return `component` with the values of all of its options, validated; with none if there is a mistake in one."""
     with _collected(problems):
-        values = validated(build, options, section, skip=registry.SUPPLIED, owner=f"the {section} `{name}`")
-        return {public_name(option): value for option, value in values.items()}
-    return {}
+        values = registry.arguments_of(kind, component)
+        return replace(component, options={public_name(option): value for option, value in values.items()})
+    return UNRESOLVED
 
 
 def _settings(kind: type[Kind], given: Given, where: str, problems: list[str]) -> Kind | None:
@@ -269,7 +271,7 @@ def _settings(kind: type[Kind], given: Given, where: str, problems: list[str]) -
 
 
 def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the layers of training settings; one epoch is the default.
+    """Merge the layers of training settings.
 
     A stronger choice of epochs or iterations replaces the weaker one, another optimizer the settings of the weaker
     one, and settings of the first experience a weaker wish to keep the optimizer.
@@ -283,8 +285,6 @@ def _merge_train(layers: list[dict[str, Any]]) -> dict[str, Any]:
             if layer.get(name) is not None:
                 merged.pop(other, None)
         merged |= {name: value for name, value in layer.items() if not (name in LENGTH and value is None)}
-    if not LENGTH.keys() & merged.keys():
-        merged["epochs"] = 1
     return merged
 
 

@@ -42,7 +42,7 @@ from clframe.runs.folder import (
 )
 from clframe.runs.record import fit_temperatures, restore_scenario
 from clframe.runs.results import Results, check_finished
-from clframe.settings import OBJECT, START, Config
+from clframe.settings import Component, Config
 from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import alone, plain_torch, quiet_writers
 
@@ -54,8 +54,8 @@ def begin_from(engine: Engine, base: Base | None) -> None:
     config = engine.run.config
     if base:
         base.check(config, engine.run.plugins)
-    elif start := config.model.get(START):
-        start_from(engine.run.model.backbone, expand_home(start), config.model["name"])
+    elif start := config.model.start:
+        start_from(engine.run.model.backbone, expand_home(start), config.model.name)
 
 
 def begin_run(engine: Engine, base: Base | None, ended: tuple[Any, Any] | None) -> None:
@@ -79,8 +79,8 @@ def plugin_name(plugin: str | Mapping[str, Mapping[str, Any]] | Plugin) -> str:
 def check_resumes(config: Config, plugins: Sequence[Plugin], path: Path, what: str = "resumed") -> None:
     """Refuse to continue a run with a plugin whose state is in no checkpoint. Raises `DataError`."""
     given = {plugin_name(plugin): type(plugin) for plugin in plugins}
-    for name, options in config.plugins.items():
-        if OBJECT in options and name not in given:
+    for name, plugin in config.plugins.items():
+        if plugin.origin == "object" and name not in given:
             continue  # told when the run is built
         # a plugin's own class says so for all of its variants, which may take long to import
         if not (given[name] if name in given else registry.plugin_class(name.partition(":")[0])).resumes:
@@ -165,15 +165,16 @@ def build(
         scenario = extend_scenario(before, scenario)
     given = {plugin_name(plugin): plugin for plugin in plugins}
     members = [
-        given[name] if name in given else registry.build_plugin(name, check_named(options, "plugin", name))
-        for name, options in config.plugins.items()
+        given[name] if name in given else registry.build_plugin(name, check_named(plugin, "plugin").options)
+        for name, plugin in config.plugins.items()
     ]
     observers = config.run.observers() if folder else []
     members += [registry.build_plugin(name, {}) for name in observers if name not in config.plugins]
     if model is None:
-        left_out = (START, WEIGHTS) if restored else (START,)
-        spec = {name: value for name, value in check_named(config.model, "model").items() if name not in left_out}
-        model = registry.build_backbone(spec, scenario.input_shape).to(device)
+        named = check_named(config.model, "model")
+        if restored:
+            named = replace(named, options={n: value for n, value in named.options.items() if n != WEIGHTS})
+        model = registry.build_backbone(named, scenario.input_shape).to(device)
         check_backbone(model, scenario.input_shape, device)
     else:
         model = prepare(model, scenario.input_shape, device, lambda text: tell(listeners, text))
@@ -218,15 +219,14 @@ def start_from(backbone: nn.Module, path: Path, name: str) -> None:
     backbone.load_state_dict(weights)
 
 
-def check_named(spec: Mapping[str, Any], kind: str, name: str = "") -> Mapping[str, Any]:
-    """Return `spec`. Raises `DataError` if it stands for an object that only a Python program can give."""
-    if OBJECT in spec:
-        name = name or spec["name"]
+def check_named(component: Component, kind: registry.Kind) -> Component:
+    """Return `component`. Raises `DataError` if it stands for an object that only a Python program can give."""
+    if component.origin == "object":
         raise DataError(
-            f"The {kind} `{name}` of this run is an object of a Python program: give it again, with "
+            f"The {kind} `{component.name}` of this run is an object of a Python program: give it again, with "
             "`clframe.resume`, `clframe.load` or `clframe.extend` from Python."
         )
-    return spec
+    return component
 
 
 def carry_out(engine: Engine, begin: Callable[[], None]) -> Results:

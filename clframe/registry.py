@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from clframe.data.scenario import Scenario
     from clframe.plugin import Plugin
-    from clframe.settings import RunSettings
+    from clframe.settings import Component, RunSettings
 
 
 Kind = Literal["plugin", "scenario", "model"]
@@ -210,8 +210,20 @@ def suited_train(plugins: Iterable[str | Plugin]) -> dict[str, Any]:
     return settings
 
 
-def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
-    """Build the scenario `spec` (its ``name`` and options).
+def arguments_of(kind: Literal["scenario", "model"], component: Component) -> dict[str, Any]:
+    """Return all options of the scenario or model, validated, by the parameter names of its `builder`.
+
+    Raises:
+        UsageError: with one sentence for each mistake.
+    """
+    from clframe.options import validated
+
+    build = builder(kind, component.name)
+    return validated(build, component.options, kind, skip=SUPPLIED, owner=f"the {kind} `{component.name}`")
+
+
+def build_scenario(component: Component, run: RunSettings) -> Scenario:
+    """Build the scenario that `component` names, with its options.
 
     Its parameters `data_root`, and `seed` where that is None, are filled with the run's.
 
@@ -223,11 +235,9 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
     from clframe.data.scenario import Scenario
     from clframe.settings import data_root
 
-    spec = dict(spec)
-    pinned = spec.pop(split_file.PINNED, None)
-    offer, variant = find("scenario", spec["name"])
-    build = builder("scenario", spec["name"])
-    options = _options(build, spec, "scenario", f"the scenario `{spec['name']}`")
+    offer, variant = find("scenario", component.name)
+    build = builder("scenario", component.name)
+    options = arguments_of("scenario", component)
     if "data_root" in inspect.signature(build).parameters:
         options["data_root"] = data_root(run.data_root)
     if "seed" in options and options["seed"] is None:
@@ -239,16 +249,16 @@ def build_scenario(spec: Mapping[str, Any], run: RunSettings) -> Scenario:
             f"The scenario `{offer.name}` of package `{offer.package}` built {built!r}, not a `Scenario`: let its "
             "function return one."
         )
-    if pinned is not None:
-        split_file.check(built, pinned)
+    if component.pinned is not None:
+        split_file.check(built, component.pinned)
     return built
 
 
-def build_backbone(spec: Mapping[str, Any], input_shape: Sequence[int]) -> nn.Module:
-    """Build the backbone `spec` (its ``name`` and options) for images of `input_shape`. Raises `UsageError`."""
-    offer, variant = find("model", spec["name"])
-    build = builder("model", spec["name"])
-    options = _options(build, spec, "model", f"the model `{spec['name']}`")
+def build_backbone(component: Component, input_shape: Sequence[int]) -> nn.Module:
+    """Build the backbone that `component` names, with its options, for images of `input_shape`. Raises `UsageError`."""
+    offer, variant = find("model", component.name)
+    build = builder("model", component.name)
+    options = arguments_of("model", component)
     with _blamed_on(offer):
         built: nn.Module = build(tuple(input_shape), **_with_variant(offer, build, variant), **options)
     return built
@@ -315,13 +325,6 @@ def _with_variant(offer: Offer, factory: Callable[..., Any], variant: str | None
     if parameter is None:
         raise UsageError(f"The {offer.kind} `{offer.name}` has no variants: leave out `:{variant}`.")
     return {"variant": variant}
-
-
-def _options(factory: Callable[..., Any], spec: Mapping[str, Any], where: str, owner: str) -> dict[str, Any]:
-    from clframe.options import validated
-
-    given = {name: value for name, value in spec.items() if name != "name"}
-    return validated(factory, given, where, skip=SUPPLIED, owner=owner)
 
 
 @contextmanager

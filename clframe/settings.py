@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    FieldSerializationInfo,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
+from clframe.data.split_file import pinned_problems
+from clframe.errors import UsageError
 from clframe.options import (
     Count,
     NonNegative,
@@ -26,6 +31,7 @@ from clframe.options import (
     unknown,
 )
 from clframe.system.reading import expand_home
+from clframe.system.texts import cut, quote
 
 OF_ALL = ("keep_optimizer", "logits", "val", "threads", "first")  # settings that no single experience has of its own
 LENGTH = {"epochs": "iterations", "iterations": "epochs"}  # each excludes the other
@@ -165,28 +171,101 @@ class RunSettings(Settings):
 OBSERVERS = tuple(name for name, field in RunSettings.model_fields.items() if field.json_schema_extra)
 
 
-def _check_name(spec: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(spec.get("name"), str):
-        raise ValueError("it should have a `name`, which is a text")
-    return spec
+Origin = Literal["name", "object"]
 
 
-Component = Annotated[dict[str, Any], AfterValidator(_check_name)]  # a scenario or model, resolved
+@dataclass(frozen=True)
+class Component:
+    """A scenario, model or plugin of a configuration.
+
+    Attributes:
+        name: what it is found by, or what an object of a Python program is called.
+        options: values by public option name; resolved, those of every option.
+        origin: ``name`` of an installed scenario, model or plugin, or an ``object`` that a Python program gives.
+        start: of a model, the folder of the finished run whose backbone it begins as.
+        pinned: of a scenario from a split's file, the checksums that its data and its split must have.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = "name"
+    start: str | None = None
+    pinned: Mapping[str, str] | None = None
+
+
+OBJECT = "python object"  # the key that marks an object of a Python program in a file
+BESIDE = {"scenario": ("pinned",), "model": ("start",), "plugin": ()}  # the fields that a file holds among the options
+
+
+def read_component(kind: str, written: object, name: str = "") -> Component:
+    """Return the scenario, model or plugin that a configuration file writes as `written`.
+
+    A plugin stands under its `name`; a scenario or model holds its name among the options.
+
+    Raises:
+        UsageError: if `written` is no mapping, has no name, or has a `start` or `pinned` of another form.
+    """
+    where = f"plugins.{cut(name)}" if kind == "plugin" else kind
+    if not isinstance(written, Mapping):
+        raise UsageError(f"`{where}` is {quote(written)}: it should be a valid dictionary.")
+    options = dict(written)
+    if kind != "plugin":
+        name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UsageError(f"`{where}` is {quote(written)}: it should have a `name`, which is a text.")
+    origin: Origin = "object" if OBJECT in options else "name"
+    options.pop(OBJECT, None)
+    beside = {key: suited(str, options.pop(key)) for key in BESIDE[kind] if key in options}
+    problems = pinned_problems(beside["pinned"]) if "pinned" in beside else []
+    if not isinstance(beside.get("start", ""), str):
+        problems = [f"`model.start` is {quote(beside['start'])}; it must be the folder of a finished run."]
+    if problems:
+        raise UsageError(*problems)
+    return Component(name, options, origin, **beside)
+
+
+def write_component(kind: str, component: Component) -> dict[str, Any]:
+    """Return `component` as a configuration file holds it, which `read_component` reads back."""
+    name = {} if kind == "plugin" else {"name": component.name}
+    beside = {key: value for key in BESIDE[kind] if (value := getattr(component, key))}
+    return {**name, **component.options, **beside, **({OBJECT: True} if component.origin == "object" else {})}
 
 
 class Config(BaseModel):
     """A configuration: everything that defines a run, as `config.yaml` of its folder holds it.
 
-    `scenario` and `model` hold their `name` and options, `plugins` maps names to options, in calling order.
+    `plugins` holds components by name, in calling order. Validation and ``model_dump`` take and give the form of the
+    file, of nested mappings.
     """
 
     model_config = SETTINGS
 
     scenario: Component
     model: Component
-    plugins: dict[str, dict[str, Any]]
+    plugins: dict[str, Component]
     train: TrainSettings
     run: RunSettings
+
+    @field_validator("scenario", "model", mode="before")
+    @classmethod
+    def _read(cls, given: object, info: ValidationInfo) -> Component:
+        return given if isinstance(given, Component) else read_component(str(info.field_name), given)
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _read_plugins(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given  # which is refused
+        parts = given.items()
+        return {n: part if isinstance(part, Component) else read_component("plugin", part, n) for n, part in parts}
+
+    @field_serializer("scenario", "model")
+    def _write(self, component: Component, info: FieldSerializationInfo) -> dict[str, Any]:
+        return write_component(info.field_name, component)
+
+    @field_serializer("plugins")
+    def _write_plugins(self, plugins: dict[str, Component]) -> dict[str, Any]:
+        return {name: write_component("plugin", plugin) for name, plugin in plugins.items()}
 
 
 DATA_ROOT = "CLFRAME_DATA"
@@ -203,6 +282,4 @@ def data_root(given: str | None) -> Path:
 
 DEFAULT_SCENARIO = "split-digits"
 DEFAULT_MODEL = "mlp"  # of a scenario that names none that suits it
-START = "start"  # of any model: the finished run whose backbone it begins as
 SECTIONS = ("scenario", "model", "plugins", "train", "run")
-OBJECT = "python object"  # the option under which a configuration names what only Python can give

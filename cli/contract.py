@@ -19,7 +19,7 @@ def check_plugin(name: str, sets: Sequence[str], model: str | None, json: bool) 
 
     _refuse_others(sets, name, "model")
     config = resolve(model=model or testing.MODEL, plugins=[name], sets=sets)
-    return _print_outcomes(testing.plugin(name, config.plugins[name], config.model), json)
+    return _print_outcomes(testing.plugin(name, config.plugins[name].options, config.model_dump()["model"]), json)
 
 
 def check_backbone(name: str, sets: Sequence[str], model: str | None, json: bool) -> int:
@@ -29,9 +29,7 @@ def check_backbone(name: str, sets: Sequence[str], model: str | None, json: bool
     if model is not None:
         raise UsageError(f"`--model` is of plugins; `{name}` is the backbone to check: leave it out.")
     _refuse_others(sets, "model")
-    options = resolve(model=name, sets=sets).model
-    del options["name"]
-    return _print_outcomes(testing.backbone(name, options), json)
+    return _print_outcomes(testing.backbone(name, resolve(model=name, sets=sets).model.options), json)
 
 
 def check_scenario(name: str, sets: Sequence[str], json: bool) -> int:
@@ -39,9 +37,7 @@ def check_scenario(name: str, sets: Sequence[str], json: bool) -> int:
     from clframe import testing
 
     _refuse_others(sets, "scenario")
-    options = resolve(scenario=name, sets=sets).scenario
-    del options["name"]
-    return _print_outcomes(testing.scenario(name, options), json)
+    return _print_outcomes(testing.scenario(name, resolve(scenario=name, sets=sets).scenario.options), json)
 
 
 def _refuse_others(sets: Sequence[str], *sections: str) -> None:

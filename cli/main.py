@@ -202,7 +202,7 @@ def run(
         _show_run(learn, quiet, json)
         return
     settings = resolve_all()
-    compose.manager([registry.build_plugin(name, options) for name, options in settings.plugins.items()])
+    compose.manager([registry.build_plugin(name, plugin.options) for name, plugin in settings.plugins.items()])
     if json:
         show.document(settings.model_dump())
     else:
@@ -566,7 +566,7 @@ def _make_folder(config: Config) -> Path:
     from datetime import datetime
 
     methods = "+".join(config.plugins)[:80] or "finetuning"
-    scenario = re.sub(r"[/:]+", "-", config.scenario["name"])[-80:]  # which may be a path
+    scenario = re.sub(r"[/:]+", "-", config.scenario.name)[-80:]  # which may be a path
     name = f"{scenario}-{methods}-{config.run.seed}-{datetime.now():%Y%m%d-%H%M%S}".replace(":", "-")
     for count in itertools.count(1):
         folder = Path("runs", name if count == 1 else f"{name}-{count}")

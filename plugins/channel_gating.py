@@ -124,7 +124,7 @@ class ChannelGating(Plugin):
         net = run.model.backbone
         convolutions = convolutions_of(net)
         shape = run.scenario.input_shape
-        model = run.config.model["name"]
+        model = run.config.model.name
         refused = list(weight_problems(self.name, net, convolutions, model)) if convolutions else []
         refused = refused or gate_problems(self.name, net, convolutions, shape)
         if not convolutions:

@@ -81,7 +81,7 @@ class HAT(Plugin):
             return
         net = run.model.backbone
         layers = layers_of(net)
-        if refused := list(weight_problems(self.name, net, layers, run.config.model["name"])):
+        if refused := list(weight_problems(self.name, net, layers, run.config.model.name)):
             yield from refused
         else:
             yield from gate_problems(self.name, net, layers, run.scenario.input_shape)

@@ -74,7 +74,7 @@ class PackNet(Plugin):
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for shared or computed weights, and for more than 255 tasks: owners are stored as uint8."""
         net = run.model.backbone
-        yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
+        yield from weight_problems(self.name, net, layers_of(net), run.config.model.name)
         if len(run.scenario) > MOST_TASKS:
             yield (
                 f"`packnet` can distinguish {MOST_TASKS} tasks, and the scenario has {len(run.scenario)} experiences: "

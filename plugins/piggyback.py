@@ -70,7 +70,7 @@ class Piggyback(Plugin):
     def problems(self, run: Run) -> Iterable[str]:
         """Yield a sentence for shared or computed weights, and for a threshold that leaves new masks empty."""
         net = run.model.backbone
-        yield from weight_problems(self.name, net, layers_of(net), run.config.model["name"])
+        yield from weight_problems(self.name, net, layers_of(net), run.config.model.name)
         if self.threshold >= self.init:
             yield (
                 f"`piggyback.threshold` is {self.threshold:g}, which no mask exceeds, as all masks begin at "

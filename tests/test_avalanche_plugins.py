@@ -24,7 +24,7 @@ from clframe.model import IncrementalNet
 from clframe.options import options_of
 from clframe.plugins import avalanche as adapter
 from clframe.scenarios import avalanche as scenario_adapter
-from clframe.settings import RunSettings, TrainSettings
+from clframe.settings import Component, RunSettings, TrainSettings
 from clframe.testing import Recorder
 from clframe.training import Sampler
 
@@ -104,7 +104,7 @@ def in_avalanche(name, options, tiny, before, **train):
 
     scenario = scenario_of(name, tiny)
     train = {**TRAIN, **train}
-    net = IncrementalNet(registry.build_backbone({"name": "mlp", "hidden": [16]}, scenario.input_shape))
+    net = IncrementalNet(registry.build_backbone(Component("mlp", {"hidden": [16]}), scenario.input_shape))
     model = adapter._wrap_network(net)
     inner = getattr(plugins, adapter.TESTED[name][0])(**options)
     seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed_of(name))))

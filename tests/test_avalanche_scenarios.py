@@ -14,6 +14,7 @@ from clframe.options import options_of
 from clframe.registry import SUPPLIED, build_scenario, builder, suited
 from clframe.scenarios import sources
 from clframe.scenarios.avalanche import BENCHMARKS, ELSEWHERE, benchmark
+from clframe.settings import Component
 
 pytestmark = pytest.mark.xdist_group("avalanche")  # on one worker: importing Avalanche takes 10 s
 
@@ -152,7 +153,7 @@ def test_what_suits_it_goes_by_the_data():
     assert suited(build, "avalanche:SplitMNIST")[0] == "mlp"
     assert suited(build, "avalanche:SplitCIFAR10")[0] == "resnet32"
     assert suited(build, "avalanche:SplitCIFAR10")[1]["optimizer"] == "sgd"
-    assert clframe.config.resolve(scenario="avalanche:SplitCIFAR100").model["name"] == "resnet32"
+    assert clframe.config.resolve(scenario="avalanche:SplitCIFAR100").model.name == "resnet32"
 
 
 def test_every_option_is_documented():
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(name, options, words, root):
 
 def test_the_name_alone_is_refused(root):
     with pytest.raises(UsageError, match="The scenario `avalanche` needs a variant"):
-        build_scenario({"name": "avalanche"}, clframe.settings.RunSettings())
+        build_scenario(Component("avalanche"), clframe.settings.RunSettings())
 
 
 def test_every_classic_benchmark_of_avalanche_is_known():

@@ -199,51 +199,51 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
         config = resolve(yaml_file=run.PROTOCOLS / f"{entry['name']}.yaml")
         data, setting, method = entry["name"].split("-", 2)
         cnn, method = method.startswith("cnn-"), method.removeprefix("cnn-")
-        assert config.scenario["name"] == f"split-{data}"
-        assert config.scenario["setting"] == setting == entry["reading"]
-        assert config.scenario["seed"] is None, "the order must follow the seed of the run"
+        assert config.scenario.name == f"split-{data}"
+        assert config.scenario.options["setting"] == setting == entry["reading"]
+        assert config.scenario.options["seed"] is None, "the order must follow the seed of the run"
         assert config.train.clip == 0
         if entry["name"] == "mnist-task-mas":  # the authors' own demo
-            assert config.scenario["order"] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+            assert config.scenario.options["order"] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
             assert config.train.logits == "own"
             assert (config.train.of(0).epochs, config.train.of(0).lr) == (10, 0.01)
             assert (config.train.of(1).epochs, config.train.of(1).lr, config.train.batch_size) == (20, 0.001, 150)
         elif method.endswith("er-500"):
-            assert config.scenario["order"] == "natural"
+            assert config.scenario.options["order"] == "natural"
             assert config.train.optimizer == "sgd"
             assert (config.train.epochs, config.train.batch_size, config.train.momentum) == (1, 10, 0)
-            assert all((o["size"], o["batch_size"]) == (500, 10) for o in config.plugins.values())
+            assert all((p.options["size"], p.options["batch_size"]) == (500, 10) for p in config.plugins.values())
         elif data == "cifar10":
-            assert (config.scenario["order"], config.scenario["limit"]) == ("random", 500)
+            assert (config.scenario.options["order"], config.scenario.options["limit"]) == ("random", 500)
             assert (config.train.epochs, config.train.batch_size, config.train.lr) == (20, 32, 0.01)
             assert config.train.keep_optimizer is False
         elif method == "channel-gating":
-            assert config.scenario["order"] == "random"
+            assert config.scenario.options["order"] == "random"
             digits = (None, 400, 32), [64, 64, 64]
             assert (
                 (config.train.epochs, config.train.iterations, config.train.batch_size),
-                config.model["widths"],
+                config.model.options["widths"],
             ) == (digits if data == "digits" else ((None, 1000, 32), [32, 32, 64]))
             assert config.train.keep_optimizer is False
         elif data == "cifar100":
-            assert config.scenario["order"] == "random"
+            assert config.scenario.options["order"] == "random"
             assert (config.train.epochs, config.train.batch_size, config.train.lr) == (70, 128, 2.0)
             assert (config.train.milestones, config.train.factor) == ([49, 63], 0.2)
-            assert config.model["last_relu"] is False
+            assert config.model.options["last_relu"] is False
         else:
-            assert config.scenario["order"] == "random"
+            assert config.scenario.options["order"] == "random"
             length = (1500, 32) if method.endswith("-1500") else SIZES[data]
             assert (config.train.iterations, config.train.batch_size) == length
             assert config.train.keep_optimizer is not cnn
         name = next((n for n in sorted(registry.names("plugin"), key=len, reverse=True) if n in method), None)
         name = "generative-replay" if method.startswith("dgr") else name
         assert [*config.plugins] == ([] if method == "none" else [name])
-        plugin = registry.build_plugin(name, config.plugins[name]) if name else None
+        plugin = registry.build_plugin(name, config.plugins[name].options) if name else None
         wanted = plugin.wanted_logits(context(setting, plugin)) if plugin else None
         of_seen = cnn or entry["name"].startswith("mnist-class-dgr")
         default = "own" if setting == "task" else "seen" if of_seen else "all"
         assert (config.train.logits or wanted) == (wanted or default)
-        options = config.plugins.get(name, {})
+        options = config.plugins[name].options if name else {}
         strength = method.rsplit("-", 1)[-1]
         if name in ("ewc", "mas", "lfl") and data == "digits":
             assert options["lambda"] == float(STRENGTHS.get(strength, strength))

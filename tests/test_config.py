@@ -8,7 +8,7 @@ import torch
 import clframe
 from clframe import Plugin, UsageError, hookimpl, registry, testing
 from clframe.config import resolve, to_yaml
-from clframe.settings import RunSettings, TrainSettings
+from clframe.settings import Component, RunSettings, TrainSettings
 from clframe.strict_yaml import parse_yaml
 
 
@@ -33,9 +33,9 @@ def file(tmp_path):
 
 def test_without_anything_it_is_plain_fine_tuning_on_split_digits():
     config = resolve()
-    assert config.scenario["name"] == "split-digits"
-    assert config.scenario["experiences"] == 5
-    assert config.model == {"name": "mlp-100"}
+    assert config.scenario.name == "split-digits"
+    assert config.scenario.options["experiences"] == 5
+    assert config.model == Component("mlp-100")
     assert config.plugins == {}
     assert (config.train.iterations, config.train.epochs, config.train.keep_optimizer) == (300, None, True)
     assert config.run == RunSettings()
@@ -43,7 +43,7 @@ def test_without_anything_it_is_plain_fine_tuning_on_split_digits():
 
 def test_what_suits_a_scenario_may_name_options_of_the_model():
     config = resolve(scenario="permuted-digits")
-    assert config.model == {"name": "mlp", "hidden": [256, 256]}
+    assert config.model == Component("mlp", {"hidden": [256, 256]})
     assert config.train == TrainSettings(optimizer="adam", lr=1e-3, batch_size=32, epochs=10, threads=1)
 
 
@@ -68,36 +68,39 @@ def test_options_reach_scenario_model_and_plugins():
         sets=["scenario.experiences=2", "model.hidden=[10,20]", "joint.form=cumulative", "train.lr=1e-3"],
         model="mlp",
     )
-    assert (config.scenario["limit"], config.scenario["experiences"]) == (7, 2)
-    assert config.model == {"name": "mlp", "hidden": [10, 20]}
-    assert config.plugins == {"joint": {"form": "cumulative", "restart": False}}
+    assert (config.scenario.options["limit"], config.scenario.options["experiences"]) == (7, 2)
+    assert config.model == Component("mlp", {"hidden": [10, 20]})
+    assert config.plugins == {"joint": Component("joint", {"form": "cumulative", "restart": False})}
     assert config.train.lr == 1e-3
 
 
 def test_a_named_model_does_not_take_the_options_that_suit_another():
-    assert resolve(scenario="permuted-digits", model="mlp").model == {"name": "mlp", "hidden": [400, 400]}
-    assert resolve(scenario="permuted-digits", sets=["model.hidden=[5]"]).model == {"name": "mlp", "hidden": [5]}
-    assert resolve(scenario="permuted-digits", model="cnn-small").model == {
-        "name": "cnn-small",
-        "widths": [32, 32, 64],
-    }
+    assert resolve(scenario="permuted-digits", model="mlp").model == Component("mlp", {"hidden": [400, 400]})
+    assert resolve(scenario="permuted-digits", sets=["model.hidden=[5]"]).model == Component("mlp", {"hidden": [5]})
+    assert resolve(scenario="permuted-digits", model="cnn-small").model == Component(
+        "cnn-small", {"widths": [32, 32, 64]}
+    )
 
 
 def test_another_scenario_or_model_drops_the_options_of_the_file(file):
     path = file("scenario: {name: split-digits, first: 2}\nmodel: {name: mlp, hidden: [7]}")
     kept = resolve(yaml_file=path, sets=["scenario.limit=3"])
-    assert (kept.scenario["first"], kept.scenario["limit"], kept.model["hidden"]) == (2, 3, [7])
+    assert (kept.scenario.options["first"], kept.scenario.options["limit"], kept.model.options["hidden"]) == (2, 3, [7])
     other = resolve(yaml_file=path, scenario="permuted-digits", sets=["scenario.limit=3"], model="mlp-100")
-    assert (other.scenario["name"], other.scenario["limit"], other.model) == ("permuted-digits", 3, {"name": "mlp-100"})
+    assert (other.scenario.name, other.scenario.options["limit"]) == ("permuted-digits", 3)
+    assert other.model == Component("mlp-100")
     assert "first" not in other.scenario
 
 
 def test_plugins_of_flags_replace_those_of_the_file_and_keep_their_options(file):
     path = file("plugins: {joint: {form: cumulative}, tensorboard: {}}")
     assert list(resolve(yaml_file=path).plugins) == ["joint", "tensorboard"]
-    assert resolve(yaml_file=path, plugins=["joint"]).plugins == {"joint": {"form": "cumulative", "restart": False}}
-    assert resolve(yaml_file=path, plugins=[{"joint": {"form": "once"}}]).plugins["joint"]["form"] == "once"
-    assert resolve(yaml_file=file("plugins: [joint]")).plugins["joint"]["form"] == "once"
+    assert resolve(yaml_file=path, plugins=["joint"]).plugins["joint"].options == {
+        "form": "cumulative",
+        "restart": False,
+    }
+    assert resolve(yaml_file=path, plugins=[{"joint": {"form": "once"}}]).plugins["joint"].options["form"] == "once"
+    assert resolve(yaml_file=file("plugins: [joint]")).plugins["joint"].options["form"] == "once"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_the_users_choice_of_epochs_or_iterations_ends_the_scenarios(scenario, g
 
 def test_set_wins_over_the_file_for_a_plugin_that_only_the_file_names(file):
     path = file("plugins: {ewc: {lambda: 5, labels: exact}}\n")
-    plain, changed = (resolve(yaml_file=path, sets=sets).plugins["ewc"] for sets in ([], ["ewc.lambda=7"]))
+    plain, changed = (resolve(yaml_file=path, sets=sets).plugins["ewc"].options for sets in ([], ["ewc.lambda=7"]))
     assert (plain["lambda"], changed["lambda"], changed["labels"]) == (5.0, 7.0, "exact")
 
 

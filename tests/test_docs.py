@@ -251,7 +251,7 @@ def test_configurations_in_pages_resolve(tmp_path):
     for block in blocks:
         (tmp_path / "page.yaml").write_text(block)
         config = resolve(yaml_file=tmp_path / "page.yaml")
-        compose.manager([registry.build_plugin(name, options) for name, options in config.plugins.items()])
+        compose.manager([registry.build_plugin(name, plugin.options) for name, plugin in config.plugins.items()])
 
 
 # -------------------------------------------------------------------------- that all is documented

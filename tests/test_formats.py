@@ -72,8 +72,8 @@ def test_the_old_words_for_colors_are_read_in_files_of_format_1(kept: Path, monk
     trained = clframe.load("run")
     assert trained.scenario.transform.look == ImageFormat(4, mode="gray")
     assert len(trained.predict(["images/red/0.png"])) == 1
-    assert resolve(yaml_file="run/config.yaml").scenario["mode"] == "gray"
-    assert resolve(scenario="split-file.json").scenario["mode"] == "gray"
+    assert resolve(yaml_file="run/config.yaml").scenario.options["mode"] == "gray"
+    assert resolve(scenario="split-file.json").scenario.options["mode"] == "gray"
     more = {"name": "split-folder", "path": "images"}
     extended = clframe.extend("run", more, train={"iterations": 1}, run={"output": "more", "device": "cpu"})
     assert extended.data["extends"] == 2

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from clframe import ImageData, Transform, registry, snapshot
 from clframe.model import IncrementalNet
+from clframe.settings import Component
 from clframe.toolkit.channel_gates import (
     ConditionalConv,
     Gate,
@@ -65,7 +66,7 @@ def lived(name: str, shape: tuple[int, ...]) -> nn.Module:
     """A built-in backbone whose norms have statistics and scales of their own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        net = registry.build_backbone({"name": name}, shape)
+        net = registry.build_backbone(Component(name), shape)
     for k, norm in enumerate(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean.copy_(noise(norm.num_features, seed=k) / 4)
         norm.running_var.copy_(noise(norm.num_features, seed=k).square() + 0.5)
@@ -398,7 +399,7 @@ def test_a_users_own_norms_and_gates_and_head_are_told_apart_by_what_they_are() 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_no_built_in_network_is_deaf(name: str) -> None:
-    assert unreachable_gates(registry.build_backbone({"name": name}, BUILT_IN[name]), BUILT_IN[name]) == []
+    assert unreachable_gates(registry.build_backbone(Component(name), BUILT_IN[name]), BUILT_IN[name]) == []
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ told), or at 17 to 20 (class-incremental).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ PROTOCOLS = Path(__file__).parent.parent / "benchmarks" / "protocols"
 def figure(config: Config) -> float:
     """The average accuracy at the end, in percent."""
     results = run_config(config)
-    return 100 * results.measures[config.scenario["setting"]]["average_accuracy"]
+    return 100 * results.measures[config.scenario.options["setting"]]["average_accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,6 @@ def test_one_short_seed_lies_where_the_method_does(
 ) -> None:
     quiet = {"tensorboard": False, "output": None, "seed": 0}
     config = resolve(yaml_file=PROTOCOLS / f"{protocol}.yaml", run=quiet, train={"iterations": iterations})
-    (plugin,) = config.plugins.values()
-    plugin.update(options)
+    ((name, plugin),) = config.plugins.items()
+    config.plugins[name] = replace(plugin, options={**plugin.options, **options})
     assert low <= figure(config) <= high

@@ -5,7 +5,7 @@ import pytest
 from clframe import Plugin, RunError, UsageError, compose, contract, hookimpl, registry
 from clframe.config import resolve
 from clframe.hooks import HOOKS
-from clframe.settings import RunSettings
+from clframe.settings import Component, RunSettings
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_third_party_that_raises_is_blamed(install):
     source = "def build(x: int = 1):\n    return 1 / 0\ndef other():\n    return 5\nthing = 5"
     install("acme", source, scenarios={"bad": "acme:build", "odd": "acme:other", "thing": "acme:thing"})
     with pytest.raises(RunError, match="scenario `bad` of package `acme` failed: ZeroDivisionError"):
-        registry.build_scenario({"name": "bad"}, RunSettings())
+        registry.build_scenario(Component("bad"), RunSettings())
     assert "built 5, not a `Scenario`" in refusal(registry.build_scenario, {"name": "odd"}, RunSettings())
     assert "is 5, which cannot be called" in refusal(registry.builder, "scenario", "thing")
 
@@ -239,13 +239,13 @@ def build(data_root, *, seed: int | None = None, size: int = 2):
 """
     install("acme", source, scenarios={"acme": "acme:build"})
     run = RunSettings(seed=7, data_root=str(tmp_path))
-    assert len(registry.build_scenario({"name": "acme", "size": 3}, run)) == 2
-    registry.build_scenario({"name": "acme", "seed": 5}, run)
+    assert len(registry.build_scenario(Component("acme", {"size": 3}), run)) == 2
+    registry.build_scenario(Component("acme", {"seed": 5}), run)
     assert sys.modules["acme"].calls == [(str(tmp_path), 7, 3), (str(tmp_path), 5, 2)]
 
 
 def test_a_backbone_is_built_for_the_images():
-    built = registry.build_backbone({"name": "mlp", "hidden": [6, 5]}, [1, 2, 2])
+    built = registry.build_backbone(Component("mlp", {"hidden": [6, 5]}), [1, 2, 2])
     assert (built.width, sum(p.numel() for p in built.parameters())) == (5, 4 * 6 + 6 + 6 * 5 + 5)
     assert (
         refusal(registry.build_backbone, {"name": "mlp", "hiden": [1]}, [1, 2, 2])
@@ -262,7 +262,7 @@ class Soft(Plugin):
 """
     install("acme", source, plugins={"soft": "acme:Soft"})
     assert vars(registry.build_plugin("soft:er", {"lambda": 5, "data_root": "x"}))["given"] == ("er", 5.0, "x")
-    assert resolve(plugins=["soft:er"]).plugins == {"soft:er": {"lambda": 1.0, "data_root": ""}}
+    assert resolve(plugins=["soft:er"]).plugins["soft:er"].options == {"lambda": 1.0, "data_root": ""}
     assert refusal(registry.build_plugin, "soft", {}) == "The plugin `soft` needs a variant: write `soft:VARIANT`."
 
 
@@ -271,7 +271,7 @@ def test_a_variant_reaches_the_builder(install):
         "import torch\ndef build(input_shape, variant, *, n: int = 1):\n    return torch.nn.Linear(n, int(variant))"
     )
     install("acme", source, backbones={"acme": "acme:build"})
-    built = registry.build_backbone({"name": "acme:7", "n": 3}, [1])
+    built = registry.build_backbone(Component("acme:7", {"n": 3}), [1])
     assert (built.in_features, built.out_features) == (3, 7)
 
 

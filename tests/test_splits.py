@@ -21,7 +21,7 @@ from clframe.config import resolve
 from clframe.data import split_file
 from clframe.data.pictures import CAPTION, GAP, draw_sheet, encode_png
 from clframe.errors import DataError, UsageError
-from clframe.settings import RunSettings
+from clframe.settings import Component, RunSettings
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def edited(path, **changes):
 def test_a_file_says_who_learns_what_when_with_checksums(saved):
     data = json.loads(saved.read_text())
     scenario = registry.build_scenario(
-        {"name": "split-digits", "order": "random", "limit": 20, "seed": 5}, RunSettings()
+        Component("split-digits", {"order": "random", "limit": 20, "seed": 5}), RunSettings()
     )
     assert data["scenario"]["seed"] == 5
     assert data["class_order"] == list(scenario.class_order)
@@ -64,14 +64,14 @@ def test_a_run_from_the_file_has_that_split_whatever_its_own_seed(saved, tmp_pat
     assert list(c.accuracy) == ["task"]
     saved.unlink()  # the run's configuration holds all that it needs
     config = resolve(yaml_file=tmp_path / "b" / "config.yaml")
-    assert config.scenario["pinned"].keys() == {"data", "split"}
+    assert config.scenario.pinned.keys() == {"data", "split"}
     again = clframe.api.run_config(config)
     assert again.accuracy == b.accuracy
 
 
 def test_the_sum_of_a_split_changes_with_each_of_its_parts():
     def total(**options):
-        return split_file.checksum(registry.build_scenario({"name": "split-digits", **options}, RunSettings()))
+        return split_file.checksum(registry.build_scenario(Component("split-digits", options), RunSettings()))
 
     plain = total()
     assert plain == total(setting="task")
@@ -103,8 +103,8 @@ def test_what_the_file_settles_cannot_be_given_anew(saved, option, value):
 
 def test_what_the_file_does_not_settle_can_be(saved):
     config = resolve(scenario="split.json", sets=["scenario.setting=task", "scenario.limit=20"])
-    assert config.scenario["setting"] == "task"
-    assert config.scenario["name"] == "split-digits"
+    assert config.scenario.options["setting"] == "task"
+    assert config.scenario.name == "split-digits"
 
 
 def test_a_file_that_holds_no_scenario_is_refused(saved, tmp_path):
@@ -199,10 +199,10 @@ def test_there_is_no_sheet_of_data_that_are_not_images(tiny):
 def test_sums_are_those_of_the_numbers_written_out():
     import hashlib
 
-    scenario = registry.build_scenario({"name": "split-digits", "limit": 2}, RunSettings())
+    scenario = registry.build_scenario(Component("split-digits", {"limit": 2}), RunSettings())
     data = scenario[0].train
     numbers = np.array([*data.index.tolist(), *data.y.tolist()], dtype="<i8")
-    assert split_file.describe_split({"name": "split-digits"}, scenario, 0)["experiences"][0]["train"] == {
+    assert split_file.describe_split(Component("split-digits"), scenario, 0)["experiences"][0]["train"] == {
         "images": 4,
         "sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
     }

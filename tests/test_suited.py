@@ -192,4 +192,4 @@ def test_a_setting_of_the_command_line_takes_a_whole_float_alone():
 def test_a_path_names_a_scenario_and_the_run_to_start_from(tmp_path: Path):
     with pytest.raises(UsageError, match="There is no scenario `somewhere"):
         resolve(scenario=Path("somewhere"))
-    assert resolve(model={"name": "mlp", "start": tmp_path}).model["start"] == str(tmp_path)
+    assert resolve(model={"name": "mlp", "start": tmp_path}).model.start == str(tmp_path)

@@ -24,6 +24,7 @@ from clframe.engine import Engine
 from clframe.errors import ClframeError, Interrupted
 from clframe.runs import checkpoint, sums
 from clframe.runs.folder import BEGIN
+from clframe.settings import Component
 from clframe.system import writing
 
 CALL: dict[str, Any] = {
@@ -446,9 +447,9 @@ def test_published_weights_are_not_asked_for_where_they_are_overwritten(finished
     asked: list[bool] = []
     original = registry.build_backbone
 
-    def build(spec: Any, shape: Any) -> Any:
-        asked.append(bool(spec.get("weights")))
-        return original({name: value for name, value in spec.items() if name != "weights"}, shape)
+    def build(component: Component, shape: Any) -> Any:
+        asked.append(bool(component.options.get("weights")))
+        return original(component, shape)
 
     monkeypatch.setattr(registry, "build_backbone", build)
     for folder in (finished,):

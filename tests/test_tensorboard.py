@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clframe.plugins.tensorboard import DARK, EMPTY, RAMP, TITLES, TensorBoard, draw, settings, shades
-from clframe.settings import Config, RunSettings, TrainSettings
+from clframe.settings import Component, Config, RunSettings, TrainSettings
 from clframe.system import switches
 
 ROWS = [[0.9, 0.25, None], [0.5, 0.8, None], [0.3, 0.6, 0.7]]
@@ -25,9 +25,12 @@ class Stub:
         self.listeners = []
         self.scenario = type("Scenario", (), {"setting": setting, "__len__": lambda self: 3})()
         self.config = Config(
-            scenario={"name": "split-digits", "experiences": 3, "order": [2, 0, 1]},
-            model={"name": "mlp"},
-            plugins={"ewc": {"lambda": 50.0, "online": False}, "tensorboard": {}},
+            scenario=Component("split-digits", {"experiences": 3, "order": [2, 0, 1]}),
+            model=Component("mlp"),
+            plugins={
+                "ewc": Component("ewc", {"lambda": 50.0, "online": False}),
+                "tensorboard": Component("tensorboard"),
+            },
             train=TrainSettings(epochs=2),
             run=RunSettings(seed=7, eval_every=eval_every),
         )

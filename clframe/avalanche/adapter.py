@@ -19,7 +19,7 @@ from clframe.data.scenario import Scenario
 from clframe.errors import UsageError
 from clframe.model import IncrementalNet, Outputs
 from clframe.plugin import Plugin
-from clframe.settings import Config, RunSettings, TrainSettings
+from clframe.settings import Component, Config, RunSettings, TrainSettings
 
 ADAPTED = ("before_run", "before_experience", "phases", "penalty", "after_backward", "after_step", "after_experience")
 
@@ -211,8 +211,8 @@ class _Adapted:
             group = strategy.optimizer.param_groups[0]
             train |= {"optimizer": "sgd"} | {name: group[name] for name in ("lr", "momentum", "nesterov")}
         config = Config(
-            scenario={"name": scenario.name},
-            model={"name": type(strategy.model).__name__},
+            scenario=Component(scenario.name),
+            model=Component(type(strategy.model).__name__),
             plugins={},
             train=TrainSettings.model_validate(train),
             run=RunSettings.model_validate({}),

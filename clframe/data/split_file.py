@@ -16,10 +16,10 @@ from clframe.system.texts import cut, quote
 if TYPE_CHECKING:
     from clframe.data.batch import ImageData
     from clframe.data.scenario import Scenario
+    from clframe.settings import Component
 
 SPLIT_FORMAT = 1
 KIND = "clframe scenario"
-PINNED = "pinned"  # option of any scenario: the checksums that its data and its split must have
 SUMS = ("data", "split")
 # options that a file settles; others, such as the size or the path of images, may be given again
 SETTLED = ("experiences", "first", "order", "seed", "limit", "test", "max_angle")
@@ -27,8 +27,8 @@ SUFFIX = ".json"
 LARGEST = 10_000_000  # bytes
 
 
-def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: int) -> None:
-    """Write `scenario`, built from `spec` in a run of the given seed. Raises errors as `save_split` does."""
+def write_split(path: Path, component: Component, scenario: Scenario, seed: int) -> None:
+    """Write `scenario`, built from `component` in a run of the given seed. Raises errors as `save_split` does."""
     from clframe.system.writing import to_json, write_text  # here, as that imports torch
 
     if path.suffix != SUFFIX:
@@ -36,20 +36,20 @@ def write_split(path: Path, spec: Mapping[str, Any], scenario: Scenario, seed: i
             f"The split would be written to {path}: give it a name that ends in `{SUFFIX}`, to run from it."
         )
     try:
-        write_text(path, to_json(describe_split(spec, scenario, seed)))
+        write_text(path, to_json(describe_split(component, scenario, seed)))
     except OSError as error:
         raise cannot_write("The split", path, error) from error
 
 
-def describe_split(spec: Mapping[str, Any], scenario: Scenario, seed: int) -> dict[str, Any]:
-    """Return the content of the file of `scenario`, which was built from `spec` in a run of the given seed."""
-    options = {name: str(o) if isinstance(o, Path) else o for name, o in spec.items() if name != PINNED}
+def describe_split(component: Component, scenario: Scenario, seed: int) -> dict[str, Any]:
+    """Return the content of the file of `scenario`, which was built from `component` in a run of the given seed."""
+    options = {name: str(o) if isinstance(o, Path) else o for name, o in component.options.items()}
     if "seed" in options and options["seed"] is None:
         options["seed"] = seed
     return {
         "kind": KIND,
         "format": SPLIT_FORMAT,
-        "scenario": options,
+        "scenario": {"name": component.name, **options},
         "setting": scenario.setting,
         "class_order": list(scenario.class_order),
         "class_names": list(scenario.class_names),
@@ -76,7 +76,7 @@ def checksum(scenario: Scenario) -> str:
 
 
 def read_split(path: Path) -> dict[str, Any]:
-    """Return the ``name`` and options of the scenario in a file, with its checksums as the option ``pinned``.
+    """Return the scenario in a file as a configuration writes it: ``name``, options, and the checksums as ``pinned``.
 
     Raises:
         UsageError: if there is no such file, or it holds something else.
@@ -101,7 +101,7 @@ def read_split(path: Path) -> dict[str, Any]:
             f"The scenario {path} has format {quote(data.get('format'))}, and this clframe reads format "
             f"{SPLIT_FORMAT}: write it again with `clframe scenarios show NAME --save FILE.json`."
         )
-    return {**update_mode(spec), PINNED: {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
+    return {**update_mode(spec), "pinned": {name: str(data.get(f"{name}_sha256", "")) for name in SUMS}}
 
 
 def settled_problems(file: Mapping[str, Any], given: Mapping[str, Any], path: str) -> list[str]:
@@ -121,7 +121,7 @@ def pinned_problems(pinned: object) -> list[str]:
     ):
         return []
     return [
-        f"`scenario.{PINNED}` is {quote(pinned)}; it must hold the checksums `data` and `split` of a scenario's file."
+        f"`scenario.pinned` is {quote(pinned)}; it must hold the checksums `data` and `split` of a scenario's file."
     ]
 
 

@@ -24,7 +24,7 @@ from clframe.runs.folder import read_model
 from clframe.runs.record import check_description, restore_scenario
 from clframe.runs.results import read_results
 from clframe.runs.state import read_position
-from clframe.settings import OBJECT, Config, TrainSettings
+from clframe.settings import Config, TrainSettings
 from clframe.system.reading import blame_file, expand_home, quote_path, reason
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Base:
             )
         if config.model != self.config.model:
             problems.append(
-                f"The network of the run in {self.path} is `{self.config.model['name']}` with the options that it has "
+                f"The network of the run in {self.path} is `{self.config.model.name}` with the options that it has "
                 "there; it learns on as it is: set no others."
             )
         problems += [
@@ -220,8 +220,8 @@ def derive_options(base: Base, scenario: str) -> dict[str, Any]:
     """
     known = {option.name for option in options_of(registry.builder("scenario", scenario), skip=registry.SUPPLIED)}
     old = base.config.scenario
-    same = old["name"] == scenario and OBJECT not in old
-    carried = {name: value for name, value in old.items() if same and name in known and name not in NOT_CARRIED}
+    same = old.name == scenario and old.origin == "name"
+    carried = {name: value for name, value in old.options.items() if same and name in known and name not in NOT_CARRIED}
     own = {"setting": base.described["setting"], "experiences": 1}
     return carried | {name: value for name, value in own.items() if name in known}
 

@@ -22,7 +22,7 @@ from clframe.errors import DataError
 from clframe.runs import sums
 from clframe.runs.files import CHECKPOINTS, CONFIG, ENVIRONMENT, LOCK, MODEL, SPLIT, TREE, list_checkpoints, read_config
 from clframe.runs.results import RESULTS_FILE, Results, read_results
-from clframe.settings import OBJECT, START, Config
+from clframe.settings import Config
 from clframe.system.reading import blame_file, check_regular, expand_home, quote_path, read_json, reason
 from clframe.system.texts import by_name
 
@@ -69,13 +69,13 @@ class RunSummary:
     @property
     def scenario(self) -> str | None:
         """Return the name of the scenario."""
-        return self.config.scenario["name"] if self.config else None
+        return self.config.scenario.name if self.config else None
 
     @property
     def setting(self) -> str | None:
         """Return the evaluation setting: ``class``, ``task`` or ``domain``."""
         found = self.results.data.get("setting") if self.results else None
-        found = found or (self.config.scenario.get("setting") if self.config else None)
+        found = found or (self.config.scenario.options.get("setting") if self.config else None)
         return found if isinstance(found, str) else None
 
     @property
@@ -86,7 +86,7 @@ class RunSummary:
     @property
     def model(self) -> str | None:
         """Return the name of the backbone."""
-        return self.config.model["name"] if self.config else None
+        return self.config.model.name if self.config else None
 
     @property
     def seed(self) -> int | None:
@@ -100,15 +100,15 @@ class RunSummary:
             return None
         if self.config.run.extends is not None:
             return "extends", Path(self.config.run.extends)
-        start = self.config.model.get(START)
-        return ("starts from", Path(start)) if isinstance(start, str) else None
+        start = self.config.model.start
+        return ("starts from", Path(start)) if start else None
 
     @property
     def has_objects(self) -> bool:
         """Return whether a Python program gave a scenario, network or plugin as an object, and must give it again."""
         config = self.config
         parts = [config.scenario, config.model, *config.plugins.values()] if config else []
-        return any(OBJECT in part for part in parts)
+        return any(part.origin == "object" for part in parts)
 
     def measure(self, name: str) -> float | None:
         """Return a measure, as a share of 1, in the evaluation mode of the run's setting; None if it has none."""

@@ -17,7 +17,7 @@ from clframe.data.scenario import Scenario, Setting
 from clframe.errors import ClframeError, Interrupted
 from clframe.options import options_of
 from clframe.plugin import Plugin
-from clframe.settings import RunSettings
+from clframe.settings import Component, RunSettings
 from clframe.testing.fixtures import MODEL, Broken, one_thread
 
 BACKBONE_SHAPE = (3, 32, 32)  # of the images with which backbones are checked
@@ -64,7 +64,7 @@ class Subject:
     def scenario(self) -> Scenario:
         """Build a new scenario."""
         if isinstance(self.what, str):
-            return registry.build_scenario({"name": self.what, **self.options}, RunSettings.model_validate({}))
+            return registry.build_scenario(Component(self.what, self.options), RunSettings.model_validate({}))
         return cast(Scenario, self.what(**self.options))
 
     def backbone(self) -> nn.Module:
@@ -72,7 +72,7 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if isinstance(self.what, str):
-                return registry.build_backbone({"name": self.what, **self.options}, BACKBONE_SHAPE)
+                return registry.build_backbone(Component(self.what, self.options), BACKBONE_SHAPE)
             return cast(nn.Module, self.what(BACKBONE_SHAPE, **self.options))
 
 
