@@ -18,7 +18,7 @@ from clframe.cli import main as cli
 from clframe.cli.main import app, main
 from clframe.context import Run
 from clframe.options import options_of, validated
-from clframe.settings import RunSettings, TrainSettings
+from clframe.settings import BESIDE, RunSettings, TrainSettings
 from clframe.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def known_settings() -> dict[str, dict[str, Any]]:
 
     known = {"train": of_settings(TrainSettings), "run": of_settings(RunSettings)}
     for kind in ("scenario", "model"):
-        known[kind] = {"name": str, **({"start": str} if kind == "model" else {})}
+        known[kind] = dict.fromkeys(("name", *BESIDE[kind]), str)
         for name in registry.names(kind):
             known[kind] |= of_builder(registry.builder(kind, OWN.get(name, name)))
     known["model"]["weights"] = bool

@@ -89,7 +89,7 @@ def test_another_scenario_or_model_drops_the_options_of_the_file(file):
     other = resolve(yaml_file=path, scenario="permuted-digits", sets=["scenario.limit=3"], model="mlp-100")
     assert (other.scenario.name, other.scenario.options["limit"]) == ("permuted-digits", 3)
     assert other.model == Component("mlp-100")
-    assert "first" not in other.scenario
+    assert "first" not in other.scenario.options
 
 
 def test_plugins_of_flags_replace_those_of_the_file_and_keep_their_options(file):

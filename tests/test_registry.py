@@ -220,7 +220,7 @@ def test_a_third_party_that_raises_is_blamed(install):
     install("acme", source, scenarios={"bad": "acme:build", "odd": "acme:other", "thing": "acme:thing"})
     with pytest.raises(RunError, match="scenario `bad` of package `acme` failed: ZeroDivisionError"):
         registry.build_scenario(Component("bad"), RunSettings())
-    assert "built 5, not a `Scenario`" in refusal(registry.build_scenario, {"name": "odd"}, RunSettings())
+    assert "built 5, not a `Scenario`" in refusal(registry.build_scenario, Component("odd"), RunSettings())
     assert "is 5, which cannot be called" in refusal(registry.builder, "scenario", "thing")
 
 
@@ -248,7 +248,7 @@ def test_a_backbone_is_built_for_the_images():
     built = registry.build_backbone(Component("mlp", {"hidden": [6, 5]}), [1, 2, 2])
     assert (built.width, sum(p.numel() for p in built.parameters())) == (5, 4 * 6 + 6 + 6 * 5 + 5)
     assert (
-        refusal(registry.build_backbone, {"name": "mlp", "hiden": [1]}, [1, 2, 2])
+        refusal(registry.build_backbone, Component("mlp", {"hiden": [1]}), [1, 2, 2])
         == "`model.hiden` is not an option of the model `mlp`. Did you mean `hidden`?"
     )
 
