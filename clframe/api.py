@@ -283,13 +283,13 @@ def extend(
     run = _of_run(run)
     config = extension_config(
         expand_home(folder),
-        _object(scenario.name) if isinstance(scenario, Scenario) else scenario,
+        _component(scenario) if isinstance(scenario, Scenario) else scenario,
         objects=(*given, "model") if model is not None else tuple(given),
         plugins=options,
         train=train,
         run=run,
     )
-    config.plugins |= {name: _object(name, plugin.public_options()) for name, plugin in given.items()}
+    config.plugins |= {name: _component(plugin) for name, plugin in given.items()}
     with _shown(progress, listeners) as everyone:
         return run_config(config, scenario=own, model=model, plugins=list(given.values()), listeners=everyone)
 
@@ -438,8 +438,8 @@ def _config_of(
     own_scenario = scenario if isinstance(scenario, Scenario) else None
     own_model = model if isinstance(model, nn.Module) else None
     config = resolve(
-        scenario=_object(scenario.name) if isinstance(scenario, Scenario) else scenario,
-        model=_object(type(unwrap_compiled(model)).__name__) if isinstance(model, nn.Module) else model,
+        scenario=_component(scenario) if isinstance(scenario, Scenario) else scenario,
+        model=_component(model) if isinstance(model, nn.Module) else model,
         plugins=[plugin for plugin in plugins if not isinstance(plugin, Plugin)],
         train=_mapping(train, "train"),
         run=run,
@@ -449,15 +449,17 @@ def _config_of(
             if isinstance(plugin, str | Mapping | Plugin)
         ),
     )
-    objects = {name: _object(name, plugin.public_options()) for plugin in built for name in [plugin_name(plugin)]}
-    parts = config.plugins | objects
+    parts = config.plugins | {plugin_name(plugin): _component(plugin) for plugin in built}
     config.plugins = {name: parts[name] for name in map(plugin_name, plugins)}
     return config, {"scenario": own_scenario, "model": own_model, "plugins": built}
 
 
-def _object(name: str, options: Mapping[str, Any] | None = None) -> Component:
-    """Return what a configuration holds of an object of a Python program."""
-    return Component(name, options or {}, origin="object")
+def _component(given: Scenario | nn.Module | Plugin) -> Component:
+    """Return what a configuration holds of a scenario, model or plugin that a Python program gives as an object."""
+    if isinstance(given, Plugin):
+        return Component(plugin_name(given), given.public_options(), origin="object")
+    name = given.name if isinstance(given, Scenario) else type(unwrap_compiled(given)).__name__
+    return Component(name, origin="object")
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def resolve(
         for name in chosen
     }
     of_plugins = registry.suited_train(resolved_plugins) if plugin_train is None else plugin_train
-    # experiences of an object last one epoch, too; the record of the run leaves that open, as it always has
+    # one epoch is the default of custom scenarios, too, but their record leaves the length open
     length = {} if isinstance(scenario, Component) else {"epochs": 1}
     train_layers = [length, training, dict(of_plugins), *settings_layers("train", train)]
     resolved_train = _settings(TrainSettings, _merge_train(train_layers), "train", problems)

@@ -179,9 +179,9 @@ class Component:
     """A scenario, model or plugin of a configuration.
 
     Attributes:
-        name: what it is found by, or what an object of a Python program is called.
-        options: values by public option name; resolved, those of every option.
-        origin: ``name`` of an installed scenario, model or plugin, or an ``object`` that a Python program gives.
+        name: name under which the part is installed, or the name of an object of a Python program.
+        options: values by public option name; once resolved, the value of every option.
+        origin: whether an installed part is found by its ``name``, or a Python program gives an ``object``.
         start: of a model, the folder of the finished run whose backbone it begins as.
         pinned: of a scenario from a split's file, the checksums that its data and its split must have.
     """
@@ -203,7 +203,7 @@ def read_component(kind: str, written: object, name: str = "") -> Component:
     A plugin stands under its `name`; a scenario or model holds its name among the options.
 
     Raises:
-        UsageError: if `written` is no mapping, has no name, or has a `start` or `pinned` of another form.
+        UsageError: if `written` is not a mapping, has no name, or has a `start` or `pinned` of another form.
     """
     where = f"plugins.{cut(name)}" if kind == "plugin" else kind
     if not isinstance(written, Mapping):

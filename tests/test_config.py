@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from typing import Any, ClassVar
@@ -8,7 +9,7 @@ import torch
 import clframe
 from clframe import Plugin, UsageError, hookimpl, registry, testing
 from clframe.config import resolve, to_yaml
-from clframe.settings import Component, RunSettings, TrainSettings
+from clframe.settings import Component, Config, RunSettings, TrainSettings
 from clframe.strict_yaml import parse_yaml
 
 
@@ -289,6 +290,48 @@ def test_a_written_configuration_resolves_to_itself(file, lr):
     assert again == config
     assert again.train.lr == lr
     assert to_yaml(again) == to_yaml(config)
+
+
+def test_a_file_holds_origin_start_and_pinned_among_the_options():
+    pinned = {"data": "d", "split": "s"}
+    written = {
+        "scenario": {"name": "split-digits", "limit": 5, "pinned": pinned},
+        "model": {"name": "mlp", "hidden": [3], "start": "runs/a"},
+        "plugins": {"duplicate": {"start": "first"}, "mine": {"n": 1, "python object": True}},
+        "train": TrainSettings().model_dump(),
+        "run": RunSettings().model_dump(),
+    }
+    config = Config.model_validate(written)
+    assert config.scenario == Component("split-digits", {"limit": 5}, pinned=pinned)
+    assert config.model == Component("mlp", {"hidden": [3]}, start="runs/a")
+    assert config.plugins == {
+        "duplicate": Component("duplicate", {"start": "first"}),
+        "mine": Component("mine", {"n": 1}, origin="object"),
+    }
+    assert json.dumps(config.model_dump()) == json.dumps(written)  # in this order, too
+
+
+@pytest.mark.parametrize(
+    ("section", "written", "sentence"),
+    [
+        ("scenario", 3, "`scenario` is 3: it should be a valid dictionary."),
+        ("model", {"hidden": [3]}, "`model` is {'hidden': [3]}: it should have a `name`, which is a text."),
+        ("plugins", {"ewc": 3}, "`plugins.ewc` is 3: it should be a valid dictionary."),
+        ("model", {"name": "mlp", "start": None}, "`model.start` is None; it must be the folder of a finished run."),
+    ],
+)
+def test_a_part_of_another_form_is_refused_in_a_file(section, written, sentence):
+    whole = resolve().model_dump()
+    with pytest.raises(UsageError) as caught:
+        Config.model_validate(whole | {section: written})
+    assert caught.value.problems == (sentence,)
+
+
+def test_a_start_that_is_no_folder_is_refused_beside_other_mistakes():
+    assert problems(model={"name": "mlp", "start": 5}, sets=["scenario.limit=x"]) == [
+        "`scenario.limit` is 'x': it should be a valid integer.",
+        "`model.start` is 5; it must be the folder of a finished run.",
+    ]
 
 
 def test_the_folder_of_a_run_is_not_part_of_what_is_repeated(file):

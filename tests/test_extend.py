@@ -310,6 +310,16 @@ def test_settings_are_those_of_the_run_unless_given_anew(tiny: Any, tmp_path: Pa
     assert {f.name: f.read_bytes() for f in first.iterdir() if f.is_file()} == before
 
 
+def test_a_run_without_a_length_is_extended_without_one(tiny: Any, tmp_path: Path):
+    """Not with the 300 steps that suit split-digits: each experience lasts one epoch in both."""
+    first, second, whole = tmp_path / "first", tmp_path / "second", tiny(shape=(1, 8, 8))
+    clframe.run(part(whole, 0, 2), "mlp-100", run={"output": str(first)})
+    clframe.extend(first, part(whole, 2, 3), run={"output": str(second)})
+    old, new = (yaml.safe_load((folder / "config.yaml").read_text())["train"] for folder in (first, second))
+    assert (new["epochs"], new["iterations"]) == (None, None)
+    assert new == old
+
+
 def test_a_kept_optimizer_is_left_behind_where_its_settings_change(tiny: Any, tmp_path: Path):
     whole, lr = tiny(shape=(1, 8, 8)), []
 
