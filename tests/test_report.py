@@ -39,7 +39,7 @@ def results_of(
     of = {name: vars(Measure(value, f"formula of {name}", "a source")) for name, value in measures.items()}
     return {
         "format": 1,
-        "scenario": config.scenario["name"],
+        "scenario": config.scenario.name,
         "setting": "class",
         "plugins": list(config.plugins),
         "forms": {},

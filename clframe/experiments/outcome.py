@@ -317,17 +317,19 @@ def _read_run(folder: Path) -> tuple[Config, Results]:
 
 def _order_of(config: Config) -> int | None:
     """Return the number of the class order of a run; None where the scenario's own order is used."""
-    seed = config.scenario.get("seed")
-    return seed if config.scenario.get("order") == "random" and isinstance(seed, int) else None
+    options = config.scenario.options
+    seed = options.get("seed")
+    return seed if options.get("order") == "random" and isinstance(seed, int) else None
 
 
 def _label_scenarios(configs: Sequence[Config]) -> list[str]:
     """Return a label for the scenario of each run: its name, and the options that differ between runs of that name."""
-    options = [{name: value for name, value in config.scenario.items() if name not in ORDER} for config in configs]
+    written = [config.model_dump()["scenario"] for config in configs]
+    options = [{name: value for name, value in scenario.items() if name not in ORDER} for scenario in written]
     for config, own in zip(configs, options, strict=True):
-        order = config.scenario.get("order")
+        order = config.scenario.options.get("order")
         own |= {} if order in (None, "natural", "random") else {"order": order}
-    groups = [config.scenario["name"] for config in configs]
+    groups = [config.scenario.name for config in configs]
     return _label(groups, options)
 
 
@@ -338,8 +340,8 @@ def _label_methods(configs: Sequence[Config], scenarios: Sequence[str]) -> list[
     for config in configs:
         own = {
             (option if len(config.plugins) == 1 else f"{plugin}.{option}"): value
-            for plugin, values in config.plugins.items()
-            for option, value in values.items()
+            for plugin, component in config.plugins.items()
+            for option, value in component.options.items()
         }
         options.append(own)
     labels = _find_varying(names, options)
