@@ -509,12 +509,11 @@ def _each_plugin(
     | None,
 ) -> Sequence[str | Mapping[str, Mapping[str, Any]] | Plugin]:
     """Return the plugins as a list; a text is one name, and a mapping has names and options, as in YAML."""
-    if isinstance(plugins, str | Plugin):
-        return [plugins]
-    if isinstance(plugins, Mapping):
-        return [{name: options} for name, options in plugins.items()]
     if plugins is None:
         return []
-    if isinstance(plugins, type) or not isinstance(plugins, Iterable):
-        return [cast(Any, plugins)]
-    return list(plugins)
+    if isinstance(plugins, str | Plugin | Mapping | type) or not isinstance(plugins, Iterable):
+        plugins = [cast(Any, plugins)]
+    each: list[str | Mapping[str, Mapping[str, Any]] | Plugin] = []
+    for plugin in plugins:
+        each += [{name: options} for name, options in plugin.items()] if isinstance(plugin, Mapping) else [plugin]
+    return each

@@ -30,6 +30,7 @@ from clframe.options import (
     suited,
     unknown,
 )
+from clframe.renamed import now_called
 from clframe.system.reading import expand_home
 from clframe.system.texts import cut, quote
 
@@ -191,6 +192,10 @@ class Component:
     origin: Origin = "name"
     start: str | None = None
     pinned: Mapping[str, str] | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        """Refuse the form of a mapping, which a part of a configuration had before it was a class."""
+        raise UsageError(now_called(f"[{key!r}]", "name" if key == "name" else f"options[{key!r}]"))
 
 
 OBJECT = "python object"  # the key that marks an object of a Python program in a file

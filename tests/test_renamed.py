@@ -68,3 +68,9 @@ def test_an_old_attribute_of_a_run_names_its_successor(tiny, old: str, new: str)
 
     with pytest.raises(clframe.RunError, match=f"`run.{old}` is now called `run.{new}`"):
         clframe.run(tiny(experiences=1), "mlp-100", [Old()], train={"iterations": 1})
+
+
+@pytest.mark.parametrize(("key", "new"), [("name", "`name`"), ("hidden", r"`options\['hidden'\]`")])
+def test_a_part_of_a_configuration_read_as_a_mapping_names_the_attribute(key: str, new: str) -> None:
+    with pytest.raises(UsageError, match=f"is now called {new}"):
+        resolve(model="mlp-100").model[key]

@@ -56,6 +56,7 @@ def refused(work: Callable[[], object]) -> str:
     [
         ("er", ["er"]),
         (("er", {"ewc": {"lambda": 1}}), ["er", "ewc"]),
+        (["ewc", {"er": {}, "lwf": {}}], ["ewc", "er", "lwf"]),
         ((name for name in ["er", "ewc"]), ["er", "ewc"]),
         ({"er"}, ["er"]),
         ({"er": None, "ewc": {}}, ["er", "ewc"]),

@@ -375,7 +375,7 @@ def unsummed() -> Scenario:
         (
             mislabelled,
             "its images are what it says",
-            "The label [1] in the train images of experience 1 of 2 is none of its classes",
+            "The label [1] in the train images of experience 1 of 2 is not one of its classes",
         ),
         (random_images, "it is the same each time", "different checksums"),
         (unsummed, "it is the same each time", "no `checksum`"),
