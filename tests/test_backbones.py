@@ -167,17 +167,17 @@ def test_an_unknown_classifier_of_torchvision_is_refused_with_the_nearest():
 
 
 def test_a_grey_scenario_is_refused_before_anything_is_built():
-    with pytest.raises(UsageError, match="`torchvision:vgg16` takes images of 3 channels, and the scenario's have 1"):
+    with pytest.raises(UsageError, match=r"`torchvision:vgg16` .* 3 channels, .* 1"):
         from_torchvision((1, 28, 28), "vgg16")
 
 
 def test_networks_without_one_linear_layer_at_the_end_are_refused():
-    with pytest.raises(UsageError, match="`torchvision:squeezenet1_1` has no linear layer at its end"):
+    with pytest.raises(UsageError, match=r"`torchvision:squeezenet1_1` .*linear layer"):
         from_torchvision((3, 64, 64), "squeezenet1_1")
 
 
 def test_images_of_the_wrong_size_are_refused_in_the_networks_own_words():
-    with pytest.raises(UsageError, match="`torchvision:alexnet` cannot take images of 16x16 pixels"):
+    with pytest.raises(UsageError, match=r"`torchvision:alexnet` .*16x16"):
         from_torchvision((3, 16, 16), "alexnet")
 
 

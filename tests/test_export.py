@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import clframe
-from clframe import Plugin, Transform, hookimpl
+from clframe import Plugin, Transform, hookimpl, testing
 from clframe.cli.main import main
 from clframe.data.decode import ImageFormat
 from clframe.deploy import export
@@ -111,9 +111,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_network_of_a_computation_for_each_task_is_written_for_one(trained: Any, tmp_path: Path, name: str):
     model = trained({name: METHODS[name]}, setting="task")
-    with pytest.raises(
-        UsageError, match=r"a file of format `torch-export` holds one computation: fix a task \(`--task`\)"
-    ):
+    with testing.refused("`torch-export`", "`--task`"):
         model.export(tmp_path / "file", "torch-export")
     assert not (tmp_path / "file").exists()
     whole = model.export(tmp_path / "whole", "safetensors")
@@ -185,9 +183,7 @@ class Odd(Plugin):
 
 def test_what_no_graph_can_hold_is_refused_in_a_sentence(trained: Any, tmp_path: Path):
     model = trained(Odd(), objects=[Odd()])
-    with pytest.raises(
-        UsageError, match=r"torch.export cannot follow what this model computes.*`safetensors` can hold"
-    ):
+    with testing.refused("torch.export", "`safetensors`"):
         model.export(tmp_path / "file", "torch-export")
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
     assert model.export(tmp_path / "file", "safetensors").difference == 0
@@ -202,7 +198,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
         return original(self, images, task) * 1.01
 
     monkeypatch.setattr(export.Deployed, "forward", wrong)
-    with pytest.raises(RunError, match=r"does not answer as the run's does: its scores differ by 0\.0"):
+    with pytest.raises(RunError, match=r"scores differ by 0\.0"):
         model.export(tmp_path / "file", "torch-export")
     assert not (tmp_path / "file").exists()
 
@@ -222,7 +218,7 @@ def test_the_command_writes_a_file_and_explains_wrong_input(
     assert main(["export", "run", "--format", "safetensors", "--output", "a", "--task", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["Written: a", "Takes images: uint8 [B, 1, 8, 8]"]
-    assert "Checked with clframe: scores differ from the run's by 0 " in lines[3]
+    assert re.match("Checked with clframe: .* by 0 ", lines[3])
     assert main(["export", "run", "--format", "safetensors", "--output", "b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["format"], found["difference"], found["inputs"]["task"]) == ("safetensors", 0, "int64 [B], from 0")
@@ -230,8 +226,8 @@ def test_the_command_writes_a_file_and_explains_wrong_input(
     Path("stopped/config.yaml").write_text("")
     for arguments, code, sentence in (
         (["run", "--format", "onxx", "--output", "c"], 2, "There is no format `onxx`. Did you mean `onnx`?"),
-        (["run", "--format", "safetensors", "--output", "a"], 2, "a exists already: name another file"),
-        (["run", "--format", "safetensors", "--output", "x/a"], 2, "There is no folder x to write a into"),
+        (["run", "--format", "safetensors", "--output", "a"], 2, "a exists already"),
+        (["run", "--format", "safetensors", "--output", "x/a"], 2, "no folder x "),
         (["run", "--format", "safetensors", "--output", "c", "--task", "4"], 2, "has learned the tasks 1 to 3"),
         (["run", "--format", "safetensors"], 2, "Missing option '--output'"),
         (["stopped", "--format", "safetensors", "--output", "c"], 3, "The run in stopped is not finished"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import clframe
-from clframe import DataError, Plugin, Results, UsageError, compose, hookimpl, hooks
+from clframe import DataError, Plugin, Results, compose, hookimpl, hooks, testing
 from clframe.config import resolve
 from clframe.data.decode import ImageFormat
 from clframe.runs import checkpoint, results
@@ -87,16 +87,14 @@ def test_a_run_of_another_format_is_refused(kept: Path, number: object):
     set_format(kept / "finished" / "results.json", number)
     with pytest.raises(DataError) as caught:
         Results.read(kept / "finished")
-    assert str(caught.value) == (
-        f"{kept / 'finished' / 'results.json'} has format {number}, and this clframe reads format 1: use the clframe "
-        "that wrote it (environment.json names it), or run config.yaml again."
-    )
+    words = (f"{kept / 'finished' / 'results.json'} has format {number}", "format 1", "environment.json", "config.yaml")
+    assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize("number", [0, 2, None])
 def test_a_model_of_another_format_is_refused(kept: Path, number: object):
     set_format(kept / "finished" / "model.json", number)
-    with pytest.raises(DataError, match=f"model.json has format {number}, and this clframe reads format 1: use the"):
+    with pytest.raises(DataError, match=f"model.json has format {number}, .* format 1"):
         clframe.load(kept / "finished")
 
 
@@ -109,10 +107,8 @@ def test_a_checkpoint_of_another_format_is_refused_and_not_taken_for_a_damaged_o
     (newest / "manifest.json").write_text(json.dumps(sums))
     with pytest.raises(DataError) as caught:
         clframe.resume(kept / "stopped", allow_env_change=True)
-    assert str(caught.value) == (
-        f"Checkpoint {newest} has format 2, and this clframe reads format 1: resume the run with the clframe that "
-        "wrote it (environment.json names it)."
-    )
+    words = (f"{newest} has format 2", "format 1", "environment.json")
+    assert all(word in str(caught.value) for word in words)
 
 
 class Versioned(Plugin):
@@ -145,9 +141,5 @@ def test_a_plugin_of_another_version_of_the_hooks_is_refused_in_one_sentence(
         def before_everything(self, run):
             pass
 
-    with pytest.raises(UsageError) as caught:
+    with testing.refused("`versioned`", f"version {version} ", "version 1", f"upgrade {upgrade}"):
         compose.manager([Other()])
-    assert caught.value.problems == (
-        f"The plugin `versioned` was written for version {version} of the hooks, and this clframe has version 1: "
-        f"upgrade {upgrade}.",
-    )

@@ -61,7 +61,7 @@ def test_cumulative_joint_trains_after_each_experience_on_all_so_far(tiny, resta
 
 
 def test_joint_refuses_a_method_beside_it(tiny):
-    with pytest.raises(UsageError, match="`joint` trains on all data and cannot run beside `ewc`"):
+    with pytest.raises(UsageError, match=r"`joint` .*beside `ewc`"):
         clframe.run(tiny(), plugins=["joint", "ewc"])
     with pytest.raises(UsageError, match=r"`joint.restart` needs `joint.form=cumulative`"):
         clframe.run(tiny(), plugins=[{"joint": {"restart": True}}])

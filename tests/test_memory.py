@@ -95,9 +95,8 @@ def test_a_budget_is_shared_evenly(total: int, groups: int, floor: int, ceiling:
 
 def test_a_memory_that_is_too_small_is_refused_in_a_sentence() -> None:
     assert too_small(10, 10, "er.size") == []
-    assert too_small(9, 10, "er.size") == [
-        "`er.size` is 9, and there are 10 classes to remember: give each of them one image at least."
-    ]
+    (problem,) = too_small(9, 10, "er.size")
+    assert all(word in problem for word in ("`er.size` is 9", "10 classes", "one image"))
 
 
 def test_groups_are_told_apart_by_task_and_label() -> None:

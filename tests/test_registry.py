@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -6,6 +7,7 @@ from clframe import Plugin, RunError, UsageError, compose, contract, hookimpl, r
 from clframe.config import resolve
 from clframe.hooks import HOOKS
 from clframe.settings import Component, RunSettings
+from clframe.testing import refused
 
 
 @pytest.fixture
@@ -74,27 +76,19 @@ def test_built_ins_come_by_entry_points():
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "sentence"),
+    ("kind", "name", "pattern"),
     [
-        ("plugin", "join", "There is no plugin `join`. Did you mean `joint`?"),
-        ("scenario", "split-digit", "There is no scenario `split-digit`. Did you mean `split-digits`?"),
-        ("model", "resnet-32", "There is no model `resnet-32`. Did you mean `resnet32`?"),
-        ("model", "mlp:wide", "The model `mlp` has no variants: leave out `:wide`."),
-        ("model", "torchvision", "The model `torchvision` needs a variant: write `torchvision:VARIANT`."),
-        *(
-            (
-                "plugin",
-                name,
-                f"A plugin cannot be called `{name}`, as `--set {name}.x=...` means something else: give it another "
-                "name.",
-            )
-            for name in ("train", "scenario", "model", "run")
-        ),
+        ("plugin", "join", r"plugin `join`\. .*`joint`\?"),
+        ("scenario", "split-digit", r"scenario `split-digit`\. .*`split-digits`\?"),
+        ("model", "resnet-32", r"model `resnet-32`\. .*`resnet32`\?"),
+        ("model", "mlp:wide", "`mlp` .*`:wide`"),
+        ("model", "torchvision", "`torchvision` .*`torchvision:VARIANT`"),
+        *(("plugin", name, f"plugin .*`{name}`.*`--set {name}.x=") for name in ("train", "scenario", "model", "run")),
     ],
 )
-def test_a_wrong_name_is_refused(kind, name, sentence):
+def test_a_wrong_name_is_refused(kind, name, pattern):
     call = registry.plugin_class if kind == "plugin" else lambda name: registry.builder(kind, name)
-    assert refusal(call, name) == sentence
+    assert re.search(pattern, refusal(call, name))
 
 
 def test_a_name_like_nothing_lists_the_choices():
@@ -106,9 +100,8 @@ def test_a_plugin_file_without_entry_point_asks_to_reinstall(tmp_path, monkeypat
 
     (tmp_path / "brand_new.py").write_text("")
     monkeypatch.setattr(clframe.plugins, "__path__", [str(tmp_path)])
-    sentence = refusal(registry.plugin_class, "brand-new")
-    assert sentence.startswith("There is no plugin `brand-new`. ")
-    assert sentence.endswith("brand_new.py exists but is not registered: reinstall with `pip install -e .`")
+    told = refusal(registry.plugin_class, "brand-new")
+    assert re.search(r"`brand-new`\. .*brand_new\.py .*`pip install -e \.`", told)
 
 
 # third parties
@@ -168,29 +161,21 @@ def test_a_package_that_offers_a_name_twice_is_named_with_both(install):
 
 def test_a_package_that_takes_the_name_of_a_built_in_is_named(install):
     install("acme", PLUGIN, plugins={"ewc": "acme:Noise"})
-    sentence = "The plugin `ewc` is offered by the packages `acme` and `clframe`; uninstall one of them."
-    assert refusal(registry.plugin_class, "ewc") == sentence
+    assert re.search("`ewc` .*`acme` and `clframe`", refusal(registry.plugin_class, "ewc"))
 
 
 @pytest.mark.parametrize(
-    ("method", "sentence"),
+    ("method", "pattern"),
     [
-        (
-            "@hookimpl\n    def after_stepp(self): ...",
-            "`after_stepp` of plugin `odd` is marked as a hook, but there is no hook `after_stepp`. Did you mean "
-            "`after_step`?",
-        ),
-        (
-            "def after_step(self): ...",
-            "`after_step` of plugin `odd` is named like a hook but lacks the mark: put `@hookimpl` above it.",
-        ),
-        ("hook_api = 7", "The plugin `odd` was written for version 7 of the hooks, and this clframe has version 1: "),
+        ("@hookimpl\n    def after_stepp(self): ...", "`after_stepp` of plugin `odd` .*`after_step`"),
+        ("def after_step(self): ...", "`after_step` of plugin `odd` .*`@hookimpl`"),
+        ("hook_api = 7", "`odd` .*version 7 .*version 1"),
     ],
 )
-def test_an_installed_class_that_misnames_a_hook_is_refused_before_it_is_built(install, method, sentence):
+def test_an_installed_class_that_misnames_a_hook_is_refused_before_it_is_built(install, method, pattern):
     source = "from clframe import Plugin, hookimpl\nclass Odd(Plugin):\n    def __init__(self): 1 / 0\n    "
     install("acme", source + method, plugins={"odd": "acme:Odd"})
-    assert refusal(registry.build_plugin, "odd", {}).startswith(sentence)
+    assert re.search(pattern, refusal(registry.build_plugin, "odd", {}))
 
 
 def test_an_entry_point_to_nothing_or_to_a_module_is_refused(install):
@@ -212,7 +197,7 @@ def test_what_is_no_plugin_class_is_refused(install, what):
 def test_a_class_with_another_name_than_its_entry_point_is_refused(install):
     source = "from clframe import Plugin\nclass A(Plugin):\n    name = 'a'\n"
     install("acme", source, plugins={"b": "acme:A"})
-    assert "calls itself `a` in its class; the two names must be the same." in refusal(registry.plugin_class, "b")
+    assert re.search("`b` .*`a` in its class", refusal(registry.plugin_class, "b"))
 
 
 def test_a_third_party_that_raises_is_blamed(install):
@@ -247,10 +232,8 @@ def build(data_root, *, seed: int | None = None, size: int = 2):
 def test_a_backbone_is_built_for_the_images():
     built = registry.build_backbone(Component("mlp", {"hidden": [6, 5]}), [1, 2, 2])
     assert (built.width, sum(p.numel() for p in built.parameters())) == (5, 4 * 6 + 6 + 6 * 5 + 5)
-    assert (
-        refusal(registry.build_backbone, Component("mlp", {"hiden": [1]}), [1, 2, 2])
-        == "`model.hiden` is not an option of the model `mlp`. Did you mean `hidden`?"
-    )
+    told = refusal(registry.build_backbone, Component("mlp", {"hiden": [1]}), [1, 2, 2])
+    assert re.search(r"`model\.hiden` .*`mlp`.*`hidden`", told)
 
 
 def test_a_plugin_gets_its_options_by_the_names_of_its_constructor_and_its_variant(install):
@@ -352,9 +335,7 @@ def test_the_first_named_is_called_first():
 
 
 def test_two_owners_are_refused_and_both_named():
-    assert refusal(compose.manager, [First(), Second(), Owner()]) == (
-        "`base_loss` is answered by `first` and `owner`; a run can have only one of them."
-    )
+    assert re.search("`base_loss` .*`first` and `owner`", refusal(compose.manager, [First(), Second(), Owner()]))
     assert "`predictor` is answered by `owner` and `renamed`" in refusal(compose.manager, [Owner(), Renamed()])
     compose.manager([First(), Wrapped()])
 
@@ -371,10 +352,9 @@ def test_hooks_that_nobody_answers_are_answered_with_nothing():
 
 
 def test_declared_conflicts_and_repeats_are_refused_together():
-    assert refusal(compose.manager, [Hates(), First(), First()]).splitlines() == [
-        "The plugin `first` is in the run twice; name it once.",
-        "The plugin `hates` cannot run beside `first`; leave out one of them.",
-    ]
+    twice, beside = refusal(compose.manager, [Hates(), First(), First()]).splitlines()
+    assert re.search("`first` .*twice", twice)
+    assert re.search("`hates` .*beside `first`", beside)
     compose.manager([Hates(), Second()])
 
 
@@ -413,10 +393,8 @@ class Phased(Base):
 
 
 def test_beside_what_isolates_tasks_nothing_that_acts_on_what_is_learnt_may_run():
-    nothing = "has nothing to do beside `isolating`, where nothing that was learned can change; leave out one of them."
-    sentence = f"`second` {nothing}"
-    assert refusal(compose.manager, [Isolating(), Second()]) == sentence
-    assert refusal(compose.manager, [Second(), Isolating()]) == sentence
+    for plugins in ([Isolating(), Second()], [Second(), Isolating()]):
+        assert re.search("^`second` .*beside `isolating`", refusal(compose.manager, plugins))
     compose.manager([Second(), First()])
 
 
@@ -428,11 +406,9 @@ def test_each_hook_that_acts_on_what_is_learnt_counts(hook):
 
 def test_two_that_isolate_tasks_are_refused_in_one_sentence():
     """Not in one for each, nor in another for the hook that both answer."""
-    sentence = "`apart` and `isolating` each decide what of the network a task may use; leave out one of them."
     for plugins in ([Isolating(), Apart()], [Apart(), Isolating()]):
-        with pytest.raises(UsageError) as caught:
+        with refused("`apart` and `isolating`"):
             compose.manager(plugins)
-        assert caught.value.problems == (sentence,)
 
 
 def test_observers_and_phases_may_run_beside_what_isolates_tasks():
@@ -449,8 +425,10 @@ def test_the_methods_that_isolate_tasks_say_so():
 
 
 def test_what_is_no_plugin_instance_is_refused():
-    assert refusal(compose.manager, [First]) == "`First` is a class; give a plugin built from it: `First()`."
-    assert refusal(compose.manager, [5]) == "5 is not a plugin: derive its class from `clframe.Plugin`."
+    with refused("`First` is a class", "`First()`"):
+        compose.manager([First])
+    with refused("5 is not a plugin", "`clframe.Plugin`"):
+        compose.manager([5])
 
 
 def test_a_plugin_without_a_name_is_called_as_its_class():
@@ -482,26 +460,21 @@ def old_wrapper(self):
 
 
 @pytest.mark.parametrize(
-    ("attributes", "sentence"),
+    ("attributes", "words"),
     [
-        ({"penalty": unmarked}, "`penalty` of plugin `odd` is named like a hook but lacks the mark: put `@hookimpl`"),
-        (
-            {"penalti": marked},
-            "`penalti` of plugin `odd` is marked as a hook, but there is no hook `penalti`. Did you mean",
-        ),
-        (
-            {"penalty": with_strange_argument},
-            "takes `batchh`, which the hook `penalty` does not give. Did you mean `batch`?",
-        ),
-        ({"penalty": with_default}, "`penalty` of plugin `odd` gives its argument `batch` a default: leave it out."),
-        ({"penalty": with_rest}, "takes `rest`, which the hook `penalty` does not give."),
-        ({"penalty": old_wrapper}, "`penalty` of plugin `odd` is an old-style wrapper: use `@hookimpl(wrapper=True)`."),
-        ({"state": ("anchor")}, "`state` of plugin `odd` is a text; it must be a tuple of names."),
-        ({"name": "train"}, "A plugin cannot be called `train`"),
+        ({"penalty": unmarked}, ("`penalty` of plugin `odd`", "`@hookimpl`")),
+        ({"penalti": marked}, ("`penalti` of plugin `odd`", "`penalty`?")),
+        ({"penalty": with_strange_argument}, ("`batchh`", "the hook `penalty`", "`batch`?")),
+        ({"penalty": with_default}, ("`penalty` of plugin `odd`", "`batch`", "default")),
+        ({"penalty": with_rest}, ("`rest`", "the hook `penalty`")),
+        ({"penalty": old_wrapper}, ("`penalty` of plugin `odd`", "`@hookimpl(wrapper=True)`")),
+        ({"state": ("anchor")}, ("`state` of plugin `odd`", "a text", "tuple of names")),
+        ({"name": "train"}, ("plugin", "`train`")),
     ],
 )
-def test_a_mistake_in_a_class_is_refused(attributes, sentence):
-    assert sentence in refusal(compose.manager, [type("Odd", (Plugin,), {"name": "odd", **attributes})()])
+def test_a_mistake_in_a_class_is_refused(attributes, words):
+    with refused(*words):
+        compose.manager([type("Odd", (Plugin,), {"name": "odd", **attributes})()])
 
 
 def test_hooks_of_a_class_are_in_the_order_of_calling():

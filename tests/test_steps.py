@@ -81,13 +81,13 @@ def fewer(scenario: Scenario, index: int) -> Scenario:
 
 def test_a_batch_of_one_that_must_come_is_refused_before_training(tiny) -> None:
     rule = r"`Normed` has batch normalization, .* and "
-    with pytest.raises(UsageError, match=rule + "`train.batch_size` is 1: choose 2 or more, or"):
+    with pytest.raises(UsageError, match=rule + "`train.batch_size` is 1"):
         clframe.run(tiny(), Normed(), train={"epochs": 1, "batch_size": 1})
-    with pytest.raises(UsageError, match=rule + "experience 2 of `tiny` has one training image: give it more, or"):
+    with pytest.raises(UsageError, match=rule + "experience 2 of `tiny` "):
         clframe.run(fewer(tiny(), 1), Normed(), train={"epochs": 1})
     # a memory adds rows, from the second experience on
     clframe.run(fewer(tiny(), 1), Normed(), ["er"], train={"epochs": 1})
-    with pytest.raises(UsageError, match="experience 1 of `tiny` has one training image"):
+    with pytest.raises(UsageError, match="experience 1 of `tiny` "):
         clframe.run(fewer(tiny(), 0), Normed(), ["er"], train={"epochs": 1})
 
 

@@ -42,10 +42,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(work: Callable[[], object]) -> str:
-    with pytest.raises(ClframeError) as caught:
+def check(work: Callable[[], object], said: str) -> None:
+    """The refusal has all parts of `said`, which ... separates."""
+    with testing.refused(*said.split("... "), error=ClframeError):
         work()
-    return str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------- of a run
@@ -77,22 +77,22 @@ def test_one_function_is_a_listener():
 @pytest.mark.parametrize(
     ("work", "said"),
     [
-        (lambda: run(plugins=3), "`plugins` is [3]; it must be a mapping of names to options, or a list of names."),
-        (lambda: run(plugins=EWC), "`EWC` is a class; give a plugin built from it: `EWC()`."),
-        (lambda: run(train="epochs"), "`train` is 'epochs'; it must be a mapping of settings to values."),
-        (lambda: run(train=["epochs"]), "`train` is ['epochs']; it must be a mapping of settings to values."),
-        (lambda: run(train={1: 2}), "`train` has the name 1, and names are texts."),
-        (lambda: run(run="out"), "`run` is 'out'; it must be a mapping of settings to values."),
-        (lambda: run({"name": "split-digits", 3: 4}), "`scenario` has the name 3, and names are texts."),
+        (lambda: run(plugins=3), "`plugins` is [3]; ... mapping ... list of names"),
+        (lambda: run(plugins=EWC), "`EWC` is a class; ... `EWC()`"),
+        (lambda: run(train="epochs"), "`train` is 'epochs'; ... mapping"),
+        (lambda: run(train=["epochs"]), "`train` is ['epochs']; ... mapping"),
+        (lambda: run(train={1: 2}), "`train` has the name 1, ... texts"),
+        (lambda: run(run="out"), "`run` is 'out'; ... mapping"),
+        (lambda: run({"name": "split-digits", 3: 4}), "`scenario` has the name 3, ... texts"),
         (lambda: run(ARRAYS), "`tiny` is `Arrays`, and no scenario yet: cut experiences from it with "),
-        (lambda: clframe.run(5), "`scenario` is 5; it must be a mapping of options to values."),
-        (lambda: clframe.Results.read(None), "None is a `NoneType`: give the path of a file or folder."),
-        (lambda: clframe.load(3), "3 is a `int`: give the path of a file or folder."),
-        (lambda: clframe.resume(3), "3 is a `int`: give the path of a file or folder."),
+        (lambda: clframe.run(5), "`scenario` is 5; ... mapping"),
+        (lambda: clframe.Results.read(None), "None is a `NoneType`: ... path"),
+        (lambda: clframe.load(3), "3 is a `int`: ... path"),
+        (lambda: clframe.resume(3), "3 is a `int`: ... path"),
     ],
 )
 def test_another_kind_is_refused_in_one_sentence(work: Callable[[], object], said: str):
-    assert refused(work).startswith(said)
+    check(work, said)
 
 
 # ----------------------------------------------------------------------------------- of a scenario
@@ -153,37 +153,37 @@ def test_images_may_be_changed_by_any_function_of_two_arguments():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (Turning(), "`change` of `d`, a `Turning`, cannot be called as `change(i, x)`, with the number of the "),
-        (lambda x: x, "`change` of `d`, a `function`, cannot be called as `change(i, x)`"),
-        (Any2(), "`change` of `d` gives a `tuple` for images [72, 1, 8, 8]: it must give as many of that shape."),
+        (Turning(), "`change` of `d`, a `Turning`, ... `change(i, x)`"),
+        (lambda x: x, "`change` of `d`, a `function`, ... `change(i, x)`"),
+        (Any2(), "`change` of `d` gives a `tuple` for images [72, 1, 8, 8]: ... shape"),
         (lambda i, x: None, "`change` of `d` gives a `NoneType` for images [72, 1, 8, 8]"),
         (lambda i, x: x[1:], "`change` of `d` gives [71, 1, 8, 8] for images [72, 1, 8, 8]"),
         (None, "`change` of `d` is None: give a function `change(i, x)`."),
     ],
 )
 def test_what_cannot_change_images_is_refused(change: Any, said: str):
-    assert refused(lambda: domains(change)).startswith(said)
+    check(lambda: domains(change), said)
 
 
 @pytest.mark.parametrize(
     ("work", "said"),
     [
-        (lambda: scenario(experiences=2.5), "`scenario.experiences` is 2.5: it should be a valid integer."),
-        (lambda: scenario(experiences="3"), "`scenario.experiences` is '3': it should be a valid integer."),
-        (lambda: scenario(experiences=True), "`scenario.experiences` is True: it should be a valid integer."),
+        (lambda: scenario(experiences=2.5), "`scenario.experiences` is 2.5: ... integer"),
+        (lambda: scenario(experiences="3"), "`scenario.experiences` is '3': ... integer"),
+        (lambda: scenario(experiences=True), "`scenario.experiences` is True: ... integer"),
         (lambda: scenario(setting="clas"), "`scenario.setting` is 'clas': it should be 'class', 'task' or 'domain'."),
         (lambda: clframe.split_classes("n", (1, 2), experiences=3), "The images of `n` are given as a `tuple`: put "),
         (lambda: arrays(transform=lambda x: x), "The transform of `tiny` is a `function`, and only a `clframe.Trans"),
         (lambda: arrays(transform=Turning()), "The transform of `tiny` is a `Turning`, and only a `clframe.Transform`"),
-        (lambda: arrays(class_names=6), "The class names of `tiny` are 6: give a list with one for each label."),
-        (lambda: clframe.Transform(pad=1.5), "`Transform.pad` is 1.5: it should be a valid integer."),
-        (lambda: clframe.Transform(pad=-1), "`Transform.pad` is -1: it should be greater than or equal to 0."),
-        (lambda: clframe.Transform(scale="255"), "`Transform.scale` is '255': it should be a valid number."),
-        (lambda: clframe.Transform(mean="a", std="b"), "`Transform.mean` is 'a': give a number for each channel, or "),
+        (lambda: arrays(class_names=6), "The class names of `tiny` are 6: ... list"),
+        (lambda: clframe.Transform(pad=1.5), "`Transform.pad` is 1.5: ... integer"),
+        (lambda: clframe.Transform(pad=-1), "`Transform.pad` is -1: ... 0."),
+        (lambda: clframe.Transform(scale="255"), "`Transform.scale` is '255': ... number"),
+        (lambda: clframe.Transform(mean="a", std="b"), "`Transform.mean` is 'a': ... number"),
     ],
 )
 def test_what_cuts_no_scenario_is_refused(work: Callable[[], object], said: str):
-    assert refused(work).startswith(said)
+    check(work, said)
 
 
 # ------------------------------------------------------------------------------ of the trained model
@@ -219,24 +219,24 @@ def test_tasks_come_as_numbers_of_any_kind_or_one_for_each_image(folders: Path, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"task": "a"}, "`task` is 'a'; it must be one whole number, or one for each image."),
-        ({"task": 0.5}, "`task` is 0.5; it must be one whole number, or one for each image."),
-        ({"task": True}, "`task` is True; it must be one whole number, or one for each image."),
-        ({"task": torch.tensor([0.0, 1.0])}, "`task` is tensor([0., 1.]); it must be one whole number, or one for "),
-        ({"task": 7}, "There is no task 7: this model has learned the tasks 0 to 2."),
-        ({"task": [0]}, "There are 2 images and 1 tasks; give one for each image."),
-        ({"top": 0}, "`top` is 0; it must be a whole number, 1 at least."),
-        ({"top": 2.5}, "`top` is 2.5; it must be a whole number, 1 at least."),
-        ({"top": "a"}, "`top` is 'a'; it must be a whole number, 1 at least."),
+        ({"task": "a"}, "`task` is 'a'; ... whole number"),
+        ({"task": 0.5}, "`task` is 0.5; ... whole number"),
+        ({"task": True}, "`task` is True; ... whole number"),
+        ({"task": torch.tensor([0.0, 1.0])}, "`task` is tensor([0., 1.]); ... whole number"),
+        ({"task": 7}, "task 7: ... 0 to 2."),
+        ({"task": [0]}, "2 images and 1 tasks; "),
+        ({"top": 0}, "`top` is 0; ... 1 at least"),
+        ({"top": 2.5}, "`top` is 2.5; ... whole number"),
+        ({"top": "a"}, "`top` is 'a'; ... whole number"),
     ],
 )
 def test_another_question_is_refused(folders: Path, options: dict[str, Any], said: str):
     trained = clframe.load(folders / "plain")
-    assert refused(lambda: trained.predict(ARRAYS.x_test[:2], **options)).startswith(said)
+    check(lambda: trained.predict(ARRAYS.x_test[:2], **options), said)
 
 
 @pytest.mark.parametrize(
     "images", [None, 3, np.array(["a", "b"]), np.array([None]), [[1, 2], [3, 4]], [Path("x"), "y", 3]]
 )
 def test_what_is_no_image_is_refused(folders: Path, images: Any):
-    refused(lambda: clframe.load(folders / "plain").predict(images))
+    check(lambda: clframe.load(folders / "plain").predict(images), "")

@@ -259,17 +259,15 @@ def test_what_cannot_be_remembered_is_refused(tiny) -> None:
         return list(rehearsal.problems(run_of(tiny(shape=shape)), "me"))
 
     assert problems(TaskRehearsal(6, None, None, 1)) == []
-    assert problems(TaskRehearsal(5, None, None, 1)) == [
-        "`me.size` is 5, and there are 6 classes to remember: give each of them one image at least."
-    ]
+    (problem,) = problems(TaskRehearsal(5, None, None, 1))
+    assert problem.startswith("`me.size` is 5, and there are 6 classes")
     assert problems(TaskRehearsal(5, 1, None, 1)) == []
     assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "mlp"), 1), (1, 3, 5)) == []
     assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "conv"), 1), (1, 8, 4)) == []
-    assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "conv"), 1), (1, 6, 4)) == [
-        "`me.generator_net=conv` halves images 2 times and needs sides that are divisible by 4, and these have 6x4 "
-        "pixels."
-    ]
+    assert problems(TaskRehearsal(5, None, GeneratorOptions("wgan", "conv"), 1), (1, 6, 4))[0].startswith(
+        "`me.generator_net=conv` "
+    )
     bright = ImageData(torch.full((2, 1, 4, 4), 300.0), torch.zeros(2))
     TaskRehearsal(6, None, None, 1).check(run_of(tiny()), "me", bright)
-    with pytest.raises(UsageError, match="`me` generates images from 0 to 1, and those given"):
+    with pytest.raises(UsageError, match=r"`me` .* 0 to 1"):
         TaskRehearsal(6, None, SMALL, 1).check(run_of(tiny()), "me", bright)
