@@ -127,7 +127,7 @@ class Live:
         self.within = {}
         for reading, row in record["rows"].items():
             self.rows.setdefault(reading, {})[record["experience"]] = row
-        self._plain(f"{self._place()} learned in {_format_duration(self.took)}: {rows}")
+        self._plain(f"{self._place()} learned in {format_duration(self.took)}: {rows}")
 
     def _message(self, record: Event) -> None:
         self.console.print(escape_unprintable(record["text"]), markup=False, soft_wrap=True)
@@ -151,7 +151,7 @@ class Live:
             now += [f"epoch {step['epoch'] + 1}", f"step {step['step']:,} of {step['steps']:,}"]
             now += [
                 f"{step['images_per_second']:,.0f} images/s",
-                f"{_format_duration(self._left(step['seconds_left']))} left",
+                f"{format_duration(self._left(step['seconds_left']))} left",
             ]
         parts: list[Any] = [Text(f"{escape_unprintable(self.scenario)}: " + "  ".join(now), style="bold")]
         if step:
@@ -223,7 +223,8 @@ def _list_classes(classes: list[int], names: list[str]) -> str:
     return "classes " + ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Return a time as a person reads it: ``3.2 s``, ``2:05 min``, ``1:02:05 h``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

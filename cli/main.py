@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clframe import __version__, compose, registry
-from clframe.cli import advice, runs, show, streams
-from clframe.cli.parameters import Json
+from clframe.cli import advice, compare, runs, show, streams
+from clframe.cli.parameters import Json, Quiet, complete, whole_number
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
@@ -44,16 +44,6 @@ app.add_typer(scenarios_app, name="scenarios")
 app.add_typer(runs.app, name="runs")
 
 
-def _complete(kind: registry.Kind) -> Callable[[str], list[str]]:
-    """Return a function that lists the names of this kind that begin with a given text."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in registry.names(kind) if name.startswith(incomplete)]
-
-    return complete
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 DataRoot = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="Folder of the data sets [default: CLFRAME_DATA, or the user's cache]."),
@@ -72,26 +62,10 @@ OfPlugins = Annotated[
 ]
 
 
-def read_whole(text: str) -> int:
-    """Read a whole number as `--set` takes it: `2e1` is 20."""
-    with suppress(ValueError):
-        return int(text)
-    with suppress(ValueError):
-        number = float(text)
-        if number.is_integer() and abs(number) < 2**53:  # above, not every whole number is a float
-            return int(number)
-    raise typer.BadParameter(f"{text!r} is not a valid integer.")
-
-
-def _whole_number(help: str) -> Any:
-    """Return an option that takes a whole number."""
-    return typer.Option(metavar="N", parser=read_whole, help=help)
-
-
 RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 Task = Annotated[
     int | None,
-    _whole_number("Task of the images: the N-th experience, counted from 1."),
+    whole_number("Task of the images: the N-th experience, counted from 1."),
 ]
 
 
@@ -112,7 +86,7 @@ def run(
             "-s",
             metavar="NAME",
             help="Scenario to learn [default: split-digits].",
-            autocompletion=_complete("scenario"),
+            autocompletion=complete("scenario"),
         ),
     ] = None,
     plugin: Annotated[
@@ -122,7 +96,7 @@ def run(
             "-p",
             metavar="NAME",
             help="Method to learn with; repeatable [default: plain fine-tuning].",
-            autocompletion=_complete("plugin"),
+            autocompletion=complete("plugin"),
         ),
     ] = None,
     config: Annotated[
@@ -146,15 +120,15 @@ def run(
             "-m",
             metavar="NAME",
             help="Backbone [default: the one that suits the scenario].",
-            autocompletion=_complete("model"),
+            autocompletion=complete("model"),
         ),
     ] = None,
-    epochs: Annotated[int | None, _whole_number("Passes over the data of each experience.")] = None,
-    iterations: Annotated[int | None, _whole_number("Steps per experience, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, _whole_number("Images per step.")] = None,
+    epochs: Annotated[int | None, whole_number("Passes over the data of each experience.")] = None,
+    iterations: Annotated[int | None, whole_number("Steps per experience, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, whole_number("Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    seed: Annotated[int | None, _whole_number("Seed of all random numbers [default: 0].")] = None,
-    limit: Annotated[int | None, _whole_number("Images per class, in training and in test data.")] = None,
+    seed: Annotated[int | None, whole_number("Seed of all random numbers [default: 0].")] = None,
+    limit: Annotated[int | None, whole_number("Images per class, in training and in test data.")] = None,
     device: Annotated[
         str | None, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on [default: auto].")
     ] = None,
@@ -235,7 +209,7 @@ def extend(
     scenario: Annotated[
         str,
         typer.Option(
-            "--scenario", "-s", metavar="NAME", help="Scenario to learn next.", autocompletion=_complete("scenario")
+            "--scenario", "-s", metavar="NAME", help="Scenario to learn next.", autocompletion=complete("scenario")
         ),
     ],
     plugin: Annotated[
@@ -245,7 +219,7 @@ def extend(
             "-p",
             metavar="NAME",
             help="Method that joins those of the run, such as lwf; repeatable.",
-            autocompletion=_complete("plugin"),
+            autocompletion=complete("plugin"),
         ),
     ] = None,
     images: Annotated[
@@ -258,10 +232,10 @@ def extend(
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="One setting that differs from those of the run; repeatable."),
     ] = None,
-    epochs: Annotated[int | None, _whole_number("Passes over the new data.")] = None,
-    iterations: Annotated[int | None, _whole_number("Steps on the new data, instead of epochs.")] = None,
+    epochs: Annotated[int | None, whole_number("Passes over the new data.")] = None,
+    iterations: Annotated[int | None, whole_number("Steps on the new data, instead of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    limit: Annotated[int | None, _whole_number("Images per class.")] = None,
+    limit: Annotated[int | None, whole_number("Images per class.")] = None,
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on.")] = None,
     data_root: DataRoot = None,
     output: Annotated[
@@ -297,6 +271,9 @@ def extend(
             return run_config(settings, listeners=listeners)
 
     _show_run(go_on, quiet, json)
+
+
+app.command()(compare.compare)
 
 
 @app.command()
@@ -355,7 +332,7 @@ def list_plugins(json: Json = False) -> None:
 
 @plugins_app.command("show")
 def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("plugin"))], json: Json = False
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("plugin"))], json: Json = False
 ) -> None:
     """Show a plugin, its options and its hooks."""
     from clframe.cli import about
@@ -365,7 +342,7 @@ def show_plugin(
 
 @plugins_app.command("check")
 def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("plugin"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("plugin"))],
     set_: Sets = None,
     model: Annotated[
         str | None,
@@ -392,7 +369,7 @@ def new_plugin(name: NewName, output: NewFolder = None, kind: OfPlugins = "plugi
 
 @scenarios_app.command("check")
 def check_scenario(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("scenario"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("scenario"))],
     set_: Sets = None,
     json: Json = False,
 ) -> int:
@@ -418,7 +395,7 @@ def list_scenarios(json: Json = False) -> None:
 
 @scenarios_app.command("show")
 def show_scenario(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete("scenario"))],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("scenario"))],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="One setting, as in `clframe run`; repeatable."),

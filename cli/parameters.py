@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
+from clframe import registry
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def complete(kind: registry.Kind) -> Callable[[str], list[str]]:
+    """Return a function that lists the names of this kind that begin with a given text."""
+
+    def find(incomplete: str) -> list[str]:
+        return [name for name in registry.names(kind) if name.startswith(incomplete)]
+
+    return find
+
+
+def read_whole(text: str) -> int:
+    """Read a whole number as `--set` takes it: `2e1` is 20."""
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        number = float(text)
+        if number.is_integer() and abs(number) < 2**53:  # above, not every whole number is a float
+            return int(number)
+    raise typer.BadParameter(f"{text!r} is not a valid integer.")
+
+
+def whole_number(help: str) -> Any:
+    """Return an option that takes a whole number."""
+    return typer.Option(metavar="N", parser=read_whole, help=help)

@@ -18,7 +18,8 @@ from clframe import registry
 from clframe.backbones import mlp_100
 from clframe.cli import main as cli
 from clframe.cli.live import Live
-from clframe.cli.main import main, read_whole
+from clframe.cli.main import main
+from clframe.cli.parameters import read_whole
 from clframe.engine import Engine
 from clframe.errors import DataError, Interrupted, RunError, UsageError
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import clframe
 from clframe import registry
 from clframe.errors import OF_THE_DISK, ClframeError, DataError, Interrupted, UsageError
+from clframe.runs.files import CHECKPOINTS, CONFIG, list_checkpoints, read_config
 from clframe.runs.results import RESULTS_FILE
 from clframe.system.reading import read_json
 
@@ -35,7 +36,6 @@ RECORD_FORMAT = 1
 WITHOUT_FIGURES = ("output", "data_root", "tensorboard", "checkpoint_every", "log_every")  # settings `run.*`
 OUTSIDE = ("cli", "experiments", "plugins", "scenarios", "testing")  # parts of clframe that are not code of every cell
 BY_USE = ("clframe.plugins", "clframe.scenarios")  # packages of which a cell's code is what it uses
-CHECKPOINT = "checkpoints"
 MOST_DEATHS = 3  # of a cell's processes in a row, without a new checkpoint between them
 
 State = Literal["waiting", "stopped", "finished", "failed"]
@@ -290,7 +290,7 @@ def state_of(folder: Path) -> State:
     record = record_path(folder)
     if record.is_file() and read_record(record).failure:
         return "failed"
-    return "stopped" if (folder / "config.yaml").is_file() else "waiting"
+    return "stopped" if (folder / CONFIG).is_file() else "waiting"
 
 
 def record_path(folder: Path) -> Path:
@@ -329,7 +329,8 @@ def count_death(cell: Cell) -> int:
     From `MOST_DEATHS` on the cell should `fail`.
     """
     record = read_record(record_path(cell.folder))
-    newest = max((file.name for file in (cell.folder / CHECKPOINT).glob("[0-9]*")), default="")
+    checkpoints = list_checkpoints(cell.folder / CHECKPOINTS)
+    newest = checkpoints[-1].name if checkpoints else ""
     deaths = record.deaths + 1 if newest == record.checkpoint else 1
     _change(cell, deaths=deaths, checkpoint=newest)
     return deaths
@@ -369,7 +370,7 @@ def carry_out(folder: Path, config: str, listeners: Sequence[Listener] = ()) -> 
 
     if (folder / RESULTS_FILE).is_file():
         return
-    if (folder / "config.yaml").is_file():
+    if (folder / CONFIG).is_file():
         if _resumes(folder):
             resume(folder, listeners=listeners, progress=False)
             return
@@ -381,10 +382,7 @@ def carry_out(folder: Path, config: str, listeners: Sequence[Listener] = ()) -> 
 
 def _resumes(folder: Path) -> bool:
     """Return whether the stopped run in `folder` can go on: checkpoints hold the state of all of its plugins."""
-    from clframe.strict_yaml import parse_yaml
-
-    plugins = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))["plugins"]
-    return all(registry.plugin_class(name.partition(":")[0]).resumes for name in plugins)
+    return all(registry.plugin_class(name.partition(":")[0]).resumes for name in read_config(folder).plugins)
 
 
 def _set_aside(folder: Path) -> None:
@@ -409,7 +407,7 @@ def run_inline(cells: Iterable[Cell], tell: Callable[[CellEvent], None]) -> None
     from clframe.config import to_yaml
 
     for cell in cells:
-        went_on = (cell.folder / "config.yaml").is_file()
+        went_on = (cell.folder / CONFIG).is_file()
         begin(cell)
         tell(CellEvent("went on" if went_on else "began", cell))
         try:

@@ -1,0 +1,434 @@
+"""The command `compare`: methods over scenarios, seeds and class orders, and the table that ranks them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from clframe.cli import show
+from clframe.cli.parameters import Json, Quiet, complete, whole_number
+from clframe.errors import Interrupted, UsageError
+from clframe.system.reading import expand_home, quote_path
+
+if TYPE_CHECKING:
+    from clframe.experiments.outcome import MethodRow, StudyOutcome
+    from clframe.experiments.plan import Plan
+    from clframe.experiments.statistics import Interval
+    from clframe.experiments.study import Study
+
+FAILED = 4  # exit code of a study with failed cells
+LISTED = 10  # names at most that a message has
+MEASURES = {"forgetting": "forgetting", "learning_accuracy": "learning accuracy"}  # columns beside the accuracy
+
+
+def compare(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="Folder of a study to go on with, and to add to.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scenario",
+            "-s",
+            metavar="NAME",
+            help="Scenario to learn; repeatable.",
+            autocompletion=complete("scenario"),
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="A+B",
+            help="Plugin, or several that form one method; repeatable.",
+            autocompletion=complete("plugin"),
+        ),
+    ] = None,
+    plugin: Annotated[list[str] | None, typer.Option("--plugin", "-p", hidden=True)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Backbone [default: the one that suits the scenario].",
+            autocompletion=complete("model"),
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|FIRST-LAST", help="Number of seeds, or their range [default: 5].")
+    ] = None,
+    orders: Annotated[
+        int | None, whole_number("Class orders, the same for all methods [default: the scenario's own].")
+    ] = None,
+    order_sampling: Annotated[
+        Literal["random", "extreme"] | None,
+        typer.Option(
+            metavar="random|extreme",
+            help="How class orders are drawn; extreme: a third each with the most and the least similar neighbors "
+            "[default: random].",
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool | None,
+        typer.Option(
+            "--baselines/--no-baselines",
+            help="Compare with plain fine-tuning and joint training, too [default: baselines].",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="One setting, such as er.size=200; repeatable."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="STUDY.yaml", help="File of a study.")
+    ] = None,
+    workers: Annotated[int | None, whole_number("Cells at a time [default: one for each CPU core].")] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="inline", help="What carries the cells out.", show_default=True)
+    ] = "inline",
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of the study [default: a new one under runs/].")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and an estimate of the time, and stop.")
+    ] = False,
+    skip_refused: Annotated[
+        bool, typer.Option("--skip-refused", help="Leave out methods that cannot learn a scenario.")
+    ] = False,
+    keep_stale: Annotated[
+        bool, typer.Option("--keep-stale", help="Use finished cells whose code or data changed since.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Compare methods over scenarios, seeds and class orders, and print a table that ranks them.
+
+    Each run is a cell of the study and has a run folder of its own; repeating the command goes on where it was stopped.
+    """
+    from clframe.experiments.folder import check_new, check_same, lock_study
+    from clframe.experiments.plan import make_plan
+    from clframe.experiments.study import Study
+
+    problems = _problems_of_flags(folder, output, plugin, engine, workers)
+    asked = _read_flags(scenario, method, model, seeds, orders, order_sampling, baselines, set_, problems)
+    if problems:
+        raise UsageError(*problems)
+    if folder is not None:
+        path = expand_home(folder)
+        study = Study.read(path)
+        if config is not None:
+            check_same(Study.from_yaml(config), path)
+        study = study.extended(asked)
+    else:
+        study = Study.from_yaml(config).extended(asked) if config is not None else Study.from_data(asked)
+        path = _new_folder(study) if output is None else expand_home(output)
+        check_new(path, study)
+    if dry_run:
+        _print_cells(make_plan(study, path, keep_stale=keep_stale), path, json)
+        return 0
+    with lock_study(path):
+        plan = make_plan(study, path, keep_stale=keep_stale)
+        _check_refused(plan, skip_refused)
+        study.write(path)
+        plan.write(path)
+        _say_what_differs(plan, keep_stale)
+        _carry_out(plan, path, quiet)
+    return _print_outcome(path, json)
+
+
+def _problems_of_flags(
+    folder: str | None, output: str | None, plugin: list[str] | None, engine: str, workers: int | None
+) -> list[str]:
+    problems = []
+    if plugin:
+        named = "+".join(plugin)
+        problems.append(
+            f"`--plugin` combines methods in one run; to compare, use `--method {plugin[0]}`"
+            + (f" for each, or `--method {named}` for one method of {len(plugin)} plugins." if len(plugin) > 1 else ".")
+        )
+    if folder is not None and output is not None:
+        problems.append(f"The study has two folders, {quote_path(folder)} and `--output {output}`: name one.")
+    if engine != "inline":
+        problems.append(f"`--engine` is `{engine}`; choices: inline.")
+    if workers is not None and workers < 1:
+        problems.append(f"`--workers` is {workers}; it must be 1 or more.")
+    return problems
+
+
+def _read_flags(
+    scenario: list[str] | None,
+    method: list[str] | None,
+    model: str | None,
+    seeds: str | None,
+    orders: int | None,
+    order_sampling: str | None,
+    baselines: bool | None,
+    sets: list[str] | None,
+    problems: list[str],
+) -> dict[str, Any]:
+    """Return what the options ask for in the form of a study file; sentences on mistakes are added to `problems`."""
+    from clframe.config import parse_sets
+
+    asked = {
+        "scenarios": scenario or None,
+        "methods": method or None,
+        "model": model,
+        "seeds": seeds,
+        "orders": orders,
+        "order_sampling": order_sampling,
+        "baselines": baselines,
+        "set": {
+            f"{section}.{option}": value
+            for section, values in parse_sets(sets or (), problems).items()
+            for option, value in values.items()
+        }
+        or None,
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _new_folder(study: Study) -> Path:
+    """Return the path of a new folder under runs/."""
+    names = "+".join(dict.fromkeys(re.sub(r"[/:]+", "-", s["name"])[-40:] for s in study.scenarios))[:80]
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    path, count = Path("runs", f"study-{names}-{stamp}"), 1
+    while path.exists():
+        count += 1
+        path = Path("runs", f"study-{names}-{stamp}-{count}")
+    return path
+
+
+def _check_refused(plan: Plan, skip: bool) -> None:
+    """Raise `UsageError` if a method cannot learn a scenario, unless such cells are skipped and others are left."""
+    if not plan.refused:
+        return
+    if not plan.cells:
+        raise UsageError(*map(str, plan.refused))
+    if not skip:
+        rest = f"the other {len(plan.cells)} cells" if len(plan.cells) > 1 else "the other cell"
+        raise UsageError(*map(str, plan.refused), f"`--skip-refused` goes on with {rest}.")
+    for refused in plan.refused:
+        show.note(f"Skipped: {refused}")
+
+
+def _say_what_differs(plan: Plan, keep_stale: bool) -> None:
+    """Print which finished cells are stale and why, and which cells on the disk are no longer asked for."""
+    by_reason: dict[tuple[str, ...], int] = {}
+    for stale in plan.stale:
+        by_reason[stale.reasons] = by_reason.get(stale.reasons, 0) + 1
+    for reasons, count in by_reason.items():
+        listed = _list_names(reasons)
+        cells, are = ("cell", "is") if count == 1 else ("cells", "are")
+        then = "used nevertheless" if keep_stale else "run again; `--keep-stale` would use them"
+        show.note(f"{count} finished {cells} {are} stale and {are} {then}: {listed}.")
+    gone = [record for record in plan.left_out if record.address not in {stale.record.address for stale in plan.stale}]
+    if gone:
+        names = _list_names([record.folder.name for record in gone])
+        show.note(f"No longer asked for, and left where they are: {names}.")
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _carry_out(plan: Plan, path: Path, quiet: bool) -> None:
+    """Carry out the cells that are not finished. Raises `Interrupted` with how to go on."""
+    from clframe.cli.study_live import StudyLive
+    from clframe.experiments.cells import run_inline
+
+    with StudyLive(plan.cells, quiet) as live:
+        try:
+            run_inline(plan.waiting(), live)
+        except Interrupted as error:
+            left = len(plan.waiting())
+            raise Interrupted(
+                f"The study was stopped with {len(plan.cells) - left} of {len(plan.cells)} cells finished, and the "
+                f"cell under way is saved: `clframe compare {path}` goes on.",
+                error.signal,
+            ) from error
+        except KeyboardInterrupt:
+            show.note(f"`clframe compare {path}` goes on with the study.")
+            raise
+
+
+# -------------------------------------------------------------------------------------- what is printed
+
+
+def _print_cells(plan: Plan, path: Path, json: bool) -> None:
+    """Print the cells of a plan with their states, and how long those that are left may take."""
+    from clframe.cli.live import format_duration
+    from clframe.experiments.cells import state_of
+
+    states = [state_of(cell.folder) for cell in plan.cells]
+    seconds = _estimate(plan, states)
+    if json:
+        show.document(
+            {
+                "folder": str(path),
+                "cells": [
+                    {
+                        "method": cell.method,
+                        "scenario": cell.scenario,
+                        "seed": cell.seed,
+                        "order": cell.order,
+                        "state": state,
+                        "stale": list(cell.stale),
+                        "folder": str(cell.folder),
+                    }
+                    for cell, state in zip(plan.cells, states, strict=True)
+                ],
+                "refused": [{"method": r.method, "scenario": r.scenario, "reasons": r.reasons} for r in plan.refused],
+                "seconds_left": seconds,
+            }
+        )
+        return
+    show.table(
+        ["method", "scenario", "seed", "order", "state"],
+        [
+            [cell.method, cell.scenario, str(cell.seed), "-" if cell.order is None else str(cell.order), state]
+            for cell, state in zip(plan.cells, states, strict=True)
+        ],
+        numbers=True,
+    )
+    for refused in plan.refused:
+        show.line(f"Refused: {refused}")
+    waiting = sum(state != "finished" for state in states)
+    show.line(f"{len(plan.cells)} cells, {waiting} to carry out.")
+    if waiting:
+        show.line(
+            "No cell is finished yet, from which the time could be estimated."
+            if seconds is None
+            else f"About {format_duration(seconds)} of computing, as the finished cells took."
+        )
+
+
+def _estimate(plan: Plan, states: Sequence[str]) -> float | None:
+    """Return the seconds that the cells that are left take, one after another; None if no cell is finished.
+
+    A cell takes the mean of its method on its scenario, else of its scenario, else of all.
+    """
+    from clframe.runs.results import read_results
+
+    took: dict[tuple[str, ...], list[float]] = {}
+    for cell, state in zip(plan.cells, states, strict=True):
+        if state == "finished":
+            rows = read_results(cell.folder).timings.get("experiences", [])
+            for key in ((cell.scenario, cell.method), (cell.scenario,), ()):
+                took.setdefault(key, []).append(sum(row["seconds"] for row in rows))
+    if not took:
+        return None
+    total = 0.0
+    for cell, state in zip(plan.cells, states, strict=True):
+        if state != "finished":
+            keys = ((cell.scenario, cell.method), (cell.scenario,), ())
+            known = next(took[key] for key in keys if key in took)
+            total += sum(known) / len(known)
+    return total
+
+
+def _print_outcome(path: Path, json: bool) -> int:
+    """Print the ranked table of each scenario; return the exit code."""
+    from clframe.experiments.folder import read_study
+
+    outcome = read_study(path)
+    if json:
+        show.document(_describe(outcome, path))
+    else:
+        for scenario in outcome.scenarios:
+            _print_table(outcome, scenario)
+        for cell in outcome.unfinished:
+            if cell.state == "failed":
+                show.line(f"Failed: {cell.method} on {cell.scenario}, seed {cell.seed}: {cell.sentence}")
+        show.line(f"Study folder: {path}")
+    return FAILED if any(cell.state == "failed" for cell in outcome.unfinished) else 0
+
+
+def _print_table(outcome: StudyOutcome, scenario: str) -> None:
+    """Print the table of one scenario, the best method first, and what its differences show."""
+    mode = next(iter(outcome.modes(scenario)), "")
+    rows = outcome.table(scenario)
+    baseline = outcome.choose_baseline()
+    title = f"Average accuracy in percent on {scenario}"
+    show.line(f"{title}, {show.MODES[mode]}:" if mode in show.MODES else f"{title}:")
+    compared = any(row.paired for row in rows)
+    against = [f"to {baseline}", "95 % interval", "p"] if compared else []
+    headers = ["method", "mean", "95 % interval", *against, *MEASURES.values(), "seconds", "cells"]
+    show.table(headers, [_row(outcome, scenario, mode, row, compared) for row in rows], numbers=True)
+    if any(cell.stale for cell in outcome.cells(scenario)):
+        stale = sorted({cell.method for cell in outcome.cells(scenario) if cell.stale})
+        show.line(f"Some cells are of other code or data: {_list_names(stale)}.")
+    claims = [row for row in rows if row.claim is not None]
+    if made := [row.method for row in claims if row.claim and row.claim.made]:
+        show.line(f"Differences to {baseline} that the cells show (p after Holm at most 0.05): {_list_names(made)}.")
+    elif claims and claims[0].claim:
+        show.line(f"{claims[0].claim.reason[0].upper()}{claims[0].claim.reason[1:]}.")
+    show.line()
+
+
+def _row(outcome: StudyOutcome, scenario: str, mode: str, row: MethodRow, compared: bool) -> list[str]:
+    paired = row.paired
+    against = []
+    if compared:
+        against = [
+            "" if paired is None or paired.mean is None else f"{100 * paired.mean:+.1f}",
+            "" if paired is None else _format_interval(paired.interval, sign=True),
+            "" if row.p is None else f"{row.p:.2g}",
+        ]
+    measures = [outcome.mean(scenario, row.method, name, mode).value for name in MEASURES]
+    seconds = outcome.mean(scenario, row.method, "seconds", mode).value
+    return [
+        row.method,
+        show.format_percent(row.mean.value),
+        _format_interval(row.mean.interval),
+        *against,
+        *map(show.format_percent, measures),
+        "-" if seconds is None else f"{seconds:.1f}",
+        str(row.cells),
+    ]
+
+
+def _format_interval(interval: Interval | None, sign: bool = False) -> str:
+    if interval is None:
+        return "-"
+    low, high = (f"{100 * end:+.1f}" if sign else f"{100 * end:.1f}" for end in interval)
+    return f"{low} to {high}"
+
+
+def _describe(outcome: StudyOutcome, path: Path) -> Mapping[str, Any]:
+    """Return the document of `--json`: figures from 0 to 1."""
+    baseline = outcome.choose_baseline()
+    scenarios = {}
+    for scenario in outcome.scenarios:
+        mode = next(iter(outcome.modes(scenario)), "")
+        scenarios[scenario] = {
+            "mode": mode,
+            "baseline": baseline,
+            "methods": [
+                {
+                    "method": row.method,
+                    "cells": row.cells,
+                    "mean": row.mean.value,
+                    "interval": row.mean.interval,
+                    "difference": row.paired and row.paired.mean,
+                    "difference_interval": row.paired and row.paired.interval,
+                    "p": row.p,
+                    "claim": row.claim and {"made": row.claim.made, "reason": row.claim.reason},
+                    **{name: outcome.mean(scenario, row.method, name, mode).value for name in (*MEASURES, "seconds")},
+                }
+                for row in outcome.table(scenario)
+            ],
+        }
+    return {
+        "folder": str(path),
+        "scenarios": scenarios,
+        "unfinished": [vars(cell) for cell in outcome.unfinished],
+        "left_out": list(outcome.left_out),
+    }
