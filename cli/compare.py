@@ -49,7 +49,9 @@ def compare(
             autocompletion=complete("plugin"),
         ),
     ] = None,
-    plugin: Annotated[list[str] | None, typer.Option("--plugin", "-p", hidden=True)] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", "-p", hidden=True, help="Refused: name a method with --method.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
