@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -22,6 +22,8 @@ from clframe.system.reading import quote_path, reason
 def lock_study(folder: Path) -> Iterator[None]:
     """Make the folder of a study if it is new, and keep other processes from working on it meanwhile.
 
+    A folder in which no study was written is removed at the end, if it is empty.
+
     Raises:
         DataError: if another process works on it, or it cannot be written.
     """
@@ -39,6 +41,10 @@ def lock_study(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not (folder / STUDY).exists():
+            with suppress(OSError):  # other files are in the folder
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def check_new(folder: Path, study: Study) -> None:
