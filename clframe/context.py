@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clframe.curve import Evaluations
 from clframe.data.batch import Batch, ImageData
 from clframe.data.pictures import draw_grid
 from clframe.data.scenario import Experience, Scenario
@@ -36,6 +37,7 @@ class Run:
         optimizer: of the phase; a plugin may set it to None in ``before_experience`` to have a kept one built again.
         accuracy: by evaluation mode, the rows of `R[i][j]` so far, from 0 to 1, None where empty.
         validation: likewise, on the training images that ``train.val`` holds out; empty without it.
+        evaluations: all evaluations so far, for the measures while learning; None with ``run.eval_every=experience``.
         losses: detached scalars of the latest step, by the name of the term.
         task_gradients: gradients of the base loss alone, by parameter name, where a plugin has ``needs_task_gradient``.
         total_steps: steps of the whole run so far.
@@ -71,6 +73,8 @@ class Run:
         self.optimizer: torch.optim.Optimizer | None = None
         self.accuracy: dict[str, list[list[float | None]]] = {}
         self.validation: dict[str, list[list[float | None]]] = {}
+        self.evaluations: Evaluations | None = None
+        self._begin_evaluations()
         self.losses: dict[str, Tensor] = {}
         self.task_gradients: dict[str, Tensor] = {}
         self.total_steps = 0
@@ -92,6 +96,11 @@ class Run:
         self._classes_of_task = torch.stack(
             [class_mask(classes, n_classes, self.device) for classes in self.scenario.classes]
         )
+
+    def _begin_evaluations(self) -> None:
+        """Begin to collect the evaluations while learning, if the configuration asks for any."""
+        run = self.config.run
+        self.evaluations = None if run.eval_every == "experience" else Evaluations(run.eval_every, run.eval_images)
 
     @property
     def step(self) -> int:

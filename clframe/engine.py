@@ -287,7 +287,7 @@ class Engine:
 
     def evaluate_within(self, predictor: PredictorHook) -> None:
         """Record a row while learning, where ``run.eval_every`` asks for that."""
-        if self.evaluator.is_due():
+        if self.evaluator.is_due(self.position.steps):
             with self.timings.stopped():
                 self.evaluator.record(predictor)
 

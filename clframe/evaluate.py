@@ -5,7 +5,8 @@ An evaluation mode, a *reading* in the code and in files, says which classes an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clframe.data.batch import ImageData
+from clframe.data.files import LazyImages
 from clframe.data.scenario import Scenario, Setting
 from clframe.data.transform import Transform
-from clframe.events import EpochEvaluated, EvalPart, Evaluated
+from clframe.events import EvalPart, Evaluated, EvaluatedWithin
 from clframe.model import IncrementalNet, class_mask, evaluating, masked
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Reading = Literal["class", "task", "domain"]
 PredictorHook = Callable[..., nn.Module | None]  # the hook `predictor`, which is called with the run
+KEPT_BYTES = 2**28  # of images at most that are kept normalized between evaluations while learning
 
 
 class Predictor(nn.Module):
@@ -196,6 +199,7 @@ class Evaluator:
         self.readings = Readings(scenario.setting, scenario.classes)
         self.baseline: dict[str, list[float | None]] = {}
         self.row: Row | None = None
+        self._few: dict[EvalPart, FewImages] = {}
 
     @property
     def parts(self) -> list[EvalPart]:
@@ -237,42 +241,90 @@ class Evaluator:
                 matrices.setdefault(reading, []).append(accuracy)
         for part, row in rows.items():
             accuracies = {str(mode): values for mode, values in row.accuracy.items()}
+            if part == "test" and not blank:
+                self._record_end(hook, row)
             run._emit(Evaluated(run.experience.index, run.total_steps, part, accuracies))
         self.row = rows["test"]
         return self.row
 
-    def is_due(self) -> bool:
-        """Return whether ``run.eval_every`` asks for an evaluation after the step that was taken."""
-        return self.run.config.run.eval_every == "epoch" and (self.run.step + 1) % self.run.batches_per_epoch == 0
+    def is_due(self, steps: int) -> bool:
+        """Return whether ``run.eval_every`` asks for an evaluation after so many steps of the experience."""
+        every = self.run.config.run.eval_every
+        if every == "epoch":
+            return (self.run.step + 1) % self.run.batches_per_epoch == 0
+        return isinstance(every, int) and steps % every == 0
 
     def record(self, hook: PredictorHook) -> None:
-        """Record a row while learning; it enters no matrix."""
+        """Record an evaluation while learning; it enters no matrix."""
         run = self.run
-        place = (run.experience.index, run.phase.name, run.epoch, run.total_steps)
         for part in self.parts:
-            for reading, accuracy in self.evaluate(hook, part=part).accuracy.items():
-                run._emit(EpochEvaluated(*place, part, reading, accuracy))
+            if run.config.run.eval_images is not None:
+                accuracy = self.evaluate_few(hook, part)
+            else:
+                seen_only = run.config.run.eval_every != "epoch"  # what costs nothing between epochs does between steps
+                accuracy = self.evaluate(hook, part=part, seen_only=seen_only).accuracy
+            if part == "test" and run.evaluations is not None:
+                run.evaluations.add(run.experience.index, run.total_steps, accuracy)
+            self._emit_within(part, accuracy)
+
+    def _record_end(self, hook: PredictorHook, row: Row) -> None:
+        """Add the evaluation at an experience's end to those within it.
+
+        It is on the same images: those of ``run.eval_images``, where this is set, else all, of which there is `row`. A
+        row on all images among rows on a part of them would differ from both neighbors by the choice of images.
+        """
+        run = self.run
+        if run.evaluations is None:
+            return
+        place = run.experience.index, run.total_steps
+        if run.config.run.eval_images is None:
+            run.evaluations.add_end(*place, row.accuracy, [len(labels) for labels in row.labels])
+            return
+        accuracy = self.evaluate_few(hook, "test")
+        run.evaluations.add_end(*place, accuracy, self._few["test"].counts)
+        self._emit_within("test", accuracy)
+
+    def _emit_within(self, part: EvalPart, accuracy: Mapping[Reading, list[float | None]]) -> None:
+        run = self.run
+        evaluations = run.evaluations
+        place = (run.experience.index, run.phase.name, run.epoch, run.total_steps)
+        for reading, row in accuracy.items():
+            if evaluations is not None:
+                run._emit(EvaluatedWithin(*place, part, reading, row, evaluations.every, evaluations.images))
 
     def state(self) -> dict[str, Any]:
         """Return what was measured so far."""
-        measured = {"accuracy": self.run.accuracy, "baseline": self.baseline}
+        measured: dict[str, Any] = {"accuracy": self.run.accuracy, "baseline": self.baseline}
+        if self.run.evaluations is not None:
+            measured["evaluations"] = self.run.evaluations.state()
         return measured | ({"validation": self.run.validation} if self.scenario.val_share else {})
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue with what was measured before; the rows of validation images may not have been kept."""
+        """Continue with what was measured before.
+
+        The rows of validation images, and the evaluations while learning, may not have been kept.
+        """
         self.run.accuracy, self.baseline = state["accuracy"], state["baseline"]
+        if self.run.evaluations is not None:
+            if state.get("evaluations") is not None:
+                self.run.evaluations.load(state["evaluations"])
+            else:
+                self.run.evaluations.whole = False
         if self.scenario.val_share:
             measured = state.get("validation", {})
             empty = {mode: [[None] * len(row) for row in rows] for mode, rows in self.run.accuracy.items()}
             self.run.validation = {mode: measured.get(mode, rows) for mode, rows in empty.items()}
 
-    def evaluate(self, hook: PredictorHook, *, keep_scores: bool = False, part: EvalPart = "test") -> Row:
+    def evaluate(
+        self, hook: PredictorHook, *, keep_scores: bool = False, part: EvalPart = "test", seen_only: bool = False
+    ) -> Row:
         """Evaluate on the images of every experience that the head covers after the current one.
 
         Args:
             hook: the hook `predictor`; its module maps images and tasks to scores, see `Predictor`.
             keep_scores: keep the scores in the result.
             part: the test images, or the training images that are held out for validation.
+            seen_only: leave later experiences out.
         """
         run = self.run
         predictor = self.answering(hook)
@@ -285,7 +337,7 @@ class Evaluator:
             row.scores[name] = []
         uses_task = getattr(predictor, "uses_task", True)
         # a later task may have classes of the head, and still nothing to compute with
-        last = after if getattr(predictor, "needs_task", False) else len(self.scenario) - 1
+        last = after if seen_only or getattr(predictor, "needs_task", False) else len(self.scenario) - 1
         n_classes = n_answerable(predictor, run.model.n_classes)
         with evaluating(predictor), torch.no_grad():
             for on, experience in enumerate(self.scenario):
@@ -302,7 +354,8 @@ class Evaluator:
                         continue
                     with_task = uses_task and name == "task"
                     if scores is None or with_task:
-                        scores = _scores(predictor, self.scenario.transform, data, batch_size, with_task)
+                        batches = _normalize_parts(self.scenario.transform, data, batch_size)
+                        scores = _scores(predictor, batches, with_task)
                         kept = scores.cpu() if keep_scores else None
                     row.scores[name].append(kept)
                     choices = self.readings.choices(name, after, on)
@@ -313,9 +366,108 @@ class Evaluator:
                     row.accuracy[name].append(correct.sum().item() / len(data))
         return row
 
+    def evaluate_few(self, hook: PredictorHook, part: EvalPart) -> dict[Reading, list[float | None]]:
+        """Evaluate on ``run.eval_images`` images of each class of the experiences so far.
 
-def _scores(predictor: nn.Module, transform: Transform, data: ImageData, batch_size: int, with_task: bool) -> Tensor:
-    """Return the scores [N, C] float32 of all images of `data`, with their tasks if `with_task`."""
-    return torch.cat(
-        [predictor(transform.normalize(p.x), p.task if with_task else None) for p in data.parts(batch_size)]
-    ).float()
+        All of them go through the predictor together, once, and once more where its scores depend on a given task.
+
+        Returns:
+            For each evaluation mode, the accuracy on each experience; None for later ones, and where there is one class
+            to choose from.
+        """
+        run = self.run
+        after = run.experience.index
+        few = self._few_images(part)
+        predictor = self.answering(hook)
+        uses_task = getattr(predictor, "uses_task", True)
+        found: dict[Reading, list[float | None]] = {}
+        scores: Tensor | None = None
+        with evaluating(predictor), torch.no_grad():
+            for name in self.readings.names(predictor):
+                found[name] = [None] * len(self.scenario)
+                if not len(few.data):
+                    continue
+                with_task = uses_task and name == "task"
+                if scores is None or with_task:
+                    scores = _scores(predictor, few.batches(self.scenario.transform), with_task)
+                choices = [self.readings.choices(name, after, on) for on in range(after + 1)]
+                masks = [class_mask(classes, scores.shape[1], run.device) for classes in choices]
+                mask = torch.stack(masks)[few.on] if name == "task" else masks[0]
+                right = masked(scores, mask).argmax(1) == few.data.y
+                counts = torch.bincount(few.on[right], minlength=after + 1).tolist()
+                for on, count in enumerate(counts):
+                    if few.counts[on] and len(choices[on]) > 1:
+                        found[name][on] = count / few.counts[on]
+        return found
+
+    def _few_images(self, part: EvalPart) -> FewImages:
+        """Return the images of `evaluate_few`, which stay the same for as long as an experience lasts."""
+        settings = self.run.config.run
+        n = self.run.experience.index + 1
+        if part not in self._few or len(self._few[part].counts) != n:
+            drawn = [
+                draw_few(getattr(self.scenario[on], part), settings.eval_images, settings.seed * 10_007 + on)
+                for on in range(n)
+            ]
+            self._few[part] = FewImages(drawn, settings.eval_batch_size, self.run.device)
+        return self._few[part]
+
+
+class FewImages:
+    """Some images of each experience so far, for evaluations while learning.
+
+    Args:
+        parts: the images of each experience so far.
+        size: how many of them are computed together.
+        device: where the images are kept, unless they are in files.
+
+    Attributes:
+        data: the images of all experiences, one after another.
+        on: [N] int64, the index of the experience of each image.
+        counts: number of images of each experience.
+    """
+
+    def __init__(self, parts: Sequence[ImageData], size: int, device: torch.device) -> None:
+        self.counts = [len(part) for part in parts]
+        self.data = ImageData.concat([part for part in parts if len(part)] or list(parts[:1])).to(device)
+        self.on = torch.arange(len(parts)).repeat_interleave(torch.tensor(self.counts)).to(device)
+        self._size = size
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def batches(self, transform: Transform) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the normalized images [B, ...] and their tasks [B]; normalized once, where they are in memory."""
+        if self._kept is not None:
+            return self._kept
+        found = _normalize_parts(transform, self.data, self._size)
+        values = len(self.data) * math.prod(self.data.images.shape[1:])
+        if isinstance(self.data.images, LazyImages) or 4 * values > KEPT_BYTES:
+            return found
+        self._kept = list(found)
+        return self._kept
+
+
+def draw_few(data: ImageData, per_class: int | None, seed: int) -> ImageData:
+    """Return `per_class` random images of each class of `data`, in their order; all of a class that has fewer.
+
+    They are drawn from `seed` alone, so that a resumed run evaluates the same; None: all images.
+    """
+    if per_class is None:
+        return data
+    generator = torch.Generator().manual_seed(seed)
+    labels = data.y.cpu()
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in sorted(set(labels.tolist())):
+        where = (labels == label).nonzero().flatten()
+        chosen[where[torch.randperm(len(where), generator=generator)[:per_class]]] = True
+    return data.rows(chosen.nonzero().flatten().to(data.device))
+
+
+def _normalize_parts(transform: Transform, data: ImageData, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the normalized images [B, ...] of `data` and their tasks [B], `batch_size` at a time."""
+    for part in data.parts(batch_size):
+        yield transform.normalize(part.x), part.task
+
+
+def _scores(predictor: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], with_task: bool) -> Tensor:
+    """Return the scores [N, C] float32 of all images in `batches`, with their tasks if `with_task`."""
+    return torch.cat([predictor(x, task if with_task else None) for x, task in batches]).float()

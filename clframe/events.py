@@ -164,8 +164,10 @@ class Tick(Event):
 
 
 @dataclass(frozen=True, eq=False)
-class EpochEvaluated(Event):
-    """An epoch was evaluated, with ``run.eval_every=epoch``; one event for each evaluation mode and part.
+class EvaluatedWithin(Event):
+    """The run was evaluated while learning, as ``run.eval_every`` asks; one event for each evaluation mode and part.
+
+    With ``run.eval_images``, there is also one at the end of each experience, on the same test images.
 
     Attributes:
         experience: index of the experience.
@@ -175,6 +177,8 @@ class EpochEvaluated(Event):
         part: test images, or the training images that ``train.val`` holds out.
         reading: the evaluation mode.
         row: accuracy on each experience.
+        every: steps between two evaluations, or ``epoch``.
+        images: how many images of each class were evaluated; None: all.
     """
 
     kind = "within"
@@ -185,6 +189,8 @@ class EpochEvaluated(Event):
     part: EvalPart
     reading: str
     row: Accuracies
+    every: int | Literal["epoch"]
+    images: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +259,6 @@ EVENTS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         *(Started, Message, ExperienceBegan, PhaseBegan, StepTaken, Progress),
-        *(Tick, EpochEvaluated, Evaluated, Logged, ImagesLogged, Ended),
+        *(Tick, EvaluatedWithin, Evaluated, Logged, ImagesLogged, Ended),
     )
 }

@@ -82,7 +82,7 @@ def measures(
 
 def average_accuracy(matrix: Matrix) -> float | None:
     """Return the mean of the last row over the experiences seen; None if it is not known."""
-    return _mean(matrix[-1][: len(matrix)]) if matrix else None
+    return mean(matrix[-1][: len(matrix)]) if matrix else None
 
 
 def average_incremental_accuracy(matrix: Matrix, counts: Sequence[int]) -> float | None:
@@ -91,10 +91,10 @@ def average_incremental_accuracy(matrix: Matrix, counts: Sequence[int]) -> float
     for i, row in enumerate(matrix):
         seen = row[: i + 1]
         correct = [None if a is None else a * n for a, n in zip(seen, counts, strict=False)]
-        mean = _mean(correct)
+        right = mean(correct)
         images = sum(counts[: i + 1])
-        rows.append(None if mean is None or not images else mean * len(seen) / images)
-    return _mean(rows)
+        rows.append(None if right is None or not images else right * len(seen) / images)
+    return mean(rows)
 
 
 def forgetting(matrix: Matrix) -> float | None:
@@ -103,32 +103,32 @@ def forgetting(matrix: Matrix) -> float | None:
     for j in range(len(matrix) - 1):
         known = [row[j] for row in matrix]
         best = max((a for a in known if a is not None), default=None)
-        drops.append(None if known[j] is None else _difference(best, known[-1]))
-    return _mean(drops)
+        drops.append(None if known[j] is None else difference(best, known[-1]))
+    return mean(drops)
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
     """Return the mean, over all experiences but the last, of the accuracy at the end minus that just after learning."""
-    return _mean(_difference(matrix[-1][j], matrix[j][j]) for j in range(len(matrix) - 1))
+    return mean(difference(matrix[-1][j], matrix[j][j]) for j in range(len(matrix) - 1))
 
 
 def forward_transfer(matrix: Matrix, baseline: Sequence[float | None] | None) -> float | None:
     """Return the mean, over all experiences but the first, of the accuracy just before learning minus `baseline`."""
     if baseline is None:
         return None
-    return _mean(_difference(matrix[j - 1][j], baseline[j]) for j in range(1, len(matrix)))
+    return mean(difference(matrix[j - 1][j], baseline[j]) for j in range(1, len(matrix)))
 
 
 def intransigence(matrix: Matrix, joint: Sequence[float | None] | None) -> float | None:
     """Return the mean, over all experiences, of the accuracy of a joint run minus that just after learning."""
     if joint is None:
         return None
-    return _mean(_difference(joint[j], matrix[j][j]) for j in range(len(matrix)))
+    return mean(difference(joint[j], matrix[j][j]) for j in range(len(matrix)))
 
 
 def learning_accuracy(matrix: Matrix) -> float | None:
     """Return the mean, over all experiences, of the accuracy just after learning."""
-    return _mean(matrix[j][j] for j in range(len(matrix)))
+    return mean(matrix[j][j] for j in range(len(matrix)))
 
 
 def calibration(scores: Tensor, labels: Tensor) -> dict[str, Measure]:
@@ -237,7 +237,7 @@ def _predictions(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, (predicted == labels).double()
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean; None if there are no values or any of them is None."""
     known = list(values)
     total = 0.0
@@ -248,6 +248,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return total / len(known) if known else None
 
 
-def _difference(a: float | None, b: float | None) -> float | None:
+def difference(a: float | None, b: float | None) -> float | None:
     """Return a - b; None if either is None."""
     return None if a is None or b is None else a - b

@@ -191,7 +191,11 @@ def explain(error: ValidationError, where: str) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
         # pydantic adds the tried member of a union to the place; what a person wrote ends before it
-        parts = [str(part) for part in problem["loc"] if not re.search(r"[\[(]|^(int|float|str|bool)$", str(part))]
+        parts = [
+            str(part)
+            for part in problem["loc"]
+            if not re.search(r"[\[(]|^(constrained-)?(int|float|str|bool)$", str(part))
+        ]
         reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
         if problem["type"] == "value_error" and not parts:
             reasons[reason] = []  # about a group of settings as a whole: it names them itself

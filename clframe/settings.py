@@ -149,7 +149,13 @@ class RunSettings(Settings):
         default=None, description="folder of the data sets; null: CLFRAME_DATA, else the user's cache"
     )
     output: FolderName | None = Field(default=None, description="folder of this run; null: a new one under runs/")
-    eval_every: Literal["experience", "epoch"] = Field(default="experience", description="how often to evaluate")
+    eval_every: Literal["experience", "epoch"] | Count = Field(
+        default="experience", description="how often to evaluate: after each experience, also each epoch, or N steps"
+    )
+    eval_images: Count | None = Field(
+        default=None,
+        description="test images of each class in evaluations while learning, drawn once from the seed; null: all",
+    )
     eval_batch_size: Count = Field(default=512, description="images at a time in evaluation")
     checkpoint_every: NonNegative = Field(default=60.0, description="seconds between checkpoints within an experience")
     log_every: Count = Field(default=50, description="steps between two records of the losses")
@@ -162,6 +168,12 @@ class RunSettings(Settings):
     )
     joint: FolderName | None = Field(default=None, description="folder of a finished joint run, for intransigence")
     predictions: bool = Field(default=True, description="keep the scores of every test image")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSettings:
+        if self.eval_images is not None and self.eval_every == "experience":
+            raise ValueError("`run.eval_images` needs `run.eval_every=epoch`, or a number of steps there, such as 10")
+        return self
 
     def observers(self) -> list[str]:
         """Return the names of the plugins that these settings switch on, in the order of the fields."""

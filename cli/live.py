@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 REDRAW = 0.25  # seconds
 NAMED = 6  # names at most that a line has
-AT_ONCE = ("experience", "phase", "within", "eval", "end")  # kinds of records that are shown without waiting
+AT_ONCE = ("experience", "phase", "eval", "end")  # kinds of records that are shown without waiting
+LINES = 1.0  # seconds between two plain lines on evaluations every few steps
 
 
 class Live:
@@ -46,7 +47,9 @@ class Live:
         self.tick: Event | None = None
         self.rows: dict[str, dict[int, list[float | None]]] = {}
         self.held_out: dict[str, list[float | None]] = {}  # for each evaluation mode its latest row
-        self.within: dict[str, tuple[int, list[float | None]]] = {}  # the latest epoch's, of the experience under way
+        # the latest row while learning, of the experience under way, and the epoch or step after which it was measured
+        self.within: dict[str, tuple[str, list[float | None]]] = {}
+        self.within_shown = (0, 0.0)  # the step and the time of the latest plain line on one between epochs
         self.began = self.phase_began = time.monotonic()
         self.took: float | None = None  # seconds of the latest finished experience
         self.drawn = 0.0
@@ -71,7 +74,8 @@ class Live:
         if handle := getattr(self, f"_{kind}", None):
             handle(record)
         now = time.monotonic()
-        if self.screen and (kind in AT_ONCE or now - self.drawn >= REDRAW):
+        at_once = kind in AT_ONCE or (kind == "within" and record.get("every", "epoch") == "epoch")
+        if self.screen and (at_once or now - self.drawn >= REDRAW):
             self.drawn = now
             self.screen.update(self._draw(), refresh=True)
 
@@ -107,13 +111,25 @@ class Live:
 
     def _within(self, record: Event) -> None:
         reading, row = record["reading"], record["row"]
-        place = f"{self._place()}, epoch {record['epoch'] + 1}"
-        if record.get("part") == "val":
+        by_epoch = record.get("every", "epoch") == "epoch"
+        after = f"epoch {record['epoch'] + 1}" if by_epoch else f"step {record['total_step']:,} of the run"
+        held_out = record.get("part") == "val"
+        if held_out:
             self.held_out[reading] = row
-            self._plain(f"{place}, {HELD_OUT}: {_format_row(reading, row)}")
         else:
-            self.within[reading] = record["epoch"] + 1, row
+            self.within[reading] = after, row
+        if by_epoch or self._is_due(record["total_step"]):
+            place = f"{self._place()}, {after}" + (f", {HELD_OUT}" if held_out else "")
             self._plain(f"{place}: {_format_row(reading, row)}")
+
+    def _is_due(self, step: int) -> bool:
+        """Return whether plain lines on the evaluation after `step` are due; all of one evaluation are, or none."""
+        latest, when = self.within_shown
+        now = time.monotonic()
+        if step != latest and now - when < LINES:
+            return False
+        self.within_shown = (step, now)
+        return True
 
     def _eval(self, record: Event) -> None:
         n_learned = record["experience"] + 1
@@ -175,8 +191,8 @@ class Live:
         drawn.add_column(f"{MODES.get(reading, reading)}, %")
         rows = {f"after {i + 1}": (i + 1, row) for i, row in self.rows.get(reading, {}).items()}
         if reading in self.within:
-            epoch, row = self.within[reading]
-            rows[f"{self.index + 1}, epoch {epoch}"] = self.index + 1, row
+            after, row = self.within[reading]
+            rows[f"{self.index + 1}, {after.removesuffix(' of the run')}"] = self.index + 1, row
         widest = max(len(row) for _, row in rows.values())
         room = max(1, (self.console.width - 28) // 7)
         if widest > room:

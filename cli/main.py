@@ -17,7 +17,7 @@ import typer
 
 from clframe import __version__, compose, registry
 from clframe.cli import advice, compare, runs, show, streams
-from clframe.cli.parameters import Json, Quiet, complete, whole_number
+from clframe.cli.parameters import Json, Quiet, complete, read_interval, whole_number
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
@@ -137,7 +137,11 @@ def run(
         str | None, typer.Option(metavar="FOLDER", help="Folder of this run [default: a new one under runs/].")
     ] = None,
     eval_every: Annotated[
-        str | None, typer.Option(metavar="experience|epoch", help="How often to evaluate [default: experience].")
+        str | None,
+        typer.Option(
+            metavar="experience|epoch|N",
+            help="How often to evaluate: after each experience, also each epoch, or N steps [default: experience].",
+        ),
     ] = None,
     no_tensorboard: Annotated[bool, typer.Option("--no-tensorboard", help="Write no curves.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
@@ -160,7 +164,7 @@ def run(
                 device=device,
                 data_root=data_root,
                 output=output,
-                eval_every=eval_every,
+                eval_every=read_interval(eval_every),
                 tensorboard=False if no_tensorboard else None,
             ),
         )

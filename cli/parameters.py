@@ -34,6 +34,16 @@ def read_whole(text: str) -> int:
     raise typer.BadParameter(f"{text!r} is not a valid integer.")
 
 
+def read_interval(text: str | None) -> int | str | None:
+    """Read a number of steps as `--set` takes it; leave a word as it is, for the settings to accept or refuse."""
+    if text is None:
+        return None
+    try:
+        return read_whole(text)
+    except typer.BadParameter:
+        return text
+
+
 def whole_number(help: str) -> Any:
     """Return an option that takes a whole number."""
     return typer.Option(metavar="N", parser=read_whole, help=help)

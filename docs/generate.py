@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 import clframe
-from clframe import compose, contract, hooks, metrics, registry
+from clframe import compose, contract, curve, hooks, metrics, registry
 from clframe.context import Run
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import REQUIRED, Option, fields_of, options_of, sections_of
@@ -325,6 +325,16 @@ def measures(_: str) -> str:
     found = metrics.measures([[1.0]], [1]) | metrics.calibration(
         torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     )
+    return measure_table(found)
+
+
+def measures_while_learning(_: str) -> str:
+    """Return the table of the measures of evaluations while learning."""
+    return measure_table(curve.measures(curve.Curve([], {}, [], []), "epoch", None))
+
+
+def measure_table(found: Mapping[str, metrics.Measure]) -> str:
+    """Return the table of measures by name, with formula and source."""
     rows = [
         [code(name), prose(m.formula), prose(m.source)] for name, m in found.items()
     ]
@@ -574,6 +584,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         backbones,
         settings,
         measures,
+        measures_while_learning,
         events,
         commands,
         api,

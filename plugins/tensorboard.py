@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clframe.settings import Config
 
 VALIDATION = "validation_"  # prefix of the groups of accuracies on held-out images
+WHILE_LEARNING = "while_learning/"  # prefix of the groups of measures of evaluations within experiences
 TITLES = {"class": "class-incremental", "task": "task-incremental", "domain": "domain-incremental"}
 MOST_ANNOTATED = 25  # experiences; the cells of a larger matrix are too small for readable figures
 # red, green, blue at 0, 25, 50, 75 and 100 %, in even steps of lightness (0.97 to 0.33 in OKLab)
@@ -34,11 +35,12 @@ class TensorBoard(Plugin):
     Two axes are in use. Accuracies and measures taken after an experience stand at the number of experiences learned
     (1, 2, ...), so that the curves of methods that take unequal numbers of steps can be laid over each other:
     ``accuracy_<reading>/experience_<j>`` (all in one chart under Custom Scalars), ``average_accuracy/<reading>``,
-    ``forgetting/<reading>``, the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops, and the images
-    that a method shows (`Run.log_images`), under its name. With ``train.val``, the accuracies on the held-out images
-    are likewise ``validation_<reading>/experience_<j>``. Everything else stands at the step of the run:
+    ``forgetting/<reading>``, with ``run.eval_every`` the measures while learning
+    (``while_learning/<measure>/<reading>``), the image ``accuracy_matrix/<reading>``, drawn when the run ends or stops,
+    and the images that a method shows (`Run.log_images`), under its name. With ``train.val``, the accuracies on the
+    held-out images are likewise ``validation_<reading>/experience_<j>``. Everything else stands at the step of the run:
     ``loss/<term>``, ``learning_rate``, ``log/<name>``, and ``within_<reading>/experience_<j>``, the accuracies between
-    the epochs of an experience (``validation_within_...`` on held-out images).
+    the epochs or steps of an experience (``validation_within_...`` on held-out images).
 
     After a resume, everything written beyond the checkpoint's step is purged; an accuracy may be written twice, with
     the same value at the same place. Nothing is written if the run keeps no folder.
@@ -111,9 +113,18 @@ class TensorBoard(Plugin):
                 self.scalars(f"accuracy_{reading}", by_experience(row), len(matrix))
                 self.scalars("average_accuracy", {reading: average_accuracy(matrix)}, len(matrix))
                 self.scalars("forgetting", {reading: forgetting(matrix)}, len(matrix))
+            if run.config.run.eval_every != "experience":
+                self.measures_while_learning(run)
         else:
             return
         self.writer.flush()
+
+    def measures_while_learning(self, run: Run) -> None:
+        """Add the measures while learning, so far, at the number of experiences learned."""
+        for reading, measures in run.evaluations.measures().items() if run.evaluations is not None else ():
+            learned = len(run.accuracy[reading])
+            for name, measure in measures.items():
+                self.scalars(f"{WHILE_LEARNING}{name}", {reading: measure.value}, learned)
 
     def scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
         """Add one point to each curve of a group; None adds no point."""
@@ -167,7 +178,8 @@ def layout(setting: str, config: Config) -> dict[str, dict[str, list[Any]]]:
     after["average accuracy"] = curves("average_accuracy/")
     after["forgetting"] = curves("forgetting/")
     pages = {"After each experience (x: experiences learned)": after}
-    if config.run.eval_every == "epoch":
+    if config.run.eval_every != "experience":
+        after["measures while learning"] = curves(WHILE_LEARNING)
         pages["Within experiences (x: steps)"] = between
     return {**pages, "Training (x: steps)": {"loss terms": curves("loss/")}}
 

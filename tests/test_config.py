@@ -157,7 +157,18 @@ def test_a_flag_ends_the_other_length_of_the_file_but_two_of_one_place_are_refus
         ({"train": {"lr": float("nan")}}, "`train.lr` is nan: it should be a finite number."),
         ({"sets": ["train.lr=.inf"]}, "`train.lr` is inf: it should be a finite number."),
         ({"sets": ["train.epochs=1.5"]}, "`train.epochs` is 1.5: it should be a valid integer."),
-        ({"run": {"eval_every": "step"}}, "`run.eval_every` is 'step': it should be 'experience' or 'epoch'."),
+        (
+            {"run": {"eval_every": "step"}},
+            "`run.eval_every` is 'step': it should be 'experience' or 'epoch' or a valid integer.",
+        ),
+        (
+            {"run": {"eval_every": 0}},
+            "`run.eval_every` is 0: it should be 'experience' or 'epoch' or greater than or equal to 1.",
+        ),
+        (
+            {"run": {"eval_images": 50}},
+            "`run.eval_images` needs `run.eval_every=epoch`, or a number of steps there, such as 10.",
+        ),
         ({"train": {"nesterov": True}}, "`train.nesterov` needs a `train.momentum` above 0."),
         (
             {"sets": ["joint.form=once"]},

@@ -37,7 +37,7 @@ def test_listeners_get_events_and_the_folder_their_lines(tiny, tmp_path) -> None
     clframe.run(tiny(experiences=2), "mlp-100", train={"epochs": 1}, run=run, listeners=[heard.append])
     assert {type(event) for event in heard} >= {
         *(events.Started, events.ExperienceBegan, events.PhaseBegan, events.StepTaken),
-        *(events.EpochEvaluated, events.Evaluated, events.Ended),
+        *(events.EvaluatedWithin, events.Evaluated, events.Ended),
     }
     written = [dict(event) for event in heard if event.kind in ("step", "within", "eval", "log")]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

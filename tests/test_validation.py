@@ -255,7 +255,7 @@ def test_the_live_table_has_test_images_and_a_line_for_images_held_out():
         record = {"experience": 0, "epoch": 0, "phase": "train", "reading": "class"}
         live({"kind": "within", **record, "part": "test", "row": [0.5, None]})
         live({"kind": "within", **record, "part": "val", "row": [0.25, None]})
-        assert live.within == {"class": (1, [0.5, None])}
+        assert live.within == {"class": ("epoch 1", [0.5, None])}
         assert live._draw().renderables[-1].plain == "Images held out: class-incremental accuracy 25.0 % (25.0)"
         live({"kind": "eval", "experience": 0, "total_step": 9, "part": "test", "rows": {"class": [1.0, None]}})
         live({"kind": "eval", "experience": 0, "total_step": 9, "part": "val", "rows": {"class": [0.75, None]}})

@@ -42,6 +42,7 @@ def collect_results(engine: Engine) -> Results:
         row = row.blank_copy()
     counts = [len(labels) for labels in row.labels]
     methods = [plugin for plugin in run.plugins if not plugin.observer]
+    within = run.evaluations.measures() if run.evaluations is not None else {}
     data = {
         "format": RESULTS_FORMAT,
         "scenario": stream.name,
@@ -60,8 +61,10 @@ def collect_results(engine: Engine) -> Results:
                     matrix, counts, _read_joint(run.config.run.joint, reading), engine.evaluator.baseline.get(reading)
                 ).items()
             }
+            | {name: asdict(measure) for name, measure in within.get(reading, {}).items()}
             for reading, matrix in run.accuracy.items()
         },
+        **({"while_learning": run.evaluations.describe()} if run.evaluations is not None else {}),
         "baseline": engine.evaluator.baseline,
         "classes": [list(classes) for classes in stream.classes],
         "class_names": list(stream.class_names),

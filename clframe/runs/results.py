@@ -127,11 +127,23 @@ class Results:
 
     def notes(self) -> list[str]:
         """Return sentences on the data, such as images that were left out, and on what the figures leave out."""
-        of_data = list(self.data.get("notes", []))
+        notes = list(self.data.get("notes", []))
+        if within := self.data.get("while_learning"):
+            every = "epoch" if within["every"] == "epoch" else f"{within['every']:,} steps"
+            images = within["images_per_class"]
+            on = (
+                "all test images"
+                if images is None
+                else f"{images:,} test images of each class, or all where there are fewer"
+            )
+            notes.append(
+                f"Evaluated while learning every {every}, on {on}: compare the measures while learning only with those "
+                "of runs evaluated alike."
+            )
         if not self.data.get("extends"):
-            return of_data
+            return notes
         return [
-            *of_data,
+            *notes,
             "Classes learned before this extension were not measured, as a finished run keeps no images: how much of "
             "them is forgotten is not known. To measure it, let `clframe predict` answer test images of old classes, "
             "or run all experiences in one run.",

@@ -41,7 +41,19 @@ class _Kinds(BaseModel):
     accuracy: dict[str, list[Row]]
     validation: dict[str, list[Row]] = {}  # not there without `train.val`, and before it was kept
     baseline: dict[str, Row]
+    evaluations: _Evaluations | None = None  # there with `run.eval_every=epoch` or steps; not before it was kept
     timings: list[dict[str, float | int]]
+
+
+class _Evaluations(BaseModel):
+    model_config = _Kinds.model_config
+
+    experience: Tensor
+    total_step: Tensor
+    end: Tensor
+    accuracy: dict[str, Tensor]
+    counts: list[int]
+    whole: bool
 
 
 class _Position(BaseModel):
@@ -99,6 +111,7 @@ def take_over(engine: Engine, packed: Any, tensors: Mapping[str, Tensor], *, kee
     _restore(engine, packed, tensors, keep_optimizer)
     n = len(engine.stream)
     engine.evaluator.baseline = {}
+    engine.run._begin_evaluations()
     for rows in (*engine.run.accuracy.values(), *engine.run.validation.values()):
         rows[:] = [[*row, *[None] * (n - len(row))] for row in rows]
 
