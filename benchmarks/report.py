@@ -252,6 +252,7 @@ TITLES = {
     "fisher_cost": "Cost of importance per sample",
     "growth": "Training time and memory from 5 to 50 experiences",
     "hook_cost": "Cost of the hooks",
+    "evaluation_cost": "Cost of evaluations while learning",
     "start_cost": "What a command takes before it does anything",
     "streaming": "Images read from files while others are trained on",
     "gated_inference": "A gated network for one task, without the channels that never open",

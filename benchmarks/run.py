@@ -88,6 +88,11 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
 
         return avalanche_split_mnist.measure(data_root, repetitions)
 
+    def evaluation_cost() -> Measured:
+        import evaluation_cost
+
+        return evaluation_cost.measure(data_root, fewer)
+
     def fisher_cost() -> Measured:
         import fisher_cost
 
@@ -127,6 +132,7 @@ def short(data_root: Path, repetitions: int, only: Sequence[str]) -> None:
     fewer = repetitions // 2 + 1  # where they are many or long, so that all parts end within 20 minutes
     parts: dict[str, tuple[Callable[[], Measured], bool]] = {
         "hook_cost": (hook_cost, False),
+        "evaluation_cost": (evaluation_cost, True),
         "fisher_cost": (fisher_cost, False),
         "growth": (growth, True),
         "method_cost": (method_cost, True),

@@ -43,6 +43,7 @@ class Option:
     doc: str
 
 
+UNION_MEMBER = re.compile(r"[\[(]|^(constrained-)?(int|float|str|bool)$")  # names of them in pydantic's problems
 EXACT = 2**53  # above, not every whole number is a float
 STRANGERS = 20  # names at most that are not known and get a sentence of their own each
 KEPT = 1_024  # constructors, or parameters of them, of which is kept what was read of them
