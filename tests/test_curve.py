@@ -18,6 +18,7 @@ from clframe.cli.live import Live
 from clframe.cli.main import main
 from clframe.curve import Curve, Evaluations
 from clframe.errors import DataError, Interrupted
+from clframe.evaluate import ModelPredictor
 from clframe.plugins.tensorboard import TensorBoard
 from clframe.runs import checkpoint
 
@@ -254,6 +255,19 @@ def test_evaluations_come_every_n_steps_of_an_experience_and_at_its_end(tiny: Ca
     assert [step for _, step, _ in entries_of(records, "class", few=False)] == [4, 8, 9, 13, 17, 18, 22, 26, 27]
 
 
+def test_rarer_evaluations_are_some_of_the_frequent_ones_and_never_find_a_lower_minimum(tiny: Callable[..., Scenario]):
+    found = {}
+    for every in (1, 4):
+        records: list[Any] = []
+        results = learn(tiny(), {"er": {"size": 12}}, eval_every=every, listeners=[records.append])
+        found[every] = entries_of(records, "class", few=False), results.measures["class"]
+    assert [entry for entry in found[1][0] if entry in found[4][0]] == found[4][0]
+    for name in ("average_minimum_accuracy", "worst_case_accuracy"):
+        assert (found[4][1][name] or 0.0) >= (found[1][1][name] or 0.0)
+    for name in ("windowed_forgetting_100", "mean_stability_gap", "largest_stability_gap"):
+        assert (found[4][1][name] or 0.0) <= (found[1][1][name] or 0.0)
+
+
 def test_rows_while_learning_leave_out_later_experiences(tiny: Callable[..., Scenario]):
     for settings in ({"eval_every": 4}, {"eval_every": 4, "eval_images": 4}):
         records: list[Any] = []
@@ -263,13 +277,38 @@ def test_rows_while_learning_leave_out_later_experiences(tiny: Callable[..., Sce
                 assert [accuracy is None for accuracy in record["row"]] == [j > record["experience"] for j in range(3)]
 
 
+class OtherWithTask(Plugin):
+    """Answers with the opposite scores where a task is given."""
+
+    name = "other-with-task"
+
+    @hookimpl
+    def predictor(self, run: Any) -> Any:
+        class Turning(ModelPredictor):
+            uses_task = True
+
+            def forward(self, x: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
+                scores = super().forward(x)
+                return scores if task is None else -scores
+
+        return Turning(run.model)
+
+
 def test_as_many_images_as_there_are_give_the_accuracies_of_all(tiny: Callable[..., Scenario]):
     """The two ways to evaluate agree, of methods whose answer depends on the task, too."""
-    for setting, plugins in (("class", ["icarl"]), ("task", ["hat"]), ("domain", [])):
+    kinds: list[tuple[str, int, list[Any]]] = [
+        ("class", 3, ["icarl"]),
+        ("class", 6, [OtherWithTask()]),  # of one class each
+        ("class", 2, [OtherWithTask()]),
+        ("task", 3, ["hat"]),
+        ("domain", 2, []),
+    ]
+    for setting, experiences, plugins in kinds:
         rows = []
         for settings in ({}, {"eval_images": 4}, {"eval_images": 1000, "eval_batch_size": 5}):
             records: list[Any] = []
-            learn(tiny(setting=setting), *plugins, eval_every=2, listeners=[records.append], **settings)
+            stream = tiny(experiences, setting=setting)
+            learn(stream, *plugins, eval_every=2, iterations=4, listeners=[records.append], **settings)
             modes = {r["reading"] for r in records if r["kind"] == "within"}
             entries = {mode: entries_of(records, mode, few=bool(settings)) for mode in modes}
             rows.append({mode: [(i, step, row[: i + 1]) for i, step, row in found] for mode, found in entries.items()})
@@ -358,7 +397,7 @@ def test_joint_training_has_no_accuracy_after_an_experience_to_fall_from(tiny: C
 # --------------------------------------------------------------------------------------- stops and resumes
 
 
-@pytest.mark.parametrize("settings", [{"eval_every": 2}, {"eval_every": 2, "eval_images": 1}, {"eval_every": "epoch"}])
+@pytest.mark.parametrize("settings", [{"eval_every": 2}, {"eval_every": 4, "eval_images": 1}])
 def test_a_stopped_run_goes_on_to_the_same_measures(
     tiny: Callable[..., Scenario], tmp_path: Path, settings: dict[str, Any]
 ):
@@ -367,7 +406,7 @@ def test_a_stopped_run_goes_on_to_the_same_measures(
 
     files = (*testing.FILES, "metrics.jsonl")
     go_on = partial(clframe.resume, scenario=tiny(), progress=False)
-    assert len(testing.stop_and_resume(tmp_path, begin, go_on, 6, files)) >= 6
+    assert len(testing.stop_and_resume(tmp_path, begin, go_on, 4, files)) >= 4
     assert Results.read(tmp_path / "whole").measures["class"]["average_minimum_accuracy"] is not None
 
 
@@ -415,7 +454,7 @@ def test_evaluations_that_do_not_fit_each_other_are_refused(
 
 
 def test_an_extension_begins_with_no_evaluations(tiny: Callable[..., Scenario], tmp_path: Path):
-    first = learn(tiny(), eval_every=2, output=str(tmp_path / "first"))
+    first = learn(tiny(), eval_every=2, eval_images=2, output=str(tmp_path / "first"))
     run = {"output": str(tmp_path / "more"), "tensorboard": False}
     more = clframe.extend(tmp_path / "first", tiny(), run=run, progress=False)
     assert more.data["while_learning"]["every"] == 2
