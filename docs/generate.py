@@ -56,6 +56,7 @@ NAVIGATION = [
     "how-to/own-images.md",
     "how-to/trained-model.md",
     "how-to/combine-methods.md",
+    "how-to/compare-methods.md",
     "how-to/own-package.md",
     "how-to/resume-elsewhere.md",
     "how-to/notebook.md",

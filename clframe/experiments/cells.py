@@ -345,9 +345,14 @@ def _change(cell: Cell, **values: Any) -> None:
 def _write(record: Record) -> None:
     from clframe.system.writing import to_json, write_text  # here, as that imports torch
 
-    record.path.parent.mkdir(parents=True, exist_ok=True)
     fields = {name: value for name, value in vars(record).items() if name != "path"}
-    write_text(record.path, to_json({"format": RECORD_FORMAT, **fields}))
+    try:
+        record.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(record.path, to_json({"format": RECORD_FORMAT, **fields}))
+    except OSError as error:
+        raise DataError(
+            f"{record.path} could not be written ({error.strerror}): make room, and repeat `clframe compare`."
+        ) from error
 
 
 # ------------------------------------------------------------------------------------ carrying out
@@ -418,7 +423,7 @@ def run_inline(cells: Iterable[Cell], tell: Callable[[CellEvent], None]) -> None
         except ClframeError as error:
             sentence = " ".join(str(error).split("\n"))
             full = of_full_disk(error)
-            with suppress(*([OSError] if full else [])):  # the record may find no room either
+            with suppress(*([DataError] if full else [])):  # the record may find no room either
                 fail(cell, sentence)
             tell(CellEvent("failed", cell, sentence))
             if full:

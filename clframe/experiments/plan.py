@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clframe.errors import DataError, RunError, UsageError
+from clframe.errors import DataError, UsageError
 from clframe.experiments.cells import (
     CELLS,
     Cell,
@@ -123,26 +124,24 @@ def make_plan(study: Study, folder: Path, *, keep_stale: bool = False) -> Plan:
     Raises:
         UsageError: with one sentence for each mistake.
         DataError: if data are missing or damaged, or a record in the folder is.
+        RunError: if the scenario of a third party fails.
     """
     forget_code()
     rows = _resolve(study)
     refused: list[Refused] = []
     problems: list[str] = []
     data: dict[str, str] = {}
-    for row in rows:
-        first = row.configs[0][1]
+    for label, scenario_rows in itertools.groupby(rows, key=lambda row: row.scenario):
         try:
-            if row.scenario not in data:
-                data[row.scenario] = find_data(first)
-            if reasons := problems_of(first):
-                refused.append(Refused(row.method.name, row.scenario, reasons))
-        except UsageError as error:
+            for row in scenario_rows:
+                first = row.configs[0][1]
+                data[label] = data.get(label) or find_data(first)
+                if reasons := problems_of(first):
+                    refused.append(Refused(row.method.name, label, reasons))
+        except UsageError as error:  # of the scenario, whatever the method
             problems += error.problems
-        except (DataError, RunError) as error:
-            problems.append(str(error))
-            break
     if problems:
-        raise (UsageError if len(data) == len(study.scenarios) else DataError)("\n".join(dict.fromkeys(problems)))
+        raise UsageError(*dict.fromkeys(problems))
     without = {(r.method, r.scenario) for r in refused}
     records = read_records(folder)
     cells = [
