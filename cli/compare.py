@@ -93,8 +93,12 @@ def compare(
     ] = None,
     workers: Annotated[int | None, whole_number("Cells at a time [default: one for each CPU core].")] = None,
     engine: Annotated[
-        str, typer.Option(metavar="inline", help="What carries the cells out.", show_default=True)
-    ] = "inline",
+        str,
+        typer.Option(
+            metavar="local|dask:ADDRESS|inline",
+            help="What carries the cells out: processes here, the workers of a Dask scheduler, or this process.",
+        ),
+    ] = "local",
     output: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder of the study [default: a new one under runs/].")
     ] = None,
@@ -141,13 +145,15 @@ def compare(
         study.write(path)
         plan.write(path)
         _say_what_differs(plan, keep_stale)
-        _carry_out(plan, path, quiet)
+        _carry_out(plan, path, engine, workers, quiet)
     return _print_outcome(path, json)
 
 
 def _problems_of_flags(
     folder: str | None, output: str | None, plugin: list[str] | None, engine: str, workers: int | None
 ) -> list[str]:
+    from clframe.experiments.workers import read_engine
+
     problems = []
     if plugin:
         named = "+".join(plugin)
@@ -157,8 +163,10 @@ def _problems_of_flags(
         )
     if folder is not None and output is not None:
         problems.append(f"The study has two folders, {quote_path(folder)} and `--output {output}`: name one.")
-    if engine != "inline":
-        problems.append(f"`--engine` is `{engine}`; choices: inline.")
+    try:
+        read_engine(engine)
+    except UsageError as error:
+        problems += error.problems
     if workers is not None and workers < 1:
         problems.append(f"`--workers` is {workers}; it must be 1 or more.")
     return problems
@@ -241,19 +249,22 @@ def _list_names(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _carry_out(plan: Plan, path: Path, quiet: bool) -> None:
+def _carry_out(plan: Plan, path: Path, engine: str, workers: int | None, quiet: bool) -> None:
     """Carry out the cells that are not finished. Raises `Interrupted` with how to go on."""
     from clframe.cli.study_live import StudyLive
-    from clframe.experiments.cells import run_inline
+    from clframe.experiments.children import share_cores
+    from clframe.experiments.workers import run_cells
 
+    waiting = plan.waiting()
+    count = min(workers or share_cores(1), max(1, len(waiting)))
     with StudyLive(plan.cells, quiet) as live:
         try:
-            run_inline(plan.waiting(), live)
+            run_cells(waiting, engine, count, live)
         except Interrupted as error:
-            left = len(plan.waiting())
+            done = len(plan.cells) - len(plan.waiting())
             raise Interrupted(
-                f"The study was stopped with {len(plan.cells) - left} of {len(plan.cells)} cells finished, and the "
-                f"cell under way is saved: `clframe compare {path}` goes on.",
+                f"The study was stopped with {done} of {len(plan.cells)} cells finished, and those under way are "
+                f"saved: `clframe compare {path}` goes on.",
                 error.signal,
             ) from error
         except KeyboardInterrupt:

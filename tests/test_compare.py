@@ -30,7 +30,7 @@ SMALL = ["--scenario", "split-digits", "--method", "er", "--seeds", "2", *SHORT]
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     """Run `clframe compare` with `arguments`, check the exit code, and return what it printed."""
-    found = main(["compare", *arguments])
+    found = main(["compare", "--engine", "inline", *arguments])
     printed = capsys.readouterr()
     assert found == code, printed
     return printed.out, printed.err
@@ -40,7 +40,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the finished study `SMALL`."""
     folder = tmp_path_factory.mktemp("made") / "study"
-    assert main(["compare", *SMALL, "--quiet", "--output", str(folder)]) == 0
+    assert main(["compare", "--engine", "inline", *SMALL, "--quiet", "--output", str(folder)]) == 0
     return folder
 
 
@@ -276,7 +276,7 @@ def test_class_orders_are_the_same_for_all_methods(tmp_path: Path) -> None:
         == 0
     )
     both = ["-s", "split-digits", "-s", "permuted-digits", "--orders", "1"]
-    assert main(["compare", *both, *arguments, "--output", str(one)]) == 0
+    assert main(["compare", "--engine", "inline", *both, *arguments, "--output", str(one)]) == 0
     orders: dict[tuple[str, int | None], list[int]] = {}
     for found in read_study(two).finished:
         orders[found.method, found.order] = json.loads((found.folder / "split.json").read_text())["class_order"]
