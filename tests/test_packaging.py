@@ -17,6 +17,7 @@ pytestmark = pytest.mark.xdist_group("packaging")  # on one worker: all look at 
 
 ROOT = Path(__file__).parent.parent
 TOP = {"clframe/plugins": "plugins", "clframe/scenarios": "scenarios", "clframe/cli": "cli"}
+TEMPLATES = "clframe/experiments/templates"  # data of a package, not one
 BELOW = [path.parent.name for path in sorted((ROOT / "clframe").glob("*/__init__.py"))]
 FOLDERS = {"clframe": "clframe", **TOP, **{f"clframe/{name}": f"clframe/{name}" for name in BELOW}}
 
@@ -41,12 +42,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sources() -> set[str]:
     """The files of all packages, by their names within the distribution."""
-    return {
+    modules = {
         f"{package}/{file.name}"
         for package, folder in FOLDERS.items()
         for file in (ROOT / folder).iterdir()
         if file.suffix == ".py" or file.name == "py.typed"
     }
+    return modules | {f"{TEMPLATES}/{file.name}" for file in (ROOT / TEMPLATES).iterdir()}
 
 
 def test_the_wheel_holds_every_file_of_the_folders_and_no_other(built: Path):
@@ -55,7 +57,7 @@ def test_the_wheel_holds_every_file_of_the_folders_and_no_other(built: Path):
         metadata = next(n for n in wheel.namelist() if n.endswith("/entry_points.txt"))
         entry_points = wheel.read(metadata).decode()
     assert names == sources()
-    assert "clframe/py.typed" in names
+    assert {"clframe/py.typed", f"{TEMPLATES}/study.html", f"{TEMPLATES}/style.css"} <= names
     assert "ewc = clframe.plugins.ewc:EWC" in entry_points
 
 
@@ -78,7 +80,8 @@ def test_the_sdist_holds_what_the_wheel_is_built_from(built: Path):
 def test_the_folders_are_flat():
     """A package below them would be found by an editable install and be missing from the wheel."""
     for folder in FOLDERS.values():
-        below = [path.name for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"]
+        data = {"__pycache__", Path(TEMPLATES).name if TEMPLATES.startswith(f"{folder}/") else ""}
+        below = [path.name for path in (ROOT / folder).iterdir() if path.is_dir() and path.name not in data]
         assert sorted(below) == (BELOW if folder == "clframe" else [])
 
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import itertools
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable, Mapping
+from datetime import date
+from html.parser import HTMLParser
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from clframe.cli.main import main
 from clframe.config import resolve, to_yaml
 from clframe.errors import DataError, UsageError
-from clframe.experiments.outcome import read_runs
+from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, read_runs
+from clframe.experiments.rendering import FORMATS
+from clframe.experiments.report import report_study
+from clframe.experiments.run_report import report_run
 from clframe.metrics import Measure
+from clframe.registry import build_scenario
+from clframe.runs.files import read_config
+from clframe.runs.results import Results
 
 CLASSES = [[0, 1], [2, 3], [4, 5]]
 
@@ -183,3 +199,351 @@ def test_a_run_counts_once_and_its_figures_are_numbers(write: Write):
     (second / "results.json").unlink()
     with pytest.raises(DataError, match="is not finished"):
         read_runs([second])
+
+
+# Reports of studies.
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements with their attributes, its tables, the text of its style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.texts: dict[str, str] = {}
+        self._path: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._path.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._path and self._path.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        tag = self._path[-1] if self._path else ""
+        self.texts[tag] = self.texts.get(tag, "") + data
+        if self.tables and {"td", "th"} & {*self._path}:
+            self.tables[-1][-1][-1] += data
+
+
+def cell_of(
+    method: str,
+    accuracy: float,
+    *,
+    seed: int = 0,
+    scenario: str = "split-digits",
+    order: int | None = None,
+    experiences: int = 3,
+    folder: str = "cells/one",
+    **more: Any,
+) -> FinishedCell:
+    """A cell that was never run; no file is read for it."""
+    config = CONFIGS.setdefault(seed, resolve(scenario="split-digits", run={"seed": seed}))
+    data = results_of(config, accuracy, **more)
+    if experiences != len(CLASSES):
+        rng = np.random.default_rng(seed)
+        matrix = [[None if j > i else rng.random() for j in range(experiences)] for i in range(experiences)]
+        data |= {"accuracy": {"class": matrix, "task": matrix}, "test_images": [10] * experiences}
+        data |= {"classes": [[2 * i, 2 * i + 1] for i in range(experiences)]}
+        data |= {"class_names": [f"class {c}" for c in range(2 * experiences)]}
+    timings = {"experiences": [{"seconds": 0.5}] * 4, "peak_memory_bytes": 3e8, "peak_device_memory_bytes": None}
+    return FinishedCell(
+        method, scenario, seed, order, Path(folder), Results(data, timings), config, "clframe run --config c.yaml"
+    )
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure that a test looks at comes from the bootstrap."""
+    monkeypatch.setattr("clframe.experiments.statistics.RESAMPLES", 99)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have no plots of scenarios, each of which takes a tenth of a second."""
+    monkeypatch.setattr("clframe.experiments.report._draw_scenario", lambda document, scenario: [])
+
+
+CONFIGS: dict[int, Any] = {}
+EVIL = "<script>alert(1)</script>"
+
+
+def study_of(seeds: int = 6, scenarios: tuple[str, ...] = ("split-digits",), **more: Any) -> StudyOutcome:
+    rng = np.random.default_rng(0)
+    return StudyOutcome(
+        tuple(
+            cell_of(method, base + rng.normal() / 50, seed=seed, scenario=scenario, **more)
+            for scenario in scenarios
+            for method, base in (("fine-tuning", 0.2), ("ewc", 0.3), ("er", 0.7))
+            for seed in range(seeds)
+        )
+    )
+
+
+def test_a_page_shows_the_figures_of_the_results(no_plots: None):
+    outcome = study_of()
+    page = Page(report_study(outcome))
+    header, *rows = page.tables[0]
+    assert [row[0] for row in rows] == ["er", "ewc", "fine-tuning"]
+    figures = {
+        m: [c.results.measures["class"]["average_accuracy"] for c in outcome.cells("split-digits", m)]
+        for m in outcome.methods
+    }
+    for row in rows:
+        shown = dict(zip(header, row, strict=True))
+        mine = np.array(figures[row[0]])
+        half = 2.5705818366147395 * mine.std(ddof=1) / math.sqrt(6)  # the 0.975 quantile for 5 degrees of freedom
+        assert shown["accuracy"] == f"{100 * mine.mean():.1f} ± {100 * half:.1f}"
+        assert shown["forgetting"] == "10.0 ± 0.0"
+        assert shown["ECE"] == "5.0 ± 0.0"
+        assert (shown["time"], shown["peakmemory"], shown["byteskept"], shown["runs"]) == ("2 s", "300 MB", "0 B", "6")
+        if row[0] != "fine-tuning":
+            mean, (low, high), p = by_brute_force(figures[row[0]], figures["fine-tuning"])
+            assert shown["difference"] == f"{100 * mean:+.1f} ± {50 * (high - low):.1f}"
+            assert (p, shown["p"]) == (2 / 64, "0.062")
+        assert shown["claim"] == ("" if row[0] == "fine-tuning" else "none")
+
+
+def test_all_formats_hold_the_same_figures():
+    outcome = study_of(seeds=8)
+    document = json.loads(report_study(outcome, "json"))
+    table = list(csv.DictReader(StringIO(report_study(outcome, "csv"))))
+    rows = document["scenarios"][0]["rows"]
+    assert [row["method"] for row in rows] == [row["method"] for row in table]
+    for row, line in zip(rows, table, strict=True):
+        mine = [c.results.measures["class"]["average_accuracy"] for c in outcome.cells("split-digits", row["method"])]
+        assert row["average_accuracy"]["value"] == pytest.approx(np.mean(mine), abs=1e-15)
+        assert float(line["average_accuracy"]) == row["average_accuracy"]["value"]
+        assert line["claimed"] == ("" if row["method"] == "fine-tuning" else "true")
+        if row["difference"]:
+            assert float(line["p_holm"]) == row["difference"]["p_holm"] == 2 * 2 / 2**8
+    text = report_study(outcome, "md")
+    for row in rows:
+        percent = f"{100 * row['average_accuracy']['value']:.1f} ±"
+        assert percent in text
+        assert percent.replace("±", r"$\pm$") in report_study(outcome, "latex")
+    assert len(document["cells"]) == 24
+    assert {cell["command"] for cell in document["cells"]} == {"clframe run --config c.yaml"}
+
+
+def test_nothing_is_claimed_where_so_few_pairs_cannot_show_it():
+    document = json.loads(report_study(study_of(seeds=3), "json"))
+    (scenario,) = document["scenarios"]
+    assert scenario["smallest_p"] == 2 * 2 / 2**3
+    assert "no difference is claimed here. It takes 7 pairs at least." in scenario["statement"]
+    assert [row["difference"] and row["difference"]["claimed"] for row in scenario["rows"]] == [False, False, None]
+    (scenario,) = json.loads(report_study(study_of(seeds=7), "json"))["scenarios"]
+    assert [row["finding"] for row in scenario["rows"]] == ["better", "better", None]
+
+
+def test_a_page_is_only_text_whatever_the_names_are():
+    cells = [
+        cell_of(method, 0.3 + seed / 50 + 0.2 * (method == EVIL), seed=seed, scenario=EVIL, names=[EVIL] * 6)
+        for method in (EVIL, "fine-tuning")
+        for seed in range(2)
+    ]
+    failed = UnfinishedCell(EVIL, EVIL, 3, None, "failed", EVIL)
+    text = report_study(StudyOutcome(tuple(cells), (failed,), (EVIL,), notes=(EVIL,)))
+    check_harmless(text)
+    assert Page(text).tables[0][1][0] == EVIL
+    assert "\\textless{}script\\textgreater{}" in report_study(StudyOutcome(tuple(cells)), "latex")
+    assert "<script>" not in report_study(StudyOutcome(tuple(cells)), "md")
+    assert "'=1" in report_study(StudyOutcome((cell_of("=1+1", 0.3),)), "csv")
+
+
+def check_harmless(text: str) -> None:
+    """Fail unless a page runs, loads and links to nothing, and says so to the browser."""
+    page = Page(text)
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
+    assert "http" not in text.lower().replace("http-equiv", "")
+    for _, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+    (policy,) = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(page.texts["style"].encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def test_latex_and_markdown_show_special_characters():
+    outcome = StudyOutcome((cell_of(r"a_b & 50% #1 {x} $y ^~\ |", 0.5), cell_of("fine-tuning", 0.4)))
+    text = report_study(outcome, "latex", costs=False)
+    assert r"a\_b \& 50\% \#1 \{x\} \$y \textasciicircum{}\textasciitilde{}\textbackslash{} \textbar{} & 50.0" in text
+    assert r"\caption{split-digits (class-incremental): 3 experiences, seeds 0, 1 class order." in text
+    assert "Protocol: mlp-100, " in text
+    assert [line for line in text.split("\n") if line.count("rule")] == [
+        r"    \toprule",
+        r"    \midrule",
+        r"    \bottomrule",
+    ]
+    rows = [line for line in text.split("\n") if line.endswith(r"\\")]
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {7}
+    table = [line for line in report_study(outcome, "md").split("\n") if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]}) == 1
+
+
+def test_two_renderings_are_equal_and_none_has_costs_without_them():
+    first, second = (study_of(seeds=2) for _ in range(2))
+    for one in FORMATS:
+        text = report_study(first, one, costs=False)
+        assert text == report_study(second, one, costs=False)
+        assert not re.search(r"\d\d\d\d-\d\d-\d\d|300 MB|seconds|peak", text)
+    assert all(str(date.today()) in report_study(first, one) for one in ("md", "json"))
+
+
+def test_a_page_of_eight_methods_and_ten_seeds_is_small():
+    cells = [
+        cell_of(f"method-{m}", 0.3 + m / 20 + seed / 500, seed=seed, experiences=20)
+        for m in range(8)
+        for seed in range(10)
+    ]
+    text = report_study(StudyOutcome(tuple(cells)))
+    assert len(text.encode()) < 500_000
+    assert "Left out to keep this page small" not in text
+    check_harmless(text)
+
+
+def test_a_page_that_would_be_too_large_says_what_is_left_out(no_plots: None, monkeypatch: pytest.MonkeyPatch):
+    whole = report_study(study_of())
+    monkeypatch.setattr("clframe.experiments.report.LIMIT", len(whole.encode()) - 1)
+    assert "Left out to keep this page small: matrices;" in report_study(study_of())
+    monkeypatch.setattr("clframe.experiments.report.LIMIT", 1)
+    assert (
+        "Left out to keep this page small: matrices, commands, plots of costs and calibration, other plots;"
+        in report_study(study_of())
+    )
+
+
+def test_aggregates_over_scenarios_equal_brute_force(no_plots: None):
+    names = tuple(f"s{i}" for i in range(8))
+    outcome = study_of(seeds=2, scenarios=names)
+    document = json.loads(report_study(outcome, "json"))
+    for row in document["across"]["rows"]:
+        values = [
+            [c.results.measures["class"]["average_accuracy"] for c in outcome.cells(name, row["method"])]
+            for name in names
+        ]
+        middle = sorted(itertools.chain(*values))[4:-4]
+        assert row["interquartile_mean"]["value"] == pytest.approx(np.mean(middle), abs=1e-12)
+        rank = {"er": 1.0, "ewc": 2.0, "fine-tuning": 3.0}[row["method"]]
+        assert row["average_rank"] == rank
+        if row["method"] != "fine-tuning":
+            assert row["probability_of_improvement"]["value"] == 1.0
+    assert document["across"]["critical_difference"] == pytest.approx(2.343701 * math.sqrt(3 * 4 / (6 * 8)), abs=1e-4)
+    assert "critical-difference diagram of average ranks" in report_study(outcome)
+    fewer = report_study(study_of(seeds=2, scenarios=names[:7]))
+    assert "A critical-difference diagram is drawn from 8 scenarios on." in fewer
+
+
+def test_what_cannot_be_reported_is_refused():
+    outcome = study_of(seeds=2)
+    with pytest.raises(UsageError, match="Did you mean `html`"):
+        report_study(outcome, "htm")
+    with pytest.raises(UsageError, match="needs runs in several class orders"):
+        report_study(outcome, unit="order")
+    with pytest.raises(UsageError, match="not a method of this study"):
+        report_study(outcome, baseline="nothing")
+    with pytest.raises(DataError, match="nothing to report"):
+        report_study(StudyOutcome((), (UnfinishedCell("er", "split-digits", 0, None, "waiting"),)))
+
+
+# Reports of runs, and the command.
+
+
+def test_a_run_that_kept_no_scores_is_reported_without_them(write: Write):
+    text = report_run(write(0.4, "er", names=[EVIL] * 6))
+    check_harmless(text)
+    assert "holds no scores of test images" in text
+    assert "has no metrics.jsonl" in text
+    assert "Errors are not shown as images" in text
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real study of two runs of a few steps each."""
+    folder = tmp_path_factory.mktemp("study") / "study"
+    asked = ["-s", "split-digits", "--method", "er", "--seeds", "2", "--no-baselines", "--set", "train.iterations=2"]
+    assert main(["compare", *asked, "--output", str(folder), "--quiet"]) == 0
+    return folder
+
+
+def test_a_real_run_is_reported_with_its_errors(study: Path):
+    folder = next((study / "cells").glob("*seed0*/"))
+    results = Results.read(folder)
+    document = json.loads(report_run(folder, "json"))
+    answers = document["answers"]["class"]
+    confusion = np.array(answers["confusion"])
+    assert confusion.sum() == sum(results.data["test_images"])
+    right = sum(a * n for a, n in zip(results.accuracy["class"][-1], results.data["test_images"], strict=True))
+    assert confusion.trace() == round(right)
+    ece = sum(share * abs(accuracy - confidence) for confidence, accuracy, share in answers["reliability"])
+    assert ece == pytest.approx(results.data["calibration"]["class"]["ece"]["value"], abs=1e-9)
+
+    page = report_run(folder)
+    check_harmless(page)
+    assert page == report_run(folder)
+    assert len(page.encode()) < 500_000
+    pictures = [a["src"] for tag, a in Page(page).elements if tag == "img"]
+    assert len(pictures) == 12
+    scores = results.final_scores()
+    confidence = [given.double().softmax(1).max(1) for given, _ in scores]
+    wrong = [
+        (-float(c), on, i)
+        for on, (found, (_, labels)) in enumerate(zip(confidence, scores, strict=True))
+        for i, c in enumerate(found.values)
+        if int(found.indices[i]) != int(labels[i])
+    ]
+    scenario = build_scenario(read_config(folder).scenario, read_config(folder).run)
+    for source, (_, on, i) in zip(pictures, sorted(wrong), strict=False):
+        image = Image.open(BytesIO(base64.b64decode(str(source).partition(",")[2])))
+        expected = scenario[on].test.x[i, 0].double() / scenario.transform.scale * 255
+        assert np.array_equal(np.asarray(image)[:, :, 0], expected.round().numpy())
+
+
+def test_other_data_are_never_shown_as_those_of_the_run(study: Path, tmp_path: Path):
+    folder = shutil.copytree(next((study / "cells").glob("*seed0*/")), tmp_path / "copy")
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "data_sha256": "0" * 64}))
+    page = report_run(folder)
+    assert "on this machine are not those of the run" in page
+    assert "<img" not in page
+
+
+def test_the_command_reports_studies_and_runs(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Write
+):
+    file = tmp_path / "report.html"
+    assert main(["report", str(study), "--output", str(file), "--without-costs"]) == 0
+    assert capsys.readouterr().out == f"Report: {file}\n"
+    text = file.read_text()
+    check_harmless(text)
+    assert "clframe run --config cells/er-split-digits-seed0-" in text
+    assert str(tmp_path) not in text
+    run = str(next((study / "cells").glob("*seed1*/")))
+    assert main(["report", run, "--format", "md"]) == 0
+    assert capsys.readouterr().out.startswith("# er on split-digits, seed 1\n")
+    others = [str(write(0.2 + seed / 10, seed=seed)) for seed in range(2)]
+    assert main(["report", str(study), *others, "--format", "csv", "--baseline", "er"]) == 0
+    table = list(csv.DictReader(StringIO(capsys.readouterr().out)))
+    assert {(row["method"], row["baseline"]) for row in table} == {("fine-tuning", "er"), ("er", "")}
+    for arguments, code, words in (
+        ([run, "--baseline", "er"], 2, "one run is compared with nothing"),
+        ([run, str(study)], 2, "report them one after the other"),
+        ([str(tmp_path)], 3, "is not a run folder"),
+        ([run, "--output", str(tmp_path)], 2, "cannot be written"),
+        ([run, "--format", "pdf"], 2, "pdf"),
+    ):
+        assert main(["report", *arguments]) == code
+        assert words in capsys.readouterr().err

@@ -16,7 +16,7 @@ from typing import Any
 from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.experiments import statistics
 from clframe.experiments.statistics import Claim, Estimate, Paired, Unit
-from clframe.runs.files import read_config
+from clframe.runs.files import CONFIG, read_config
 from clframe.runs.results import RESULTS_FILE, Results, check_finished, read_results
 from clframe.settings import Config
 
@@ -27,7 +27,15 @@ Key = tuple[int, int | None]  # seed and class order of a cell
 # Settings that change no figure, or are the identity of a cell: they are not part of a method's label.
 UNLABELED = {
     *("run.seed", "run.output", "run.device", "run.data_root", "run.tensorboard", "run.checkpoint_every"),
-    *("run.log_every", "run.predictions", "run.eval_batch_size", "run.eval_every", "run.joint", "train.threads"),
+    *(
+        "run.log_every",
+        "run.predictions",
+        "run.eval_batch_size",
+        "run.eval_every",
+        "run.eval_images",
+        "run.joint",
+        "train.threads",
+    ),
 }
 ORDER = ("order", "seed", "pinned")  # options of a scenario that choose a class order, or only check the data
 
@@ -281,7 +289,7 @@ def read_runs(folders: Iterable[Path]) -> StudyOutcome:
             folder,
             results,
             config,
-            f"clframe run --config {shlex.quote(str(folder / 'config.yaml'))}",
+            rerun(folder),
         )
         for (folder, config, results), scenario, method in zip(found, scenarios, methods, strict=True)
     ]
@@ -294,6 +302,11 @@ def read_runs(folders: Iterable[Path]) -> StudyOutcome:
                 f"the seed {cell.seed}: name one of them."
             )
     return StudyOutcome(tuple(cells), notes=tuple(_find_other_data(cells)))
+
+
+def rerun(folder: Path) -> str:
+    """Return the command line that repeats the run in `folder`."""
+    return f"clframe run --config {shlex.quote(str(folder / CONFIG))}"
 
 
 def check_figures(results: Results, folder: Path) -> None:

@@ -17,6 +17,8 @@ from clframe.runs.files import CONFIG
 from clframe.system.reading import blame_file, expand_home, read_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clframe.deploy.trained import Trained
 
 RESULTS_FORMAT = 1  # of results.json and model.json; docs/reference/compatibility.md has the rule for changes
@@ -149,15 +151,13 @@ class Results:
             "or run all experiences in one run.",
         ]
 
-    def confusion_matrix(self, reading: str = "class") -> list[list[int]]:
-        """Count the answers to all test images after the last experience: row = label, column = answer.
+    def final_scores(self, reading: str = "class") -> list[tuple[Tensor, Tensor]]:
+        """Return the scores [N, C] of the test images of each experience after the last one, and their labels [N].
 
-        Rows and columns are in the order of the head; `reading` is the evaluation mode. The scores are read from
-        `predictions.safetensors`. Raises `DataError` if the run kept none.
+        `reading` is the evaluation mode; where the task is given, classes of other tasks have the score -inf. The
+        scores are read from `predictions.safetensors`. Raises `DataError` if the run kept none.
         """
-        import torch
-
-        from clframe.metrics import confusion_matrix
+        from clframe.model import class_mask, masked
         from clframe.runs.checkpoint import read_tensors
 
         last, n = len(self.accuracy[reading]) - 1, len(self.data["test_images"])
@@ -173,17 +173,30 @@ class Results:
             raise DataError(
                 f"{self.folder} holds no scores of test images ({error}): `run.predictions` keeps them."
             ) from error
-        answers = []
+        found = []
         for on, given in enumerate(scores):
             if given is None:
                 raise DataError(f"{self.folder} holds no scores of evaluation mode `{reading}` on experience {on + 1}.")
-            if reading == "task":
-                choices = torch.tensor(self.data["classes"][on])
-                answers.append(choices[given[:, choices].argmax(1)])
-            else:
-                answers.append(given.argmax(1))
-        n_classes = len(self.data["class_names"])
-        found: list[list[int]] = confusion_matrix(torch.cat(answers), torch.cat(labels), n_classes).tolist()
+            choices = self.data["classes"][on]
+            found.append(
+                (masked(given, class_mask(choices, given.shape[1])) if reading == "task" else given, labels[on])
+            )
+        return found
+
+    def confusion_matrix(self, reading: str = "class") -> list[list[int]]:
+        """Count the answers to all test images after the last experience: row = label, column = answer.
+
+        Rows and columns are in the order of the head; `reading` is the evaluation mode. Raises `DataError` as
+        `final_scores`.
+        """
+        import torch
+
+        from clframe.metrics import confusion_matrix
+
+        scores = self.final_scores(reading)
+        answers = torch.cat([given.argmax(1) for given, _ in scores])
+        labels = torch.cat([labels for _, labels in scores])
+        found: list[list[int]] = confusion_matrix(answers, labels, len(self.data["class_names"])).tolist()
         return found
 
     def accuracy_per_class(self, reading: str = "class") -> dict[str, float | None]:
