@@ -15,6 +15,7 @@ from clframe import Arrays, ImageData, Plugin, Scenario, split_classes, testing
 from clframe.context import Run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported: no test asks the Hub
+os.environ["WANDB_MODE"] = "disabled"  # the plugin does nothing in tests that are not about it
 
 
 @pytest.fixture(autouse=True)

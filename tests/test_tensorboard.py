@@ -7,9 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from clframe.plugins.tensorboard import DARK, EMPTY, RAMP, TITLES, TensorBoard, draw, settings, shades
+from clframe.data.pictures import DARK, EMPTY, RAMP, draw_matrix, shades
+from clframe.plugins.ewc import EWC
+from clframe.plugins.tensorboard import TensorBoard
 from clframe.settings import Component, Config, RunSettings, TrainSettings
 from clframe.system import switches
+from clframe.toolkit.curves import TITLES, hyperparameters
 
 ROWS = [[0.9, 0.25, None], [0.5, 0.8, None], [0.3, 0.6, 0.7]]
 LEFT, TOP = 100, 56  # where the cells of a drawing begin
@@ -23,6 +26,7 @@ class Stub:
         self.total_steps = total_steps
         self.accuracy = accuracy or {}
         self.listeners = []
+        self.plugins = (EWC(), TensorBoard())
         self.scenario = type("Scenario", (), {"setting": setting, "__len__": lambda self: 3})()
         self.config = Config(
             scenario=Component("split-digits", {"experiences": 3, "order": [2, 0, 1]}),
@@ -155,9 +159,9 @@ def test_hyperparameters_and_configuration_belong_to_the_one_run(written):
 
 
 def test_hyperparameters_leave_out_what_is_not_set_and_where_things_are():
-    config = Stub(None).config.model_dump()
-    config["run"]["data_root"] = "/somewhere"
-    found = settings(config)
+    run = Stub(None)
+    run.config.run.data_root = "/somewhere"
+    found = hyperparameters(run)
     assert not {"train.threads", "train.iterations", "run.data_root"} & set(found)
     assert "/somewhere" not in found.values()
     assert found["train.betas"] == "[0.9, 0.999]"
@@ -171,7 +175,7 @@ def test_the_matrix_is_drawn_when_the_run_ends(written):
     (image,) = read.Images("accuracy_matrix/class")
     assert image.step == 3
     decoded = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-    assert np.array_equal(decoded, draw(ROWS, TITLES["class"]))
+    assert np.array_equal(decoded, draw_matrix(ROWS, TITLES["class"]))
 
 
 def cell_of(image, i, j, size):
@@ -180,7 +184,7 @@ def cell_of(image, i, j, size):
 
 
 def test_the_colour_of_a_cell_is_its_accuracy_and_grey_is_not_measured():
-    image = draw([[0.0, 1.0, None, 0.5, 0.125], [0.25, 0.75, None, None, None]], "class-incremental")
+    image = draw_matrix([[0.0, 1.0, None, 0.5, 0.125], [0.25, 0.75, None, None, None]], "class-incremental")
     assert (image.dtype, image.shape) == (np.uint8, (TOP + 360 + 80, LEFT + 360 + 28, 3))
     expected = [RAMP[0], RAMP[4], EMPTY, RAMP[2], (198, 228, 196)]
     assert [tuple(cell_of(image, 0, j, 72)[0, 0]) for j in range(5)] == expected
@@ -202,7 +206,7 @@ def test_colours_darken_evenly_and_text_stands_out_on_each():
 
 
 def test_text_is_black_on_light_and_white_on_dark_cells():
-    image = draw([[0.64, 0.65]], "class-incremental")
+    image = draw_matrix([[0.64, 0.65]], "class-incremental")
     black, white = cell_of(image, 0, 0, 180), cell_of(image, 0, 1, 180)
     assert black.sum(axis=2).min() == 0
     assert black.sum(axis=2).max() == black[0, 0].sum()
@@ -212,18 +216,18 @@ def test_text_is_black_on_light_and_white_on_dark_cells():
 
 @pytest.mark.parametrize(("n", "side"), [(1, 360), (2, 360), (5, 360), (6, 432), (25, 1800)])
 def test_cells_have_room_for_their_numbers(n, side):
-    assert draw([[0.5] * n], "class-incremental").shape == (TOP + side + 80, LEFT + side + 28, 3)
+    assert draw_matrix([[0.5] * n], "class-incremental").shape == (TOP + side + 80, LEFT + side + 28, 3)
 
 
 def test_the_title_stands_above_the_cells():
-    differs = (draw(ROWS, "class-incremental") != draw(ROWS, "task-incremental")).any(axis=(1, 2))
+    differs = (draw_matrix(ROWS, "class-incremental") != draw_matrix(ROWS, "task-incremental")).any(axis=(1, 2))
     assert differs[:TOP].any()
     assert not differs[TOP:].any()
 
 
 @pytest.mark.parametrize(("n", "size"), [(26, 30), (50, 16), (900, 1)])
 def test_a_large_matrix_has_a_scale_in_place_of_numbers(n, size):
-    image = draw([[0.5] * n] * (n - 1), "class-incremental")
+    image = draw_matrix([[0.5] * n] * (n - 1), "class-incremental")
     side = n * size
     assert image.shape == (TOP + side + 80, LEFT + side + 116, 3)
     cells = image[TOP : TOP + side, LEFT : LEFT + side]
@@ -236,9 +240,9 @@ def test_a_large_matrix_has_a_scale_in_place_of_numbers(n, size):
 
 def test_libraries_are_imported_when_they_are_needed():
     code = (
-        "import sys\nfrom clframe.plugins.tensorboard import draw\n"
+        "import sys\nfrom clframe.data.pictures import draw_matrix\nimport clframe.plugins.tensorboard\n"
         "assert not {'PIL', 'numpy', 'tensorboard', 'torch'} & set(sys.modules), 'imported too early'\n"
-        "draw([[0.5]], 'domain-incremental')\nassert 'torch' not in sys.modules, 'not needed'"
+        "draw_matrix([[0.5]], 'domain-incremental')\nassert 'torch' not in sys.modules, 'not needed'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
