@@ -53,7 +53,7 @@ class WandB(Plugin):
         To follow runs of several machines on one page, or where a group logs to such a page already.
 
     Keeps:
-        The id of the tracker's run and the number of rows; results do not depend on it.
+        The id of the tracker's run and its number of rows; results do not depend on them.
 
     Hooks:
         `before_run`, `after_run`
@@ -105,8 +105,8 @@ class WandB(Plugin):
 
     @property
     def session(self) -> dict[str, Any]:
-        """The tracker's run, for checkpoints: its id, its number of rows, and the run that this one extends."""
-        return {"id": self.id, "rows": self.rows, "extends": self.extends}
+        """The tracker's run, for checkpoints: its id, rows and waiting messages, and the run that this one extends."""
+        return {"id": self.id, "rows": self.rows, "messages": self.messages, "extends": self.extends}
 
     @session.setter
     def session(self, saved: Mapping[str, Any]) -> None:
@@ -114,6 +114,7 @@ class WandB(Plugin):
         if saved["id"] and saved["extends"] == self.extends:
             self.id = saved["id"]
             self.rows = saved["rows"]
+            self.messages = [*saved["messages"], *self.messages]
 
     def is_disabled(self) -> bool:
         """Return whether nothing is logged, by the option or by the environment of wandb."""
@@ -150,11 +151,11 @@ class WandB(Plugin):
 
     @hookimpl
     def after_run(self, run: Run) -> None:
-        """Log the accuracy matrices, and end the tracker's run: as finished, or else as failed."""
+        """Log the accuracy matrices of a complete run, and end the tracker's run: as finished, or else as failed."""
         if self.listener is not None:
             run.listeners.remove(self.listener)
             self.listener = None
-        if self.tracker is not None:
+        if is_complete(run):  # a row beyond the last checkpoint would take the number of a row of the resumed run
             self.log(run, final_points(run))
         if self.tracker is not None:
             with self.surviving(run):
