@@ -20,7 +20,7 @@ PACKAGES = [
     *("scikit-learn", "avalanche-lib"),
 ]
 # packages, each with the extra of clframe that brings it
-OPTIONAL = {"datasets": "huggingface", "onnx": "onnx", "pyarrow": "parquet"}
+OPTIONAL = {"datasets": "huggingface", "onnx": "onnx", "pyarrow": "parquet", "trackio": "trackio", "wandb": "wandb"}
 
 
 def examine(data_root: str | None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from clframe.evaluate import Evaluator
 from clframe.options import options_of
 from clframe.plugins.er import ER
 
-NAMES = [name for name in registry.names("plugin") if not registry.plugin_class(name).variants]
+CLASSES = {name: registry.plugin_class(name) for name in registry.names("plugin")}
+NAMES = [name for name, cls in CLASSES.items() if not (cls.variants or cls.observer)]  # observers have no effect
 TRAIN = {"iterations": 3, "batch_size": 12, "optimizer": "sgd", "lr": 0.1, "schedule": "constant", "threads": 1}
 # options of the run that others are compared with, where the plugin's defaults take long
 BASE: dict[str, dict[str, Any]] = {

@@ -39,6 +39,7 @@ LIKE_FINETUNING_AT_FIRST = {
     "piggyback",
     "si",
     "tensorboard",
+    "wandb",
     "warm-up",
 }
 # what leaves a check nothing to look at: the plugin says so, or has none of it

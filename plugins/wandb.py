@@ -1,7 +1,5 @@
 """Curves for Weights & Biases, or for trackio, whose calls are the same; the package is imported by runs that log."""
 
-# The module cannot be called `wandb`: in a folder that is on the path, it would stand in for the package.
-
 from __future__ import annotations
 
 import os
