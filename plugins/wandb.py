@@ -234,7 +234,7 @@ class _WandBRun(_Tracker):
     """A run of Weights & Biases; other runs of the process, such as a user's, stay as they are."""
 
     def __init__(self, plugin: WandB, module: Any, run: Run) -> None:
-        settings = module.Settings(console="off", silent=True, finish_timeout=MOST_SECONDS)
+        settings = module.Settings(console="off", silent=True, finish_timeout=MOST_SECONDS, finish_timeout_raises=True)
         super().__init__(
             module,
             module.init(
@@ -254,7 +254,8 @@ class _WandBRun(_Tracker):
         self.first = self.run.step  # of a run that the server has, the step after its last one
         self.groups: set[str] = set()
         folder = Path(self.run.dir).parent
-        self.where = f"{folder}; upload it with `wandb sync {folder}`" if self.run.offline else self.run.url
+        self.upload = f"`wandb sync {folder}`"
+        self.where = f"{folder}; {self.upload} uploads it" if self.run.offline else self.run.url
 
     def log(self, row: int, points: Points, text: Mapping[str, str]) -> None:
         """Log `points` as a row of their own, on the axis that their curves are drawn along."""
@@ -270,8 +271,12 @@ class _WandBRun(_Tracker):
             self.run.define_metric(f"{group}/*" if slash else group, step_metric=axis)
 
     def finish(self, complete: bool) -> None:
-        """End the run, which is failed where it is not complete."""
-        self.run.finish(exit_code=0 if complete else 1)
+        """End the run, as failed if it is not complete. Raises `TimeoutError` if not all could be uploaded."""
+        try:
+            self.run.finish(exit_code=0 if complete else 1)
+        except TimeoutError as error:
+            late = f"not all was uploaded within {MOST_SECONDS} seconds; {self.upload} uploads it"
+            raise TimeoutError(late) from error
 
 
 class _TrackioRun(_Tracker):

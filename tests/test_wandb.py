@@ -192,6 +192,8 @@ class Store:
 
         def finish(exit_code: int = 0) -> None:
             self.ended.append(exit_code)
+            if self.refuse == "finish":
+                raise TimeoutError
 
         return SimpleNamespace(
             step=last, _next_step=last, log=log, finish=finish, define_metric=lambda *a, **k: None,
@@ -263,6 +265,16 @@ def test_a_connection_that_is_lost_is_told_once_and_changes_nothing(tiny, monkey
     assert [len(rows) for rows in store.rows.values()] == [3]
     assert store.ended == []
     assert "noise" not in capsys.readouterr().out
+
+
+def test_a_connection_that_is_lost_until_the_end_is_told_with_what_uploads_the_rest(tiny, monkeypatch):
+    told: list[str] = []
+    options = put(monkeypatch, "wandb", Store(refuse="finish"))
+    listen = testing.message_listener(told)
+    results = clframe.run(tiny(), "mlp-100", [{"wandb": options}], train={"epochs": 1}, listeners=[listen])
+    assert len(results.accuracy["class"]) == 3
+    expected = "not all was uploaded within 30 seconds; `wandb sync /where` uploads it."
+    assert told[-1] == f"`wandb` stopped logging, and the run goes on without it: {expected}"
 
 
 def refusal(tiny: Any, options: dict[str, Any], error: type[Exception] = UsageError) -> str:
