@@ -33,8 +33,9 @@ class WandB(Plugin):
     """An observer that logs what TensorBoard gets, and the messages of the run, to Weights & Biases or to trackio.
 
     Curves have TensorBoard's names: ``accuracy_<mode>/experience_<j>``, ``average_accuracy/<mode>``,
-    ``forgetting/<mode>``, ``loss/<term>``, ``learning_rate``, ``log/<name>``. The package's own step counts rows; each
-    row also has the place of its points as ``experiences`` (learned so far) or ``total_step``. In Weights & Biases each
+    ``forgetting/<mode>``, ``while_learning/<measure>/<mode>``, ``loss/<term>``, ``learning_rate``, ``log/<name>``. The
+    package's own step counts rows; each row also has the place of its points as ``experiences`` (learned so far) or
+    ``total_step``. In Weights & Biases each
     curve is drawn along its own axis; in trackio, choose that under *X-axis*. Pictures are those that methods show, and
     at the end the accuracy matrices. Hyper-parameters are the run's settings without folders and devices. Messages are
     the texts ``message``. What a terminal shows is not captured.
