@@ -252,6 +252,10 @@ def test_a_canceled_task_stops_its_cell(deeds: Callable[..., list[Cell]]):
         wait_until((saving.folder / "running").exists)
         future.release()
         wait_until((saving.folder / "saved").exists)
+        found.stop()
+        late = found.client.submit(children.serve, work, "late", found.errand, found.shares(), key="late")
+        assert late.result(timeout=30).state == "stopped"  # asked before it began
+    assert len(log_of([saving])) == 1
 
 
 def test_an_attempt_waits_for_a_locked_folder_and_refuses_other_code(tmp_path: Path):

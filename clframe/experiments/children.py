@@ -152,7 +152,6 @@ class Children:
         self._taken: set[int] = set()
         self._there: dict[int, Child] = {}
         self._closed = False
-        self.stopping = False
 
     def carry_out(self, work: Work, share: Share, asked: Callable[[], bool]) -> Answer:
         """Carry out a cell in a child process, a new one if need be."""
@@ -181,14 +180,12 @@ class Children:
 
     def kill(self) -> None:
         """Kill the processes of all children."""
-        self.stopping = True
         with self._lock:
             for child in self._there.values():
                 child.process.kill()
 
     def close(self) -> None:
         """Let all children end: those that have nothing to do now, others when they have saved."""
-        self.stopping = True
         with self._lock:
             self._closed = True
             unused = [self._there.pop(slot) for slot in [*self._there] if slot not in self._taken]
@@ -199,6 +196,7 @@ class Children:
 
 
 _children: dict[str, Children] = {}  # by token of the errand
+_stopping: set[str] = set()  # tokens of studies whose children should save and stop, also those yet to start
 _of_children = threading.Lock()
 
 
@@ -220,20 +218,21 @@ def serve(work: Work, key: str, errand: Errand, shares: Mapping[str, Share]) -> 
 
     def asked() -> bool:
         task = worker.state.tasks.get(key)
-        return children.stopping or task is None or task.state == "cancelled"
+        return errand.token in _stopping or task is None or task.state == "cancelled"
 
+    if asked():
+        return Answer("stopped")
     return children.carry_out(work, share, asked)
 
 
 def stop_children(token: str) -> None:
     """Ask the children of a study in this process to save and to stop."""
-    with _of_children:
-        if token in _children:
-            _children[token].stopping = True
+    _stopping.add(token)
 
 
 def kill_children(token: str) -> None:
     """Kill the children of a study in this process."""
+    _stopping.add(token)
     with _of_children:
         children = _children.get(token)
     if children:
@@ -241,7 +240,8 @@ def kill_children(token: str) -> None:
 
 
 def end_children(token: str) -> None:
-    """Let the children of a study in this process end, which have nothing to do."""
+    """Let the children of a study in this process end: those that have nothing to do now, others when they saved."""
+    _stopping.add(token)
     with _of_children:
         children = _children.pop(token, None)
     if children:
