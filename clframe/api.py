@@ -324,7 +324,8 @@ def extension_config(
     if not isinstance(scenario, Component):
         carried = {"name": scenario["name"], **derive_options(base, scenario["name"])}
     device = old["run"]["device"]
-    kept = {"output": None, "joint": None, "old_images": None, "extends": str(path.resolve())}
+    kept: dict[str, Any] = {"output": None, "joint": None, "old_images": None, "extends": str(path.resolve())}
+    kept |= {"experiences": None, "test": True, "per_experience": None, "tuned": None}
     if device.startswith("cuda") and not torch.cuda.is_available():
         kept["device"] = "auto"
     config = resolve(

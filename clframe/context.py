@@ -60,7 +60,7 @@ class Run:
         folder: Path | None = None,
     ) -> None:
         self.config = config
-        self._settings = config.train.of(0), config.train
+        self._settings: dict[int, TrainSettings] = {}  # by experience, as steps ask for them
         self.device = device
         self._describe(scenario, 0)
         self.model = model.to(device).train()
@@ -137,7 +137,10 @@ class Run:
     @property
     def settings(self) -> TrainSettings:
         """The training settings of the experience under way."""
-        return self._settings[min(self.experience.index, 1)]
+        index = self.experience.index
+        if index not in self._settings:
+            self._settings[index] = self.config.train_of(index)
+        return self._settings[index]
 
     @property
     def previous_classes(self) -> list[int]:

@@ -21,6 +21,7 @@ from clframe.data.scenario import Experience, Scenario
 from clframe.errors import DataError, Interrupted, RunError
 from clframe.evaluate import Evaluator, PredictorHook
 from clframe.model import seed_torch
+from clframe.options import searched
 from clframe.runs import state
 from clframe.runs.folder import RunFolder, how_to_go_on
 from clframe.runs.record import collect_results
@@ -155,12 +156,22 @@ class Engine:
             experience = self.stream[index]
             run._describe(self.stream, index)
             run.experience = experience.for_training()
+            self.set_options(index)
             classes = list(experience.classes)
             names = [self.stream.class_names[c] for c in classes]
             run._emit(events.ExperienceBegan(index, experience.task, classes, names))
             self.advice.tell_hints()
             self.timings.count()
             yield experience
+
+    def set_options(self, index: int) -> None:
+        """Give plugins the options that the experience has of its own (`run.per_experience`), else those of the run."""
+        if self.run.config.run.per_experience is None:
+            return
+        changes = self.run.config.run.changes_of(index)
+        for plugin in self.run.plugins:
+            for option, parameter in searched(type(plugin)).items():
+                setattr(plugin, parameter, changes.get(f"{plugin.name}.{option}", plugin.options[parameter]))
 
     def grow_head(self, experience: Experience) -> None:
         """Thaw what plugins froze, and grow the head for `experience`; repeated on resume and load, before ``grow``.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from clframe import contract, registry
@@ -31,6 +32,7 @@ from clframe.errors import (
 from clframe.events import Ended, Event, Listener, Message
 from clframe.model import IncrementalNet, seed_torch
 from clframe.networks import check_backbone, prepare
+from clframe.options import explain, fields_of, searched, validated
 from clframe.plugin import Plugin
 from clframe.runs import checkpoint, state
 from clframe.runs.extension import Base, extend_scenario, join, load_base
@@ -42,9 +44,10 @@ from clframe.runs.folder import (
 )
 from clframe.runs.record import fit_temperatures, restore_scenario
 from clframe.runs.results import Results, check_finished
-from clframe.settings import Component, Config
+from clframe.settings import Component, Config, TrainSettings
 from clframe.system.reading import blame_file, expand_home
 from clframe.system.switches import alone, plain_torch, quiet_writers
+from clframe.system.texts import cut
 
 WEIGHTS = "weights"  # the option of a model that starts from published weights
 
@@ -159,6 +162,7 @@ def build(
     if scenario is None:
         with following(learned=base is not None):
             scenario = registry.build_scenario(check_named(config.scenario, "scenario"), config.run)
+    scenario = cut_scenario(scenario, config)
     if base is not None:
         with blame_file((folder.path if folder else Path(config.run.extends or "")) / BASE):
             before = restore_scenario(base)
@@ -168,6 +172,7 @@ def build(
         given[name] if name in given else registry.build_plugin(name, check_named(plugin, "plugin").options)
         for name, plugin in config.plugins.items()
     ]
+    check_changes(config, members)
     observers = config.run.observers() if folder else []
     members += [registry.build_plugin(name, {}) for name in observers if name not in config.plugins]
     if model is None:
@@ -184,6 +189,52 @@ def build(
     engine = Engine(run, scenario, folder)
     engine.carried = None if base is None else dict(base.get("temperature") or {})
     return engine
+
+
+def cut_scenario(scenario: Scenario, config: Config) -> Scenario:
+    """Return `scenario` without what `run.experiences` and `run.test` keep from the run.
+
+    Raises:
+        UsageError: if it has fewer experiences, or nothing would be left to measure.
+    """
+    run = config.run
+    if not run.test and not config.train.val:
+        raise UsageError(
+            "`run.test` is false and `train.val` is 0, so nothing would be measured: hold out images with `train.val`."
+        )
+    return scenario if run.test and run.experiences is None else scenario.cut(run.experiences, test=run.test)
+
+
+def check_changes(config: Config, plugins: Sequence[Plugin]) -> None:
+    """Refuse settings in `run.per_experience` that cannot change within a run, or have values that are not valid.
+
+    Raises:
+        UsageError: with one sentence for each mistake.
+    """
+    problems: list[str] = []
+    allowed = {f"train.{option.name}" for option in fields_of(TrainSettings) if option.search}
+    owners = {f"{plugin.name}.{name}": plugin for plugin in plugins for name in searched(type(plugin))}
+    for i, entry in enumerate(config.run.per_experience or []):
+        where = f"experience {i + 1} of `run.per_experience`"
+        for name, value in entry.items():
+            option = name.partition(".")[2]
+            if name not in allowed and name not in owners:
+                choices = ", ".join(f"`{known}`" for known in sorted([*allowed, *owners]))
+                problems.append(f"`{cut(name)}` in {where} cannot change within a run: choose from {choices}.")
+                continue
+            try:
+                if name in owners:
+                    plugin = owners[name]
+                    cls = type(plugin)
+                    cls.from_validated(validated(cls, {**plugin.public_options(), option: value}, plugin.name))
+                else:
+                    config.train_of(i)
+            except UsageError as error:
+                problems += [f"{sentence.rstrip('.')} in {where}." for sentence in error.problems]
+            except ValidationError as error:
+                problems += [f"{sentence.rstrip('.')} in {where}." for sentence in explain(error, "train")]
+    if problems:
+        raise UsageError(*dict.fromkeys(problems))
 
 
 def check_config(config: Config) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import types
 import typing
@@ -34,13 +35,52 @@ STRICT = ConfigDict(allow_inf_nan=False, strict=True, arbitrary_types_allowed=Tr
 
 
 @dataclass(frozen=True)
+class Search:
+    """A range in which `clframe tune` searches a value, declared beside what is valid: `Annotated[float, Search(...)]`.
+
+    A plugin's option with a range may change from one experience to the next (``run.per_experience``), so the plugin
+    reads it from the attribute of the parameter's name wherever it is used. Less of it means a weaker method.
+
+    Attributes:
+        low: least value.
+        high: largest value.
+        log: whether the logarithm is searched evenly; `low` is then above 0.
+        choices: values to choose from, in place of a range.
+
+    Raises:
+        ValueError: if there is neither a range nor a choice.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.choices) == (self.low is not None or self.high is not None):
+            raise ValueError("a search needs `low` and `high`, or `choices`")
+        if self.choices:
+            return
+        if self.low is None or self.high is None or not -math.inf < self.low < self.high < math.inf:
+            raise ValueError("the lower end of a search must be below the upper end, and both must be finite")
+        if self.log and self.low <= 0:
+            raise ValueError("the lower end of a search on a logarithmic scale must be above 0")
+
+    def __str__(self) -> str:
+        if self.choices:
+            return " | ".join(map(str, self.choices))
+        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+@dataclass(frozen=True)
 class Option:
-    """An option: public name, type in words, default (`REQUIRED` if none) and documentation."""
+    """An option: public name, type in words, default (`REQUIRED` if none), documentation, and range of a search."""
 
     name: str
     type: str
     default: object
     doc: str
+    search: Search | None = None
 
 
 UNION_MEMBER = re.compile(r"[\[(]|^(constrained-)?(int|float|str|bool)$")  # names of them in pydantic's problems
@@ -60,12 +100,24 @@ def options_of(factory: Callable[..., object], skip: tuple[str, ...] = ()) -> li
     """Return the options of a class or function in the order of its signature, without those named in `skip`."""
     docs = _documented(factory)
     hints = _hints(factory)
-    return [
-        Option(
-            public_name(p.name), _type_in_words(hints.get(p.name, Any)), p.default, docs.get(public_name(p.name), "")
-        )
-        for p in _parameters(factory, skip)
-    ]
+    found = []
+    for p in _parameters(factory, skip):
+        name, hint = public_name(p.name), hints.get(p.name, Any)
+        found.append(Option(name, _type_in_words(hint), p.default, docs.get(name, ""), _find_search(hint)))
+    return found
+
+
+def searched(factory: Callable[..., object]) -> dict[str, str]:
+    """Return the options of a class or function that declare a range of a search: public names to parameter names."""
+    hints = _hints(factory)
+    return {public_name(p.name): p.name for p in _parameters(factory, ()) if _find_search(hints.get(p.name))}
+
+
+def _find_search(hint: Any) -> Search | None:
+    """Return the range that `Annotated` adds to a type, or to a member of a union."""
+    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Search)]
+    inside = [] if get_origin(hint) is Literal else [found for part in get_args(hint) if (found := _find_search(part))]
+    return next(iter([*own, *inside]), None)
 
 
 class OptionGroup:
@@ -135,7 +187,7 @@ def fields_of(settings: type[BaseModel]) -> list[Option]:
     """Return the fields of a settings model (such as `clframe.settings.TrainSettings`) as options, in order."""
     hints = get_type_hints(settings, include_extras=True)
     return [
-        Option(name, _type_in_words(hints[name]), field.default, field.description or "")
+        Option(name, _type_in_words(hints[name]), field.default, field.description or "", _find_search(hints[name]))
         for name, field in settings.model_fields.items()
     ]
 

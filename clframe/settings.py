@@ -26,6 +26,7 @@ from clframe.options import (
     Count,
     NonNegative,
     Positive,
+    Search,
     explain,
     suited,
     unknown,
@@ -60,7 +61,7 @@ class TrainSettings(Settings):
     )
     batch_size: Count = Field(default=32, description="images of a step, replay not counted")
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adam", description="torch's optimizer of that name")
-    lr: Positive = Field(default=1e-3, description="learning rate")
+    lr: Annotated[Positive, Search(1e-4, 1, log=True)] = Field(default=1e-3, description="learning rate")
     head_lr: Positive | None = Field(default=None, description="learning rate of the head; null: as the rest")
     schedule: Literal["constant", "steps", "cosine"] = Field(
         default="constant", description="of the learning rate, per phase"
@@ -167,6 +168,24 @@ class RunSettings(Settings):
         default=None, description="folder of images of classes that the extended run learned, for methods that join it"
     )
     joint: FolderName | None = Field(default=None, description="folder of a finished joint run, for intransigence")
+    experiences: Count | None = Field(
+        default=None, description="learn so many experiences, the first ones; the run is given no later one; null: all"
+    )
+    test: bool = Field(
+        default=True,
+        description="evaluate on test images; false: the run is given none, and images held out by `train.val` only "
+        "are evaluated",
+    )
+    per_experience: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="settings that single experiences have of their own, by full name, in a list with one mapping for "
+        "each: `train.lr`, and options of plugins that declare a search range, such as {ewc.lambda: 10}",
+    )
+    tuned: dict[str, Any] | None = Field(
+        default=None,
+        description="how settings were chosen, as `clframe tune` writes it; null: by no search; changes nothing that "
+        "is learned",
+    )
     predictions: bool = Field(default=True, description="keep the scores of every test image")
 
     @model_validator(mode="after")
@@ -174,6 +193,11 @@ class RunSettings(Settings):
         if self.eval_images is not None and self.eval_every == "experience":
             raise ValueError("`run.eval_images` needs `run.eval_every=epoch`, or a number of steps there, such as 10")
         return self
+
+    def changes_of(self, experience: int) -> Mapping[str, Any]:
+        """Return the settings that the experience with this index has of its own, by full name."""
+        entries = self.per_experience or []
+        return entries[experience] if experience < len(entries) else {}
 
     def observers(self) -> list[str]:
         """Return the names of the plugins that these settings switch on, in the order of the fields."""
@@ -262,6 +286,13 @@ class Config(BaseModel):
     plugins: dict[str, Component]
     train: TrainSettings
     run: RunSettings
+
+    def train_of(self, experience: int) -> TrainSettings:
+        """Return the training settings of the experience with this index."""
+        settings = self.train.of(experience)
+        changes = {name: value for name, value in self.run.changes_of(experience).items() if name.startswith("train.")}
+        own = {name.removeprefix("train."): value for name, value in changes.items()}
+        return TrainSettings(**{**settings.model_dump(), **own}) if own else settings
 
     @field_validator("scenario", "model", mode="before")
     @classmethod

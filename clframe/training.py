@@ -242,6 +242,8 @@ class Trainer:
                 self._resumed = None
             elif phase.name == "train" and run.optimizer is not None:
                 extend_optimizer(run.optimizer, self.trained, run.settings)
+                if run.config.run.per_experience is not None:
+                    set_rates(run.optimizer, run.settings)
             else:
                 self._kept = run.optimizer
                 run.optimizer = make_optimizer(self.trained, run.settings, phase.lr) if run._sampler.steps else None
@@ -373,6 +375,16 @@ def extend_optimizer(
     new = {name: parameter for name, parameter in parameters.items() if name not in known}
     for group in group_parameters(new, settings, None):
         optimizer.add_param_group(group)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> None:
+    """Give the parameters of a kept optimizer the learning rates of `settings`; its state stays."""
+    own = ("params", "names", "lr", "base_lr", "weight_decay")
+    others = {key: value for key, value in optimizer.param_groups[0].items() if key not in own}
+    held = {
+        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
+    }
+    optimizer.param_groups[:] = [{**others, **group} for group in group_parameters(held, settings, None)]
 
 
 def restore_optimizer(run: Run, saved: dict[str, Any] | None) -> torch.optim.Optimizer | None:

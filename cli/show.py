@@ -116,10 +116,12 @@ def options(found: Sequence[Option]) -> None:
         line("Options: none")
         return
     line("Options:")
-    table(
-        ["name", "type", "default", "meaning"],
-        [[option.name, option.type, format_default(option), option.doc] for option in found],
-    )
+    searched = any(option.search for option in found)
+    rows = []
+    for option in found:
+        search = [str(option.search or "")] if searched else []
+        rows.append([option.name, option.type, format_default(option), *search, option.doc])
+    table(["name", "type", "default", *(["search"] if searched else []), "meaning"], rows)
 
 
 def format_default(option: Option) -> str:
@@ -139,7 +141,11 @@ def describe_option(option: Option) -> dict[str, Any]:
     from clframe.options import REQUIRED
 
     known = {} if option.default is REQUIRED else {"default": option.default}
-    return {"name": option.name, "type": option.type, **known, "doc": option.doc}
+    search: dict[str, Any] = {}
+    if option.search:
+        kept = ("choices",) if option.search.choices else ("low", "high", "log")
+        search = {"search": {key: getattr(option.search, key) for key in kept}}
+    return {"name": option.name, "type": option.type, **known, **search, "doc": option.doc}
 
 
 def format_percent(share: float | None) -> str:
@@ -163,7 +169,8 @@ def results(finished: Results, as_json: bool) -> None:
         document({"folder": folder, "tensorboard": command, **finished.data, "timings": finished.timings})
         return
     of_held_out = {f"{MODES.get(r, r)}, {HELD_OUT}": matrix for r, matrix in finished.validation.items()}
-    of_test = {MODES.get(r, r): matrix for r, matrix in finished.accuracy.items()}
+    tested = any(finished.data["test_images"])  # a run may be given none: `run.test`
+    of_test = {MODES.get(r, r): matrix for r, matrix in finished.accuracy.items() if tested}
     for title, matrix in (of_test | of_held_out).items():
         line(f"Accuracy in percent, {title}:")
         columns = range(1, max(map(len, matrix), default=0) + 1)
@@ -180,11 +187,12 @@ def results(finished: Results, as_json: bool) -> None:
             line()
     measures = finished.measures
     names = list(dict.fromkeys(name for of in measures.values() for name, v in of.items() if v is not None))
-    table(
-        ["Measure, in percent", *(MODES.get(reading, reading) for reading in measures)],
-        [[name.replace("_", " "), *(format_percent(of.get(name)) for of in measures.values())] for name in names],
-        numbers=True,
-    )
+    if tested:
+        table(
+            ["Measure, in percent", *(MODES.get(reading, reading) for reading in measures)],
+            [[name.replace("_", " "), *(format_percent(of.get(name)) for of in measures.values())] for name in names],
+            numbers=True,
+        )
     for sentence in finished.notes():
         line(sentence)
     if folder:

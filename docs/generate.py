@@ -634,23 +634,23 @@ def table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
 def options(found: list[Option], section: str) -> list[str]:
     """Return the table of the options of a plugin, a scenario or a model."""
     rows = []
+    searched = any(option.search for option in found)
     for option in found:
         default = (
             "(required)" if option.default is REQUIRED else code(value(option.default))
         )
+        search = [str(option.search) if option.search else ""] if searched else []
         rows.append(
             [
                 code(f"{section}.{option.name}"),
                 words(option.type),
                 default,
+                *search,
                 prose(option.doc),
             ]
         )
-    return (
-        table(["option", "type", "default", "meaning"], rows)
-        if rows
-        else ["It has no options."]
-    )
+    columns = ["option", "type", "default", *["search"] * searched, "meaning"]
+    return table(columns, rows) if rows else ["It has no options."]
 
 
 def signature_of(hook: str) -> str:

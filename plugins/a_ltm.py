@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.options import NonNegative
+from clframe.options import NonNegative, Search
 from clframe.toolkit.distill import half_squared_distance, soft_cross_entropy_per_group
 
 
@@ -53,7 +53,7 @@ class ALTM(Plugin):
     def __init__(
         self,
         *,
-        lambda_: NonNegative = 1.0,
+        lambda_: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
         loss: Literal["cross-entropy", "l2"] = "cross-entropy",
         on: Literal["new", "replay", "all"] = "new",
     ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.options import Count, NonNegative, Positive
+from clframe.options import Count, NonNegative, Positive, Search
 from clframe.toolkit.dreamer import (
     Dreamer,
     GeneratorTerms,
@@ -89,7 +90,7 @@ class AlwaysBeDreaming(Plugin):
         balance: NonNegative = 1.0,
         statistics: NonNegative = 50.0,
         smooth: NonNegative = 1e-3,
-        mu: NonNegative = 0.1,
+        mu: Annotated[NonNegative, Search(0.001, 10, log=True)] = 0.1,
         replay: Count | None = None,
     ) -> None:
         self.iterations = iterations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.options import Count, NonNegative, Share
+from clframe.options import Count, NonNegative, Search, Share
 from clframe.toolkit.channel_gates import (
     ConditionalConv,
     add_channel_gates,
@@ -94,7 +94,7 @@ class ChannelGating(Plugin):
     def __init__(
         self,
         *,
-        sparsity: NonNegative = 1.0,
+        sparsity: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
         sparsity_after: Share = 0.25,
         relevance: Share = 0.0,
         bias: float = 1.5,

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from clframe import Batch, Experience, ImageData, IncrementalNet, Outputs, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.options import Count, CountOrZero, NonNegative, Positive
+from clframe.options import Count, CountOrZero, NonNegative, Positive, Search
 from clframe.toolkit.distill import kl_divergence
 from clframe.toolkit.inversion import Dreaming, DreamOptions, InversionTerms, dreaming_problems, select_preview
 
@@ -91,8 +91,8 @@ class DeepInversion(Plugin):
         flip: bool | None = None,
         clip: bool = True,
         batch_size: Count = 256,
-        dreams: NonNegative = 1.0,
-        distill: NonNegative = 1.0,
+        dreams: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
+        distill: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
         temperature: Positive = 1.0,
         replay: Count | None = None,
     ) -> None:

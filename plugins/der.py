@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from clframe import Batch, ImageData, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.data.batch import join
 from clframe.model import masked
-from clframe.options import Count, NonNegative
+from clframe.options import Count, NonNegative, Search
 from clframe.toolkit.memory import draw, reservoir, too_small
 
 
@@ -53,8 +54,8 @@ class DER(Plugin):
         self,
         *,
         size: Count = 200,
-        alpha: NonNegative = 0.5,
-        beta: NonNegative = 0.5,
+        alpha: Annotated[NonNegative, Search(0.01, 10, log=True)] = 0.5,
+        beta: Annotated[NonNegative, Search(0.01, 10, log=True)] = 0.5,
         batch_size: Count | None = None,
     ) -> None:
         self.size = size

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from clframe import Batch, Experience, Plugin, hookimpl
 from clframe.context import Run
 from clframe.errors import UsageError
-from clframe.options import Count, NonNegative, Share
+from clframe.options import Count, NonNegative, Search, Share
 from clframe.toolkit.importance import ImportanceMean, Labels, Quadratic, label_cotangents, weighted_penalty
 from clframe.toolkit.per_sample import GradientSums
 
@@ -68,7 +68,7 @@ class EWC(Plugin):
     def __init__(
         self,
         *,
-        lambda_: NonNegative = 100.0,
+        lambda_: Annotated[NonNegative, Search(1, 1e6, log=True)] = 100.0,
         form: Literal["offline", "online"] = "offline",
         gamma: Share | None = None,
         labels: Labels = "exact",

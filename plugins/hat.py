@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clframe import Batch, Experience, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.evaluate import TaskPredictor
-from clframe.options import NonNegative, Positive
+from clframe.options import NonNegative, Positive, Search
 from clframe.toolkit.norms import TaskNorm, add_task_norms
 from clframe.toolkit.probing import propagate_importance
 from clframe.toolkit.unit_gates import AttentionGate, gate_layers, gate_problems
@@ -63,7 +63,9 @@ class HAT(Plugin):
         "Serra, Suris, Miron, Karatzoglou, Overcoming catastrophic forgetting with hard attention to the task, 2018"
     )
 
-    def __init__(self, *, sparsity: NonNegative = 0.75, s_max: Positive = 400.0) -> None:
+    def __init__(
+        self, *, sparsity: Annotated[NonNegative, Search(0.01, 10, log=True)] = 0.75, s_max: Positive = 400.0
+    ) -> None:
         self.sparsity = sparsity
         self.s_max = s_max
         self.kept: dict[nn.Parameter, Tensor] | None = None  # the share of its old value that each weight keeps

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, hookimpl, snapshot
 from clframe.context import Run
-from clframe.options import NonNegative
+from clframe.options import NonNegative, Search
 from clframe.toolkit.distill import half_squared_distance
 from clframe.toolkit.warm_up import warm_up, warm_up_problems
 
@@ -50,7 +50,7 @@ class LFL(Plugin):
     def __init__(
         self,
         *,
-        lambda_: NonNegative = 0.01,
+        lambda_: Annotated[NonNegative, Search(1e-4, 10, log=True)] = 0.01,
         form: Literal["paper", "multi-head"] | None = None,
         warm_up: NonNegative = 0.0,
     ) -> None:

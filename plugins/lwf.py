@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from clframe import Batch, Experience, IncrementalNet, Outputs, Phase, Plugin, h
 from clframe.context import Run
 from clframe.errors import UsageError
 from clframe.model import masked
-from clframe.options import NonNegative, Positive
+from clframe.options import NonNegative, Positive, Search
 from clframe.toolkit.distill import incremental_bce, soft_cross_entropy_per_group
 from clframe.toolkit.warm_up import warm_up, warm_up_problems
 
@@ -81,7 +81,7 @@ class LwF(Plugin):
     def __init__(
         self,
         *,
-        lambda_: NonNegative = 1.0,
+        lambda_: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
         temperature: Positive = 2.0,
         form: Form | None = None,
         balance: bool = False,

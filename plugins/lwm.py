@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from clframe import Batch, Experience, IncrementalNet, Outputs, Plugin, hookimpl
 from clframe.context import Run
 from clframe.errors import did_you_mean
 from clframe.model import evaluating, normalizing_by_batch
-from clframe.options import NonNegative, Positive
+from clframe.options import NonNegative, Positive, Search
 from clframe.toolkit.distill import attention_distance, grad_cam, observe, sigmoid_cross_entropy, soft_cross_entropy
 
 
@@ -62,8 +62,8 @@ class LwM(Plugin):
     def __init__(
         self,
         *,
-        beta: NonNegative = 1.0,
-        gamma: NonNegative = 1.0,
+        beta: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
+        gamma: Annotated[NonNegative, Search(0.01, 100, log=True)] = 1.0,
         distill: Literal["sigmoid", "softmax"] = "sigmoid",
         temperature: Positive = 2.0,
         base: Literal["student", "teacher"] = "student",

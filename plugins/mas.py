@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from clframe import Batch, Experience, ImageData, Plugin, hookimpl
 from clframe.context import Run
 from clframe.data.build import read_images
-from clframe.options import Count, NonNegative
+from clframe.options import Count, NonNegative, Search
 from clframe.toolkit.importance import ImportanceMean, Quadratic, norm_cotangents, weighted_penalty
 from clframe.toolkit.per_sample import GradientSums
 
@@ -63,7 +63,7 @@ class MAS(Plugin):
     def __init__(
         self,
         *,
-        lambda_: NonNegative = 0.01,
+        lambda_: Annotated[NonNegative, Search(1e-4, 100, log=True)] = 0.01,
         form: Literal["global", "local"] = "global",
         samples: Count | None = None,
         images: Path | None = None,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from clframe import Experience, Plugin, hookimpl
 from clframe.context import Run
-from clframe.options import NonNegative, Positive
+from clframe.options import NonNegative, Positive, Search
 from clframe.toolkit.importance import Quadratic, add_path_step, path_importance, weighted_penalty
 
 
@@ -48,7 +48,9 @@ class SI(Plugin):
     needs_task_gradient = True
     citation = "Zenke, Poole, Ganguli, Continual learning through synaptic intelligence, ICML 2017"
 
-    def __init__(self, *, c: NonNegative = 1.0, xi: Positive = 0.1, heads: bool = True) -> None:
+    def __init__(
+        self, *, c: Annotated[NonNegative, Search(0.001, 100, log=True)] = 1.0, xi: Positive = 0.1, heads: bool = True
+    ) -> None:
         self.c = c
         self.xi = xi
         self.heads = heads

@@ -171,6 +171,45 @@ class Scenario:
         self.val_share = share
         self._val_seed = seed
 
+    def cut(self, experiences: int | None = None, *, test: bool = True) -> Scenario:
+        """Return this scenario with its first `experiences` (None: all) only, and without test images if not `test`.
+
+        Through what is returned, no image of a later experience, and no test image, can be read.
+
+        Raises:
+            UsageError: if it has fewer experiences.
+        """
+        count = len(self) if experiences is None else experiences
+        if count > len(self):
+            raise UsageError(
+                f"`run.experiences` is {count}, and `{self.name}` has {len(self)}: choose a smaller number."
+            )
+        whole = self._load
+        empty = ImageData(torch.empty(0, *self.input_shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+
+        def load(index: int, part: Part) -> ImageData:
+            if index >= count:
+                raise IndexError(f"The run was given {count} experiences of `{self.name}`, none with number {index}.")
+            return empty if part == "test" and not test else whole(index, part)
+
+        n_classes = len(self.class_names) if count == len(self) else max(map(max, self.classes[:count])) + 1
+        of_labels = len(self.class_order) == len(self.class_names)
+        notes = [] if count == len(self) else [f"The run was given {count} of the {len(self)} experiences."]
+        notes += [] if test else ["The run was given no test images."]
+        return Scenario(
+            self.name,
+            self.setting,
+            self.classes[:count],
+            self.class_names[:n_classes],
+            self.input_shape,
+            load,
+            transform=self.transform,
+            class_order=self.class_order[:n_classes] if of_labels else self.class_order,
+            checksum=self.checksum,
+            move=self._move,
+            notes=(*self.notes, *notes),
+        )
+
     def described(self, index: int | None = None) -> Scenario:
         """Return this scenario as plugins and a loaded model receive it: reading any images raises `UsageError`.
 

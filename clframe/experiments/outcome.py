@@ -34,6 +34,7 @@ UNLABELED = {
         "run.eval_every",
         "run.eval_images",
         "run.joint",
+        "run.tuned",
         "train.threads",
     ),
 }
