@@ -35,15 +35,14 @@ class WandB(Plugin):
     Curves have TensorBoard's names: ``accuracy_<mode>/experience_<j>``, ``average_accuracy/<mode>``,
     ``forgetting/<mode>``, ``while_learning/<measure>/<mode>``, ``loss/<term>``, ``learning_rate``, ``log/<name>``. The
     package's own step counts rows; each row also has the place of its points as ``experiences`` (learned so far) or
-    ``total_step``. In Weights & Biases each
-    curve is drawn along its own axis; in trackio, choose that under *X-axis*. Pictures are those that methods show, and
-    at the end the accuracy matrices. Hyper-parameters are the run's settings without folders and devices. Messages are
-    the texts ``message``. What a terminal shows is not captured.
+    ``total_step``. In Weights & Biases each curve is drawn along its own axis; in trackio, choose that under *X-axis*.
+    Pictures are those that methods show, and at the end the accuracy matrices. Hyper-parameters are the run's settings
+    without folders and devices. Messages are the texts ``message``. What a terminal shows is not captured.
 
     A resumed run continues the tracker's run; rows that were logged before the run was killed are not logged again.
-    Offline, Weights & Biases writes a second folder of the same run: upload both, in order, with
-    `wandb sync --append`. A run that extends another one is a new run for the tracker. What fails after the start (a
-    lost connection) is told once, and the run goes on without the tracker.
+    Offline, Weights & Biases writes a second folder of the same run: upload both with `wandb sync`, in order. A run
+    that extends another one is a new run for the tracker. What fails after the start (a lost connection) is told once,
+    and the run goes on without the tracker.
 
     The packages keep their files where they always do (`WANDB_DIR`, `TRACKIO_DIR`). `wandb.package=wandb` needs
     `pip install 'clframe[wandb]'`, and `wandb.package=trackio` needs `pip install 'clframe[trackio]'`.
