@@ -12,7 +12,7 @@ import typer
 
 from clframe.cli import show
 from clframe.cli.parameters import Json, Quiet, complete, whole_number
-from clframe.errors import Interrupted, UsageError
+from clframe.errors import Interrupted, UsageError, cannot_write
 from clframe.system.reading import expand_home, quote_path
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clframe.experiments.statistics import Interval
     from clframe.experiments.study import Study
 
+REPORT = "report.html"  # the report of a study in its folder
 FAILED = 4  # exit code of a study with failed cells
 LISTED = 10  # names at most that a message has
 MEASURES = {"forgetting": "forgetting", "learning_accuracy": "learning accuracy"}  # columns beside the accuracy
@@ -146,7 +147,8 @@ def compare(
         plan.write(path)
         _say_what_differs(plan, keep_stale)
         _carry_out(plan, path, engine, workers, quiet)
-    return _print_outcome(path, json)
+        report = _write_report(path)
+    return _print_outcome(path, report, json)
 
 
 def _problems_of_flags(
@@ -347,8 +349,25 @@ def _estimate(plan: Plan, states: Sequence[str]) -> float | None:
     return total
 
 
-def _print_outcome(path: Path, json: bool) -> int:
-    """Print the ranked table of each scenario; return the exit code."""
+def _write_report(path: Path) -> Path | None:
+    """Write the report of the study in `path` into its folder; return the file, or None if no cell is finished."""
+    from clframe.experiments.folder import read_study
+    from clframe.experiments.report import report_study
+    from clframe.system.writing import write_text
+
+    outcome = read_study(path)
+    if not outcome.finished:
+        return None
+    file = path / REPORT
+    try:
+        write_text(file, report_study(outcome, "html"))
+    except OSError as error:
+        raise cannot_write("The report", file, error) from error
+    return file
+
+
+def _print_outcome(path: Path, report: Path | None, json: bool) -> int:
+    """Print the ranked table of each scenario, and where the report is; return the exit code."""
     from clframe.experiments.folder import read_study
 
     outcome = read_study(path)
@@ -360,7 +379,7 @@ def _print_outcome(path: Path, json: bool) -> int:
         for cell in outcome.unfinished:
             if cell.state == "failed":
                 show.line(f"Failed: {cell.method} on {cell.scenario}, seed {cell.seed}: {cell.sentence}")
-        show.line(f"Study folder: {path}")
+        show.line(f"Report: {report}" if report else f"Study folder: {path}")
     return FAILED if any(cell.state == "failed" for cell in outcome.unfinished) else 0
 
 

@@ -23,7 +23,7 @@ from clframe.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = advice.list_options(app)
-FOREIGN = {"--verify", "--no-build-isolation", "--logdir"}  # of git, pip and TensorBoard
+FOREIGN = {"--verify", "--no-build-isolation", "--logdir", "--project"}  # of git, pip, TensorBoard and trackio
 SETTING = re.compile(r"`([a-z][a-z-]*)\.([a-z_0-9]+)(?:=([^`{]+))?`")
 OWN = {"huggingface": "huggingface:x", "torchvision": "torchvision:resnet18", "avalanche": "avalanche:SplitMNIST"}
 

@@ -80,6 +80,8 @@ def test_each_cell_is_a_run_and_the_table_holds_the_means_of_their_figures(
         assert row["cells"] == 2
     accuracies = [row["mean"] for row in found["methods"]]
     assert accuracies == sorted(accuracies, reverse=True)
+    page = (study / "report.html").read_text()
+    assert all(f"<th>{method}" in page for method in rows)
 
 
 def test_a_cell_equals_a_run_of_its_configuration_to_the_bit(study: Path, tmp_path: Path) -> None:
@@ -355,7 +357,8 @@ def test_stale_cells_are_named_with_the_reason_and_run_again_unless_kept(
 
 @pytest.mark.parametrize("name", cells.WITHOUT_FIGURES)
 def test_settings_that_change_no_figure_are_not_in_the_address(name: str) -> None:
-    values = {"output": "a", "data_root": "b", "tensorboard": False, "checkpoint_every": 1.0, "log_every": 7}
+    values: dict[str, object] = {"output": "a", "data_root": "b", "tensorboard": False, "checkpoint_every": 1.0}
+    values |= {"log_every": 7, "tuned": {"protocol": "first-2"}}
     assert cells.settings_of(resolve(run={name: values[name]})) == cells.settings_of(resolve())
 
 

@@ -147,6 +147,22 @@ def test_the_table_of_a_scenario_equals_brute_force(write: Write):
         assert row.tenth_percentile == pytest.approx(np.percentile(figures[row.method], 10), abs=1e-15)
 
 
+def test_the_upper_bound_is_shown_beside_the_tests_and_counts_in_none(write: Write):
+    figures = {"fine-tuning": 0.2, "er": 0.6, "joint": 0.9}
+    folders = [
+        write(value + seed / 100, *([] if name == "fine-tuning" else [name]), seed=seed)
+        for name, value in figures.items()
+        for seed in range(6)
+    ]
+    joint, er, _ = read_runs(folders).table("split-digits")
+    assert (joint.method, joint.p, joint.claim) == ("joint", None, None)
+    assert joint.paired is not None
+    assert joint.paired.mean == pytest.approx(0.7)
+    assert er.p == 2 / 2**6  # as if it were compared alone
+    assert er.claim is not None
+    assert er.claim.made
+
+
 def test_class_orders_are_averaged_within_seeds(write: Write):
     values = {(seed, order): 0.1 + 0.03 * seed + 0.002 * order**2 for seed in range(3) for order in range(4)}
     folders = [

@@ -21,6 +21,7 @@ from clframe.runs.results import RESULTS_FILE, Results, check_finished, read_res
 from clframe.settings import Config
 
 FINE_TUNING = "fine-tuning"  # label of a run without a method: the baseline unless another is named
+JOINT = "joint"  # label of the upper bound, which the tests leave out, as it is not a method to choose
 COSTS = ("seconds", "peak_memory")  # differ from run to run; all other figures are reproduced to the bit
 Key = tuple[int, int | None]  # seed and class order of a cell
 
@@ -119,8 +120,8 @@ class MethodRow:
         mean: the mean over units (seeds, or class orders) with Student's interval.
         tenth_percentile: the 10th percentile over cells (linear interpolation); None without cells.
         paired: the differences to the baseline; None for the baseline itself, and without one.
-        p: p of these differences after Holm; None as `paired`, and without pairs.
-        claim: whether the difference may be called one; None as `paired`.
+        p: p of these differences after Holm; None as `paired`, without pairs, and for joint training, the upper bound.
+        claim: whether the difference may be called one; None as `paired`, and for joint training.
     """
 
     method: str
@@ -234,7 +235,8 @@ class StudyOutcome:
         figures = {method: self.values(scenario, method, measure, mode) for method in methods}
         compared = [method for method in methods if method != reference and reference in methods]
         pairs = {method: statistics.compare(figures[method], figures[str(reference)], unit) for method in compared}
-        adjusted = dict(zip(compared, statistics.holm([pairs[method].p for method in compared]), strict=True))
+        judged = [method for method in compared if method != JOINT]
+        adjusted = dict(zip(judged, statistics.holm([pairs[method].p for method in judged]), strict=True))
         rows = []
         for method in methods:
             known = [value for value in figures[method].values() if value is not None]
@@ -247,7 +249,7 @@ class StudyOutcome:
                     _tenth_percentile(known),
                     pair,
                     adjusted.get(method),
-                    statistics.claim(pair.pairs, len(compared), adjusted[method]) if pair else None,
+                    statistics.claim(pair.pairs, len(judged), adjusted[method]) if pair and method in judged else None,
                 )
             )
         return sorted(rows, key=lambda row: -math.inf if row.mean.value is None else row.mean.value, reverse=True)

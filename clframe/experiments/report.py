@@ -208,7 +208,7 @@ def _describe_scenario(
     cells = outcome.cells(scenario)
     modes = outcome.modes(scenario)
     rows = outcome.table(scenario, MEASURE, baseline, unit)
-    compared = [row for row in rows if row.paired]
+    compared = [row for row in rows if row.claim]
     orders = {cell.order for cell in cells}
     pairs = max((row.paired.pairs for row in compared if row.paired), default=0)
     return {
@@ -366,7 +366,7 @@ def describe_protocol(cells: Sequence[FinishedCell]) -> str:
 def _state(pairs: int, comparisons: int, baseline: str | None, unit: Unit) -> str:
     """Return what the tests of a scenario can show at all."""
     if not comparisons:
-        return "There is one method, which is compared with nothing."
+        return "No method stands beside the baseline, so nothing is tested."
     if not pairs:
         return f"Not one pair of runs of a method and of {baseline} is complete, so nothing is claimed."
     least = statistics.smallest_p(pairs, comparisons)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe import registry
 from clframe.errors import DataError, UsageError, did_you_mean
+from clframe.experiments.outcome import FINE_TUNING, JOINT
 from clframe.strict_yaml import dump_yaml, parse_yaml
 from clframe.system.reading import Unreadable, expand_home, quote_path, read_bytes
 from clframe.system.texts import cut, quote
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 STUDY = "study.yaml"  # the file of a study in its folder
 LARGEST_FILE = 1_000_000  # bytes of it
-FINE_TUNING = "fine-tuning"  # the label of learning without any plugin
-JOINT = "joint"  # the label of the upper bound, and the plugin that gives it
 BASELINES = (FINE_TUNING, JOINT)
 DEFAULT_SEEDS = 5
 MOST_SEEDS = 10_000
