@@ -112,13 +112,31 @@ def resolve(
     resolved_run = _settings(RunSettings, {k: v for layer in run_layers for k, v in layer.items()}, "run", problems)
     if problems or resolved_train is None or resolved_run is None:
         raise UsageError(*dict.fromkeys(problems))
-    return Config(
+    config = Config(
         scenario=resolved_scenario,
         model=resolved_model,
         plugins=resolved_plugins,
         train=resolved_train,
         run=resolved_run,
     )
+    _check_tuned(config)
+    return config
+
+
+def _check_tuned(config: Config) -> None:
+    """Refuse a stamp of a tuning that chose other values than those of the run. Raises `UsageError`."""
+    chosen = (config.run.tuned or {}).get("chosen")
+    if isinstance(chosen, Mapping):
+        settings = list_settings(config)
+        other = [name for name, value in chosen.items() if settings.get(name) != value]
+        if other:
+            raise UsageError(
+                *(
+                    f"`{cut(name)}` is {quote(settings.get(name))}, and the tuning in `run.tuned` chose "
+                    f"{quote(chosen[name])}: leave one of them out, such as by `--set run.tuned=null`."
+                    for name in other
+                )
+            )
 
 
 def to_yaml(config: Config) -> str:

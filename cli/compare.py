@@ -89,6 +89,13 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="One setting, such as er.size=200; repeatable."),
     ] = None,
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PROTOCOL", help="Tune the methods first, by this protocol of `clframe tune`; repeatable."
+        ),
+    ] = None,
+    trials: Annotated[int | None, whole_number("Trials of each tuning, as of `clframe tune`.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", metavar="STUDY.yaml", help="File of a study.")
     ] = None,
@@ -127,6 +134,8 @@ def compare(
     asked = _read_flags(scenario, method, model, seeds, orders, order_sampling, baselines, set_, problems)
     if problems:
         raise UsageError(*problems)
+    if tuned or trials is not None:
+        asked["tuning"] = {**({"protocols": tuned} if tuned else {}), **({} if trials is None else {"trials": trials})}
     if folder is not None:
         path = expand_home(folder)
         study = Study.read(path)
@@ -144,6 +153,11 @@ def compare(
         plan = make_plan(study, path, keep_stale=keep_stale)
         _check_refused(plan, skip_refused)
         study.write(path)
+        if study.tuning.get("protocols"):
+            from clframe.cli.tune import tune_study
+
+            study = tune_study(study, path, plan.refused, engine, workers, quiet)
+            plan = make_plan(study, path, keep_stale=keep_stale)
         plan.write(path)
         _say_what_differs(plan, keep_stale)
         _carry_out(plan, path, engine, workers, quiet)
@@ -392,8 +406,13 @@ def _print_table(outcome: StudyOutcome, scenario: str) -> None:
     show.line(f"{title}, {show.MODES[mode]}:" if mode in show.MODES else f"{title}:")
     compared = any(row.paired for row in rows)
     against = [f"to {baseline}", "95 % interval", "p"] if compared else []
+    tuned = {cell.method: cell.tuned for cell in outcome.cells(scenario) if cell.tuned}
     headers = ["method", "mean", "95 % interval", *against, *MEASURES.values(), "seconds", "cells"]
-    show.table(headers, [_row(outcome, scenario, mode, row, compared) for row in rows], numbers=True)
+    shown = [_row(outcome, scenario, mode, row, compared) for row in rows]
+    if tuned:
+        headers.append("tuned by")
+        shown = [[*texts, tuned.get(row.method, "as given")] for texts, row in zip(shown, rows, strict=True)]
+    show.table(headers, shown, numbers=True)
     if any(cell.stale for cell in outcome.cells(scenario)):
         stale = sorted({cell.method for cell in outcome.cells(scenario) if cell.stale})
         show.line(f"Some cells are of other code or data: {_list_names(stale)}.")
@@ -446,6 +465,7 @@ def _describe(outcome: StudyOutcome, path: Path) -> Mapping[str, Any]:
             "methods": [
                 {
                     "method": row.method,
+                    "tuned": next((cell.tuned for cell in outcome.cells(scenario, row.method) if cell.tuned), None),
                     "cells": row.cells,
                     "mean": row.mean.value,
                     "interval": row.mean.interval,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clframe import __version__, compose, registry
-from clframe.cli import advice, compare, report, runs, show, streams
+from clframe.cli import advice, compare, report, runs, show, streams, tune
 from clframe.cli.parameters import Json, Quiet, complete, read_interval, whole_number
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.system.reading import expand_home, reason
@@ -278,6 +278,7 @@ def extend(
 
 
 app.command()(compare.compare)
+app.command()(tune.tune)
 app.command()(report.report)
 
 

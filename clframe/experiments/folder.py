@@ -12,7 +12,7 @@ from clframe.errors import DataError, UsageError
 from clframe.experiments.cells import CELLS, read_record, read_records, record_path, state_of
 from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, check_figures
 from clframe.experiments.plan import read_plan
-from clframe.experiments.study import STUDY, Study
+from clframe.experiments.study import STUDY, Study, describe_stamp
 from clframe.runs.files import LOCK, read_config
 from clframe.runs.results import read_results
 from clframe.system.reading import quote_path, reason
@@ -80,7 +80,7 @@ def read_study(folder: Path) -> StudyOutcome:
     Raises:
         DataError: if the folder is not that of a study, or a file in it is damaged.
     """
-    tuned = {method.name: method.tuned for method in Study.read(folder).methods}
+    Study.read(folder)  # which refuses a folder without a study
     plan = read_plan(folder)
     finished: list[FinishedCell] = []
     unfinished: list[UnfinishedCell] = []
@@ -95,8 +95,7 @@ def read_study(folder: Path) -> StudyOutcome:
         check_figures(results, path)
         config = read_config(path)
         command = f"clframe run --config {CELLS}/{path.name}/config.yaml"
-        stamp = tuned.get(cell["method"])
-        how = None if stamp is None else ", ".join(f"{key} {value}" for key, value in stamp.items())
+        how = describe_stamp(config.run.tuned)
         finished.append(FinishedCell(*identity, path, results, config, command, bool(cell["stale"]), how))
     for refused in plan["refused"]:
         sentence = " ".join(refused["reasons"])

@@ -16,6 +16,7 @@ from typing import Any
 from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.experiments import statistics
 from clframe.experiments.statistics import Claim, Estimate, Paired, Unit
+from clframe.experiments.study import describe_stamp
 from clframe.runs.files import CONFIG, read_config
 from clframe.runs.results import RESULTS_FILE, Results, check_finished, read_results
 from clframe.settings import Config
@@ -293,6 +294,7 @@ def read_runs(folders: Iterable[Path]) -> StudyOutcome:
             results,
             config,
             rerun(folder),
+            tuned=describe_stamp(config.run.tuned),
         )
         for (folder, config, results), scenario, method in zip(found, scenarios, methods, strict=True)
     ]

@@ -164,6 +164,8 @@ def _resolve(study: Study) -> list[_Row]:
             problems += error.problems
             continue
         for method in study.all_methods:
+            if method.scenarios is not None and label not in method.scenarios:
+                continue
             row = _Row(method, label)
             for seed, options in orders:
                 try:
@@ -205,17 +207,34 @@ def _cells_of(row: _Row, seeds: Sequence[int], data: str, study: Path, records: 
     there = {record.address: record.folder for record in records}
     cells = []
     for order, resolved in row.configs:
-        code = code_of(resolved)
         for seed in seeds:
             config = resolved.model_copy(deep=True)
             config.run.seed = seed
-            settings = settings_of(config)
-            address = address_of(settings, code, data)
-            name = name_of(row.method.name, row.scenario, seed, order, address)
-            folder = there.get(address, study / CELLS / name)
-            config.run.output = str(folder)
-            cells.append(Cell(row.method.name, row.scenario, seed, order, config, settings, code, data, folder))
+            cell = make_cell(row.method.name, row.scenario, order, config, data, study)
+            if cell.address in there:
+                folder = there[cell.address]
+                cell.config.run.output = str(folder)
+                cell = replace(cell, folder=folder)
+            cells.append(cell)
     return cells
+
+
+def make_cell(method: str, scenario: str, order: int | None, config: Config, data: str, study: Path) -> Cell:
+    """Return the cell of a run in the folder of a study, or of a tuning, that is named by what it is.
+
+    Args:
+        method: label of the method.
+        scenario: label of the scenario.
+        order: seed of the class order, or None.
+        config: of the run; its `run.output` is set.
+        data: SHA-256 of the scenario's data.
+        study: the folder.
+    """
+    settings, code = settings_of(config), code_of(config)
+    seed = config.run.seed
+    folder = study / CELLS / name_of(method, scenario, seed, order, address_of(settings, code, data))
+    config.run.output = str(folder)
+    return Cell(method, scenario, seed, order, config, settings, code, data, folder)
 
 
 def _with_records(

@@ -26,7 +26,8 @@ DEFAULT_SEEDS = 5
 MOST_SEEDS = 10_000
 MOST_CELLS = 100_000
 SAMPLINGS = ("random", "extreme")
-METHOD_KEYS = ("plugins", "name", "train", "grid", "tuned")
+METHOD_KEYS = ("plugins", "name", "train", "run", "grid", "tuned")
+TUNING_KEYS = ("protocols", "trials", "seeds")
 NOT_OF_A_STUDY = {  # settings that a study has a place of its own for
     "run.seed": "`seeds` (`--seeds`) has the seeds",
     "run.output": "each cell has a folder in that of the study",
@@ -43,19 +44,24 @@ class Method:
         plugins: names to options, in calling order.
         train: settings of the training that are this method's own.
         tuned: how its options were chosen: protocol, trials, seeds and data; None if they were not tuned.
+        run: settings of the run that are this method's own, such as what single experiences have of their own.
+        scenarios: labels of the scenarios that it learns; None: all of the study.
     """
 
     name: str
     plugins: Mapping[str, Options] = field(default_factory=dict)
     train: Options = field(default_factory=dict)
     tuned: Options | None = None
+    run: Options = field(default_factory=dict)
+    scenarios: tuple[str, ...] | None = None
 
     def written(self) -> Any:
         """Return the method as a study file holds it."""
         plain = FINE_TUNING if not self.plugins else "+".join(self.plugins)
-        if self.name == plain and not any(self.plugins.values()) and not self.train and not self.tuned:
+        parts = {"train": self.train, "run": self.run, "tuned": self.tuned}
+        if self.name == plain and not any(self.plugins.values()) and not any(parts.values()):
             return self.name
-        parts = {"name": self.name, "plugins": self.plugins, "train": self.train, "tuned": self.tuned}
+        parts = {"name": self.name, "plugins": self.plugins, **parts}
         return {key: value for key, value in parts.items() if value or key == "plugins"}
 
 
@@ -75,6 +81,8 @@ class Study:
         train: settings of the training (``train.*``) of all cells.
         run: settings of the run (``run.*``) of all cells.
         set: further settings by full name, such as ``er.size``, which are those of every method with that plugin.
+        search: ranges in which options are searched, by full name, beside those that options declare.
+        tuning: how methods are tuned before they are compared: `protocols`, `trials` and `seeds`; empty: they are not.
     """
 
     scenarios: tuple[Options, ...]
@@ -87,6 +95,8 @@ class Study:
     train: Options = field(default_factory=dict)
     run: Options = field(default_factory=dict)
     set: Options = field(default_factory=dict)
+    search: Options = field(default_factory=dict)
+    tuning: Options = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Study:
@@ -102,13 +112,7 @@ class Study:
         Raises:
             UsageError: with one sentence for each mistake.
         """
-        try:
-            text = read_bytes(expand_home(path), LARGEST_FILE).decode("utf-8-sig")
-        except Unreadable as error:
-            raise UsageError(f"The study {quote_path(path)} cannot be read: {error.reason}.") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"The study {path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
-        return cls.from_data(parse_yaml(text, str(path)), f"{path}: ")
+        return cls.from_data(_read_file(expand_home(path), "study"), f"{path}: ")
 
     @classmethod
     def from_data(cls, data: Any, where: str = "") -> Study:
@@ -148,7 +152,7 @@ class Study:
             found["methods"] = added
             if self.scenarios and "seeds" in found:
                 found["seeds"] = tuple(dict.fromkeys([*self.seeds, *found["seeds"]]))
-            for key in ("train", "run", "set"):
+            for key in ("train", "run", "set", "search", "tuning"):
                 found[key] = {**getattr(self, key), **found.get(key, {})}
         if problems:
             raise UsageError(*(where + problem for problem in problems))
@@ -167,6 +171,8 @@ class Study:
             "train": dict(self.train),
             "run": dict(self.run),
             "set": dict(self.set),
+            **({"search": dict(self.search)} if self.search else {}),
+            **({"tuning": dict(self.tuning)} if self.tuning else {}),
         }
 
     def write(self, folder: Path) -> None:
@@ -179,9 +185,9 @@ class Study:
         """Return one phrase for each part in which this study differs from `other`; none if both ask for the same."""
         ours, theirs = self.written(), other.written()
         return [
-            f"`{key}` is {cut(quote(ours[key]), 100)}, there {cut(quote(theirs[key]), 100)}"
-            for key in ours
-            if ours[key] != theirs[key]
+            f"`{key}` is {cut(quote(ours.get(key)), 100)}, there {cut(quote(theirs.get(key)), 100)}"
+            for key in dict.fromkeys([*ours, *theirs])
+            if ours.get(key) != theirs.get(key)
         ]
 
     # ------------------------------------------------------------------------------ what it asks for
@@ -257,7 +263,7 @@ class Study:
             plugins={name: {**sets.get(name, {}), **options} for name, options in method.plugins.items()},
             base=base,
             train=method.train,
-            run={"seed": seed},
+            run={**method.run, "seed": seed, **({"tuned": dict(method.tuned)} if method.tuned else {})},
         )
 
     def settings_by_section(self) -> dict[str, dict[str, Any]]:
@@ -274,11 +280,10 @@ class Study:
         methods = self.all_methods
         if not methods:
             problems.append("A study needs a method: name one with `--method`, or leave out `--no-baselines`.")
-        names = [method.name for method in methods]
+        names = [(method.name, label) for method in methods for label in method.scenarios or self.scenario_labels]
+        twice = [name for name, label in dict.fromkeys(names) if names.count((name, label)) > 1]
         problems += [
-            f"Two methods of the study are called `{name}`: give one another `name`."
-            for name in dict.fromkeys(names)
-            if names.count(name) > 1
+            f"Two methods of the study are called `{name}`: give one another `name`." for name in dict.fromkeys(twice)
         ]
         plugins = {name for method in methods for name in method.plugins}
         for section in self.settings_by_section():
@@ -296,6 +301,17 @@ class Study:
         if count > MOST_CELLS:
             problems.append(f"The study asks for {count:,} cells, and {MOST_CELLS:,} are the most that one can have.")
         return problems
+
+
+def _read_file(path: Path, what: str) -> Any:
+    """Return the content of a YAML file, which sentences call `what`. Raises `UsageError` if it cannot be read."""
+    try:
+        text = read_bytes(path, LARGEST_FILE).decode("utf-8-sig")
+    except Unreadable as error:
+        raise UsageError(f"The {what} {quote_path(path)} cannot be read: {error.reason}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The {what} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+    return parse_yaml(text, str(path))
 
 
 def takes_orders(name: str) -> bool:
@@ -341,8 +357,35 @@ def _read_methods(given: Any, key: str) -> tuple[Method, ...]:
     return tuple(method for item in _list(given, key) for method in _read_method(item))
 
 
+def describe_stamp(stamp: Options | None) -> str | None:
+    """Return in a phrase how options were chosen, as `Method.tuned` and ``run.tuned`` have it; None: by no search."""
+    if not stamp:
+        return None
+    seeds = ", ".join(map(str, stamp.get("seeds", ())))
+    on = f"{stamp.get('scenario')} {str(stamp.get('data', ''))[:12]}".strip()
+    return f"{stamp.get('protocol')}; {stamp.get('trials')} trials; seeds {seeds}; {on}"
+
+
+def _read_tuned_method(path: Path) -> Method:
+    """Return the method in a file that `clframe tune` wrote. Raises `UsageError` if it is not such a file."""
+    data = _read_file(path, "method")
+    stamp = (
+        data.get("run", {}).get("tuned") if isinstance(data, Mapping) and isinstance(data.get("run"), Mapping) else 0
+    )
+    if not isinstance(data, Mapping) or not isinstance(stamp, Mapping) or not isinstance(data.get("plugins"), Mapping):
+        raise UsageError(f"The method {quote_path(path)} is not a file that `clframe tune` wrote: name a plugin.")
+    run = {key: value for key, value in data["run"].items() if key != "tuned"}
+    name = str(stamp.get("method", path.stem))
+    return Method(name, dict(data["plugins"]), dict(data.get("train") or {}), dict(stamp), run)
+
+
 def _read_method(given: Any) -> list[Method]:
-    """Return the method that an entry of a study file names, or its variants, one for each point of its grid."""
+    """Return the method that an entry of a study file names, or its variants, one for each point of its grid.
+
+    A name with the end of a YAML file is one that `clframe tune` wrote.
+    """
+    if isinstance(given, str) and given.strip().endswith((".yaml", ".yml")):
+        return [_read_tuned_method(expand_home(given.strip()))]
     if isinstance(given, str):
         return [Method(given.strip(), {name: {} for name in split_method(given)})]
     if not isinstance(given, Mapping):
@@ -360,14 +403,15 @@ def _read_method(given: Any) -> list[Method]:
     if not isinstance(name, str) or not name.strip():
         problems.append(f"`name` of a method is {quote(name)}; it must be a text.")
     train, grid, tuned = given.get("train") or {}, given.get("grid") or {}, given.get("tuned")
-    for key, value in (("train", train), ("grid", grid), ("tuned", tuned or {})):
+    run = given.get("run") or {}
+    for key, value in (("train", train), ("run", run), ("grid", grid), ("tuned", tuned or {})):
         if not isinstance(value, Mapping):
             problems.append(f"`{key}` of the method `{name}` is {quote(value)}; it must be a mapping.")
     if not problems and grid:
         problems += _grid_problems(grid, name, plugins)
     if problems:
         raise UsageError(*problems)
-    method = Method(name, plugins, dict(train), tuned)
+    method = Method(name, plugins, dict(train), tuned, dict(run))
     return list(_variants(method, grid)) if grid else [method]
 
 
@@ -476,6 +520,26 @@ def _read_set(given: Any, key: str) -> Options:
     return found
 
 
+def _read_tuning(given: Any, key: str) -> Options:
+    found = _read_mapping(given, key)
+    problems = _unknown_keys(found, TUNING_KEYS, f"`{key}`")
+    if "protocols" in found:
+        names = found["protocols"]
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+            problems.append(f"`{key}.protocols` is {quote(names)}; it must be a list of names, such as [first-2].")
+        else:
+            found["protocols"] = list(dict.fromkeys(names))
+    trials = found.get("trials", 1)
+    if isinstance(trials, bool) or not isinstance(trials, int) or not 1 <= trials <= MOST_SEEDS:
+        problems.append(f"`{key}.trials` is {quote(trials)}; it must be a number of trials, 1 or more.")
+    if problems:
+        raise UsageError(*problems)
+    if "seeds" in found:
+        found["seeds"] = list(_read_seeds(found["seeds"], f"{key}.seeds"))
+    return found
+
+
 def _unknown_keys(given: Options, known: Collection[str], what: str) -> list[str]:
     """Return one sentence for each key of `given` that `what` does not have."""
     return [f"there is no key `{cut(key)}` in {what}.{did_you_mean(key, known)}" for key in given if key not in known]
@@ -503,5 +567,7 @@ KEYS = {  # of a study file, each with what reads it
     "train": _read_mapping,
     "run": _read_mapping,
     "set": _read_set,
+    "search": _read_set,
+    "tuning": _read_tuning,
 }
 assert set(KEYS) == {part.name for part in fields(Study)}

@@ -51,16 +51,40 @@ def run_cells(cells: Sequence[Cell], engine: str, workers: int, tell: Callable[[
         Interrupted: after SIGINT, SIGTERM or SIGHUP; cells under way are saved.
         KeyboardInterrupt: after a second SIGINT; the processes of cells under way are killed.
     """
-    address = read_engine(engine)
-    if engine == "inline":
-        run_inline(cells, tell)
-        return
-    if not cells:
-        return
-    from clframe.experiments import cluster
+    with open_engine(engine, workers, tell) as carry_out:
+        carry_out(cells)
 
-    with cluster.local(workers) if address is None else cluster.remote(address) as found:
-        _Course(found, cells, tell).run()
+
+@contextlib.contextmanager
+def open_engine(
+    engine: str, workers: int, tell: Callable[[CellEvent], None]
+) -> Iterator[Callable[[Sequence[Cell]], None]]:
+    """Yield a function that carries out cells, in processes that stay between its calls; arguments as of `run_cells`.
+
+    Processes begin with the first cells.
+
+    Raises:
+        UsageError: if there is no such engine; the function raises as `run_cells`.
+    """
+    address = read_engine(engine)
+    with contextlib.ExitStack() as stack:
+        found: list[Cluster] = []
+
+        def carry_out(cells: Sequence[Cell]) -> None:
+            if engine == "inline":
+                run_inline(cells, tell)
+                return
+            if not cells:
+                return
+            if not found:
+                from clframe.experiments import cluster
+
+                found.append(
+                    stack.enter_context(cluster.local(workers) if address is None else cluster.remote(address))
+                )
+            _Course(found[0], cells, tell).run()
+
+        yield carry_out
 
 
 def read_engine(engine: str) -> str | None:

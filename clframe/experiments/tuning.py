@@ -1,0 +1,797 @@
+"""Tuning: options of methods are chosen on validation images, by a protocol that says what the choice may look at.
+
+A trial is a cell: a run in a folder of its own, with values of the searched options, that is given no test image
+(``run.test``) and, but for `end-of-stream`, no experience that the protocol keeps from it (``run.experiences``). What
+cells measured on the images that ``train.val`` holds out decides. Cells are found by their address, and trials have
+seeds of their own, so a tuning that was killed and is repeated, or has more workers, comes to the same choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clframe import registry
+from clframe.errors import DataError, RunError, UsageError, did_you_mean
+from clframe.experiments.cells import MOST_DEATHS, Cell, problems_of, read_record, record_path, state_of
+from clframe.experiments.plan import make_cell
+from clframe.experiments.study import Method, Options, Study
+from clframe.metrics import Matrix, average_accuracy
+from clframe.options import Option, Search, fields_of, options_of
+from clframe.runs.results import read_results
+from clframe.settings import TrainSettings
+from clframe.strict_yaml import dump_yaml
+from clframe.system.texts import cut, quote
+
+if TYPE_CHECKING:
+    from optuna import Study as OptunaStudy
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+    from clframe.settings import Config
+
+PROTOCOLS = ("first-K", "per-experience", "other-scenario:NAME", "end-of-stream")
+JOURNAL = "trials.log"  # Optuna's journal in the folder of a tuning
+ROUND = 4  # trials that are asked for together: none of them depends on another one's result
+TRIALS = {"first": 20, "other-scenario": 20, "end-of-stream": 20, "per-experience": 8}
+DROP = 0.2  # share of the accuracy of plain training that a method may cost on a new experience (De Lange et al.)
+HELD_OUT = 0.1  # share of the training images that trials hold out where `train.val` names none
+Values = Mapping[str, Any]  # by full name, such as `ewc.lambda`
+CarryOut = Callable[[Sequence[Cell]], None]
+
+
+# ------------------------------------------------------------------------------------- protocols
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a choice of options may look at.
+
+    Attributes:
+        kind: `first`, `per-experience`, `other-scenario` or `end-of-stream`.
+        k: number of experiences of `first`.
+        scenario: name of the other scenario.
+    """
+
+    kind: str
+    k: int = 0
+    scenario: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "first":
+            return f"first-{self.k}"
+        return f"other-scenario:{self.scenario}" if self.scenario else self.kind
+
+    @property
+    def label(self) -> str:
+        """Return the protocol as tables name it: one that looks at later experiences is an oracle."""
+        return f"{self} (oracle)" if self.kind == "end-of-stream" else str(self)
+
+
+def parse_protocol(text: str) -> Protocol:
+    """Return the protocol that `text` names. Raises `UsageError` if there is none of that name."""
+    if found := re.fullmatch(r"first-([1-9]\d{0,3})", text):
+        if int(found[1]) < 2:
+            raise UsageError(
+                f"The protocol `{text}` tunes on 1 experience, in which nothing can be forgotten: choose `first-2`."
+            )
+        return Protocol("first", k=int(found[1]))
+    kind, _, name = text.partition(":")
+    if kind == "other-scenario" and name:
+        registry.find("scenario", name)
+        return Protocol(kind, scenario=name)
+    if text in ("per-experience", "end-of-stream"):
+        return Protocol(text)
+    if text == "other-scenario":
+        raise UsageError("The protocol `other-scenario` needs a scenario to tune on: write `other-scenario:NAME`.")
+    choices = ", ".join(f"`{name}`" for name in PROTOCOLS)
+    raise UsageError(f"There is no protocol `{cut(text)}`; choices: {choices}, with a number of experiences for K.")
+
+
+# ------------------------------------------------------------------------------ what is searched
+
+
+@dataclass(frozen=True)
+class Range:
+    """A searched option.
+
+    Attributes:
+        name: in full, such as `ewc.lambda`.
+        search: its range.
+        whole: whether only whole numbers are tried.
+        start: the value that the method has without a tuning.
+        changes: whether it may change within a run: the option declares a range, and is searched in one.
+    """
+
+    name: str
+    search: Search
+    whole: bool
+    start: Any
+    changes: bool
+
+    def holds(self, value: Any) -> bool:
+        """Return whether `value` is in the range."""
+        search = self.search
+        if search.choices or search.low is None or search.high is None:
+            return value in search.choices
+        return isinstance(value, int | float) and search.low <= value <= search.high
+
+    def rounded(self, value: Any) -> Any:
+        """Return a value of the range to four digits, as people write it."""
+        if self.whole or not isinstance(value, float) or self.search.low is None or self.search.high is None:
+            return value
+        return min(max(float(f"{value:.4g}"), float(self.search.low)), float(self.search.high))
+
+    def distribution(self) -> BaseDistribution:
+        """Return the range as Optuna has it."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        search = self.search
+        if search.choices or search.low is None or search.high is None:
+            return CategoricalDistribution(search.choices)
+        if self.whole:
+            return IntDistribution(int(search.low), int(search.high), log=search.log)
+        return FloatDistribution(search.low, search.high, log=search.log)
+
+    def grid(self, count: int) -> list[Any]:
+        """Return `count` values from the largest down to the least, evenly spaced on the scale of the search."""
+        search = self.search
+        if search.choices or search.low is None or search.high is None:
+            return list(search.choices)
+        low, high = (math.log(end) if search.log else end for end in (search.low, search.high))
+        steps = [high + (low - high) * i / max(1, count - 1) for i in range(count)]
+        values = [float(f"{math.exp(step) if search.log else step:.4g}") for step in steps]
+        ends: list[Any] = [float(search.high), *values[1:-1], float(search.low)] if count > 1 else [float(search.high)]
+        return list(dict.fromkeys(round(value) for value in ends)) if self.whole else ends
+
+
+def parse_range(name: str, given: Any) -> Search | None:
+    """Return the range that a study file gives the option `name`: ``[LOW, HIGH]``, ``[LOW, HIGH, log]`` or choices.
+
+    None stands for the range that the option declares, and is returned for ``null`` and ``true``.
+
+    Raises:
+        UsageError: if it is none of these.
+    """
+    if given is None or given is True:
+        return None
+    try:
+        if isinstance(given, Mapping) and set(given) == {"choices"} and isinstance(given["choices"], Sequence):
+            return Search(choices=tuple(given["choices"]))
+        if isinstance(given, Sequence) and not isinstance(given, str) and len(given) in (2, 3):
+            low, high, *log = given
+            numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
+            if numbers and log in ([], ["log"]):
+                return Search(low, high, log=bool(log))
+    except ValueError as error:
+        raise UsageError(f"`search` has {quote(given)} for `{cut(name)}`: {error}.") from error
+    raise UsageError(
+        f"`search` has {quote(given)} for `{cut(name)}`; it must be [LOW, HIGH], [LOW, HIGH, log], {{choices: [...]}}, "
+        "null for the range that the option declares, or false to leave the option out."
+    )
+
+
+def ranges_of(study: Study, scenario: Options, method: Method) -> list[Range]:
+    """Return the options of `method` that are searched: all that declare a range, as `study.search` changes them.
+
+    Raises:
+        UsageError: if an option without a range is asked for, does not exist, or nothing is left to search.
+    """
+    config = study.configure(scenario, method, {}, study.seeds[0])
+    known: dict[str, tuple[Option, Any]] = {
+        f"train.{option.name}": (option, getattr(config.train, option.name)) for option in fields_of(TrainSettings)
+    }
+    for plugin, component in config.plugins.items():
+        for option in options_of(registry.plugin_class(plugin), skip=("variant",)):
+            known[f"{plugin}.{option.name}"] = option, component.options.get(option.name)
+    problems = []
+    asked = {name: None for name, (option, _) in known.items() if option.search} | {
+        name: given for name, given in study.search.items() if _concerns(name, config)
+    }
+    found = []
+    for name, given in asked.items():
+        if given is False:
+            continue
+        if name not in known:
+            problems.append(f"`search` names `{cut(name)}`, which does not exist.{did_you_mean(name, known)}")
+            continue
+        option, start = known[name]
+        try:
+            search = parse_range(name, given) or option.search
+        except UsageError as error:
+            problems += error.problems
+            continue
+        if search is None:
+            problems.append(
+                f"`{name}` declares no range to search: give it one in the study file, by `search: {{{name}: [1, 100, "
+                f"log]}}`, or by `--search {name}=[1,100,log]`."
+            )
+            continue
+        changes = option.search is not None and not search.choices
+        found.append(Range(name, search, option.type.startswith("int"), start, changes))
+    if not problems and not found:
+        problems.append(
+            f"The method `{method.name}` has nothing to tune, as `search` leaves out all of its options with a range: "
+            "leave out the method."
+        )
+    if problems:
+        raise UsageError(*problems)
+    return found
+
+
+def _concerns(name: str, config: Config) -> bool:
+    """Return whether a key of `search` is about the method that `config` runs: its plugins, or the training."""
+    return name.rpartition(".")[0] in (*config.plugins, "train")
+
+
+def apply(method: Method, values: Values) -> Method:
+    """Return `method` with the given values of its options, by full name."""
+    plugins = {name: dict(options) for name, options in method.plugins.items()}
+    train = dict(method.train)
+    for name, value in values.items():
+        section, _, option = name.rpartition(".")
+        (train if section == "train" else plugins[section])[option] = value
+    return replace(method, plugins=plugins, train=train)
+
+
+# ------------------------------------------------------------------------------------- one tuning
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Values to be tried.
+
+    Attributes:
+        values: of the searched options, by full name, in all experiences.
+        experiences: number of experiences that the runs are given; None: all.
+        per_experience: what single experiences have of their own.
+    """
+
+    values: Values
+    experiences: int | None = None
+    per_experience: tuple[Values, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The search of the options of one method for one scenario.
+
+    Attributes:
+        study: the settings that all cells share; its `seeds` are those of each trial.
+        scenario: to learn.
+        label: of the scenario in its study.
+        method: whose options are searched.
+        protocol: what the choice may look at.
+        trials: number of values that are tried; for `per-experience` the most of each of its two stages.
+    """
+
+    study: Study
+    scenario: Options
+    label: str
+    method: Method
+    protocol: Protocol
+    trials: int
+
+    @property
+    def name(self) -> str:
+        """Return a name that a file may have."""
+        parts = (self.method.name, self.label, str(self.protocol))
+        return "-".join(re.sub(r"[^\w.,=+-]+", "-", part, flags=re.ASCII).strip("-.")[:60] for part in parts)
+
+    @property
+    def source(self) -> Options:
+        """Return the scenario that the trials learn."""
+        return {"name": self.protocol.scenario} if self.protocol.scenario else self.scenario
+
+    def __str__(self) -> str:
+        return f"{self.method.name} on {self.label}, {self.protocol.label}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The outcome of a tuning.
+
+    Attributes:
+        tuning: what was asked for.
+        method: with the values that were chosen.
+        per_experience: what single experiences have of their own; empty if all have the same.
+        accuracy: on validation images, from 0 to 1: the average accuracy of the best trial, or by `per-experience` the
+            mean over experiences of the accuracy on each, right after it was learned.
+        stamp: how they were chosen: protocol, trials, seeds and data.
+        file: holds the choice.
+    """
+
+    tuning: Tuning
+    method: Method
+    per_experience: tuple[Values, ...]
+    accuracy: float
+    stamp: Options
+    file: Path
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        entries = [dict(entry) for entry in self.per_experience]
+        return {"per_experience": entries} if entries else {}
+
+    def tuned_method(self, name: str) -> Method:
+        """Return the method, called `name`, as a study runs it on the scenario that it was tuned for."""
+        return replace(self.method, name=name, run=self._run, tuned=dict(self.stamp), scenarios=(self.tuning.label,))
+
+    def to_yaml(self) -> str:
+        """Return a file that `clframe run --config` takes, and a study as one of its methods."""
+        study, method = self.tuning.study, self.method
+        sets = study.settings_by_section()
+        model = {"name": study.model} if isinstance(study.model, str) else dict(study.model or {})
+        parts = {
+            "scenario": {**sets.get("scenario", {}), **self.tuning.scenario},
+            **({"model": {**model, **sets.get("model", {})}} if model or "model" in sets else {}),
+            "plugins": {name: {**sets.get(name, {}), **options} for name, options in method.plugins.items()},
+            "train": {"threads": 1, **study.train, **sets.get("train", {}), **method.train},
+            "run": {**self._run, "tuned": dict(self.stamp)},
+        }
+        return dump_yaml(parts)
+
+
+class Bench:
+    """What the tunings of one folder share: the folder, the data of each scenario, and the results of cells.
+
+    Args:
+        folder: of the tuning.
+        carry_out: carries out the cells that it is given.
+    """
+
+    def __init__(self, folder: Path, carry_out: CarryOut) -> None:
+        self.folder = folder
+        self._carry_out = carry_out
+        self._begun: set[Path] = set()
+        self._scenarios: dict[str, tuple[int, str]] = {}
+
+    def describe(self, config: Config) -> tuple[int, str]:
+        """Return the number of experiences, and the SHA-256 of the data, of a scenario. Raises as `build_scenario`."""
+        key = json.dumps(config.model_dump()["scenario"], sort_keys=True, default=str)
+        if key not in self._scenarios:
+            built = registry.build_scenario(config.scenario, config.run.model_copy(update={"seed": 0}))
+            self._scenarios[key] = len(built), built.checksum
+        return self._scenarios[key]
+
+    def cells_of(self, tuning: Tuning, trial: Trial) -> list[Cell]:
+        """Return the cells of a trial, one for each seed."""
+        label = tuning.source["name"] if tuning.protocol.scenario else tuning.label
+        cells = []
+        for seed in tuning.study.seeds:
+            config = configure(tuning, trial, seed)
+            cells.append(make_cell(tuning.method.name, label, None, config, self.describe(config)[1], self.folder))
+        return cells
+
+    def carry_out(self, cells: Sequence[Cell]) -> None:
+        """Carry out those of `cells` that are not finished, each once in the life of this object.
+
+        Raises:
+            DataError: if the processes of a cell died, which says nothing about its values.
+        """
+        cells = list({cell.folder: cell for cell in cells}.values())
+        waiting = [cell for cell in cells if cell.folder not in self._begun and state_of(cell.folder) != "finished"]
+        self._begun |= {cell.folder for cell in waiting}
+        if waiting:
+            self._carry_out(waiting)
+        for cell in waiting:
+            if state_of(cell.folder) == "failed" and read_record(record_path(cell.folder)).deaths >= MOST_DEATHS:
+                raise DataError(
+                    f"A trial could not be finished: {self.failure([cell])} The same command goes on with the tuning."
+                )
+
+    def accuracies(self, cells: Sequence[Cell]) -> list[Matrix] | None:
+        """Return the accuracy matrix on validation images of each cell; None if the run of one failed."""
+        if any(state_of(cell.folder) != "finished" for cell in cells):
+            return None
+        return [next(iter(read_results(cell.folder).validation.values())) for cell in cells]
+
+    def failure(self, cells: Iterable[Cell]) -> str:
+        """Return the sentence with which a cell failed; an empty text if none did."""
+        records = [record_path(cell.folder) for cell in cells if state_of(cell.folder) == "failed"]
+        return read_record(records[0]).failure if records else ""
+
+
+def configure(tuning: Tuning, trial: Trial, seed: int) -> Config:
+    """Return the configuration of a run of a trial: it is given no test image and no experience that is kept from it.
+
+    Raises:
+        UsageError: with one sentence for each mistake.
+    """
+    config = tuning.study.configure(tuning.source, apply(tuning.method, trial.values), {}, seed)
+    if not config.train.val:
+        config.train = config.train.model_copy(update={"val": HELD_OUT})
+    kept = {
+        "experiences": trial.experiences,
+        "test": False,
+        "predictions": False,
+        "per_experience": [dict(entry) for entry in trial.per_experience] or None,
+    }
+    config.run = config.run.model_copy(update=kept)
+    return config
+
+
+# What is chosen: values for all experiences, values of single ones, and the accuracy on validation images. A course
+# yields trials, and is sent the accuracy matrices of the seeds of each, or None where a run failed.
+Choice = tuple[Values, tuple[Values, ...], float]
+Course = Generator[list[Trial], list[list[Matrix] | None], Choice]
+
+
+def choose(
+    tunings: Sequence[Tuning], folder: Path, carry_out: CarryOut, tell: Callable[[str], None] = lambda text: None
+) -> list[Chosen]:
+    """Carry out the trials of `tunings` that are left, and return what they choose, in the order of `tunings`.
+
+    The trials that several tunings are ready for are carried out together. What was chosen is written to
+    ``NAME.yaml`` in the folder.
+
+    Args:
+        tunings: the searches.
+        folder: of the tuning, with the cells and the journal of earlier trials.
+        carry_out: carries out cells, as `clframe.experiments.workers.run_cells` does.
+        tell: called with a sentence on each trial.
+
+    Raises:
+        UsageError: before any trial, with one sentence for each mistake; also if optuna is not installed.
+        RunError: if all trials of a method failed.
+        DataError: if data are missing or damaged, or the disk is full.
+        Interrupted: as `carry_out`.
+    """
+    bench = Bench(folder, carry_out)
+    ranges = check(tunings, bench)
+    courses = {i: _begin(tuning, ranges[i], bench, tell) for i, tuning in enumerate(tunings)}
+    answers: dict[int, Any] = dict.fromkeys(courses)
+    done: dict[int, Chosen] = {}
+    while courses:
+        cells: dict[int, list[list[Cell]]] = {}
+        for i, course in list(courses.items()):
+            try:
+                cells[i] = [bench.cells_of(tunings[i], trial) for trial in course.send(answers[i])]
+            except StopIteration as end:
+                done[i] = _finish(tunings[i], ranges[i], end.value, bench)
+                del courses[i]
+        bench.carry_out([cell for trials in cells.values() for of_trial in trials for cell in of_trial])
+        answers = {i: [bench.accuracies(of_trial) for of_trial in trials] for i, trials in cells.items()}
+    return [done[i] for i in range(len(tunings))]
+
+
+def check(tunings: Sequence[Tuning], bench: Bench) -> list[list[Range]]:
+    """Return the ranges that each tuning searches, when nothing keeps them from being carried out.
+
+    Raises:
+        UsageError: with one sentence for each mistake.
+        DataError: if data are missing or damaged.
+    """
+    if any(tuning.protocol.kind != "per-experience" for tuning in tunings):
+        import_optuna()
+    problems: list[str] = []
+    found: list[list[Range]] = []
+    for tuning in tunings:
+        found.append([])
+        try:
+            found[-1] = ranges_of(tuning.study, tuning.source, tuning.method)
+            first = configure(tuning, Trial({}), tuning.study.seeds[0])
+            problems += _protocol_problems(tuning, found[-1], bench.describe(first)[0])
+            for values in _ends(found[-1]):
+                configure(tuning, Trial(values), tuning.study.seeds[0])
+            problems += problems_of(first)
+        except UsageError as error:
+            problems += error.problems
+    if problems:
+        raise UsageError(*dict.fromkeys(problems))
+    return found
+
+
+def _ends(ranges: Sequence[Range]) -> list[Values]:
+    """Return values that show whether both ends of each range, and all choices, are valid."""
+    tried = [range_.search.choices or (range_.search.low, range_.search.high) for range_ in ranges]
+    longest = max(map(len, tried))
+    return [
+        {r.name: ends[min(i, len(ends) - 1)] for r, ends in zip(ranges, tried, strict=True)} for i in range(longest)
+    ]
+
+
+def _protocol_problems(tuning: Tuning, ranges: Sequence[Range], length: int) -> list[str]:
+    """Return one sentence for each reason why the protocol does not suit the scenario, or the ranges."""
+    protocol = tuning.protocol
+    problems = []
+    if protocol.kind == "first" and protocol.k > length:
+        problems.append(
+            f"`{protocol}` needs {protocol.k} experiences, and `{tuning.label}` has {length}: choose fewer."
+        )
+    elif protocol.kind == "first" and protocol.k == length:
+        problems.append(
+            f"`{protocol}` would look at all {length} experiences of `{tuning.label}`, as the oracle `end-of-stream` "
+            "does: choose fewer, or that protocol."
+        )
+    if protocol.scenario and protocol.scenario == tuning.scenario["name"]:
+        problems.append(f"`{protocol}` names the scenario that is learned: name another one, or use `end-of-stream`.")
+    if protocol.kind == "per-experience":
+        problems += [
+            f"`{range_.name}` cannot be tuned by `per-experience`, which chooses `train.lr` and strengths of plugins: "
+            f"leave it out with `search: {{{range_.name}: false}}`."
+            for range_ in ranges
+            if not range_.changes
+        ]
+    return problems
+
+
+def _begin(tuning: Tuning, ranges: Sequence[Range], bench: Bench, tell: Callable[[str], None]) -> Course:
+    """Return the course of a tuning by its protocol."""
+    if tuning.protocol.kind != "per-experience":
+        return _search(tuning, ranges, tuning.protocol.k or None, bench, tell)
+    length = bench.describe(configure(tuning, Trial({}), tuning.study.seeds[0]))[0]
+    return _adapt(tuning, ranges, length, bench, tell)
+
+
+def _finish(tuning: Tuning, ranges: Sequence[Range], choice: Choice, bench: Bench) -> Chosen:
+    """Return what was chosen, with its stamp, and write it to the folder."""
+    from clframe.system.writing import write_text  # here, as that imports torch
+
+    values, entries, accuracy = choice
+    config = configure(tuning, Trial({}), tuning.study.seeds[0])
+    stamp = {
+        "method": tuning.method.name,
+        "protocol": tuning.protocol.label,
+        "trials": tuning.trials,
+        "seeds": list(tuning.study.seeds),
+        "scenario": tuning.source["name"] if tuning.protocol.scenario else tuning.label,
+        "data": bench.describe(config)[1],
+        "held_out": config.train.val,
+        "searched": {range_.name: str(range_.search) for range_ in ranges},
+        "chosen": dict(values),
+        "accuracy": accuracy,
+    }
+    file = bench.folder / f"{tuning.name}.yaml"
+    chosen = Chosen(tuning, apply(tuning.method, values), entries, accuracy, stamp, file)
+    write_text(file, chosen.to_yaml())
+    return chosen
+
+
+def _all_failed(tuning: Tuning, trials: Sequence[Trial], bench: Bench) -> RunError:
+    cells = [cell for trial in trials for cell in bench.cells_of(tuning, trial)]
+    failure = bench.failure(cells) or "the accuracy on the images held out is not defined."
+    return RunError(f"No trial of {tuning} has an accuracy to choose by: {failure}")
+
+
+# ------------------------------------------------------------------------- by trials of whole runs
+
+
+def import_optuna() -> Any:
+    """Return the module `optuna`. Raises `UsageError` if it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError("Tuning needs `optuna`: pip install 'clframe[tune]'.") from error
+    return optuna
+
+
+class Journal:
+    """The trials of a tuning, in Optuna's journal; what is asked next depends on the trials of earlier rounds alone.
+
+    Args:
+        path: of the journal, which holds the trials of all tunings of a folder.
+        name: of the tuning in it.
+        ranges: what is searched.
+        seed: text from which, with the number of a trial, its seed is drawn.
+    """
+
+    def __init__(self, path: Path, name: str, ranges: Sequence[Range], seed: str) -> None:
+        self._optuna = import_optuna()
+        self._ranges = ranges
+        self._seed = seed
+        self._distributions = {range_.name: range_.distribution() for range_ in ranges}
+        _mend(path)
+        with self._quiet():
+            from optuna.storages.journal import JournalFileBackend
+
+            storage = self._optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+            self._study: OptunaStudy = self._optuna.create_study(
+                storage=storage, study_name=name, direction="maximize", load_if_exists=True
+            )
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Keep Optuna from announcing studies inside."""
+        logging = self._optuna.logging
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Return the trials that have ended, in order."""
+        return self._study.get_trials(deepcopy=False)
+
+    def ask(self, most: int) -> tuple[int, list[Values]]:
+        """Return the number of the first trial of the round under way, and the values of its trials, `most` in all.
+
+        The first trial of all has the values that the method has without a tuning.
+        """
+        before = self.trials
+        start = len(before) // ROUND * ROUND
+        asked: list[Values] = []
+        with self._quiet():
+            memory = self._optuna.create_study(direction="maximize")
+            memory.add_trials(before[:start])
+            if not start and all(range_.holds(range_.start) for range_ in self._ranges):
+                memory.enqueue_trial({range_.name: range_.start for range_ in self._ranges})
+            for number in range(start, min(start + ROUND, most)):
+                digest = hashlib.sha256(f"{self._seed}/{number}".encode()).digest()
+                memory.sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "big"))
+                found = memory.ask(self._distributions).params
+                asked.append({range_.name: range_.rounded(found[range_.name]) for range_ in self._ranges})
+        return start, asked
+
+    def tell(self, start: int, asked: Sequence[Values], figures: Sequence[float | None]) -> None:
+        """Write the trials of a round, the first of which has the number `start`; those that are there stay."""
+        there = len(self.trials)
+        states = self._optuna.trial.TrialState
+        for number, (values, figure) in enumerate(zip(asked, figures, strict=True), start):
+            if number >= there:
+                trial = self._optuna.trial.create_trial(
+                    params=dict(values),
+                    distributions=self._distributions,
+                    value=figure,
+                    state=states.FAIL if figure is None else states.COMPLETE,
+                )
+                self._study.add_trial(trial)
+
+
+def _mend(path: Path) -> None:
+    """Remove what a killed process left of the journal: its lock, and the line that was being written.
+
+    One process at a time works in the folder.
+    """
+    for lock in path.parent.glob(f"{path.name}.lock*"):
+        lock.unlink(missing_ok=True)
+    content = path.read_bytes() if path.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _search(
+    tuning: Tuning, ranges: Sequence[Range], experiences: int | None, bench: Bench, tell: Callable[[str], None]
+) -> Course:
+    """Search by trials of whole runs, and choose the values with the best average accuracy on validation images."""
+    searched = [[range_.name, str(range_.search)] for range_ in ranges]
+    seed = json.dumps([tuning.method.written(), tuning.source, str(tuning.protocol), searched])
+    addresses = [cell.address for cell in bench.cells_of(tuning, Trial({}, experiences))]
+    digest = hashlib.sha256(f"{seed}{addresses}".encode()).hexdigest()[:12]  # other code or data begins again
+    journal = Journal(bench.folder / JOURNAL, f"{tuning.name}-{digest}", ranges, seed)
+    while len(journal.trials) < tuning.trials:
+        start, asked = journal.ask(tuning.trials)
+        answers = yield [Trial(values, experiences) for values in asked]
+        figures = [_average([average_accuracy(matrix) for matrix in matrices or ()]) for matrices in answers]
+        journal.tell(start, asked, figures)
+        for number, (values, figure) in enumerate(zip(asked, figures, strict=True), start + 1):
+            tell(f"{tuning}: trial {number} of {tuning.trials}: {_show(figure)} ({_list_values(values)})")
+    ended = journal.trials[: tuning.trials]
+    best = _find_best([trial.value if trial.state.name == "COMPLETE" else None for trial in ended])
+    if best is None:
+        raise _all_failed(tuning, [Trial(trial.params, experiences) for trial in ended], bench)
+    return dict(ended[best].params), (), float(ended[best].value or 0.0)
+
+
+# ----------------------------------------------------------------------- experience by experience
+
+
+def _adapt(tuning: Tuning, ranges: Sequence[Range], length: int, bench: Bench, tell: Callable[[str], None]) -> Course:
+    """Choose for each experience when it comes, on its own validation images (De Lange et al., TPAMI 2021).
+
+    First the learning rate with which the experience is learned best where the method has no strength; then the
+    strengths, from the top of their ranges down, until the accuracy on the experience is at most a share `DROP` below.
+    The first experience has nothing to protect: there the method has the strengths that it was given. A trial repeats
+    the experiences before with what was chosen for them.
+    """
+    rate = next((range_ for range_ in ranges if range_.name == "train.lr"), None)
+    strengths = [range_ for range_ in ranges if range_ is not rate]
+    rates: list[Values] = [{rate.name: value} for value in rate.grid(tuning.trials)] if rate else [{}]
+    steps = list(zip(*(range_.grid(tuning.trials) for range_ in strengths), strict=True)) if strengths else []
+    levels: list[Values] = [{r.name: v for r, v in zip(strengths, step, strict=True)} for step in steps]
+    chosen: list[Values] = []
+    reached: list[float] = []
+    for i in range(length):
+        off: Values = {range_.name: 0.0 for range_ in strengths} if i else {}
+        trials = [Trial({}, i + 1, (*chosen, {**own, **off})) for own in rates]
+        answers = yield trials
+        figures = [_average([matrix[i][i] for matrix in matrices or ()]) for matrices in answers]
+        best = _find_best(figures)
+        if best is None:
+            raise _all_failed(tuning, trials, bench)
+        entry = rates[best]
+        figure = figures[best]
+        least = (1 - DROP) * (figure or 0.0)
+        tell(f"{tuning}: experience {i + 1} of {length}: {_show(figure)} ({_list_values(entry) or 'as given'})")
+        for level in levels if i else []:
+            entry = {**rates[best], **level}
+            (matrices,) = yield [Trial({}, i + 1, (*chosen, entry))]
+            figure = _average([matrix[i][i] for matrix in matrices or ()])
+            tell(f"{tuning}: experience {i + 1} of {length}: {_show(figure)} ({_list_values(entry)})")
+            if figure is not None and figure >= least:
+                break
+        chosen.append(entry)
+        reached.append(figure or 0.0)
+    return {}, tuple(chosen), sum(reached) / length
+
+
+def _find_best(figures: Sequence[float | None]) -> int | None:
+    """Return the position of the largest figure, the first of equal ones; None if there is none."""
+    known = [i for i, figure in enumerate(figures) if figure is not None]
+    return max(known, key=lambda i: (figures[i], -i), default=None)
+
+
+def _average(figures: Sequence[float | None]) -> float | None:
+    """Return the mean; None if there is no figure, or one is not known."""
+    known = [figure for figure in figures if figure is not None]
+    return sum(known) / len(known) if known and len(known) == len(figures) else None
+
+
+def _show(figure: float | None) -> str:
+    return "failed" if figure is None else f"{100 * figure:.1f} %"
+
+
+def _list_values(values: Values) -> str:
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+# ------------------------------------------------------------------------------ tunings of a study
+
+
+def tunings_of(study: Study) -> list[Tuning]:
+    """Return the tunings that a study asks for: of each method, scenario and protocol; tuned methods are left out.
+
+    Raises:
+        UsageError: with one sentence for each mistake.
+    """
+    problems = study.problems()
+    protocols = []
+    for name in study.tuning.get("protocols", ()):
+        try:
+            protocols.append(parse_protocol(name))
+        except UsageError as error:
+            problems += error.problems
+    sections = {"train", *(name for method in study.all_methods for name in method.plugins)}
+    problems += [
+        f"`search` names `{cut(name)}`, and no method of the study has the plugin `{cut(name.rpartition('.')[0])}`."
+        for name in study.search
+        if name.rpartition(".")[0] not in sections
+    ]
+    if problems:
+        raise UsageError(*problems)
+    shared = replace(study, seeds=tuple(study.tuning.get("seeds", (0,))), methods=(), tuning={}, orders=None)
+    return [
+        Tuning(shared, scenario, label, method, protocol, study.tuning.get("trials", TRIALS[protocol.kind]))
+        for scenario, label in zip(study.scenarios, study.scenario_labels, strict=True)
+        for method in study.all_methods
+        if method.tuned is None
+        for protocol in protocols
+    ]
+
+
+def with_tuned(study: Study, chosen: Sequence[Chosen]) -> Study:
+    """Return `study` with what was chosen for its methods in place of them.
+
+    A method is called by its protocol, too, if that is an oracle or there are several.
+    """
+    several = len(study.tuning.get("protocols", ())) > 1
+    methods = [method for method in study.all_methods if method.tuned is not None]
+    for one in chosen:
+        protocol = one.tuning.protocol
+        named = several or protocol.label != str(protocol)
+        name = one.tuning.method.name
+        methods.append(one.tuned_method(f"{name}[{protocol.label}]" if named else name))
+    return replace(study, methods=tuple(methods), baselines=False)
