@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from clframe import Scenario, registry, testing
+from clframe import RunError, Scenario, registry, split_classes, testing
+from clframe.cli.main import main
 from clframe.data.scenario import Part
+from clframe.experiments.cells import Cell, run_inline
+from clframe.experiments.study import Study, describe_stamp
+from clframe.experiments.tuning import Chosen, Range, choose, tunings_of, with_tuned
+from clframe.experiments.workers import open_engine
 from clframe.options import Search, fields_of, options_of, searched, validated
-from clframe.settings import TrainSettings
+from clframe.runs.files import read_config
+from clframe.settings import Config, TrainSettings
 
 NAMES = [name for name in registry.names("plugin") if not registry.plugin_class(name).variants]
 # options that make a plugin cheap on the tiny scenario
@@ -163,8 +177,6 @@ def test_a_run_that_is_given_less_reads_no_test_image_and_no_later_experience(na
 
 def three_experiences(arrays: Any, setting: Any) -> Scenario:
     """Return three experiences of three classes."""
-    from clframe import split_classes
-
     return split_classes("tiny", arrays, experiences=3, setting=setting)
 
 
@@ -191,3 +203,325 @@ def test_a_run_of_which_nothing_would_be_measured_is_refused() -> None:
         learn(testing.tiny(), test=False)
     with testing.refused("`run.experiences` is 3", "`tiny` has 2"):
         learn(testing.tiny(), experiences=3)
+
+
+# -------------------------------------------------------------------------- trials and what they choose
+
+FAST = {"train.iterations": 2, "train.batch_size": 8, "scenario.limit": 10}
+RANGES = {"ewc.lambda": [1, 100, "log"], "train.lr": [0.001, 0.1, "log"]}
+
+
+def study_of(*protocols: str, methods: Any = ("ewc",), trials: int = 5, **parts: Any) -> Study:
+    """Return a study of split-digits whose methods are to be tuned."""
+    asked = {
+        "scenarios": ["split-digits"],
+        "methods": list(methods),
+        "baselines": False,
+        "set": FAST,
+        "tuning": {"protocols": list(protocols), "trials": trials},
+    }
+    return Study.from_data(asked | parts)
+
+
+def inline(cells: Sequence[Cell]) -> None:
+    """Carry out cells one after another."""
+    run_inline(cells, lambda event: None)
+
+
+def tuned(study: Study, folder: Path, carry_out: Callable[[Sequence[Cell]], None] = inline) -> list[Chosen]:
+    """Carry out the tunings of a study in `folder`."""
+    folder.mkdir(exist_ok=True)
+    return choose(tunings_of(study), folder, carry_out)
+
+
+def configs_of(folder: Path) -> list[Config]:
+    """Return the configurations of all cells of a tuning."""
+    return [read_config(path.parent) for path in folder.glob("cells/*/results.json")]
+
+
+def asked_of(folder: Path) -> set[tuple[float, float]]:
+    """Return learning rate and strength of each trial on the disk."""
+    return {(c.train.lr, c.plugins["ewc"].options["lambda"]) for c in configs_of(folder)}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tuning by `first-2`."""
+    folder = tmp_path_factory.mktemp("first") / "tuning"
+    tuned(study_of("first-2", search=RANGES), folder)
+    return folder
+
+
+def test_the_choice_is_the_trial_with_the_best_average_accuracy_on_held_out_images(first: Path) -> None:
+    (one,) = tuned(study_of("first-2", search=RANGES), first)
+    figures = {}
+    for path in first.glob("cells/*/results.json"):
+        config = read_config(path.parent)
+        validation = json.loads(path.read_text())["validation"]["class"]
+        figures[config.train.lr, config.plugins["ewc"].options["lambda"]] = sum(validation[1][:2]) / 2
+        assert (config.run.experiences, config.run.test, config.train.val) == (2, False, 0.1)
+    best = max(figures.values())
+    assert len(figures) == 5
+    assert one.accuracy == best
+    assert figures[one.stamp["chosen"]["train.lr"], one.stamp["chosen"]["ewc.lambda"]] == best
+    assert (1e-3, 100.0) in figures  # what the method has without a tuning is tried, too
+    assert all(1e-3 <= lr <= 0.1 and 1 <= strength <= 100 for lr, strength in figures)
+
+
+def test_a_tuning_that_was_stopped_anywhere_comes_to_the_same_trials_and_choice(first: Path, tmp_path: Path) -> None:
+    """It is stopped before each cell, while the journal is written, and with half a line of it and a lock left."""
+    folder = tmp_path / "tuning"
+
+    class Stop(BaseException):
+        pass
+
+    def one_cell(cells: Sequence[Cell]) -> None:
+        inline(cells[:1])
+        raise Stop
+
+    study = study_of("first-2", search=RANGES)
+    for _ in range(4):
+        with pytest.raises(Stop):
+            tuned(study, folder, one_cell)
+    journal = folder / "trials.log"
+    with pytest.raises(Stop):
+        tuned(study, folder, one_cell)  # the first four are told, and the fifth is carried out
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert sum(b"train.lr" in line for line in lines[-4:]) == 4
+    journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:20])
+    os.symlink(journal, folder / "trials.log.lock")
+    (again,) = tuned(study, folder)
+    assert asked_of(folder) == asked_of(first)
+    assert (folder / again.file.name).read_bytes() == (first / again.file.name).read_bytes()
+    assert len(configs_of(folder)) == 5
+
+
+def test_two_workers_come_to_the_same_trials_and_choice_as_one(first: Path, tmp_path: Path) -> None:
+    with open_engine("local", 2, lambda event: None) as carry_out:
+        (one,) = tuned(study_of("first-2", search=RANGES), tmp_path / "tuning", carry_out)
+    assert asked_of(tmp_path / "tuning") == asked_of(first)
+    assert one.file.read_bytes() == (first / one.file.name).read_bytes()
+
+
+def test_more_trials_go_on_with_those_that_are_there(first: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(first, tmp_path / "tuning")
+    begun: list[Cell] = []
+    tuned(study_of("first-2", search=RANGES, trials=7), folder, lambda cells: [begun.extend(cells), inline(cells)][1])
+    assert len(begun) == 2
+    assert asked_of(folder) > asked_of(first)
+
+
+def test_per_experience_chooses_by_the_images_of_each_experience_when_it_comes(tmp_path: Path) -> None:
+    """The choice is recomputed from the results of the cells, by the rule of De Lange et al."""
+    study = study_of("per-experience", search=RANGES, trials=3, set={**FAST, "scenario.experiences": 2})
+    (one,) = tuned(study, tmp_path)
+    accuracy = {}
+    for path in tmp_path.glob("cells/*/results.json"):
+        config = read_config(path.parent)
+        last = config.run.experiences or 0
+        entries = config.run.per_experience or []
+        assert (len(entries), config.run.test) == (last, False)
+        key = tuple(tuple(sorted(entry.items())) for entry in entries)
+        accuracy[key] = json.loads(path.read_text())["validation"]["class"][last - 1][last - 1]
+
+    def value(*entries: dict[str, float]) -> float:
+        return float(accuracy[tuple(tuple(sorted(entry.items())) for entry in entries)])
+
+    rates = [0.1, 0.01, 0.001]
+    first_rate = max(rates, key=lambda lr: (value({"train.lr": lr}), lr))
+    before = {"train.lr": first_rate}
+    plain = {lr: value(before, {"train.lr": lr, "ewc.lambda": 0.0}) for lr in rates}
+    rate = max(rates, key=lambda lr: (plain[lr], lr))
+    for strength in (100.0, 10.0, 1.0):
+        entry = {"train.lr": rate, "ewc.lambda": strength}
+        if value(before, entry) >= 0.8 * plain[rate]:
+            break
+    assert one.per_experience == (before, entry)
+    assert one.accuracy == pytest.approx((value(before) + value(before, entry)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "allowed"),
+    [
+        ("first-2", {("split-digits", 0), ("split-digits", 1)}),
+        ("per-experience", {("split-digits", i) for i in range(3)}),
+        ("other-scenario:rotated-digits", {("rotated-digits", i) for i in range(5)}),
+        ("end-of-stream", {("split-digits", i) for i in range(5)}),
+    ],
+)
+def test_no_trial_reads_a_test_image_or_what_the_protocol_keeps_from_it(
+    protocol: str, allowed: set[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: set[tuple[str, int, str]] = set()
+    build = registry.build_scenario
+
+    def build_watched(*arguments: Any) -> Scenario:
+        scenario = build(*arguments)
+        load = scenario._load
+
+        def watch(index: int, part: Part) -> Any:
+            reads.add((scenario.name, index, part))
+            return load(index, part)
+
+        scenario._load = watch
+        return scenario
+
+    monkeypatch.setattr(registry, "build_scenario", build_watched)
+
+    def three_only(cells: Sequence[Cell]) -> None:
+        if any((cell.config.run.experiences or 0) > 3 for cell in cells):
+            raise KeyboardInterrupt  # three experiences show what a fourth would
+        for cell in cells:
+            before = set(reads)
+            inline([cell])
+            given = cell.config.run.experiences or 5
+            assert {index for _, index, _ in reads - before} <= set(range(given))
+
+    with suppress(KeyboardInterrupt):
+        tuned(study_of(protocol, methods=["er"], trials=1), tmp_path, three_only)
+    assert reads == {(name, index, "train") for name, index in allowed}
+
+
+def test_an_oracle_is_called_one_everywhere(tmp_path: Path) -> None:
+    study = study_of("end-of-stream", methods=["er"], trials=1)
+    chosen = tuned(study, tmp_path)
+    assert [method.name for method in with_tuned(study, chosen).methods] == ["er[end-of-stream (oracle)]"]
+    stamp = yaml.safe_load(chosen[0].file.read_text())["run"]["tuned"]
+    assert stamp["protocol"] == "end-of-stream (oracle)"
+    assert "oracle" in str(describe_stamp(stamp))
+    assert describe_stamp(None) is None
+
+
+# ---------------------------------------------------------------------------------------- the commands
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
+    """Run `clframe` with `arguments`, check the exit code, and return what it printed."""
+    found = main([*arguments])
+    printed = capsys.readouterr()
+    assert found == code, printed
+    return printed.out, printed.err
+
+
+SETS = [part for name, value in FAST.items() for part in ("--set", f"{name}={value}")]
+
+
+def test_what_was_chosen_is_run_and_compared_with_its_stamp(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(first / "ewc-split-digits-first-2.yaml")
+    chosen = yaml.safe_load(Path(file).read_text())["run"]["tuned"]["chosen"]
+    told(capsys, "run", "--config", file, "--quiet", "--output", str(tmp_path / "run"))
+    config = read_config(tmp_path / "run")
+    assert config.run.tuned is not None
+    assert config.run.tuned["protocol"] == "first-2"
+    assert (config.train.lr, config.plugins["ewc"].options["lambda"]) == (chosen["train.lr"], chosen["ewc.lambda"])
+    assert config.run.test
+    out, _ = told(
+        capsys,
+        *("compare", "-s", "split-digits", "--method", file, "--seeds", "1", "--no-baselines", "--engine", "inline"),
+        *("--quiet", "--output", str(tmp_path / "study"), "--set", "scenario.limit=10"),
+    )
+    (row,) = (line for line in out.splitlines() if line.startswith("ewc"))
+    assert "first-2; 5 trials; seeds 0; split-digits" in row
+    ours = json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
+    (cell,) = (tmp_path / "study" / "cells").glob("*/results.json")
+    assert json.loads(cell.read_text())["accuracy"] == ours
+    _, err = told(capsys, "run", "--config", file, "--set", "train.lr=0.5", "--dry-run", code=2)
+    assert "`train.lr` is 0.5" in err
+    assert "run.tuned" in err
+
+
+def test_compare_tunes_first_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study"
+    asked = ["compare", "-s", "split-digits", "-s", "rotated-digits", "--method", "ewc", "--tuned", "first-2"]
+    asked += ["--trials", "2", "--seeds", "1", *SETS, "--engine", "inline", "--output", str(folder), "--no-baselines"]
+    out, err = told(capsys, *asked)
+    assert "trial 2 of 2" in err
+    rows = [line for line in out.splitlines() if line.startswith("ewc")]
+    assert ["first-2; 2 trials" in row for row in rows] == [True, True]
+    for scenario in ("split-digits", "rotated-digits"):
+        chosen = yaml.safe_load((folder / "tuning" / f"ewc-{scenario}-first-2.yaml").read_text())["run"]["tuned"]
+        (cell,) = (path for path in (folder / "cells").glob(f"ewc-{scenario}-*") if path.is_dir())
+        config = read_config(cell)
+        assert chosen["chosen"] == {"train.lr": config.train.lr, "ewc.lambda": config.plugins["ewc"].options["lambda"]}
+        assert config.run.tuned == chosen
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("**/results.json")}
+    assert told(capsys, "compare", str(folder), "--engine", "inline") == (out, "")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("**/results.json")} == before
+
+
+def test_tune_prints_what_was_chosen_and_refuses_another_tuning(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tuning"
+    asked = ["tune", "-s", "split-digits", "--method", "er", "--trials", "1", *SETS, "--engine", "inline"]
+    out, _ = told(capsys, *asked, "--output", str(folder), "--json")
+    (one,) = json.loads(out)["chosen"]
+    assert (one["method"], one["protocol"], one["values"]) == ("er", "first-2", {"train.lr": 0.001})
+    assert Path(one["file"]).is_file()
+    assert told(capsys, "tune", str(folder), "--json", "--engine", "inline") == (out, "")
+    _, err = told(capsys, *asked, "--method", "ewc", "--output", str(folder), code=2)
+    assert "another tuning" in err
+    assert "`methods`" in err
+    assert err.count("\n") == 1
+    _, err = told(capsys, *asked, "--output", str(first / "cells"), code=2)
+    assert "not that of a tuning" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--protocol", "first-1"], ["`first-1`", "`first-2`"]),
+        (["--protocol", "first-6"], ["`first-6`", "5"]),
+        (["--protocol", "first-5"], ["`first-5`", "`end-of-stream`"]),
+        (["--protocol", "test-set"], ["`test-set`", "`first-K`", "`per-experience`"]),
+        (["--protocol", "other-scenario"], ["`other-scenario:NAME`"]),
+        (["--protocol", "other-scenario:split-digits"], ["`other-scenario:split-digits`"]),
+        (["--protocol", "other-scenario:digits"], ["`digits`"]),
+        (["--search", "er.size"], ["`er.size`", "--search er.size=[1,100,log]"]),
+        (["--search", "er.size=[10,5]"], ["`er.size`", "[10, 5]"]),
+        (["--search", "er.size=5"], ["`er.size`", "[LOW, HIGH]"]),
+        (["--search", "er.sise=[1,5]"], ["`er.sise`", "`er.size`"]),
+        (["--search", "ewc.lambda=[1,5]"], ["`ewc.lambda`", "`ewc`"]),
+        (["--search", "er.size=[-1,5]"], ["`er.size` is -1"]),
+        (["--search", "train.lr=false"], ["`er`", "nothing to tune"]),
+        (["--search", "er.size=[1,5]", "--protocol", "per-experience"], ["`er.size`", "`per-experience`"]),
+        (["--trials", "0"], ["`tuning.trials`", "0"]),
+        (["--seeds", "few"], ["`tuning.seeds`", "'few'"]),
+        (["--workers", "0"], ["`--workers`", "0"]),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_in_one_sentence(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["tune", "-s", "split-digits", "--method", "er", *SETS, "--output", str(tmp_path / "tuning"), *arguments]
+    _, err = told(capsys, *asked, "--engine", "inline", code=2)
+    assert err.count("\n") == 1, err
+    assert [word for word in words if word not in err] == [], err
+    assert not (tmp_path / "tuning" / "cells").exists()
+
+
+def test_a_tuning_without_optuna_names_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with testing.refused("pip install 'clframe[tune]'"):
+        tuned(study_of("first-2"), tmp_path)
+
+
+def test_a_method_whose_trials_all_fail_is_told_with_the_first_reason(tmp_path: Path) -> None:
+    study = study_of("first-2", methods=["er"], trials=2, search={"train.lr": [1e30, 1e35, "log"]})
+    study = study.extended({"set": {"train.optimizer": "sgd", "train.clip": 0, "train.lr": 1e30}})
+    with pytest.raises(RunError, match=r"No trial of er on split-digits, first-2 .* infinite or not a number"):
+        tuned(study, tmp_path)
+
+
+def test_ranges_are_what_is_tried() -> None:
+    whole = Range("er.size", Search(10, 1000, log=True), True, 200, False)
+    assert whole.grid(3) == [1000, 100, 10]
+    assert Range("x", Search(0, 1), False, 0.5, False).grid(3) == [1.0, 0.5, 0.0]
+    assert Range("x", Search(choices=("a", "b")), False, "a", False).grid(5) == ["a", "b"]
+    assert [whole.holds(value) for value in (9, 10, 1000, 1001, "10")] == [False, True, True, False, False]
+    number = Range("x", Search(0.001, 1.00004), False, 1.0, False)
+    assert [number.rounded(value) for value in (0.123456, 1.000041)] == [0.1235, 1.0]

@@ -58,7 +58,7 @@ class Method:
     def written(self) -> Any:
         """Return the method as a study file holds it."""
         plain = FINE_TUNING if not self.plugins else "+".join(self.plugins)
-        parts = {"train": self.train, "run": self.run, "tuned": self.tuned}
+        parts: dict[str, Any] = {"train": self.train, "run": self.run, "tuned": self.tuned}
         if self.name == plain and not any(self.plugins.values()) and not any(parts.values()):
             return self.name
         parts = {"name": self.name, "plugins": self.plugins, **parts}
@@ -521,7 +521,7 @@ def _read_set(given: Any, key: str) -> Options:
 
 
 def _read_tuning(given: Any, key: str) -> Options:
-    found = _read_mapping(given, key)
+    found = dict(_read_mapping(given, key))
     problems = _unknown_keys(found, TUNING_KEYS, f"`{key}`")
     if "protocols" in found:
         names = found["protocols"]
