@@ -118,7 +118,8 @@ HOMONYMS = {
     "api": {"joint"},  # the setting `run.joint`
     "avalanche.benchmark": {"avalanche"},  # the name of a scenario
     "experiments.cells": {"tensorboard"},  # the setting `run.tensorboard`
-    "experiments.study": {"joint", "tensorboard"},  # a baseline, by default; the setting
+    "experiments.outcome": {"joint"},  # a baseline, by default
+    "experiments.study": {"tensorboard"},  # the setting `run.tensorboard`
     "runs.folder": {"tensorboard"},  # a folder of a run
     "testing.fixtures": {"tensorboard"},  # the setting `run.tensorboard`
     "testing.plugin_checks": {"tensorboard"},

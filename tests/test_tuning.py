@@ -22,7 +22,8 @@ from clframe import RunError, Scenario, registry, split_classes, testing
 from clframe.cli.main import main
 from clframe.data.scenario import Part
 from clframe.experiments.cells import Cell, run_inline
-from clframe.experiments.study import Study, describe_stamp
+from clframe.experiments.outcome import describe_stamp
+from clframe.experiments.study import Study
 from clframe.experiments.tuning import Chosen, Range, choose, tunings_of, with_tuned
 from clframe.experiments.workers import open_engine
 from clframe.options import Search, fields_of, options_of, searched, validated

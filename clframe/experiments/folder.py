@@ -10,9 +10,9 @@ import filelock
 
 from clframe.errors import DataError, UsageError
 from clframe.experiments.cells import CELLS, read_record, read_records, record_path, state_of
-from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, check_figures
+from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, check_figures, describe_stamp
 from clframe.experiments.plan import read_plan
-from clframe.experiments.study import STUDY, Study, describe_stamp
+from clframe.experiments.study import STUDY, Study
 from clframe.runs.files import LOCK, read_config
 from clframe.runs.results import read_results
 from clframe.system.reading import quote_path, reason

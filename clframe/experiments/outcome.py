@@ -16,7 +16,6 @@ from typing import Any
 from clframe.errors import DataError, UsageError, did_you_mean
 from clframe.experiments import statistics
 from clframe.experiments.statistics import Claim, Estimate, Paired, Unit
-from clframe.experiments.study import describe_stamp
 from clframe.runs.files import CONFIG, read_config
 from clframe.runs.results import RESULTS_FILE, Results, check_finished, read_results
 from clframe.settings import Config
@@ -312,6 +311,15 @@ def read_runs(folders: Iterable[Path]) -> StudyOutcome:
 def rerun(folder: Path) -> str:
     """Return the command line that repeats the run in `folder`."""
     return f"clframe run --config {shlex.quote(str(folder / CONFIG))}"
+
+
+def describe_stamp(stamp: Mapping[str, Any] | None) -> str | None:
+    """Return in a phrase how options were chosen, as ``run.tuned`` has it; None: by no search."""
+    if not stamp:
+        return None
+    seeds = ", ".join(map(str, stamp.get("seeds", ())))
+    on = f"{stamp.get('scenario')} {str(stamp.get('data', ''))[:12]}".strip()
+    return f"{stamp.get('protocol')}; {stamp.get('trials')} trials; seeds {seeds}; {on}"
 
 
 def check_figures(results: Results, folder: Path) -> None:

@@ -357,15 +357,6 @@ def _read_methods(given: Any, key: str) -> tuple[Method, ...]:
     return tuple(method for item in _list(given, key) for method in _read_method(item))
 
 
-def describe_stamp(stamp: Options | None) -> str | None:
-    """Return in a phrase how options were chosen, as `Method.tuned` and ``run.tuned`` have it; None: by no search."""
-    if not stamp:
-        return None
-    seeds = ", ".join(map(str, stamp.get("seeds", ())))
-    on = f"{stamp.get('scenario')} {str(stamp.get('data', ''))[:12]}".strip()
-    return f"{stamp.get('protocol')}; {stamp.get('trials')} trials; seeds {seeds}; {on}"
-
-
 def _read_tuned_method(path: Path) -> Method:
     """Return the method in a file that `clframe tune` wrote. Raises `UsageError` if it is not such a file."""
     data = _read_file(path, "method")

@@ -158,7 +158,7 @@ def parse_range(name: str, given: Any) -> Search | None:
     None stands for the range that the option declares, and is returned for ``null`` and ``true``.
 
     Raises:
-        UsageError: if it is none of these.
+        UsageError: if it is another value.
     """
     if given is None or given is True:
         return None
