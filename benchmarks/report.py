@@ -264,6 +264,7 @@ TITLES = {
     "flips": "Flipped bits in the files of a run folder",
     "hostile": "Generated hostile inputs",
     "interval_coverage": "How often intervals of a mean difference hold the true one",
+    "tuning_cost": "What it costs to choose hyper-parameters without looking ahead",
 }
 
 INTRODUCTION = """\

@@ -300,7 +300,7 @@ def _print_chosen(chosen: Sequence[Chosen], path: Path, json: bool) -> None:
         tuning = one.tuning
         accuracy = show.format_percent(one.accuracy)
         rows.append([tuning.method.name, tuning.label, tuning.protocol.label, accuracy, values])
-    show.table(["method", "scenario", "protocol", "held out, %", "chosen"], rows)
+    show.table(["method", "scenario", "protocol", "held out, %", "chosen"], rows, numbers=True)
     for one in chosen:
         show.line(f"Chosen: {one.file}")
     show.line("`clframe run --config FILE` learns with what was chosen, `clframe compare --method FILE` compares it.")

@@ -57,6 +57,7 @@ NAVIGATION = [
     "how-to/trained-model.md",
     "how-to/combine-methods.md",
     "how-to/compare-methods.md",
+    "how-to/tune.md",
     "how-to/own-package.md",
     "how-to/resume-elsewhere.md",
     "how-to/notebook.md",

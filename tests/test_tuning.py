@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from clframe.data.scenario import Part
 from clframe.experiments.cells import Cell, run_inline
 from clframe.experiments.outcome import describe_stamp
 from clframe.experiments.study import Study
-from clframe.experiments.tuning import Chosen, Range, choose, tunings_of, with_tuned
+from clframe.experiments.tuning import Bench, Chosen, Journal, Range, Trial, _adapt, choose, tunings_of, with_tuned
 from clframe.experiments.workers import open_engine
 from clframe.options import Search, fields_of, options_of, searched, validated
 from clframe.runs.files import read_config
@@ -208,7 +209,7 @@ def test_a_run_of_which_nothing_would_be_measured_is_refused() -> None:
 
 # -------------------------------------------------------------------------- trials and what they choose
 
-FAST = {"train.iterations": 2, "train.batch_size": 8, "scenario.limit": 10}
+FAST = {"train.iterations": 5, "train.batch_size": 8, "scenario.limit": 10}
 RANGES = {"ewc.lambda": [1, 100, "log"], "train.lr": [0.001, 0.1, "log"]}
 
 
@@ -263,6 +264,7 @@ def test_the_choice_is_the_trial_with_the_best_average_accuracy_on_held_out_imag
         assert (config.run.experiences, config.run.test, config.train.val) == (2, False, 0.1)
     best = max(figures.values())
     assert len(figures) == 5
+    assert len(set(figures.values())) > 1
     assert one.accuracy == best
     assert figures[one.stamp["chosen"]["train.lr"], one.stamp["chosen"]["ewc.lambda"]] == best
     assert (1e-3, 100.0) in figures  # what the method has without a tuning is tried, too
@@ -391,6 +393,79 @@ def test_an_oracle_is_called_one_everywhere(tmp_path: Path) -> None:
     assert stamp["protocol"] == "end-of-stream (oracle)"
     assert "oracle" in str(describe_stamp(stamp))
     assert describe_stamp(None) is None
+
+
+def test_what_is_asked_depends_on_the_trials_of_earlier_rounds_alone(tmp_path: Path) -> None:
+    """From the eleventh trial on the sampler looks at earlier ones: part of a round must not change what is asked."""
+    ranges = [Range("ewc.lambda", Search(1, 1000, log=True), False, 100.0, True)]
+
+    def journal(name: str) -> Journal:
+        return Journal(tmp_path / "trials.log", name, ranges, "seed")
+
+    def score(values: Any) -> float:
+        return -abs(math.log(values["ewc.lambda"] / 20))
+
+    whole = journal("whole")
+    rounds = []
+    while len(whole.trials) < 16:
+        start, asked = whole.ask(16)
+        rounds.append((start, asked))
+        whole.tell(start, asked, [score(values) for values in asked])
+    part = journal("part")
+    for start, asked in rounds[:3]:
+        part.tell(start, asked, [score(values) for values in asked])
+    start, asked = rounds[3]
+    part.tell(start, asked[:2], [score(values) for values in asked[:2]])
+    assert len(part.trials) == 14
+    assert journal("part").ask(16) == (start, asked) == (12, asked)
+    part.tell(start, asked, [score(values) for values in asked])
+    assert [trial.params for trial in part.trials] == [trial.params for trial in whole.trials]
+    other = journal("other")
+    for start, asked in rounds[:3]:
+        other.tell(start, asked, [-score(values) for values in asked])
+    assert other.ask(16) != rounds[3]  # of other figures it asks for other values
+
+
+def test_strengths_fall_until_at_most_a_fifth_of_the_accuracy_is_lost(tmp_path: Path) -> None:
+    """The course of `per-experience` is played through with made-up accuracies."""
+    (tuning,) = tunings_of(study_of("per-experience", trials=3))
+    rate = Range("train.lr", Search(0.01, 1, log=True), False, 0.1, True)
+    strength = Range("ewc.lambda", Search(1, 100, log=True), False, 10.0, True)
+    course = _adapt(tuning, [rate, strength], 2, Bench(tmp_path, inline), lambda text: None)
+
+    def answer(trials: list[Trial], *figures: float | None) -> list[Any]:
+        assert len(trials) == len(figures)
+        i = len(trials[0].per_experience) - 1
+        return [None if f is None else [[[0.0] * 2] * i + [[0.0] * i + [f]]] for f in figures]
+
+    first = course.send(None)  # type: ignore[arg-type]
+    assert [trial.per_experience for trial in first] == [({"train.lr": lr},) for lr in (1.0, 0.1, 0.01)]
+    second = course.send(answer(first, None, 0.9, 0.8))
+    before = {"train.lr": 0.1}
+    assert [trial.per_experience for trial in second] == [
+        (before, {"train.lr": lr, "ewc.lambda": 0.0}) for lr in (1.0, 0.1, 0.01)
+    ]
+    assert all(trial.experiences == 2 for trial in second)
+    strongest = course.send(answer(second, 0.5, 0.6, 0.6))  # the larger rate of two that are as good
+    assert strongest[0].per_experience[1] == {"train.lr": 0.1, "ewc.lambda": 100.0}
+    weaker = course.send(answer(strongest, 0.47))  # 0.48 would hold
+    assert weaker[0].per_experience[1] == {"train.lr": 0.1, "ewc.lambda": 10.0}
+    with pytest.raises(StopIteration) as end:
+        course.send(answer(weaker, 0.48))
+    values, entries, accuracy = end.value.value
+    assert (values, entries) == ({}, (before, {"train.lr": 0.1, "ewc.lambda": 10.0}))
+    assert accuracy == pytest.approx((0.9 + 0.48) / 2)
+
+
+def test_several_protocols_stand_side_by_side_and_the_baselines_once() -> None:
+    study = study_of("first-2", "end-of-stream", methods=["er"], baselines=True)
+    asked = [(tuning.method.name, str(tuning.protocol)) for tuning in tunings_of(study)]
+    baselines = [("fine-tuning", "first-2"), ("joint", "first-2")]
+    assert asked == [*baselines, ("er", "first-2"), ("er", "end-of-stream")]
+    chosen = [Chosen(tuning, tuning.method, (), 0.5, {"seeds": [0]}, Path()) for tuning in tunings_of(study)]
+    names = [method.name for method in with_tuned(study, chosen).all_methods]
+    assert names == ["fine-tuning", "joint", "er[first-2]", "er[end-of-stream (oracle)]"]
+    assert with_tuned(study, chosen).problems() == []
 
 
 # ---------------------------------------------------------------------------------------- the commands

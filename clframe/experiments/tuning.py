@@ -22,7 +22,7 @@ from clframe import registry
 from clframe.errors import DataError, RunError, UsageError, did_you_mean
 from clframe.experiments.cells import MOST_DEATHS, Cell, problems_of, read_record, record_path, state_of
 from clframe.experiments.plan import make_cell
-from clframe.experiments.study import Method, Options, Study
+from clframe.experiments.study import BASELINES, Method, Options, Study
 from clframe.metrics import Matrix, average_accuracy
 from clframe.options import Option, Search, fields_of, options_of
 from clframe.runs.results import read_results
@@ -754,6 +754,8 @@ def _list_values(values: Values) -> str:
 def tunings_of(study: Study) -> list[Tuning]:
     """Return the tunings that a study asks for: of each method, scenario and protocol; tuned methods are left out.
 
+    The baselines are tuned by the first protocol, so that there is one of each.
+
     Raises:
         UsageError: with one sentence for each mistake.
     """
@@ -778,20 +780,20 @@ def tunings_of(study: Study) -> list[Tuning]:
         for scenario, label in zip(study.scenarios, study.scenario_labels, strict=True)
         for method in study.all_methods
         if method.tuned is None
-        for protocol in protocols
+        for protocol in (protocols[:1] if method.name in BASELINES else protocols)
     ]
 
 
 def with_tuned(study: Study, chosen: Sequence[Chosen]) -> Study:
     """Return `study` with what was chosen for its methods in place of them.
 
-    A method is called by its protocol, too, if that is an oracle or there are several.
+    A method is called by its protocol, too, if that is an oracle or there are several; a baseline is not.
     """
     several = len(study.tuning.get("protocols", ())) > 1
     methods = [method for method in study.all_methods if method.tuned is not None]
     for one in chosen:
         protocol = one.tuning.protocol
-        named = several or protocol.label != str(protocol)
         name = one.tuning.method.name
+        named = (several or protocol.label != str(protocol)) and name not in BASELINES
         methods.append(one.tuned_method(f"{name}[{protocol.label}]" if named else name))
     return replace(study, methods=tuple(methods), baselines=False)
