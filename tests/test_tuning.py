@@ -438,7 +438,7 @@ def test_strengths_fall_until_at_most_a_fifth_of_the_accuracy_is_lost(tmp_path: 
         i = len(trials[0].per_experience) - 1
         return [None if f is None else [[[0.0] * 2] * i + [[0.0] * i + [f]]] for f in figures]
 
-    first = course.send(None)  # type: ignore[arg-type]
+    first = course.send(None)
     assert [trial.per_experience for trial in first] == [({"train.lr": lr},) for lr in (1.0, 0.1, 0.01)]
     second = course.send(answer(first, None, 0.9, 0.8))
     before = {"train.lr": 0.1}
