@@ -22,6 +22,8 @@ from clframe import Plugin, compose, contract, metrics, registry
 from clframe.cli.main import app, main
 from clframe.config import resolve
 from clframe.events import EVENTS
+from clframe.experiments.study import Study
+from clframe.experiments.tuning import ranges_of, tunings_of
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import options_of
 from clframe.options import sections_of as sections_of_docstring
@@ -250,6 +252,12 @@ def test_configurations_in_pages_resolve(tmp_path):
     assert blocks
     for block in blocks:
         (tmp_path / "page.yaml").write_text(block)
+        if block.startswith("scenarios:"):
+            study = Study.from_yaml(tmp_path / "page.yaml")
+            assert study.problems() == []
+            assert all(study.configure(s, method, {}, 0) for s in study.scenarios for method in study.all_methods)
+            assert all(ranges_of(tuning.study, tuning.source, tuning.method) for tuning in tunings_of(study))
+            continue
         config = resolve(yaml_file=tmp_path / "page.yaml")
         compose.manager([registry.build_plugin(name, plugin.options) for name, plugin in config.plugins.items()])
 

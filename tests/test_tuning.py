@@ -464,6 +464,12 @@ def test_several_protocols_stand_side_by_side_and_the_baselines_once() -> None:
     assert asked == [*baselines, ("er", "first-2"), ("er", "end-of-stream")]
     chosen = [Chosen(tuning, tuning.method, (), 0.5, {"seeds": [0]}, Path()) for tuning in tunings_of(study)]
     names = [method.name for method in with_tuned(study, chosen).all_methods]
+    apart = study.extended({"search": {"train.lr": False, "er.size": [10, 20]}})
+    assert [str(tuning) for tuning in tunings_of(apart)] == [
+        "er on split-digits, first-2",
+        "er on split-digits, end-of-stream (oracle)",
+    ]
+    assert [method.name for method in with_tuned(apart, chosen[2:]).all_methods][:2] == ["fine-tuning", "joint"]
     assert names == ["fine-tuning", "joint", "er[first-2]", "er[end-of-stream (oracle)]"]
     assert with_tuned(study, chosen).problems() == []
 
@@ -525,6 +531,17 @@ def test_compare_tunes_first_and_goes_on(tmp_path: Path, capsys: pytest.CaptureF
     before = {path: path.stat().st_mtime_ns for path in folder.glob("**/results.json")}
     assert told(capsys, "compare", str(folder), "--engine", "inline") == (out, "")
     assert {path: path.stat().st_mtime_ns for path in folder.glob("**/results.json")} == before
+
+
+def test_protocols_that_choose_the_same_have_rows_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["compare", "-s", "split-digits", "--method", "er", "--tuned", "first-2", "--tuned", "end-of-stream"]
+    asked += ["--trials", "1", "--seeds", "1", *SETS, "--engine", "inline", "--output", str(tmp_path / "study"), "-q"]
+    out, _ = told(capsys, *asked, "--no-baselines")
+    rows = [line for line in out.splitlines() if line.startswith("er")]
+    assert sorted(line.split("  ")[0] for line in rows) == ["er[end-of-stream (oracle)]", "er[first-2]"]
+    assert all(line.split("  ")[0].removeprefix("er[").rstrip("]") in line[30:] for line in rows)
 
 
 def test_tune_prints_what_was_chosen_and_refuses_another_tuning(

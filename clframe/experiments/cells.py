@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CELLS = "cells"  # the folder of a study that holds its cells
 RECORD_FORMAT = 1
-WITHOUT_FIGURES = ("output", "data_root", "tensorboard", "checkpoint_every", "log_every", "tuned")  # settings `run.*`
+WITHOUT_FIGURES = ("output", "data_root", "tensorboard", "checkpoint_every", "log_every")  # settings `run.*`
 OUTSIDE = ("cli", "experiments", "plugins", "scenarios", "testing")  # parts of clframe that are not code of every cell
 BY_USE = ("clframe.plugins", "clframe.scenarios")  # packages of which a cell's code is what it uses
 MOST_DEATHS = 3  # of a cell's processes in a row, without a new checkpoint between them

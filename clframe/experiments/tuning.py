@@ -754,7 +754,8 @@ def _list_values(values: Values) -> str:
 def tunings_of(study: Study) -> list[Tuning]:
     """Return the tunings that a study asks for: of each method, scenario and protocol; tuned methods are left out.
 
-    The baselines are tuned by the first protocol, so that there is one of each.
+    The baselines are tuned by the first protocol, so that there is one of each, and not at all where no setting of the
+    training is searched.
 
     Raises:
         UsageError: with one sentence for each mistake.
@@ -774,23 +775,30 @@ def tunings_of(study: Study) -> list[Tuning]:
     ]
     if problems:
         raise UsageError(*problems)
+    of_training = any(
+        given is not False for name, given in {"train.lr": None, **study.search}.items() if name.startswith("train.")
+    )
     shared = replace(study, seeds=tuple(study.tuning.get("seeds", (0,))), methods=(), tuning={}, orders=None)
     return [
         Tuning(shared, scenario, label, method, protocol, study.tuning.get("trials", TRIALS[protocol.kind]))
         for scenario, label in zip(study.scenarios, study.scenario_labels, strict=True)
         for method in study.all_methods
-        if method.tuned is None
+        if method.tuned is None and (method.name not in BASELINES or of_training)
         for protocol in (protocols[:1] if method.name in BASELINES else protocols)
     ]
 
 
 def with_tuned(study: Study, chosen: Sequence[Chosen]) -> Study:
-    """Return `study` with what was chosen for its methods in place of them.
+    """Return `study` with what was chosen for its methods in place of them; others stay as they are.
 
     A method is called by its protocol, too, if that is an oracle or there are several; a baseline is not.
     """
     several = len(study.tuning.get("protocols", ())) > 1
-    methods = [method for method in study.all_methods if method.tuned is not None]
+    there = {(one.tuning.method.name, one.tuning.label) for one in chosen}
+    methods = []
+    for method in study.all_methods:
+        if left := tuple(label for label in study.scenario_labels if (method.name, label) not in there):
+            methods.append(replace(method, scenarios=left))
     for one in chosen:
         protocol = one.tuning.protocol
         name = one.tuning.method.name
