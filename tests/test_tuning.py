@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from clframe import RunError, Scenario, registry, split_classes, testing
+from clframe.cli import compare
 from clframe.cli.main import main
 from clframe.data.scenario import Part
 from clframe.experiments.cells import Cell, run_inline
@@ -485,9 +486,16 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     return printed.out, printed.err
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HTML is drawn, which takes longer than the cells of these studies."""
+    monkeypatch.setattr(compare, "_write_report", lambda path: None)
+
+
 SETS = [part for name, value in FAST.items() for part in ("--set", f"{name}={value}")]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_what_was_chosen_is_run_and_compared_with_its_stamp(
     first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,6 +522,7 @@ def test_what_was_chosen_is_run_and_compared_with_its_stamp(
     assert "run.tuned" in err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_compare_tunes_first_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     asked = ["compare", "-s", "split-digits", "-s", "rotated-digits", "--method", "ewc", "--tuned", "first-2"]
@@ -533,6 +542,7 @@ def test_compare_tunes_first_and_goes_on(tmp_path: Path, capsys: pytest.CaptureF
     assert {path: path.stat().st_mtime_ns for path in folder.glob("**/results.json")} == before
 
 
+@pytest.mark.usefixtures("no_report")
 def test_protocols_that_choose_the_same_have_rows_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
