@@ -219,8 +219,8 @@ MUTATIONS = (
         "evaluation-mode",
         "evaluation is in train mode, with batch statistics of test images",
         "clframe/evaluate.py",
-        "with evaluating(predictor), torch.no_grad():",
-        "with torch.no_grad():",
+        "with evaluating(predictor), torch.no_grad():\n            for on, experience",
+        "with torch.no_grad():\n            for on, experience",
         "test_evaluation_uses_and_keeps_running_statistics",
     ),
     _made(

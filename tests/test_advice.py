@@ -88,7 +88,7 @@ def test_whole_commands_that_are_advised_have_their_options():
     found = [command for text in TEXTS for command in re.findall(r"`clframe ([^`]*)`", text)]
     assert len(found) > 5
     for command in found:
-        words = tuple(re.match(r"(?:plugins |scenarios )?[a-z]+|", command)[0].split())
+        words = tuple(re.match(r"(?:plugins |scenarios |runs )?[a-z]+|", command)[0].split())
         if words:
             assert set(named(command)) <= COMMANDS[words], command
 

@@ -81,9 +81,9 @@ def test_the_first_experience_is_learnt_as_without_it(name: str, context):
     """A method that is made for other logits is compared with fine-tuning under these."""
     setting, model = testing.serves(subject(name)), subject(name).model
     plugin, with_it, without = subject(name).plugin(), Recorder(), Recorder()
-    testing.learn(testing.tiny(setting), [plugin, with_it], model)
+    testing.learn(testing.tiny(setting), plugin, with_it, model=model)
     wanted = plugin.wanted_logits(context(setting, plugin))
-    testing.learn(testing.tiny(setting), [without], model, logits=wanted)
+    testing.learn(testing.tiny(setting), without, model=model, logits=wanted)
     assert testing.differing(with_it.after[0], without.after[0]) == []
 
 
@@ -102,7 +102,7 @@ def test_a_plugin_without_state_serves_a_second_run_as_a_new_one_does(name: str)
     setting, plugin = testing.serves(subject(name)), subject(name).plugin()
     recorders = [Recorder(), Recorder()]
     for recorder in recorders:
-        testing.learn(testing.tiny(setting), [plugin, recorder], subject(name).model)
+        testing.learn(testing.tiny(setting), plugin, recorder, model=subject(name).model)
     assert len(recorders[0].after) > 1
     for first, second in zip(recorders[0].after, recorders[1].after, strict=True):
         assert testing.differing(first, second) == []

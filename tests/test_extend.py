@@ -665,5 +665,5 @@ def test_results_are_read_from_a_text(tiny: Any, tmp_path: Path):
 
 
 def test_a_question_is_followed_by_no_stop(capsys: pytest.CaptureFixture[str]):
-    assert main(["rn"]) == 2
-    assert capsys.readouterr().err == "clframe: No such command 'rn'. Did you mean 'run'? See `clframe --help`.\n"
+    assert main(["exten"]) == 2
+    assert capsys.readouterr().err == "clframe: No such command 'exten'. Did you mean 'extend'? See `clframe --help`.\n"

@@ -72,8 +72,8 @@ def test_what_is_read(tmp_path: Path):
     ("content", "said"),
     [
         (b"[" * 100_000, "nested too deeply"),
-        (b"[1,", "no JSON"),
-        (b"9" * 5000, "no JSON"),
+        (b"[1,", "not JSON"),
+        (b"9" * 5000, "not JSON"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )

@@ -24,6 +24,7 @@ from clframe.settings import RunSettings, TrainSettings
 BESIDE: dict[str, dict[str, Any]] = {
     "train.nesterov": {"momentum": 0.5},
     "train.milestones": {"schedule": "steps"},
+    "run.eval_images": {"eval_every": "epoch"},
     "scenario.split-folder": {"path": "x"},
     "scenario.split-table": {"path": "x"},
 }
@@ -38,7 +39,12 @@ FORMS: dict[Any, tuple[Any, list[Any], list[Any]]] = {
     str: ("a/b", [PurePosixPath("a/b"), np.str_("a/b")], [3, 2.5, True, np.int64(3)]),
     Path: (Path("a/b"), ["a/b"], [3, 2.5, True]),
 }
-LISTS: dict[type, list[Any]] = {int: [2, 3], float: [0.5, 0.25]}
+LISTS: dict[Any, tuple[list[Any], type]] = {  # values, and NumPy's type of them
+    int: ([2, 3], np.int64),
+    float: ([0.5, 0.25], np.float32),
+    str: (["a", "b"], np.str_),
+}
+MAPPING = {"epochs": np.int64(3), "lr": 0.5}
 
 
 def members(hint: Any) -> list[Any]:
@@ -112,12 +118,14 @@ def test_the_same_in_another_type_is_taken_and_what_is_not_the_same_is_refused(n
             for wrong in (value for value in refused if type(value) not in kinds):
                 with pytest.raises(UsageError):
                     put(wrong)
+        elif kind == list[dict[str, Any]]:
+            assert same(put([MAPPING]), [{"epochs": 3, "lr": 0.5}])
         elif get_origin(kind) is list:
             [of] = members(get_args(kind)[0])
-            expected, typed = LISTS[of], np.int64 if of is int else np.float32
+            expected, typed = LISTS[of]
             for other in (expected, tuple(expected), np.array(expected), [typed(value) for value in expected]):
                 assert same(put(other), expected), other
-            for wrong in ([2.5, "x"], [True, True], ["abc"], np.array([[1, 2], [3, 4]])):
+            for wrong in ([2.5, "x"], [True, True], [3 if of is str else "abc"], np.array([[1, 2], [3, 4]])):
                 with pytest.raises(UsageError):
                     put(wrong)
         elif get_origin(kind) is Literal:
@@ -125,8 +133,8 @@ def test_the_same_in_another_type_is_taken_and_what_is_not_the_same_is_refused(n
             with pytest.raises(UsageError):
                 put(PurePosixPath(get_args(kind)[0]))
         else:
-            assert name == "train.first"
-            assert same(put({"epochs": np.int64(3), "lr": 0.5}), {"epochs": 3, "lr": 0.5})
+            assert kind == dict[str, Any]
+            assert same(put(MAPPING), {"epochs": 3, "lr": 0.5})
 
 
 @pytest.mark.parametrize(
