@@ -495,6 +495,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("a real study")
 def test_a_real_run_is_reported_with_its_errors(study: Path):
     folder = next((study / "cells").glob("*seed0*/"))
     results = Results.read(folder)
@@ -528,6 +529,7 @@ def test_a_real_run_is_reported_with_its_errors(study: Path):
         assert np.array_equal(np.asarray(image)[:, :, 0], expected.round().numpy())
 
 
+@pytest.mark.xdist_group("a real study")
 def test_other_data_are_never_shown_as_those_of_the_run(study: Path, tmp_path: Path):
     folder = shutil.copytree(next((study / "cells").glob("*seed0*/")), tmp_path / "copy")
     environment = json.loads((folder / "environment.json").read_text())
@@ -537,6 +539,7 @@ def test_other_data_are_never_shown_as_those_of_the_run(study: Path, tmp_path: P
     assert "<img" not in page
 
 
+@pytest.mark.xdist_group("a real study")
 def test_the_command_reports_studies_and_runs(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Write
 ):
