@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clframe.cli import show
-from clframe.cli.parameters import Json, Quiet, complete, whole_number
+from clframe.cli.parameters import Engine, Json, Methods, Model, Quiet, StudySets, complete, whole_number
 from clframe.errors import Interrupted, UsageError, cannot_write
 from clframe.system.reading import expand_home, quote_path
 
@@ -41,28 +41,11 @@ def compare(
             autocompletion=complete("scenario"),
         ),
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="A+B",
-            help="Plugin, or several that form one method; repeatable.",
-            autocompletion=complete("plugin"),
-        ),
-    ] = None,
+    method: Methods = None,
     plugin: Annotated[
         list[str] | None, typer.Option("--plugin", "-p", hidden=True, help="Refused: name a method with --method.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="Backbone [default: the one that suits the scenario].",
-            autocompletion=complete("model"),
-        ),
-    ] = None,
+    model: Model = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N|FIRST-LAST", help="Number of seeds, or their range [default: 5].")
     ] = None,
@@ -85,10 +68,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="One setting, such as er.size=200; repeatable."),
-    ] = None,
+    set_: StudySets = None,
     tuned: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,13 +80,7 @@ def compare(
         Path | None, typer.Option("--config", "-c", metavar="STUDY.yaml", help="File of a study.")
     ] = None,
     workers: Annotated[int | None, whole_number("Cells at a time [default: one for each CPU core].")] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="local|dask:ADDRESS|inline",
-            help="What carries the cells out: processes here, the workers of a Dask scheduler, or this process.",
-        ),
-    ] = "local",
+    engine: Engine = "local",
     output: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder of the study [default: a new one under runs/].")
     ] = None,

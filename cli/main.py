@@ -17,7 +17,7 @@ import typer
 
 from clframe import __version__, compose, registry
 from clframe.cli import advice, compare, report, runs, show, streams, tune
-from clframe.cli.parameters import Json, Quiet, complete, read_interval, whole_number
+from clframe.cli.parameters import Json, Model, Quiet, complete, read_interval, whole_number
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
@@ -113,16 +113,7 @@ def run(
         str | None,
         typer.Option(metavar="class|task|domain", help="Evaluation setting: class-, task- or domain-incremental."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="Backbone [default: the one that suits the scenario].",
-            autocompletion=complete("model"),
-        ),
-    ] = None,
+    model: Model = None,
     epochs: Annotated[int | None, whole_number("Passes over the data of each experience.")] = None,
     iterations: Annotated[int | None, whole_number("Steps per experience, instead of epochs.")] = None,
     batch_size: Annotated[int | None, whole_number("Images per step.")] = None,

@@ -47,3 +47,36 @@ def read_interval(text: str | None) -> int | str | None:
 def whole_number(help: str) -> Any:
     """Return an option that takes a whole number."""
     return typer.Option(metavar="N", parser=read_whole, help=help)
+
+
+# Parameters of commands on many runs; their defaults stand in the commands.
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="A+B",
+        help="Plugin, or several that form one method; repeatable.",
+        autocompletion=complete("plugin"),
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Backbone [default: the one that suits the scenario].",
+        autocompletion=complete("model"),
+    ),
+]
+StudySets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="One setting, such as er.size=200; repeatable."),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        metavar="local|dask:ADDRESS|inline",
+        help="What carries the runs out: processes here, the workers of a Dask scheduler, or this process.",
+    ),
+]

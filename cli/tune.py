@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clframe.cli import show
-from clframe.cli.parameters import Json, Quiet, complete, whole_number
+from clframe.cli.parameters import Engine, Json, Methods, Model, Quiet, StudySets, complete, whole_number
 from clframe.errors import Interrupted, UsageError
 from clframe.system.reading import expand_home, quote_path
 
@@ -33,25 +33,8 @@ def tune(
             "--scenario", "-s", metavar="NAME", help="Scenario to learn.", autocompletion=complete("scenario")
         ),
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="A+B",
-            help="Plugin, or several that form one method; repeatable.",
-            autocompletion=complete("plugin"),
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="Backbone [default: the one that suits the scenario].",
-            autocompletion=complete("model"),
-        ),
-    ] = None,
+    method: Methods = None,
+    model: Model = None,
     protocol: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,21 +55,12 @@ def tune(
         int | None, whole_number("Values to try [default: 20; by per-experience at most 8 for each step].")
     ] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N|FIRST-LAST", help="Seeds of each trial [default: 1].")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="One setting, such as er.size=200; repeatable."),
-    ] = None,
+    set_: StudySets = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", metavar="STUDY.yaml", help="File of a study with methods to tune.")
     ] = None,
     workers: Annotated[int | None, whole_number("Trials at a time [default: one for each CPU core].")] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="local|dask:ADDRESS|inline",
-            help="What carries the trials out: processes here, the workers of a Dask scheduler, or this process.",
-        ),
-    ] = "local",
+    engine: Engine = "local",
     output: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder of the tuning [default: a new one under runs/].")
     ] = None,

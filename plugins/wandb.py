@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -201,7 +202,7 @@ class WandB(Plugin):
             run.tell(f"`wandb` stopped logging, and the run goes on without it: {_first_line(error)}.")
 
 
-class _Tracker:
+class _Tracker(ABC):
     """A run of a tracker.
 
     Attributes:
@@ -221,13 +222,13 @@ class _Tracker:
         pictures = {name: self.module.Image(picture) for name, picture in points.pictures.items()}
         return {**points.values, **pictures, **text, points.axis: points.at}
 
+    @abstractmethod
     def log(self, row: int, points: Points, text: Mapping[str, str]) -> None:
         """Log `points`, with messages, as the row of this number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, complete: bool) -> None:
         """End the run, and wait for what is not written yet."""
-        raise NotImplementedError
 
 
 class _WandBRun(_Tracker):

@@ -154,7 +154,7 @@ def watched(scenario: Scenario, reads: Counter[tuple[int, Part]]) -> Scenario:
 
 @pytest.mark.parametrize("name", ["fine-tuning", *NAMES])
 def test_a_run_that_is_given_less_reads_no_test_image_and_no_later_experience(name: str) -> None:
-    """Over all plugins: an instrumented scenario counts what is read, whoever reads it."""
+    """An instrumented scenario counts each image that is read from it, with every plugin."""
     reads: Counter[tuple[int, Part]] = Counter()
     setting = "class" if name == "fine-tuning" else setting_of(name)
     arrays = testing.tiny_arrays(shape=testing.SHAPE, classes=9, per_class=8)
