@@ -22,8 +22,9 @@ from clframe import Plugin, compose, contract, metrics, registry
 from clframe.cli.main import app, main
 from clframe.config import resolve
 from clframe.events import EVENTS
+from clframe.experiments.search import ranges_of
 from clframe.experiments.study import Study
-from clframe.experiments.tuning import ranges_of, tunings_of
+from clframe.experiments.tuning import tunings_of
 from clframe.hooks import HOOKS, Hooks
 from clframe.options import options_of
 from clframe.options import sections_of as sections_of_docstring

@@ -24,9 +24,11 @@ from clframe.cli import compare
 from clframe.cli.main import main
 from clframe.data.scenario import Part
 from clframe.experiments.cells import Cell, run_inline
+from clframe.experiments.journal import Journal
 from clframe.experiments.outcome import describe_stamp
+from clframe.experiments.search import Range
 from clframe.experiments.study import Study
-from clframe.experiments.tuning import Bench, Chosen, Journal, Range, Trial, _adapt, choose, tunings_of, with_tuned
+from clframe.experiments.tuning import Bench, Chosen, Trial, _adapt, choose, tunings_of, with_tuned
 from clframe.experiments.workers import open_engine
 from clframe.options import Search, fields_of, options_of, searched, validated
 from clframe.runs.files import read_config

@@ -16,16 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from clframe.errors import ClframeError, DataError
 from clframe.experiments import plots, rendering
+from clframe.experiments.document import describe_protocol, list_environments, list_measures
 from clframe.experiments.outcome import FinishedCell, read_runs
 from clframe.experiments.rendering import MODES, Format, count, thin_out
-from clframe.experiments.report import (
-    WIDEST,
-    check_format,
-    describe_protocol,
-    list_environments,
-    list_measures,
-    thin_matrix,
-)
+from clframe.experiments.report import WIDEST, check_format, thin_matrix
 from clframe.runs.files import ENVIRONMENT
 from clframe.system.reading import blame_file, parse_json, read_json, read_text
 from clframe.system.texts import cut
