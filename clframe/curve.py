@@ -103,20 +103,17 @@ def measures(curve: Curve, every: Every, images: int | None) -> dict[str, Measur
             SOURCE,
         ),
     }
-    for window in WINDOWS:
-        found[f"windowed_forgetting_{window}"] = (
-            windowed_forgetting(curve, window),
-            f"mean over j of the max, at least 0, of A_a(j) - A_b(j) over all a<b in {window} successive evaluations "
-            "(WF), counted from the first evaluation of j",
-            SOURCE,
-        )
-    for window in WINDOWS:
-        found[f"windowed_plasticity_{window}"] = (
-            windowed_plasticity(curve, window),
-            f"mean over j of the max, at least 0, of A_b(j) - A_a(j) over all a<b in {window} successive evaluations "
-            "(WP), counted from the first evaluation of j",
-            SOURCE,
-        )
+    for name, measure, change, short in (
+        ("forgetting", windowed_forgetting, "A_a(j) - A_b(j)", "WF"),
+        ("plasticity", windowed_plasticity, "A_b(j) - A_a(j)", "WP"),
+    ):
+        for window in WINDOWS:
+            found[f"windowed_{name}_{window}"] = (
+                measure(curve, window),
+                f"mean over j of the max, at least 0, of {change} over all a<b in {window} successive evaluations "
+                f"({short}), counted from the first evaluation of j",
+                SOURCE,
+            )
     found |= {
         "mean_stability_gap": (
             mean(gaps),

@@ -89,7 +89,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_commands_exist(capsys: pytest.CaptureFixture[str]):
     lines = [line.partition("#")[0].split() for block in code("sh") for line in block.splitlines()]
     commands = {words[1] for words in lines if words and words[0] == "clframe"}
-    assert commands == {"run", "resume", "predict", "extend", "export", "plugins", "runs"}
+    assert commands == {"run", "compare", "tune", "resume", "predict", "extend", "export", "plugins", "runs"}
     for command in sorted(commands):
         assert main([command, "--help"]) == 0
     capsys.readouterr()
