@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from clframe.experiments.cells import Cell, CellEvent, code_of, read_record, rec
 from clframe.experiments.child import Work, attempt
 from clframe.experiments.children import Share, environment_of_child, find_gpus
 from clframe.experiments.workers import read_engine, run_cells
+from clframe.system import writing
 
 TRAIN = {"iterations": 3, "threads": 1}
 RUN = {"tensorboard": False, "device": "cpu"}
@@ -173,6 +175,23 @@ def interrupt(when: Callable[[], object], *times: float) -> threading.Thread:
     thread = threading.Thread(target=call)
     thread.start()
     return thread
+
+
+def test_a_record_that_finds_no_room_ends_the_study_when_the_cells_under_way_have_ended(
+    deeds: Callable[..., list[Cell]], monkeypatch: pytest.MonkeyPatch
+):
+    chats, late = deeds("chats", "late")
+    write = writing.write_text
+
+    def refuse(path: Path, text: str) -> None:
+        if path == record_path(late.folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, text)
+
+    monkeypatch.setattr(writing, "write_text", refuse)
+    with pytest.raises(DataError, match=f"No further cell is begun.*{record_path(late.folder).name}.*make room"):
+        run_cells([chats, late], "local", 2, lambda event: None)
+    assert [state_of(one.folder) for one in (chats, late)] == ["finished", "waiting"]
 
 
 def test_a_signal_saves_a_second_one_kills_and_a_full_disk_ends_the_study(deeds: Callable[..., list[Cell]]):

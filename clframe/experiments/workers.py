@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from clframe.config import to_yaml
-from clframe.errors import OF_THE_DISK, DataError, Interrupted, UsageError, did_you_mean
+from clframe.errors import DataError, Interrupted, UsageError, did_you_mean
 from clframe.experiments import cells as on_disk
-from clframe.experiments.cells import MOST_DEATHS, Cell, CellEvent, run_inline, state_of
+from clframe.experiments.cells import MOST_DEATHS, Cell, CellEvent, of_full_disk, run_inline, state_of
 from clframe.experiments.child import Answer, Work
 from clframe.experiments.children import serve
 from clframe.runs.files import CONFIG
@@ -219,7 +219,7 @@ class _Course:
         """Note what the disk refuses in the block, so that no further cell is begun."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in OF_THE_DISK:
+        except (OSError, DataError) as error:
+            if not of_full_disk(error):
                 raise
-            self._full = self._full or f"{error.strerror} ({error.filename})."
+            self._full = self._full or " ".join(str(error).split("\n"))
