@@ -188,11 +188,15 @@ def learning_curve_area(curve: Curve, first: int) -> float | None:
 
 def anytime_accuracy(curve: Curve) -> float | None:
     """Return the mean, over all evaluations, of the accuracy on all images of the experiences seen by then (A_AUC)."""
-    seen = [
+    return mean(seen_accuracies(curve))
+
+
+def seen_accuracies(curve: Curve) -> list[float | None]:
+    """Return, for each evaluation, the accuracy on all images of the experiences seen by then."""
+    return [
         _pool(row[: during + 1], curve.counts[: during + 1])
         for row, during in zip(curve.rows, curve.experience, strict=True)
     ]
-    return mean(seen)
 
 
 def _pool(row: Row, counts: Sequence[int]) -> float | None:

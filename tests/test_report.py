@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import hashlib
 import itertools
@@ -11,6 +12,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
 from io import BytesIO, StringIO
@@ -23,7 +25,11 @@ from PIL import Image
 
 from clframe.cli.main import main
 from clframe.config import resolve, to_yaml
+from clframe.curve import Curve
+from clframe.curve import measures as curve_measures
 from clframe.errors import DataError, UsageError
+from clframe.experiments.evaluations import Evaluations, average_seen, read_evaluations
+from clframe.experiments.folder import read_study
 from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, read_runs
 from clframe.experiments.rendering import FORMATS
 from clframe.experiments.report import report_study
@@ -488,9 +494,10 @@ def test_a_run_that_kept_no_scores_is_reported_without_them(write: Write):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real study of two runs of a few steps each."""
+    """The folder of a real study of two runs, which were evaluated every 2 of the 5 steps of an experience."""
     folder = tmp_path_factory.mktemp("study") / "study"
-    asked = ["-s", "split-digits", "--method", "er", "--seeds", "2", "--no-baselines", "--set", "train.iterations=2"]
+    asked = ["-s", "split-digits", "--method", "er", "--seeds", "2", "--no-baselines", "--set", "train.iterations=5"]
+    asked += ["--set", "run.eval_every=2"]
     assert main(["compare", *asked, "--output", str(folder), "--quiet"]) == 0
     return folder
 
@@ -566,3 +573,83 @@ def test_the_command_reports_studies_and_runs(
     ):
         assert main(["report", *arguments]) == code
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("a real study")
+def test_a_report_has_the_measures_and_curves_of_evaluations_while_learning(study: Path):
+    outcome = read_study(study)
+    for cell in outcome.finished:
+        found = read_evaluations(cell, "class")
+        assert found is not None
+        assert found.steps == [2, 4, 5, 7, 9, 10, 12, 14, 15, 17, 19, 20, 22, 24, 25]
+        assert found.ends == [5, 10, 15, 20, 25]
+        again = curve_measures(found.curve, 2, None)
+        theirs = cell.results.measures["class"]
+        assert {name: measure.value for name, measure in again.items()} == {name: theirs[name] for name in again}
+
+    document = json.loads(report_study(outcome, "json"))
+    within = document["scenarios"][0]["while_learning"]
+    first, second = (read_evaluations(cell, "class") for cell in outcome.finished)
+    assert first is not None
+    assert second is not None
+    for point, n in zip(within["curves"]["er"], range(15), strict=True):
+        values = [
+            float(np.average(of.curve.rows[n][: n // 3 + 1], weights=of.curve.counts[: n // 3 + 1]))
+            for of in (first, second)
+        ]
+        assert point["step"] == first.steps[n]
+        assert point["value"] == pytest.approx(np.mean(values), abs=1e-12)
+    table = list(csv.DictReader(StringIO(report_study(outcome, "csv"))))
+    for name in ("anytime_accuracy", "average_minimum_accuracy", "worst_case_accuracy", "windowed_forgetting_10"):
+        figures = [cell.results.measures["class"][name] for cell in outcome.finished]
+        assert within["rows"][0][name]["value"] == pytest.approx(np.mean(figures), abs=1e-15)
+        assert float(table[0][name]) == within["rows"][0][name]["value"]
+    shown = f"{100 * within['rows'][0]['anytime_accuracy']['value']:.1f} ± "
+    text = report_study(outcome, costs=False)
+    check_harmless(text)
+    assert text == report_study(read_study(study), costs=False)
+    header, row = Page(text).tables[1]
+    assert header[:2] == ["method", "anytime accuracy"]
+    assert row[1].startswith(shown)
+    assert f"| er | {shown}" in report_study(outcome, "md")
+    assert 'aria-label="accuracy on split-digits at each evaluation"' in text
+
+    run = outcome.finished[0].folder
+    lines = list(csv.DictReader(StringIO(report_run(run, "csv"))))
+    at = [
+        (line["step"], line["on"], float(line["value"]))
+        for line in lines
+        if line["measure"] == "accuracy_while_learning"
+    ]
+    assert len(at) == 3 * (1 + 2 + 3 + 4 + 5)
+    assert at[-1] == ("25", "5", outcome.finished[0].results.accuracy["class"][-1][-1])
+    assert 'aria-label="accuracy while learning"' in report_run(run, images=False)
+
+
+@pytest.mark.xdist_group("a real study")
+def test_evaluations_that_do_not_compare_or_cannot_be_read_are_said(study: Path, tmp_path: Path):
+    outcome = read_study(study)
+    other = copy.deepcopy(outcome.finished[1])
+    other.results.data["while_learning"]["every"] = 3
+    mixed = replace(outcome, finished=(outcome.finished[0], other))
+    text = report_study(mixed, "md")
+    assert "(every 2 steps on all test images; every 3 steps on all test images), which do not compare." in text
+    assert "anytime accuracy |" not in text.partition("## Measures")[0]
+
+    folder = shutil.copytree(outcome.finished[0].folder, tmp_path / "copy")
+    (folder / "metrics.jsonl").write_text('{"kind": "within"}\n')
+    damaged = replace(outcome, finished=(replace(outcome.finished[0], folder=folder), outcome.finished[1]))
+    found = json.loads(report_study(replace(damaged, folder=None), "json"))["scenarios"][0]["while_learning"]
+    assert found["statement"].endswith("Curves leave out 1 run whose metrics.jsonl is missing or damaged.")
+    assert {point["count"] for point in found["curves"]["er"]} == {1}
+    assert "Accuracy while learning: " in report_run(folder, "md")
+
+
+def test_runs_of_unequal_steps_count_with_their_latest_evaluation():
+    def run(*points: tuple[int, float]) -> Evaluations:
+        return Evaluations(
+            [s for s, _ in points], Curve([0] * len(points), {0: len(points) - 1}, [[a] for _, a in points], [10])
+        )
+
+    points = average_seen({(0, None): run((2, 0.2), (4, 0.4), (8, 0.8)), (1, None): run((3, 0.3), (6, 0.6))}, "seed")
+    assert [(step, round(one.value or 0, 12)) for step, one in points] == [(3, 0.25), (4, 0.35), (6, 0.5)]

@@ -10,8 +10,8 @@ from typing import Any
 
 from clframe import metrics
 from clframe.errors import DataError, UsageError
-from clframe.experiments import rendering, statistics
-from clframe.experiments.outcome import FinishedCell, MethodRow, StudyOutcome
+from clframe.experiments import evaluations, rendering, statistics
+from clframe.experiments.outcome import JOINT, FinishedCell, MethodRow, StudyOutcome
 from clframe.experiments.rendering import MODES, count, format_numbers
 from clframe.experiments.statistics import Estimate, Unit
 from clframe.runs.files import ENVIRONMENT
@@ -84,6 +84,7 @@ def describe_study(outcome: StudyOutcome, *, baseline: str | None, unit: Unit, c
     unused |= set() if len(orders) > 1 else {"10th percentile"}
     unused |= set() if max(one["pairs"] for one in described) >= statistics.BCA_PAIRS else {"BCa interval"}
     definitions = {name: of for name, of in DEFINITIONS.items() if name not in unused}
+    notes = (note for cell in outcome.finished for note in cell.results.notes(while_learning=False))
     return {
         "kind": "study",
         "title": f"{count(len(outcome.methods), 'method')} on {_join(scenarios)}",
@@ -98,7 +99,7 @@ def describe_study(outcome: StudyOutcome, *, baseline: str | None, unit: Unit, c
             {**vars(cell), "seed": None if cell.state == "refused" else cell.seed} for cell in outcome.unfinished
         ],
         "left_out": list(outcome.left_out),
-        "notes": list(dict.fromkeys([*outcome.notes, *(n for cell in outcome.finished for n in cell.results.notes())])),
+        "notes": list(dict.fromkeys([*outcome.notes, *notes])),
         "measures": list_measures([cell.results.data for cell in outcome.finished], definitions, costs),
         "environments": list_environments([cell.folder for cell in outcome.finished], costs),
         **({"date": date.today().isoformat()} if costs else {}),
@@ -155,6 +156,57 @@ def _describe_scenario(
             if outcome.cells(scenario, row.method)
         },
         "class_orders": _list_orders(cells),
+        **_describe_evaluations(outcome, scenario, modes[0], [row.method for row in rows], unit),
+    }
+
+
+def _describe_evaluations(
+    outcome: StudyOutcome, scenario: str, mode: str, methods: Sequence[str], unit: Unit
+) -> dict[str, Any]:
+    """Return `while_learning`, the measures and curves of evaluations while learning; {} if no run has any."""
+    asked, ways = evaluations.find_interval(outcome.cells(scenario))
+    if not ways:
+        return {}
+    if asked is None:
+        sentence = (
+            f"The runs were evaluated while learning in different ways ({'; '.join(ways)}), which do not compare."
+        )
+        return {"while_learning": {"statement": sentence, "measures": [], "rows": [], "curves": {}, "ends": []}}
+    sentence = f"Evaluated while learning {ways[0]}; how low an accuracy falls depends on how often one looks."
+    curves: dict[str, list[dict[str, Any]]] = {}
+    ends: set[tuple[int, ...]] = set()
+    unread = 0
+    for method in methods:
+        found = {}
+        for cell in outcome.cells(scenario, method):
+            try:
+                of = evaluations.read_evaluations(cell, mode)
+            except DataError:
+                unread += 1
+                continue
+            if of:
+                found[cell.key] = of
+                ends |= {tuple(of.ends)} if method != JOINT else set()
+        points = evaluations.average_seen(found, unit)
+        curves[method] = [{"step": step, **estimate(one)} for step, one in points]
+    if unread:
+        sentence += f" Curves leave out {count(unread, 'run')} whose {evaluations.METRICS} is missing or damaged."
+    figures = {
+        (method, name): estimate(outcome.mean(scenario, method, name, mode, unit))
+        for method in methods
+        for name in evaluations.MEASURES
+    }
+    return {
+        "while_learning": {
+            "statement": sentence,
+            "measures": list(evaluations.MEASURES),
+            "rows": [
+                {"method": method, **{name: figures[method, name] for name in evaluations.MEASURES}}
+                for method in methods
+            ],
+            "curves": curves,
+            "ends": list(ends.pop()) if len(ends) == 1 else [],
+        }
     }
 
 

@@ -105,7 +105,15 @@ def draw_bars(bars: Sequence[Bar], xlabel: str, title: str, *, zero: bool = Fals
 
 
 def draw_lines(
-    lines: Sequence[Line], xlabel: str, ylabel: str, title: str, *, percent: bool = True, whole: bool = True
+    lines: Sequence[Line],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    *,
+    percent: bool = True,
+    whole: bool = True,
+    marked: bool = True,
+    ends: Sequence[float] = (),
 ) -> str:
     """Draw lines with bands over numbers such as those of experiences.
 
@@ -115,7 +123,9 @@ def draw_lines(
         ylabel: label of the axis.
         title: what the plot shows, for readers who do not see it.
         percent: multiply the values by 100.
-        whole: x has whole numbers only, with a marker at each point.
+        whole: x has whole numbers only; else y has a logarithmic axis, where all values are above 0.
+        marked: draw a marker at each point of a line of whole numbers, unless there are many.
+        ends: where to draw thin vertical lines.
     """
     figure, axes = _begin()
     scale = 100.0 if percent else 1.0
@@ -127,8 +137,10 @@ def draw_lines(
         if len(pieces) > 1:
             low, high = ([scale * band[end] for _, band in pieces] for end in (0, 1))
             axes.fill_between([x for x, _ in pieces], low, high, color=color, alpha=0.18, linewidth=0)
-        marker = MARKERS[place % 8] if whole and len(x) <= 25 else ""
+        marker = MARKERS[place % 8] if whole and marked and len(x) <= 25 else ""
         axes.plot(x, y, color=color, marker=marker, markersize=3.5, linestyle=_dashes(place), linewidth=1.4)
+    for x_of_end in ends:
+        axes.axvline(x_of_end, color=FAINT, linewidth=0.6, zorder=0)
     if whole:
         from matplotlib.ticker import MaxNLocator
 

@@ -23,7 +23,6 @@ from clframe.experiments.study import STUDY
 WIDEST = 12  # experiences of a matrix that are shown
 # What is left out of a page that would be too large, in this order.
 PARTS = ("matrices", "commands", "plots of costs and calibration", "other plots")
-PLOTS = 4  # of a scenario, without those of costs and calibration
 
 
 def report_study(
@@ -120,8 +119,12 @@ def _to_csv(document: dict[str, Any]) -> str:
     headers += ["tenth_percentile", "baseline", "pairs", "difference", "difference_low", "difference_high"]
     headers += ["bca_low", "bca_high", "p", "p_holm", "claimed"]
     headers += [name + end for name in shown for end in ("", "_low", "_high")] + ["tuned", "stale"]
+    learning = [scenario.get("while_learning") for scenario in document["scenarios"]]
+    measures = list(dict.fromkeys(name for within in learning if within for name in within["measures"]))
+    headers += [name + end for name in measures for end in ("", "_low", "_high")]
     rows = []
-    for scenario in document["scenarios"]:
+    for scenario, within in zip(document["scenarios"], learning, strict=True):
+        of_method = {row["method"]: row for row in within["rows"]} if within else {}
         for row in scenario["rows"]:
             difference = row["difference"] or {}
             names = ("count", *ends, "bca_low", "bca_high", "p", "p_holm", "claimed")
@@ -132,6 +135,7 @@ def _to_csv(document: dict[str, Any]) -> str:
                 + [difference.get(name) for name in names]
                 + [row[name][end] for name in shown for end in ends]
                 + [row["tuned"], row["stale"]]
+                + [of_method.get(row["method"], {}).get(name, {}).get(end) for name in measures for end in ends]
             )
     return rendering.to_csv(headers, rows)
 
@@ -143,7 +147,7 @@ def _to_html(outcome: StudyOutcome, document: dict[str, Any]) -> str:
     page = ""
     for number in range(len(PARTS) + 1):
         left_out = PARTS[:number]
-        kept = drawn if PARTS[2] not in left_out else [of[:PLOTS] for of in drawn]
+        kept = drawn if PARTS[2] not in left_out else [[one for one in of if not one["extra"]] for of in drawn]
         kept = kept if PARTS[3] not in left_out else []
         page = rendering.render_page(
             "study.html",
@@ -177,8 +181,8 @@ def _draw_scenario(document: dict[str, Any], scenario: dict[str, Any]) -> list[d
     accuracy = f"average accuracy on {name}"
     drawn = []
 
-    def add(svg: str, caption: str) -> None:
-        drawn.append({"svg": Markup(svg), "caption": caption, "keys": [], "marked": True})
+    def add(svg: str, caption: str, *, extra: bool = False) -> None:
+        drawn.append({"svg": Markup(svg), "caption": caption, "keys": [], "marked": True, "extra": extra})
 
     def to_estimate(found: dict[str, Any]) -> Estimate:
         interval = None if found["low"] is None else Interval(found["low"], found["high"])
@@ -215,6 +219,23 @@ def _draw_scenario(document: dict[str, Any], scenario: dict[str, Any]) -> list[d
                 plots.draw_lines(lines, "experiences learned", label, f"{kind} on {name} while learning"),
                 f"{caption} Bands: 95 % intervals.",
             )
+    if within := scenario.get("while_learning"):
+        lines = []
+        for method in document["methods"]:
+            curve = within["curves"].get(method, [])
+            points = [(float(one["step"]), float(one["value"])) for one in curve]
+            lines.append(plots.Line(method, points, [to_estimate(one).interval for one in curve]))
+        if any(len(line.points) > 1 for line in lines):
+            svg = plots.draw_lines(
+                lines,
+                "steps",
+                "accuracy so far, %",
+                f"accuracy on {name} at each evaluation",
+                marked=False,
+                ends=within["ends"],
+            )
+            caption = "Accuracy on all test images of the experiences seen by that step. Bands: 95 % intervals."
+            add(svg, f"{caption} Vertical lines: ends of experiences." if within["ends"] else caption)
     for what, label, write, caption in (
         (
             "bytes_kept",
@@ -236,6 +257,7 @@ def _draw_scenario(document: dict[str, Any], scenario: dict[str, Any]) -> list[d
             add(
                 plots.draw_scatter(points_of, label, "average accuracy, %", f"accuracy over {label} on {name}", write),
                 caption,
+                extra=True,
             )
     errors = [
         plots.Bar(row["method"], to_estimate(row["ece"]), series[row["method"]])
@@ -246,6 +268,7 @@ def _draw_scenario(document: dict[str, Any], scenario: dict[str, Any]) -> list[d
         add(
             plots.draw_bars(errors, "expected calibration error, %", f"calibration on {name}"),
             "Expected calibration error (ECE) at the end, the lowest first.",
+            extra=True,
         )
     return drawn
 

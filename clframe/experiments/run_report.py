@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 from clframe.errors import ClframeError, DataError
 from clframe.experiments import plots, rendering
 from clframe.experiments.document import describe_protocol, list_environments, list_measures
+from clframe.experiments.evaluations import describe_interval, read_evaluations, read_metrics
 from clframe.experiments.outcome import FinishedCell, read_runs
 from clframe.experiments.rendering import MODES, Format, count, thin_out
 from clframe.experiments.report import WIDEST, check_format, thin_matrix
 from clframe.runs.files import ENVIRONMENT
-from clframe.system.reading import blame_file, parse_json, read_json, read_text
+from clframe.system.reading import blame_file, read_json
 from clframe.system.texts import cut
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METRICS = "metrics.jsonl"
-METRICS_LIMIT = 2**26  # bytes
 LINES = 8  # experiences with a curve of their own
-POINTS = 200  # of a curve of losses; more are averaged
+POINTS = 200  # of a curve; more losses are averaged, more accuracies are thinned out
 MOST_CLASSES = 20  # of a confusion matrix that is drawn
 CONFUSIONS = 10  # pairs of classes that are listed
 ERRORS = 12  # images that are shown
@@ -96,6 +95,11 @@ def describe_run(cell: FinishedCell, *, costs: bool) -> dict[str, Any]:
         losses = _read_losses(cell.folder)
     except DataError as error:
         left_out.append(f"Losses: {error}")
+    evaluations = None
+    try:
+        evaluations = _describe_evaluations(cell, modes[0]) if modes else None
+    except DataError as error:
+        left_out.append(f"Accuracy while learning: {error}")
     seconds, memory = (cell.measure(name, "") for name in ("seconds", "peak_memory"))
     environment = read_json(cell.folder / ENVIRONMENT) if (cell.folder / ENVIRONMENT).is_file() else {}
     command = environment.get("command") if isinstance(environment, dict) else None
@@ -121,6 +125,7 @@ def describe_run(cell: FinishedCell, *, costs: bool) -> dict[str, Any]:
         "costs": costs,
         "answers": answers,
         "losses": losses,
+        **({"while_learning": evaluations} if evaluations else {}),
         "settings": _list_changed(cell),
         "notes": cell.results.notes(),
         "left_out": left_out,
@@ -195,18 +200,31 @@ def _find_confidence(scores: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
 
 def _read_losses(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Return the points (step, loss) of each loss by name, averaged over stretches of steps where there are many."""
-    if not (folder / METRICS).is_file():
-        raise DataError(f"{folder} has no {METRICS}.")
     found: dict[str, list[tuple[float, float]]] = {}
-    lines = read_text(folder / METRICS, METRICS_LIMIT).splitlines()
-    with blame_file(folder / METRICS):
-        for line in lines:
-            record = parse_json(line, folder / METRICS)
-            if record["kind"] == "step":
-                for name, value in record["losses"].items():
-                    if math.isfinite(value):
-                        found.setdefault(str(name), []).append((float(record["total_step"]), float(value)))
+    with read_metrics(folder, "step") as records:
+        for record in records:
+            for name, value in record["losses"].items():
+                if math.isfinite(value):
+                    found.setdefault(str(name), []).append((float(record["total_step"]), float(value)))
     return {name: _average_points(points) for name, points in found.items()}
+
+
+def _describe_evaluations(cell: FinishedCell, mode: str) -> dict[str, Any] | None:
+    """Return the accuracy on each experience at each evaluation while learning; None if there was none.
+
+    Raises `DataError` as `read_evaluations`.
+    """
+    found = read_evaluations(cell, mode)
+    if found is None:
+        return None
+    shown = thin_out(len(found.steps), POINTS)
+    return {
+        "interval": describe_interval(cell.results.data["while_learning"]),
+        "mode": mode,
+        "evaluations": len(found.steps),
+        "ends": found.ends,
+        "points": [{"step": found.steps[n], "accuracy": list(found.curve.rows[n])} for n in shown],
+    }
 
 
 def _average_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -236,7 +254,14 @@ def _to_csv(document: dict[str, Any]) -> str:
             rows += [[mode, name, i, j, value] for i, j, value in entries if value is not None]
     for name in ("bytes_kept", "network_bytes", "seconds", "peak_memory"):
         rows.append([None, name, None, None, document[name]]) if document.get(name) is not None else None
-    return rendering.to_csv(["mode", "measure", "after", "on", "value"], rows)
+    headers = ["mode", "measure", "after", "on", "value"]
+    if within := document.get("while_learning"):
+        headers.append("step")
+        rows = [[*row, None] for row in rows]
+        for point in within["points"]:
+            entries = ((j, value) for j, value in enumerate(point["accuracy"], 1) if value is not None)
+            rows += [[within["mode"], "accuracy_while_learning", None, j, value, point["step"]] for j, value in entries]
+    return rendering.to_csv(headers, rows)
 
 
 def _to_html(cell: FinishedCell, document: dict[str, Any], images: bool) -> str:
@@ -295,6 +320,8 @@ def _draw(document: dict[str, Any]) -> list[dict[str, Any]]:
         drawn.append(
             {"svg": Markup(svg), "caption": caption, "keys": [curve.label for curve in curves], "marked": True}
         )
+    if within := document.get("while_learning"):
+        drawn.append(_draw_evaluations(within, shown))
     if document["losses"]:
         lines = [plots.Line(name, points) for name, points in document["losses"].items()]
         svg = plots.draw_lines(lines, "step", "loss", "losses while learning", percent=False, whole=False)
@@ -315,6 +342,25 @@ def _draw(document: dict[str, Any]) -> list[dict[str, Any]]:
             )
             drawn.append({"svg": Markup(svg), "caption": caption, "keys": [], "marked": True})
     return drawn
+
+
+def _draw_evaluations(within: dict[str, Any], shown: Sequence[int]) -> dict[str, Any]:
+    """Return the plot of the accuracy on each experience of `shown` at all evaluations while learning."""
+    from markupsafe import Markup
+
+    lines = []
+    for on in shown:
+        entries = (
+            (one["step"], one["accuracy"][on] if len(one["accuracy"]) > on else None) for one in within["points"]
+        )
+        points = [(float(step), float(accuracy)) for step, accuracy in entries if accuracy is not None]
+        lines.append(plots.Line(f"on {on + 1}", points))
+    svg = plots.draw_lines(lines, "steps", "accuracy, %", "accuracy while learning", marked=False, ends=within["ends"])
+    caption = (
+        f"Accuracy on each experience while learning, {MODES.get(within['mode'], within['mode'])}, evaluated "
+        f"{within['interval']}. Vertical lines: ends of experiences."
+    )
+    return {"svg": Markup(svg), "caption": caption, "keys": [line.label for line in lines], "marked": False}
 
 
 def _find_errors(cell: FinishedCell) -> tuple[list[dict[str, str]], str]:

@@ -127,10 +127,14 @@ class Results:
             for reading, measures in self.data["measures"].items()
         }
 
-    def notes(self) -> list[str]:
-        """Return sentences on the data, such as images that were left out, and on what the figures leave out."""
+    def notes(self, *, while_learning: bool = True) -> list[str]:
+        """Return sentences on the data, such as images that were left out, and on what the figures leave out.
+
+        With `while_learning`, there is one on how the run was evaluated while learning, if it was.
+        """
         notes = list(self.data.get("notes", []))
-        if within := self.data.get("while_learning"):
+        within = self.data.get("while_learning")
+        if while_learning and within:
             every = "epoch" if within["every"] == "epoch" else f"{within['every']:,} steps"
             images = within["images_per_class"]
             on = (
