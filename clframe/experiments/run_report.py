@@ -259,8 +259,8 @@ def _to_csv(document: dict[str, Any]) -> str:
         headers.append("step")
         rows = [[*row, None] for row in rows]
         for point in within["points"]:
-            entries = ((j, value) for j, value in enumerate(point["accuracy"], 1) if value is not None)
-            rows += [[within["mode"], "accuracy_while_learning", None, j, value, point["step"]] for j, value in entries]
+            known = ((on, share) for on, share in enumerate(point["accuracy"], 1) if share is not None)
+            rows += [[within["mode"], "accuracy_while_learning", None, on, share, point["step"]] for on, share in known]
     return rendering.to_csv(headers, rows)
 
 
