@@ -9,10 +9,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo: .venv/installed
 	@rm -rf runs/demo
-	$(BIN)/clframe run --scenario permuted-digits --output runs/demo/finetuning
-	$(BIN)/clframe run --scenario permuted-digits --plugin ewc --set ewc.form=online --output runs/demo/ewc
-	@$(BIN)/python examples/compare.py runs/demo/finetuning runs/demo/ewc
-	@echo "Look at the curves of both: $(BIN)/tensorboard --logdir runs/demo"
+	$(BIN)/clframe compare --scenario permuted-digits --method ewc --method er --set ewc.form=online \
+		--set train.iterations=200 --seeds 3 --output runs/demo
+	@echo "Curves of every run: $(BIN)/tensorboard --logdir runs/demo/cells"
 
 # In seconds, as mypy keeps its cache in .mypy_cache. Links lay the folders out as the packages that they are installed as.
 check: .venv/installed

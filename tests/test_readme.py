@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-import clframe
-from clframe import Plugin, compose, registry
+from clframe import Plugin, Results, compose, registry
 from clframe.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -42,29 +42,41 @@ def test_links_lead_somewhere():
 def test_the_picture_shows_the_figures_of_the_table():
     picture = ROOT / "docs" / "images" / "demo.svg"
     assert picture.stat().st_size < 40_000
-    shown = ElementTree.parse(picture).getroot().itertext()
-    labels = {text for text in shown if re.fullmatch(r"\d+\.\d", text)}
-    rows = [line.split() for line in code("text")[0].splitlines() if line.startswith(("finetuning", "ewc"))]
-    assert labels == {row[i] for row in rows for i in (1, -1)}  # on the first experience, and on average
+    texts = ["".join(element.itertext()) for element in ElementTree.parse(picture).getroot()]
+    labels = {text for text in texts if re.fullmatch(r"\d+\.\d [a-z-]+", text)}
+    rows = [line.split() for line in code("text")[0].splitlines()[2:6]]
+    averages = {f"{mean} {method}" for method, mean, *_ in rows}
+    assert {average.partition(" ")[2] for average in averages} == {"fine-tuning", "joint", "ewc", "er"}
+    assert averages < labels  # the others are accuracies on experience 1
+    assert len(labels) == 2 * len(averages)
 
 
-def test_the_picture_is_drawn_from_two_runs(tmp_path: Path):
+def test_the_picture_is_drawn_from_a_study(tmp_path: Path):
     spec = importlib.util.spec_from_file_location("draw_demo", ROOT / "docs" / "draw_demo.py")
     assert spec is not None
     assert spec.loader is not None
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
-    scenario = {"name": "permuted-digits", "experiences": 2, "limit": 20}
-    for name in ("none", "ewc"):
-        plugins = [] if name == "none" else [name]
-        run = {"output": str(tmp_path / name), "tensorboard": False}
-        found = clframe.run(scenario, plugins=plugins, train={"iterations": 5}, run=run)
-    draw.main(str(tmp_path / "none"), str(tmp_path / "ewc"), str(tmp_path / "demo.svg"))
+    study = {
+        "scenarios": [{"name": "permuted-digits", "experiences": 2, "limit": 20}],
+        "methods": ["ewc"],
+        "seeds": 2,
+        "train": {"iterations": 5},
+        "run": {"tensorboard": False},
+    }
+    (tmp_path / "asked.yaml").write_text(json.dumps(study))
+    folder = tmp_path / "study"
+    words = ["--config", str(tmp_path / "asked.yaml"), "--engine", "inline", "--output", str(folder)]
+    assert main(["compare", *words]) == 0
+    draw.main(str(folder), str(tmp_path / "demo.svg"))
     text = "".join(ElementTree.parse(tmp_path / "demo.svg").getroot().itertext())
-    first = found.accuracy["domain"][-1][0]
-    assert first is not None
-    assert f"{100 * first:.1f} EWC" in text
-    assert "fine-tuning" in text
+    for method in ("fine-tuning", "ewc", "joint"):
+        cells = [path for path in folder.glob(f"cells/{method}-permuted-digits-seed*") if path.is_dir()]
+        last = [Results.read(cell).accuracy["domain"][-1] for cell in cells]
+        assert len(last) == 2
+        assert f"{50 * sum(row[0] or 0.0 for row in last):.1f} {method}" in text
+        assert f"{25 * sum(value or 0.0 for row in last for value in row):.1f} {method}" in text
+    assert text.count("joint") == 2
 
 
 def test_the_methods_by_family_are_all_there_are():
