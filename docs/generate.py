@@ -58,6 +58,7 @@ NAVIGATION = [
     "how-to/combine-methods.md",
     "how-to/compare-methods.md",
     "how-to/tune.md",
+    "how-to/reports.md",
     "how-to/own-package.md",
     "how-to/resume-elsewhere.md",
     "how-to/notebook.md",
