@@ -1,4 +1,4 @@
-"""What all benchmarks share: rows of measured figures, where they are kept, and the page RESULTS.md built from them."""
+"""What all benchmarks share: measured figures, where they are kept, and the page RESULTS.md built from them."""
 
 from __future__ import annotations
 
@@ -18,62 +18,36 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CODE = ("clframe", "plugins", "scenarios")  # what can change a figure of a protocol
-PACKAGES = ("torch", "numpy", "pluggy", "safetensors", "tensorboard", "avalanche-lib")
+PACKAGES = ("torch", "numpy", "scipy", "pluggy", "safetensors", "tensorboard", "optuna", "distributed", "avalanche-lib")
 
 Row = dict[str, Any]
 
 
-# Rows of protocols: one per protocol, seed and version of the code.
+# Records of protocols: one per protocol, with the value of each seed.
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file of JSON lines; a last line that a crash left incomplete is skipped."""
+def read_records(path: Path) -> dict[str, Row]:
+    """Return the records in a file of JSON lines, by the name of the protocol; {} if there is no file."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {record["protocol"]: record for record in records}
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line in a single write, on a line of its own even if the file ends in half a line."""
-    line = json.dumps(row, sort_keys=True) + "\n"
-    with path.open("ab") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            line = "\n" + line
-        os.write(file.fileno(), line.encode())
-        os.fsync(file.fileno())
+def keep_records(path: Path, measured: Iterable[Row]) -> None:
+    """Put the records `measured` into the file, in place of those of the same protocols, whole or not at all.
 
-
-def key(row: Mapping[str, Any]) -> tuple[str, str, int, str]:
-    """Return what makes a row: the protocol, the digest of its file, the seed, and the version of the code."""
-    return row["protocol"], row["config"], row["seed"], row["code"]
-
-
-def missing(rows: Iterable[Row], wanted: Iterable[Row]) -> list[Row]:
-    """Return the wanted rows that are not among `rows` yet, in the order wanted, each once."""
-    have = {key(row) for row in rows}
-    left = {key(row): row for row in wanted if key(row) not in have}
-    return list(left.values())
-
-
-def latest(rows: Iterable[Row], code: str | None = None) -> list[Row]:
-    """Of each protocol the rows of one version of code and file: of `code` if there are any, else the newest.
-
-    A row that was measured twice counts as measured last.
+    A record that has the same code and values as the one in the file leaves that one, with its date, where it is.
     """
-    chosen: dict[str, tuple[str, str]] = {}
-    rows = list(rows)
-    for row in rows:
-        current = chosen.get(row["protocol"])
-        if current is None or code is None or row["code"] == code or current[1] != code:
-            chosen[row["protocol"]] = (row["config"], row["code"])
-    unique = {key(row): row for row in rows if chosen[row["protocol"]] == (row["config"], row["code"])}
-    return list(unique.values())
+    records = read_records(path)
+    for record in measured:
+        before = records.get(record["protocol"], {})
+        if any(before.get(key) != record[key] for key in ("code", "values")):
+            records[record["protocol"]] = record
+    temporary = path.with_suffix(".tmp")
+    lines = [json.dumps(records[name], sort_keys=True) + "\n" for name in sorted(records)]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 # Figures.
@@ -91,37 +65,31 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def verdict(figures: Mapping[str, float], low: float, high: float, seeds: int) -> str:
-    """``pass`` if the mean lies in [low, high], ``FAIL`` if not, ``pass so far`` while seeds are missing."""
-    if not low <= figures["mean"] <= high:
-        return "FAIL"
-    return "pass" if figures["n"] >= seeds else f"pass so far ({figures['n']:.0f} of {seeds} seeds)"
+def verdict(figures: Mapping[str, float], low: float, high: float) -> str:
+    """Return ``pass`` if the mean lies in [low, high], else ``FAIL``."""
+    return "pass" if low <= figures["mean"] <= high else "FAIL"
 
 
-def protocol_table(index: Sequence[Mapping[str, Any]], rows: Iterable[Row], code: str | None = None) -> list[Row]:
-    """One line per protocol that has rows, in the order of `index`: figures in percent beside what was expected."""
-    grouped: dict[str, list[Row]] = {}
-    for row in latest(rows, code):
-        grouped.setdefault(row["protocol"], []).append(row)
+def protocol_table(index: Mapping[str, Row], records: Mapping[str, Row]) -> list[Row]:
+    """Return one line per protocol that has a record, in the order of `index`: figures in percent beside the range."""
     lines = []
-    for entry in index:
-        measured = grouped.get(entry["name"], [])
-        if not measured:
+    for name, entry in index.items():
+        if name not in records:
             continue
-        figures = summary([100 * row["value"] for row in measured])
+        record = records[name]
+        figures = summary([100 * value for value in record["values"]])
         lines.append(
             {
-                "protocol": entry["name"],
-                "reading": entry["reading"],
+                "protocol": name,
                 "mean": f"{figures['mean']:.2f}",
                 "SEM": "-" if math.isnan(figures["sem"]) else f"{figures['sem']:.2f}",
                 "min": f"{figures['min']:.2f}",
                 "max": f"{figures['max']:.2f}",
                 "seeds": f"{figures['n']:.0f}",
                 "expected": f"{entry['expected']:g} [{entry['low']:g}, {entry['high']:g}]",
-                "result": verdict(figures, entry["low"], entry["high"], entry["seeds"]),
-                "seconds": f"{statistics.fmean(row['seconds'] for row in measured):.0f}",
-                "code": measured[-1]["code"],
+                "result": verdict(figures, entry["low"], entry["high"]),
+                "seconds": f"{record['seconds']:.0f}",
+                "code": record["code"],
             }
         )
     return lines
@@ -195,8 +163,8 @@ def digest(*paths: Path) -> str:
 def code_version(root: Path = ROOT) -> tuple[str, str]:
     """Return the version of the code that decides figures, as a digest of its files and as git describes it.
 
-    The digest is what rows are kept by: it is the same before and after a commit, and differs between two states
-    that are both merely `dirty`. git's name is for the reader.
+    The digest is the same before and after a commit, and differs between two states that are both merely `dirty`. git's
+    name is for the reader.
     """
     return digest(*(root / folder for folder in CODE)), _described(root)
 
@@ -274,18 +242,15 @@ Written by `make bench` (the short set) and `make bench-full` (all protocols); e
 measured. Figures of a part are replaced when it is measured again, the others stay."""
 
 PROTOCOLS = """\
-Each line is one file of `benchmarks/protocols/`, run over several seeds with `make bench-full`; a seed decides class
-order, initial weights and batches. Accuracies are final average accuracies in percent. `expected` is a published or
-measured figure with the range that the mean over seeds must lie in; its source stands in `protocols/index.yaml`."""
+Each line is a method of a study in `benchmarks/protocols/`, `STUDY/METHOD`. `make bench-full` carries out all studies by
+`clframe compare`, `python benchmarks/run.py full --only STUDY/METHOD` those of one line. A seed decides class order,
+initial weights and batches. Accuracies are final average accuracies in percent (of CIFAR-100, average incremental ones)
+in the evaluation mode of the setting. `expected` is a published or measured figure with the range that the mean over
+seeds must lie in; its source stands in `protocols/index.yaml`. `seconds` are of learning, a mean over seeds."""
 
 
-def page(
-    parts: Mapping[str, Mapping[str, Any]],
-    index: Sequence[Mapping[str, Any]],
-    rows: Iterable[Row],
-    code: str | None = None,
-) -> str:
-    """RESULTS.md: every part that there is, then the table of protocols."""
+def page(parts: Mapping[str, Mapping[str, Any]], index: Mapping[str, Row], records: Mapping[str, Row]) -> str:
+    """Return the text of RESULTS.md: every part that there is, then the table of protocols."""
     sections = [INTRODUCTION]
     for name in [*(n for n in TITLES if n in parts), *(n for n in parts if n not in TITLES)]:
         part = parts[name]
@@ -298,13 +263,12 @@ def page(
             sections.append(table(part["lines"]))
         if part["notes"]:
             sections.append("\n".join(f"- {note}" for note in part["notes"]))
-    rows = list(rows)
-    lines = protocol_table(index, rows, code)
+    lines = protocol_table(index, records)
     if lines:
-        used = latest(rows, code)
-        where = sorted({(row["machine"], row["versions"]) for row in used})
-        commits = sorted({f"{row['code']} ({row['commit']})" for row in used})
-        dates = sorted(row["date"] for row in used)
+        used = [records[line["protocol"]] for line in lines]
+        where = sorted({(record["machine"], record["versions"]) for record in used})
+        commits = sorted({f"{record['code']} ({record['commit']})" for record in used})
+        dates = sorted(record["date"] for record in used)
         about = [f"{dates[0]} to {dates[-1]}; code {', '.join(commits)}", *(f"{m}  \n{v}" for m, v in where)]
         sections += ["## Protocols\n\n" + PROTOCOLS, "  \n".join(about), table(lines)]
     return "\n\n".join(sections) + "\n"

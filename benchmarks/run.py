@@ -5,76 +5,135 @@
     python benchmarks/run.py campaigns      kills, faults of system calls, flipped bits and hostile inputs
     python benchmarks/run.py page           RESULTS.md again, from what was measured before
 
-`short` measures speed; `--only` picks parts, and the part `replay` runs only so. `full` runs the protocols of
-`protocols/index.yaml`, one row per protocol, seed and version of the code in `rows.jsonl`, skips rows that are there,
-and then runs the campaigns and `replay`. All end with the page, which `full` also renews after each protocol.
+`short` measures speed; `--only` picks parts, and the part `replay` runs only so. `full` carries out the studies in
+`protocols/` by `clframe compare`, each in a folder of its own below `--output`, and keeps the figures of each method in
+`results/protocols.jsonl`; `--only` picks studies, or single methods as `STUDY/METHOD`. Then it runs the campaigns and
+`replay`. All end with the page, which `full` also renews after each study.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
+import subprocess
 import sys
-import time
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import report
 
+if TYPE_CHECKING:
+    from clframe.experiments.study import Study
+
 HERE = Path(__file__).resolve().parent
 PROTOCOLS = HERE / "protocols"
-ROWS = HERE / "rows.jsonl"
+RECORDS = HERE / "results" / "protocols.jsonl"
 PAGE = HERE / "RESULTS.md"
 LONG = ("replay",)  # parts of `short` that run only when they are named, or in `full`
 CAMPAIGNS = {"kill_resume": 50, "faults": 1_000, "kills": 1_000, "flips": 200, "hostile": 10_000}  # how many of each
+FAILED = 4  # exit code of `clframe compare` where a cell failed
+BUNDLED = "digits"  # the data set that needs no file
 Measured = tuple[list[dict[str, Any]], list[str]]
 
 
-def read_index() -> list[dict[str, Any]]:
-    """Return the entries of `protocols/index.yaml`."""
+def read_index() -> dict[str, dict[str, Any]]:
+    """Return what is expected of each protocol, as `protocols/index.yaml` has it, by its name."""
     from clframe.strict_yaml import parse_yaml
 
     path = PROTOCOLS / "index.yaml"
-    entries: list[dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["protocols"]
-    return entries
+    entries: dict[str, dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))["protocols"]
+    return {name: {"measure": "average_accuracy", **entry} for name, entry in entries.items()}
 
 
-def wanted(index: Sequence[Mapping[str, Any]], code: str) -> list[report.Row]:
-    """Return what all rows of the index would be called; the first seed of each protocol comes first."""
-    rows = [
-        {"protocol": entry["name"], "config": report.digest(_file(entry)), "seed": seed, "code": code}
-        for entry in index
-        for seed in range(entry["seeds"])
-    ]
-    return sorted(rows, key=lambda row: row["seed"] > 0)
+def choose_studies(names: Sequence[str], only: Sequence[str] = ()) -> dict[str, Study]:
+    """Return the studies of the protocols `names`, those in `only` if it has any, each with the methods chosen.
+
+    Args:
+        names: of all protocols, `STUDY/METHOD`.
+        only: names of studies or of protocols.
+
+    Raises:
+        ValueError: if `only` has a name that is neither.
+    """
+    from clframe.experiments.study import Study
+
+    split = [tuple(name.split("/")) for name in names]
+    if unknown := sorted({*only} - {*names} - {study for study, _ in split}):
+        raise ValueError(f"There is no study or protocol {', '.join(unknown)}: {PROTOCOLS / 'index.yaml'} lists them.")
+    chosen: dict[str, list[str]] = {}
+    for study, method in split:
+        if not only or study in only or f"{study}/{method}" in only:
+            chosen.setdefault(study, []).append(method)
+    studies = {study: Study.from_yaml(PROTOCOLS / f"{study}.yaml") for study in chosen}
+    return {
+        name: replace(study, methods=tuple(method for method in study.methods if method.name in chosen[name]))
+        for name, study in studies.items()
+    }
 
 
-def run_protocol(entry: Mapping[str, Any], seed: int, data_root: Path) -> tuple[float, float]:
-    """Return the measure of one run of a protocol, as a fraction, and the run's seconds."""
-    from clframe.api import run_config
-    from clframe.config import resolve
+def carry_out(study: Study, folder: Path, data_root: Path, workers: int | None) -> int:
+    """Carry out a study in `folder`, or what is left of it there; return the exit code of `clframe compare`.
 
-    config = resolve(
-        yaml_file=_file(entry), run={"seed": seed, "data_root": str(data_root), "tensorboard": False, "output": None}
-    )
-    start = time.perf_counter()
-    results = run_config(config)
-    value = results.measures[entry["reading"]][entry["measure"]]
-    if value is None:
-        raise ValueError(f"{entry['name']}: the run has no {entry['measure']}")
-    return value, time.perf_counter() - start
+    Cells of methods that were chosen before, or of another version of the study's file, stay in the folder and serve
+    again when they are asked for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    study.write(folder)
+    return run_clframe("compare", str(folder), *(["--workers", str(workers)] if workers else []), data_root=data_root)
 
 
-def _file(entry: Mapping[str, Any]) -> Path:
-    return PROTOCOLS / f"{entry['name']}.yaml"
+def run_clframe(*arguments: str, data_root: Path) -> int:
+    """Run a command of clframe, and return its exit code; Ctrl-C is left to the command, which saves what it does."""
+    command = [str(Path(sysconfig.get_path("scripts"), "clframe")), *arguments]
+    with subprocess.Popen(command, env={**os.environ, "CLFRAME_DATA": str(data_root)}) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+
+
+def read_figures(name: str, folder: Path, index: Mapping[str, Mapping[str, Any]]) -> list[report.Row]:
+    """Return the record of each method of a study, from its report; a method with an unfinished cell has none."""
+    from clframe.experiments.report import read_outcome, report_study
+
+    outcome = read_outcome([folder])
+    unfinished = {cell.method for cell in outcome.unfinished}
+    for method in sorted(unfinished):
+        print(f"{name}/{method}: no figures are kept, as a cell is not finished")
+    methods = [method for method in outcome.methods if method not in unfinished]
+    if not methods:
+        return []
+    document = json.loads(report_study(outcome, "json"))
+    code, commit = report.code_version()
+    records = []
+    for method in methods:
+        cells = sorted((cell for cell in document["cells"] if cell["method"] == method), key=lambda cell: cell["seed"])
+        measure, mode = index[f"{name}/{method}"]["measure"], document["scenarios"][0]["mode"]
+        records.append(
+            {
+                "protocol": f"{name}/{method}",
+                "values": [cell["measures"][mode][measure] for cell in cells],
+                "seconds": round(sum(cell["seconds"] for cell in cells) / len(cells), 2),
+                "code": code,
+                "commit": commit,
+                "date": datetime.date.today().isoformat(),
+                "machine": report.machine(),
+                "versions": report.versions(),
+            }
+        )
+    return records
 
 
 def write_page() -> None:
-    """RESULTS.md, whole or not at all."""
+    """Write RESULTS.md, whole or not at all."""
     parts = report.load_parts(HERE / "results")
-    text = report.page(parts, read_index(), report.read_rows(ROWS), report.code_version()[0])
+    text = report.page(parts, read_index(), report.read_records(RECORDS))
     temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, PAGE)
@@ -173,30 +232,39 @@ def run_campaign(name: str) -> None:
     write_page()
 
 
-def full(data_root: Path, only: Sequence[str], campaigns: Sequence[str] = ()) -> None:
-    """Run the protocols, row by row, then the campaigns."""
-    index = {entry["name"]: entry for entry in read_index()}
-    code, commit = report.code_version()
-    rows = report.read_rows(ROWS)
-    for row in report.missing(rows, wanted(list(index.values()), code)):
-        entry = index[row["protocol"]]
-        if only and entry["name"] not in only:
+def full(
+    data_root: Path, only: Sequence[str], output: Path, workers: int | None = None, campaigns: Sequence[str] = ()
+) -> None:
+    """Carry out the studies of the protocols and keep their figures, then run the campaigns.
+
+    A study whose data are missing is left out with a sentence. Raises `SystemExit` where `clframe compare` ends with an
+    error or is interrupted; the same command goes on.
+    """
+    index = read_index()
+    failed = []
+    for name, study in choose_studies(list(index), only).items():
+        data = name.partition("-")[0]
+        if lacking := _lacking("" if data == BUNDLED else data, data_root):
+            print(f"{name}: skipped, as {lacking}")
             continue
-        if lacking := _lacking(entry["needs"], data_root):
-            print(f"{entry['name']}: skipped, as {lacking}")
-            continue
-        value, seconds = run_protocol(entry, row["seed"], data_root)
-        about = {"commit": commit, "machine": report.machine(), "versions": report.versions()}
-        measured = {"value": value, "seconds": round(seconds, 2), "date": datetime.date.today().isoformat()}
-        report.append_row(ROWS, {**row, **measured, **about})
-        print(f"{entry['name']}, seed {row['seed']}: {100 * value:.2f} in {seconds:.0f} s", flush=True)
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        code = carry_out(study, output / name, data_root, workers)
+        if code not in (0, FAILED):
+            raise SystemExit(code)
+        if code == FAILED:
+            failed.append(name)
+        report.keep_records(RECORDS, read_figures(name, output / name, index))
+        write_page()
     write_page()
-    print(report.table(report.protocol_table(list(index.values()), report.read_rows(ROWS), code)))
+    print(report.table(report.protocol_table(index, report.read_records(RECORDS))))
+    version = report.code_version()[0]
     for name in campaigns if not only else ():
-        if report.load_parts(HERE / "results").get(name, {}).get("code") != code:
+        if report.load_parts(HERE / "results").get(name, {}).get("code") != version:
             run_campaign(name)
-    if not only and report.load_parts(HERE / "results").get("replay", {}).get("code") != code:
+    if not only and report.load_parts(HERE / "results").get("replay", {}).get("code") != version:
         short(data_root, 9, LONG)
+    if failed:
+        raise SystemExit(f"Cells failed in {', '.join(failed)}: `clframe compare` says why.")
 
 
 def _lacking(data: str, data_root: Path) -> str:
@@ -214,13 +282,20 @@ def main() -> None:
         "--data-root", help="folder of mnist.npz and others (default: CLFRAME_DATA, else the user's cache)"
     )
     parser.add_argument("--repetitions", type=int, default=9, help="of the parts that compare times")
-    parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, protocols, or campaigns")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of `short`, studies, protocols, or campaigns")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/protocols"), help="folder of the studies of `full` [%(default)s]"
+    )
+    parser.add_argument("--workers", type=int, help="runs at a time of `full` (default: one for each CPU core)")
     given = parser.parse_args()
     root = data_root(given.data_root)
     if given.what == "short":
         short(root, given.repetitions, given.only)
     elif given.what == "full":
-        full(root, given.only, list(CAMPAIGNS))
+        try:
+            full(root, given.only, given.output, given.workers, list(CAMPAIGNS))
+        except ValueError as error:
+            parser.error(str(error))
     elif given.what == "campaigns":
         for name in [name for name in CAMPAIGNS if name in (given.only or CAMPAIGNS)]:
             run_campaign(name)
