@@ -242,11 +242,12 @@ Written by `make bench` (the short set) and `make bench-full` (all protocols); e
 measured. Figures of a part are replaced when it is measured again, the others stay."""
 
 PROTOCOLS = """\
-Each line is a method of a study in `benchmarks/protocols/`, `STUDY/METHOD`. `make bench-full` carries out all studies by
-`clframe compare`, `python benchmarks/run.py full --only STUDY/METHOD` those of one line. A seed decides class order,
-initial weights and batches. Accuracies are final average accuracies in percent (of CIFAR-100, average incremental ones)
-in the evaluation mode of the setting. `expected` is a published or measured figure with the range that the mean over
-seeds must lie in; its source stands in `protocols/index.yaml`. `seconds` are of learning, a mean over seeds."""
+Each line is a method of a study in `benchmarks/protocols/`, as `STUDY/METHOD`. `make bench-full` carries out the
+studies by `clframe compare`, `python benchmarks/run.py full --only STUDY/METHOD` the runs of one line. A seed
+decides class order, initial weights and batches. Accuracies are final average accuracies in percent (of CIFAR-100,
+average incremental ones) in the evaluation mode of the setting. `expected` is a published or measured figure with
+the range that the mean over seeds must lie in; its source stands in `protocols/index.yaml`. `seconds` are of
+learning, a mean over seeds."""
 
 
 def page(parts: Mapping[str, Mapping[str, Any]], index: Mapping[str, Row], records: Mapping[str, Row]) -> str:

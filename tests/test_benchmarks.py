@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: rows, tables, the page, and protocol files that say what they mean."""
+"""The benchmarks' own logic: records, tables, the page, and studies of protocols that say what they mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -38,54 +39,37 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("run", monkeypatch)
 
 
-def row(protocol: str = "p", seed: int = 0, code: str = "new", value: float = 0.5, config: str = "c") -> dict:
-    about = {"commit": "abc", "machine": "m", "versions": "v", "date": "2000-01-02", "seconds": 3.0}
-    return {"protocol": protocol, "config": config, "seed": seed, "code": code, "value": value, **about}
+def record(
+    protocol: str = "s/p", values: Sequence[float] = (0.5,), code: str = "new", date: str = "2000-01-02"
+) -> dict:
+    about = {"commit": "abc", "machine": "m", "versions": "v", "seconds": 3.0}
+    return {"protocol": protocol, "values": [*values], "code": code, "date": date, **about}
 
 
-def entry(name: str = "p", **changed: object) -> dict:
-    return {"name": name, "seeds": 2, "reading": "task", "expected": 50, "low": 40, "high": 60, **changed}
+def entry(**changed: object) -> dict:
+    return {"measure": "average_accuracy", "expected": 50, "low": 40, "high": 60, "source": "s", **changed}
 
 
-def test_rows_come_back_as_they_were_appended(report: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    rows = [row(seed=seed, value=0.1 + seed / 3) for seed in range(3)]
-    assert report.read_rows(path) == []
-    for one in rows:
-        report.append_row(path, one)
-    assert report.read_rows(path) == rows
+def test_records_come_back_as_they_were_kept(report: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "protocols.jsonl"
+    assert report.read_records(path) == {}
+    kept = [record("s/b", [0.1 + 1 / 3, 0.2]), record("s/a")]
+    report.keep_records(path, kept)
+    assert report.read_records(path) == {one["protocol"]: one for one in kept}
+    assert [json.loads(line)["protocol"] for line in path.read_text().splitlines()] == ["s/a", "s/b"]
 
 
-def test_a_half_written_row_costs_only_itself(report: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    report.append_row(path, row(seed=0))
-    path.write_bytes(path.read_bytes() + b'{"protocol": "p", "se')
-    report.append_row(path, row(seed=1))
-    assert report.read_rows(path) == [row(seed=0), row(seed=1)]
-
-
-def test_what_is_measured_is_not_measured_again(report: ModuleType) -> None:
-    wanted = [row(seed=0), row(seed=1), row(seed=1), row("q", seed=0)]
-    have = [row(seed=0), row("q", seed=0, code="old"), row(seed=1, config="edited")]
-    assert report.missing(have, wanted) == [row(seed=1), row("q", seed=0)]
-    assert report.missing([*have, *wanted], wanted) == []
-
-
-def test_rows_of_the_present_code_go_before_all_others(report: ModuleType) -> None:
-    old, new, later = row(code="old"), row(code="new"), row(code="later")
-    assert report.latest([old, new, later], "new") == [new]
-    assert report.latest([new, old], "new") == [new]
-    assert report.latest([old, new], "absent") == [new]
-    assert report.latest([old, new]) == [new]
-
-
-def test_rows_of_an_edited_protocol_are_not_mixed(report: ModuleType) -> None:
-    before, after = row(config="1", seed=0), row(config="2", seed=1)
-    assert report.latest([before, after], "new") == [after]
-
-
-def test_a_row_measured_twice_counts_once(report: ModuleType) -> None:
-    assert report.latest([row(value=0.1), row(value=0.9)], "new") == [row(value=0.9)]
+def test_a_record_is_replaced_by_one_of_other_values_or_code_alone(report: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "protocols.jsonl"
+    report.keep_records(path, [record("s/a"), record("s/b"), record("s/c"), record("s/d")])
+    later = [
+        record("s/a", date="later"),
+        record("s/b", [0.6], date="later"),
+        record("s/c", code="newer", date="later"),
+    ]
+    report.keep_records(path, later)
+    dates = {name: one["date"] for name, one in report.read_records(path).items()}
+    assert dates == {"s/a": "2000-01-02", "s/b": "later", "s/c": "later", "s/d": "2000-01-02"}
 
 
 def test_summary(report: ModuleType) -> None:
@@ -94,27 +78,17 @@ def test_summary(report: ModuleType) -> None:
     assert math.isnan(report.summary([1.0])["sem"])
 
 
-@pytest.mark.parametrize(
-    ("mean", "n", "said"),
-    [
-        (40.0, 2, "pass"),
-        (60.0, 2, "pass"),
-        (39.99, 2, "FAIL"),
-        (60.01, 1, "FAIL"),
-        (50.0, 1, "pass so far (1 of 2 seeds)"),
-    ],
-)
-def test_verdict(report: ModuleType, mean: float, n: int, said: str) -> None:
-    assert report.verdict({"mean": mean, "n": n}, 40, 60, 2) == said
+@pytest.mark.parametrize(("mean", "said"), [(40.0, "pass"), (60.0, "pass"), (39.99, "FAIL"), (60.01, "FAIL")])
+def test_verdict(report: ModuleType, mean: float, said: str) -> None:
+    assert report.verdict({"mean": mean}, 40, 60) == said
 
 
 def test_protocol_table(report: ModuleType) -> None:
-    rows = [row("q", value=0.75), row("p", seed=0, value=0.5), row("p", seed=1, value=0.6), row("p", code="old")]
-    lines = report.protocol_table([entry("p"), entry("q"), entry("unmeasured")], rows, "new")
-    assert [line["protocol"] for line in lines] == ["p", "q"]
+    records = {"s/q": record("s/q", [0.75]), "s/p": record("s/p", [0.5, 0.6]), "s/gone": record("s/gone")}
+    lines = report.protocol_table({"s/p": entry(), "s/q": entry(), "s/unmeasured": entry()}, records)
+    assert [line["protocol"] for line in lines] == ["s/p", "s/q"]
     assert lines[0] == {
-        "protocol": "p",
-        "reading": "task",
+        "protocol": "s/p",
         "mean": "55.00",
         "SEM": "5.00",
         "min": "50.00",
@@ -145,11 +119,11 @@ def test_parts_are_replaced_one_by_one(report: ModuleType, tmp_path: Path) -> No
     report.save_part("growth", [{"a": 3}], "make bench", ["second"], tmp_path)
     parts = report.load_parts(tmp_path)
     assert {name: part["lines"] for name, part in parts.items()} == {"growth": [{"a": 3}], "hook_cost": [{"b": 2}]}
-    page = report.page(parts, [entry()], [row()], "new")
+    page = report.page(parts, {"s/p": entry()}, {"s/p": record()})
     assert page.index("## Training time") < page.index("## Cost of the hooks") < page.index("## Protocols")
     assert "- second" in page
     assert "first" not in page
-    assert "| p | task | 50.00 |" in page
+    assert "| s/p | 50.00 |" in page
 
 
 def test_the_version_of_the_code_follows_its_files(report: ModuleType, tmp_path: Path) -> None:
@@ -171,10 +145,19 @@ def test_the_machine_is_described_without_its_name(report: ModuleType) -> None:
     assert not platform.node() or platform.node() not in report.machine()
 
 
-def test_every_protocol_file_stands_in_the_index_once(run: ModuleType) -> None:
-    names = [entry["name"] for entry in run.read_index()]
-    files = [path.stem for path in run.PROTOCOLS.glob("*.yaml") if path.stem != "index"]
-    assert sorted(names) == sorted(files)
+def test_the_index_has_each_method_of_the_studies_once(run: ModuleType) -> None:
+    from clframe.experiments.study import Study
+
+    files = [path for path in run.PROTOCOLS.glob("*.yaml") if path.stem != "index"]
+    names = [f"{path.stem}/{method.name}" for path in files for method in Study.from_yaml(path).all_methods]
+    assert sorted(run.read_index()) == sorted(names)
+
+
+def test_the_page_is_that_of_the_committed_records(run: ModuleType, report: ModuleType) -> None:
+    parts = report.load_parts(run.HERE / "results")
+    assert run.PAGE.read_text(encoding="utf-8") == report.page(
+        parts, run.read_index(), report.read_records(run.RECORDS)
+    )
 
 
 SIZES = {"digits": (300, 32), "mnist": (2000, 128)}
@@ -182,33 +165,39 @@ STRENGTHS = {"001": 0.01, "01": 0.1, "1": 1.0, "3": 3.0, "10": 10.0}  # as the n
 
 
 def test_ranges_are_well_formed(run: ModuleType) -> None:
-    for entry in run.read_index():
-        assert set(entry) == {"name", "seeds", "reading", "measure", "expected", "low", "high", "needs", "source"}
-        assert 0 <= entry["low"] <= entry["expected"] <= entry["high"] <= 100, entry["name"]
-        assert entry["high"] - entry["low"] <= 24, entry["name"]
-        assert entry["seeds"] >= 1
-        assert entry["needs"] in ("", "mnist", "cifar10", "cifar100")
+    for name, entry in run.read_index().items():
+        assert set(entry) == {"measure", "expected", "low", "high", "source"}
+        assert 0 <= entry["low"] <= entry["expected"] <= entry["high"] <= 100, name
+        assert entry["high"] - entry["low"] <= 24, name
+        assert entry["measure"] == ("average_incremental_accuracy" if "cifar100" in name else "average_accuracy")
         assert entry["source"]
 
 
 def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, context) -> None:
     from clframe import registry
-    from clframe.config import resolve
 
-    for entry in run.read_index():
-        config = resolve(yaml_file=run.PROTOCOLS / f"{entry['name']}.yaml")
-        data, setting, method = entry["name"].split("-", 2)
-        cnn, method = method.startswith("cnn-"), method.removeprefix("cnn-")
+    seeds = {"digits": 5, "mnist": 1, "cifar10": 1, "cifar100": 3}
+    studies = run.choose_studies(run.read_index())
+    for protocol in run.read_index():
+        name, method = protocol.split("/")
+        study = studies[name]
+        data, setting, *rest = name.split("-")
+        group, cnn = "-".join(rest), "cnn" in rest or "gated" in rest
+        (chosen,) = [one for one in study.methods if one.name == method]
+        config = study.configure(study.scenarios[0], chosen, {}, 3)
+        count = {"one-epoch": 10, "1500-steps": 3}.get(group, int(rest[-2]) if rest[-1:] == ["seeds"] else seeds[data])
+        assert (study.seeds, study.orders) == (tuple(range(count)), None)
+        assert (config.run.seed, config.train.threads) == (3, 1)
         assert config.scenario.name == f"split-{data}"
-        assert config.scenario.options["setting"] == setting == entry["reading"]
+        assert config.scenario.options["setting"] == setting
         assert config.scenario.options["seed"] is None, "the order must follow the seed of the run"
         assert config.train.clip == 0
-        if entry["name"] == "mnist-task-mas":  # the authors' own demo
+        if group == "demo":  # of the authors of MAS
             assert config.scenario.options["order"] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
             assert config.train.logits == "own"
             assert (config.train.of(0).epochs, config.train.of(0).lr) == (10, 0.01)
             assert (config.train.of(1).epochs, config.train.of(1).lr, config.train.batch_size) == (20, 0.001, 150)
-        elif method.endswith("er-500"):
+        elif group == "one-epoch":
             assert config.scenario.options["order"] == "natural"
             assert config.train.optimizer == "sgd"
             assert (config.train.epochs, config.train.batch_size, config.train.momentum) == (1, 10, 0)
@@ -232,63 +221,123 @@ def test_every_protocol_resolves_and_is_what_its_name_says(run: ModuleType, cont
             assert config.model.options["last_relu"] is False
         else:
             assert config.scenario.options["order"] == "random"
-            length = (1500, 32) if method.endswith("-1500") else SIZES[data]
+            length = (1500, 32) if group == "1500-steps" else SIZES[data]
             assert (config.train.iterations, config.train.batch_size) == length
             assert config.train.keep_optimizer is not cnn
-        name = next((n for n in sorted(registry.names("plugin"), key=len, reverse=True) if n in method), None)
-        name = "generative-replay" if method.startswith("dgr") else name
-        assert [*config.plugins] == ([] if method == "none" else [name])
-        plugin = registry.build_plugin(name, config.plugins[name].options) if name else None
+        plugin_name = next((n for n in sorted(registry.names("plugin"), key=len, reverse=True) if n in method), None)
+        plugin_name = "generative-replay" if method.startswith("dgr") else plugin_name
+        assert [*config.plugins] == ([] if method == "fine-tuning" else [plugin_name])
+        plugin = registry.build_plugin(plugin_name, config.plugins[plugin_name].options) if plugin_name else None
         wanted = plugin.wanted_logits(context(setting, plugin)) if plugin else None
-        of_seen = cnn or entry["name"].startswith("mnist-class-dgr")
+        of_seen = cnn or (data == "mnist" and method.startswith("dgr"))
         default = "own" if setting == "task" else "seen" if of_seen else "all"
         assert (config.train.logits or wanted) == (wanted or default)
-        options = config.plugins[name].options if name else {}
+        options = config.plugins[plugin_name].options if plugin_name else {}
         strength = method.rsplit("-", 1)[-1]
-        if name in ("ewc", "mas", "lfl") and data == "digits":
+        if plugin_name in ("ewc", "mas", "lfl") and data == "digits":
             assert options["lambda"] == float(STRENGTHS.get(strength, strength))
-        if name == "si":
+        if plugin_name == "si":
             assert (options["c"], options["xi"]) == (float(STRENGTHS.get(strength, 10)), 0.1)
-        if name == "lwm":
+        if plugin_name == "lwm":
             assert (options["gamma"], options["layer"]) == (float(STRENGTHS.get(strength, 1)), "net.8")
-        if name == "lwf" and data == "digits":
+        if plugin_name == "lwf" and data == "digits":
             assert options["form"] == ("heads" if setting == "task" else strength)
-        if name == "ewc":
+        if plugin_name == "ewc":
             assert options["form"] == ("online" if method.startswith("online") else "offline")
             assert options["labels"] == "exact"
 
 
-def test_full_skips_what_it_has_and_keeps_each_row_at_once(
-    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index = [entry("a", needs="", measure="m", seeds=2), entry("b", needs="mnist", measure="m", seeds=1)]
-    calls: list[tuple[str, int]] = []
+@pytest.fixture
+def tiny_studies(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Two studies in place of the protocols, carried out in this process; the list has the commands that ran."""
+    from clframe.cli import compare as command
 
-    def pretend(entry: dict, seed: int, data_root: Path) -> tuple[float, float]:
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        calls.append((entry["name"], seed))
-        return 0.5, 1.0
-
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.yaml").write_text("train: {}\n")
-    monkeypatch.setattr(run, "PROTOCOLS", tmp_path)
-    monkeypatch.setattr(run, "ROWS", tmp_path / "rows.jsonl")
-    monkeypatch.setattr(run, "PAGE", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(run, "HERE", tmp_path)
+    index = {"digits-a/fine-tuning": entry(), "digits-a/er": entry(), "mnist-b/fine-tuning": entry()}
+    train = "train: {iterations: 1}"
+    study = f"scenarios: [{{name: split-digits, setting: task, experiences: 2}}]\nbaselines: false\nseeds: 2\n{train}\n"
+    (tmp_path / "digits-a.yaml").write_text(f"{study}methods: [fine-tuning, er]\n")
+    (tmp_path / "mnist-b.yaml").write_text(f"{study}methods: [fine-tuning]\n")
+    for name, value in (("PROTOCOLS", tmp_path), ("HERE", tmp_path), ("PAGE", tmp_path / "RESULTS.md")):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run, "RECORDS", tmp_path / "protocols.jsonl")
     monkeypatch.setattr(run, "read_index", lambda: index)
-    monkeypatch.setattr(run, "run_protocol", pretend)
-    with pytest.raises(KeyboardInterrupt):
-        run.full(tmp_path, [])
-    assert calls == [("a", 0)]
-    monkeypatch.setattr(
-        run, "run_protocol", lambda entry, seed, root: calls.append((entry["name"], seed)) or (0.5, 1.0)
+    monkeypatch.setattr(run, "short", lambda *_: None)
+    commands: list[tuple[str, ...]] = []
+
+    def carry_out(*words: str, data_root: Path) -> int:
+        commands.append(words)
+        assert words[0] == "compare"
+        return command.compare(words[1], engine="inline", quiet=True)
+
+    monkeypatch.setattr(run, "run_clframe", carry_out)
+    monkeypatch.setattr(command, "_write_report", lambda path: None)  # plots take most of the time, and nothing is read
+    return commands
+
+
+def test_full_keeps_the_figures_of_the_report(
+    run: ModuleType, tiny_studies: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import clframe
+    from clframe.runs.results import read_results
+
+    output = tmp_path / "runs"
+    run.full(tmp_path, ["digits-a/er"], output)
+    alone = run.report.read_records(run.RECORDS)
+    assert [*alone] == ["digits-a/er"]
+    expected = [
+        clframe.run(
+            {"name": "split-digits", "setting": "task", "experiences": 2},
+            plugins=["er"],
+            train={"iterations": 1, "threads": 1},
+            run={"seed": seed, "output": None},
+        ).measures["task"]["average_accuracy"]
+        for seed in range(2)
+    ]
+    assert alone["digits-a/er"]["values"] == expected
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("results.json")}
+
+    run.full(tmp_path, [], output, workers=1)
+    records = run.report.read_records(run.RECORDS)
+    assert [*records] == ["digits-a/er", "digits-a/fine-tuning"]
+    assert records["digits-a/er"] == alone["digits-a/er"]
+    assert all(path.stat().st_mtime_ns == before[path] for path in before), "the cells of er are not run again"
+    assert len([*output.rglob("results.json")]) == 4
+    folders = [path.parent for path in output.rglob("results.json") if path.parent.name.startswith("fine-tuning")]
+    found = {read_results(folder).measures["task"]["average_accuracy"] for folder in folders}
+    assert found == {*records["digits-a/fine-tuning"]["values"]}
+    text = capsys.readouterr().out
+    assert f"mnist-b: skipped, as there is no mnist.npz in {tmp_path}; name its folder with --data-root" in text
+    assert tiny_studies == [("compare", f"{output}/digits-a"), ("compare", f"{output}/digits-a", "--workers", "1")]
+    assert "| digits-a/er |" in run.PAGE.read_text()
+
+
+def test_full_keeps_no_figures_of_a_method_with_a_failed_cell(
+    run: ModuleType,
+    tiny_studies: list[tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = (tmp_path / "digits-a.yaml").read_text()
+    (tmp_path / "digits-a.yaml").write_text(
+        study.replace(
+            "[fine-tuning, er]",
+            "[fine-tuning, {plugins: er, train: {lr: 1e30, clip: 0, optimizer: sgd, iterations: 5}}]",
+        )
     )
-    run.full(tmp_path, [])
-    assert calls == [("a", 0), ("a", 1)], "a is not run twice, and b needs data that is not there"
-    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [(line["protocol"], line["seed"], line["value"]) for line in lines] == [("a", 0, 0.5), ("a", 1, 0.5)]
-    assert "| a | task | 50.00 |" in (tmp_path / "RESULTS.md").read_text()
+    with pytest.raises(SystemExit, match="Cells failed in digits-a"):
+        run.full(tmp_path, ["digits-a"], tmp_path / "runs")
+    assert [*run.report.read_records(run.RECORDS)] == ["digits-a/fine-tuning"]
+    assert "digits-a/er: no figures are kept, as a cell is not finished" in capsys.readouterr().out
+    monkeypatch.setattr(run, "run_clframe", lambda *_, data_root: 130)
+    with pytest.raises(SystemExit) as stopped:
+        run.full(tmp_path, ["digits-a"], tmp_path / "runs")
+    assert stopped.value.code == 130
+
+
+def test_full_refuses_a_name_that_the_index_lacks(run: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"no study or protocol digits-tusk, digits/er: .*index\.yaml"):
+        run.choose_studies(run.read_index(), ["digits/er", "digits-task", "digits-tusk"])
 
 
 @pytest.fixture
