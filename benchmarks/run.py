@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,8 +88,10 @@ def carry_out(study: Study, folder: Path, data_root: Path, workers: int | None) 
 
 def run_clframe(*arguments: str, data_root: Path) -> int:
     """Run a command of clframe, and return its exit code; Ctrl-C is left to the command, which saves what it does."""
-    command = [str(Path(sysconfig.get_path("scripts"), "clframe")), *arguments]
-    with subprocess.Popen(command, env={**os.environ, "CLFRAME_DATA": str(data_root)}) as process:
+    from clframe.settings import DATA_ROOT
+
+    command = [sys.executable, "-P", "-m", "clframe", *arguments]  # -P: not the checkout in the current folder
+    with subprocess.Popen(command, env={**os.environ, DATA_ROOT: str(data_root)}) as process:
         while True:
             try:
                 return process.wait()
