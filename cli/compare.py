@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from clframe.experiments.plan import Plan
     from clframe.experiments.statistics import Interval
     from clframe.experiments.study import Study
+    from clframe.experiments.tuning import Effort
 
 REPORT = "report.html"  # the report of a study in its folder
 FAILED = 4  # exit code of a study with failed cells
 LISTED = 10  # names at most that a message has
+SPARE = ("cells", "seconds", "learning accuracy", "forgetting", "tuned by")  # that narrow terminals do without
 MEASURES = {"forgetting": "forgetting", "learning_accuracy": "learning accuracy"}  # columns beside the accuracy
 
 
@@ -121,7 +123,8 @@ def compare(
         path = _new_folder(study) if output is None else expand_home(output)
         check_new(path, study)
     if dry_run:
-        _print_cells(make_plan(study, path, keep_stale=keep_stale), path, json)
+        plan = make_plan(study, path, keep_stale=keep_stale)
+        _print_cells(plan, path, json, _list_tunings(study, path, plan))
         return 0
     with lock_study(path):
         plan = make_plan(study, path, keep_stale=keep_stale)
@@ -265,13 +268,22 @@ def _carry_out(plan: Plan, path: Path, engine: str, workers: int | None, quiet: 
 # -------------------------------------------------------------------------------------- what is printed
 
 
-def _print_cells(plan: Plan, path: Path, json: bool) -> None:
-    """Print the cells of a plan with their states, and how long those that are left may take."""
+def _list_tunings(study: Study, path: Path, plan: Plan) -> list[tuple[Effort, bool]]:
+    """Return the work of each tuning with which the study begins, and whether it has ended."""
+    if not study.tuning.get("protocols"):
+        return []
+    from clframe.cli.tune import list_efforts
+
+    return list_efforts(study, path, plan.refused)
+
+
+def _print_cells(plan: Plan, path: Path, json: bool, tunings: Sequence[tuple[Effort, bool]]) -> None:
+    """Print the tunings of a study and the cells of its plan, and how long what is left may take."""
     from clframe.cli.live import format_duration
     from clframe.experiments.cells import state_of
 
     states = [state_of(cell.folder) for cell in plan.cells]
-    seconds = _estimate(plan, states)
+    seconds = _estimate(plan, states, [effort for effort, ended in tunings if not ended])
     if json:
         show.document(
             {
@@ -289,10 +301,13 @@ def _print_cells(plan: Plan, path: Path, json: bool) -> None:
                     for cell, state in zip(plan.cells, states, strict=True)
                 ],
                 "refused": [{"method": r.method, "scenario": r.scenario, "reasons": r.reasons} for r in plan.refused],
+                **({"tunings": [_describe_tuning(*one) for one in tunings]} if tunings else {}),
                 "seconds_left": seconds,
             }
         )
         return
+    if tunings:
+        _print_tunings(tunings)
     show.table(
         ["method", "scenario", "seed", "order", "state"],
         [
@@ -311,12 +326,37 @@ def _print_cells(plan: Plan, path: Path, json: bool) -> None:
             if seconds is None
             else f"About {format_duration(seconds)} of computing, as the finished cells took."
         )
+        if seconds is not None and any(effort.whole_runs is None for effort, ended in tunings if not ended):
+            show.line("Tunings on other scenarios are not counted in that.")
 
 
-def _estimate(plan: Plan, states: Sequence[str]) -> float | None:
+def _print_tunings(tunings: Sequence[tuple[Effort, bool]]) -> None:
+    """Print the trials of each tuning, which come before the cells of the study."""
+    documents = [_describe_tuning(*one) for one in tunings]
+    columns = ["method", "scenario", "protocol", "trials", "rounds", "runs", "state"]
+    show.table(columns, [[str(document[name]) for name in columns] for document in documents], numbers=True)
+    left = sum(effort.runs for effort, ended in tunings if not ended)
+    show.line(f"{left:,} runs at most to tune, before the cells below; what is chosen changes the options of these.")
+    show.line()
+
+
+def _describe_tuning(effort: Effort, ended: bool) -> dict[str, Any]:
+    return {
+        "method": effort.tuning.method.name,
+        "scenario": effort.tuning.label,
+        "protocol": effort.tuning.protocol.label,
+        "trials": effort.trials,
+        "rounds": effort.rounds,
+        "runs": effort.runs,
+        "state": "finished" if ended else "waiting",
+    }
+
+
+def _estimate(plan: Plan, states: Sequence[str], tunings: Sequence[Effort] = ()) -> float | None:
     """Return the seconds that the cells that are left take, one after another; None if no cell is finished.
 
-    A cell takes the mean of its method on its scenario, else of its scenario, else of all.
+    A cell takes the mean of its method on its scenario, else of its scenario, else of all. A tuning takes this for as
+    many experiences as its runs learn; one on another scenario is not counted.
     """
     from clframe.runs.results import read_results
 
@@ -334,6 +374,10 @@ def _estimate(plan: Plan, states: Sequence[str]) -> float | None:
             keys = ((cell.scenario, cell.method), (cell.scenario,), ())
             known = next(took[key] for key in keys if key in took)
             total += sum(known) / len(known)
+    for effort in tunings:
+        keys = ((effort.tuning.label, effort.tuning.method.name), (effort.tuning.label,), ())
+        known = next(took[key] for key in keys if key in took)
+        total += (effort.whole_runs or 0.0) * sum(known) / len(known)
     return total
 
 
@@ -385,8 +429,12 @@ def _print_table(outcome: StudyOutcome, scenario: str) -> None:
     shown = [_row(outcome, scenario, mode, row, compared) for row in rows]
     if tuned:
         headers.append("tuned by")
-        shown = [[*texts, tuned.get(row.method, "as given")] for texts, row in zip(shown, rows, strict=True)]
-    show.table(headers, shown, numbers=True)
+        short = {method: stamp.partition(";")[0] for method, stamp in tuned.items()}  # the protocol
+        shown = [[*texts, short.get(row.method, "as given")] for texts, row in zip(shown, rows, strict=True)]
+    show.table(headers, shown, numbers=True, spare=SPARE)
+    for stamp in dict.fromkeys(tuned.values()):
+        methods = [row.method for row in rows if tuned.get(row.method) == stamp]
+        show.line(f"Tuned by {stamp}: {_list_names(methods)}.")
     if any(cell.stale for cell in outcome.cells(scenario)):
         stale = sorted({cell.method for cell in outcome.cells(scenario) if cell.stale})
         show.line(f"Some cells are of other code or data: {_list_names(stale)}.")

@@ -18,7 +18,7 @@ from clframe.system.reading import expand_home, quote_path
 if TYPE_CHECKING:
     from clframe.experiments.plan import Refused
     from clframe.experiments.study import Study
-    from clframe.experiments.tuning import Chosen, Tuning
+    from clframe.experiments.tuning import Chosen, Effort, Tuning
 
 TUNING = "tuning.yaml"  # the file of a tuning in its folder
 FOLDER = "tuning"  # the folder of the tunings of a study, in that of the study
@@ -117,13 +117,28 @@ def tune_study(
     Raises:
         ClframeError: as `clframe.experiments.tuning.choose`.
     """
-    from clframe.experiments.tuning import tunings_of, with_tuned
+    from clframe.experiments.tuning import with_tuned
 
-    without = {(one.method, one.scenario) for one in refused}
-    tunings = [tuning for tuning in tunings_of(study) if (tuning.method.name, tuning.label) not in without]
+    tunings = _tunings_without(study, refused)
     folder = path / FOLDER
     folder.mkdir(exist_ok=True)
     return with_tuned(study, carry_out(tunings, folder, engine, workers, quiet, f"clframe compare {path}"))
+
+
+def list_efforts(study: Study, path: Path, refused: Sequence[Refused]) -> list[tuple[Effort, bool]]:
+    """Return the work of each tuning with which `tune_study` would begin, and whether it has ended. Raises likewise."""
+    from clframe.experiments.tuning import estimate_effort
+
+    efforts = estimate_effort(_tunings_without(study, refused), path / FOLDER)
+    return [(effort, (path / FOLDER / f"{effort.tuning.name}.yaml").is_file()) for effort in efforts]
+
+
+def _tunings_without(study: Study, refused: Sequence[Refused]) -> list[Tuning]:
+    """Return the tunings of a study, but for methods that cannot learn a scenario."""
+    from clframe.experiments.tuning import tunings_of
+
+    without = {(one.method, one.scenario) for one in refused}
+    return [tuning for tuning in tunings_of(study) if (tuning.method.name, tuning.label) not in without]
 
 
 def check_engine(engine: str, workers: int | None) -> None:

@@ -24,11 +24,11 @@ from clframe.cli import compare
 from clframe.cli.main import main
 from clframe.data.scenario import Part
 from clframe.experiments.cells import Cell, run_inline
-from clframe.experiments.journal import Journal
+from clframe.experiments.journal import ROUND, Journal
 from clframe.experiments.outcome import describe_stamp
 from clframe.experiments.search import Range
 from clframe.experiments.study import Study
-from clframe.experiments.tuning import Bench, Chosen, Trial, _adapt, choose, tunings_of, with_tuned
+from clframe.experiments.tuning import Bench, Chosen, Trial, _adapt, choose, estimate_effort, tunings_of, with_tuned
 from clframe.experiments.workers import open_engine
 from clframe.options import Search, fields_of, options_of, searched, validated
 from clframe.runs.files import read_config
@@ -532,7 +532,9 @@ def test_compare_tunes_first_and_goes_on(tmp_path: Path, capsys: pytest.CaptureF
     out, err = told(capsys, *asked)
     assert "trial 2 of 2" in err
     rows = [line for line in out.splitlines() if line.startswith("ewc")]
-    assert ["first-2; 2 trials" in row for row in rows] == [True, True]
+    assert [row.split()[-1] for row in rows] == ["first-2", "first-2"]
+    stamps = [line for line in out.splitlines() if line.startswith("Tuned by first-2; 2 trials; seeds 0; ")]
+    assert [line.split()[-1] for line in stamps] == ["ewc.", "ewc."]
     for scenario in ("split-digits", "rotated-digits"):
         chosen = yaml.safe_load((folder / "tuning" / f"ewc-{scenario}-first-2.yaml").read_text())["run"]["tuned"]
         (cell,) = (path for path in (folder / "cells").glob(f"ewc-{scenario}-*") if path.is_dir())
@@ -630,3 +632,38 @@ def test_ranges_are_what_is_tried() -> None:
     assert [whole.holds(value) for value in (9, 10, 1000, 1001, "10")] == [False, True, True, False, False]
     number = Range("x", Search(0.001, 1.00004), False, 1.0, False)
     assert [number.rounded(value) for value in (0.123456, 1.000041)] == [0.1235, 1.0]
+
+
+def test_a_dry_run_lists_the_trials_of_each_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["compare", "-s", "split-digits", "--method", "er+ewc", "--seeds", "1", "--no-baselines", "--dry-run"]
+    asked += ["--tuned", "first-2", "--tuned", "per-experience", "--tuned", "other-scenario:permuted-digits"]
+    asked += ["--trials", "7", "--output", str(tmp_path / "new")]
+    out, _ = told(capsys, *asked)
+    rows = [line.split() for line in out.splitlines()]
+    expected = {
+        "first-2": [7, math.ceil(7 / ROUND), 7],
+        # 7 learning rates in each of 5 experiences, and 7 strengths one after another in each but the first
+        "per-experience": [5 * 7 + 4 * 7, 5 + 4 * 7, 63],
+        "other-scenario:permuted-digits": [7, math.ceil(7 / ROUND), 7],
+    }
+    assert {row[2]: [int(number) for number in row[3:6]] for row in rows[1:4]} == expected
+    assert {row[-1] for row in rows[1:4]} == {"waiting"}
+    assert "77 runs at most to tune" in out
+    assert not (tmp_path / "new").exists()
+    document = json.loads(told(capsys, *asked, "--json")[0])
+    assert {one["protocol"]: [one["trials"], one["rounds"], one["runs"]] for one in document["tunings"]} == expected
+
+
+def test_the_effort_of_a_tuning_is_that_of_its_experiences() -> None:
+    study = Study.from_data({"scenarios": ["split-digits"], "methods": ["ewc"], "baselines": False, "tuning": TUNINGS})
+    first, each, other = (effort.whole_runs for effort in estimate_effort(tunings_of(study), Path("nowhere")))
+    assert first == 2 * 3 * 2 / 5  # two seeds of three trials, each of two of five experiences
+    assert each == 2 * (3 * 1 + 6 * 2 + 6 * 3 + 6 * 4 + 6 * 5) / 5
+    assert other is None
+
+
+TUNINGS = {
+    "protocols": ["first-2", "per-experience", "other-scenario:permuted-digits"],
+    "trials": 3,
+    "seeds": 2,
+}

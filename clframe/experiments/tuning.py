@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clframe import registry
 from clframe.errors import DataError, RunError, UsageError
 from clframe.experiments.cells import MOST_DEATHS, Cell, problems_of, read_record, record_path, state_of
-from clframe.experiments.journal import Journal, import_optuna
+from clframe.experiments.journal import ROUND, Journal, import_optuna
 from clframe.experiments.plan import make_cell
 from clframe.experiments.search import Protocol, Range, Values, apply, parse_protocol, ranges_of
 from clframe.experiments.study import BASELINES, Method, Options, Study
@@ -259,6 +260,47 @@ def choose(
     return [done[i] for i in range(len(tunings))]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Work of a tuning that has not begun; `per-experience` may end with less.
+
+    Attributes:
+        tuning: the search.
+        trials: number of values that are tried.
+        rounds: number of times that trials are asked for, each when the ones before have ended.
+        runs: number of runs, one for each trial and seed.
+        whole_runs: the experiences of all runs over those of the scenario; None if another scenario is learned.
+    """
+
+    tuning: Tuning
+    trials: int
+    rounds: int
+    runs: int
+    whole_runs: float | None
+
+
+def estimate_effort(tunings: Sequence[Tuning], folder: Path) -> list[Effort]:
+    """Return the work of each tuning in `folder`, of which nothing is read or written. Raises as `check`."""
+    bench = Bench(folder, lambda cells: None)
+    found = []
+    for tuning, ranges in zip(tunings, check(tunings, bench), strict=True):
+        length = bench.describe(configure(tuning, Trial({}), tuning.study.seeds[0]))[0]
+        seeds = len(tuning.study.seeds)
+        if tuning.protocol.kind == "per-experience":
+            rates, levels = _grids(tuning, ranges)
+            of_experience = [len(rates) + (len(levels) if i else 0) for i in range(length)]
+            trials = sum(of_experience)
+            rounds = length + (length - 1) * len(levels)
+            experiences = sum(count * (i + 1) for i, count in enumerate(of_experience))
+        else:
+            trials = tuning.trials
+            rounds = math.ceil(trials / ROUND)
+            experiences = trials * (tuning.protocol.k or length)
+        whole = None if tuning.protocol.scenario else seeds * experiences / length
+        found.append(Effort(tuning, trials, rounds, seeds * trials, whole))
+    return found
+
+
 def check(tunings: Sequence[Tuning], bench: Bench) -> list[list[Range]]:
     """Return the ranges that each tuning searches, when nothing keeps them from being carried out.
 
@@ -395,11 +437,8 @@ def _adapt(tuning: Tuning, ranges: Sequence[Range], length: int, bench: Bench, t
     The first experience has nothing to protect: there the method has the strengths that it was given. A trial repeats
     the experiences before with what was chosen for them.
     """
-    rate = next((range_ for range_ in ranges if range_.name == "train.lr"), None)
-    strengths = [range_ for range_ in ranges if range_ is not rate]
-    rates: list[Values] = [{rate.name: value} for value in rate.grid(tuning.trials)] if rate else [{}]
-    steps = list(zip(*(range_.grid(tuning.trials) for range_ in strengths), strict=True)) if strengths else []
-    levels: list[Values] = [{r.name: v for r, v in zip(strengths, step, strict=True)} for step in steps]
+    rates, levels = _grids(tuning, ranges)
+    strengths = [range_ for range_ in ranges if range_.name != "train.lr"]
     chosen: list[Values] = []
     reached: list[float] = []
     for i in range(length):
@@ -424,6 +463,16 @@ def _adapt(tuning: Tuning, ranges: Sequence[Range], length: int, bench: Bench, t
         chosen.append(entry)
         reached.append(figure or 0.0)
     return {}, tuple(chosen), sum(reached) / length
+
+
+def _grids(tuning: Tuning, ranges: Sequence[Range]) -> tuple[list[Values], list[Values]]:
+    """Return the learning rates, and the strengths from the top of their ranges down, that `per-experience` tries."""
+    rate = next((range_ for range_ in ranges if range_.name == "train.lr"), None)
+    strengths = [range_ for range_ in ranges if range_ is not rate]
+    rates: list[Values] = [{rate.name: value} for value in rate.grid(tuning.trials)] if rate else [{}]
+    steps = list(zip(*(range_.grid(tuning.trials) for range_ in strengths), strict=True)) if strengths else []
+    levels: list[Values] = [{r.name: v for r, v in zip(strengths, step, strict=True)} for step in steps]
+    return rates, levels
 
 
 def _find_best(figures: Sequence[float | None]) -> int | None:
