@@ -105,6 +105,7 @@ def compare(
     from clframe.experiments.folder import check_new, check_same, lock_study
     from clframe.experiments.plan import make_plan
     from clframe.experiments.study import Study
+    from clframe.experiments.workers import check_device
 
     problems = _problems_of_flags(folder, output, plugin, engine, workers)
     asked = _read_flags(scenario, method, model, seeds, orders, order_sampling, baselines, set_, problems)
@@ -122,6 +123,7 @@ def compare(
         study = Study.from_yaml(config).extended(asked) if config is not None else Study.from_data(asked)
         path = _new_folder(study) if output is None else expand_home(output)
         check_new(path, study)
+    check_device(study.device, engine)
     if dry_run:
         plan = make_plan(study, path, keep_stale=keep_stale)
         _print_cells(plan, path, json, _list_tunings(study, path, plan))

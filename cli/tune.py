@@ -75,6 +75,7 @@ def tune(
     from clframe.experiments.folder import lock_study
     from clframe.experiments.study import Study
     from clframe.experiments.tuning import tunings_of
+    from clframe.experiments.workers import check_device
     from clframe.system.writing import write_text
 
     asked = _read_flags(scenario, method, model, protocol, search, trials, seeds, set_)
@@ -90,6 +91,7 @@ def tune(
             study = study.extended({"tuning": {"protocols": ["first-2"]}})
         path = _new_folder(study) if output is None else expand_home(output)
         _check_new(path, study)
+    check_device(study.device, engine)
     tunings = tunings_of(study)
     if not tunings:
         raise UsageError("There is nothing to tune, as all methods are tuned: name one with `--method`.")

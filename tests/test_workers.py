@@ -21,13 +21,14 @@ import psutil
 import pytest
 
 import clframe
+from clframe.cli.main import main
 from clframe.config import resolve, to_yaml
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.experiments import children
 from clframe.experiments.cells import Cell, CellEvent, code_of, read_record, record_path, settings_of, state_of
 from clframe.experiments.child import Work, attempt
 from clframe.experiments.children import Share, environment_of_child, find_gpus
-from clframe.experiments.workers import read_engine, run_cells
+from clframe.experiments.workers import check_device, read_engine, run_cells
 from clframe.system import writing
 
 TRAIN = {"iterations": 3, "threads": 1}
@@ -329,6 +330,23 @@ def test_threads_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.Mon
     assert environment_of_child(shares["tcp://10.0.0.2:4000"], 0, None)["OMP_NUM_THREADS"] == "9"
 
 
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_a_gpu_that_children_lack_is_refused_before_anything_runs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    asked = [command, "-s", "split-digits", "--method", "er", "--output", str(tmp_path / "new")]
+    assert main([*asked, "--set", "run.device=cuda:1"]) == 2
+    assert capsys.readouterr().err == (
+        "clframe: `run.device` is `cuda:1`, and each worker of a study has one GPU of its own, which is `cuda` there: "
+        "set `run.device=cuda`, and `CUDA_VISIBLE_DEVICES=1` before the command if it should be that GPU.\n"
+    )
+    assert not (tmp_path / "new").exists()
+    for device, engine in (("cuda:1", "inline"), ("cuda:0", "local"), ("cuda", "local"), (None, "local")):
+        check_device(device, engine)
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=12"):
+        check_device("cuda:12", "dask:example:8786")
+
+
 def test_engines_that_there_are_not(monkeypatch: pytest.MonkeyPatch):
     from clframe.experiments import cluster
 
@@ -348,11 +366,11 @@ def test_engines_that_there_are_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cluster, "PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        for given in (f"tcp://127.0.0.1:{silent.getsockname()[1]}", f"tls://{address}"):
-            with pytest.raises(
-                DataError, match=f"No Dask scheduler answers at {given}.*: start one there, or give its"
-            ):
-                cluster.identify(given)
+        given = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(DataError, match=f"No Dask scheduler answers at {given}.*: start one there, or give its"):
+            cluster.identify(given)
+        with pytest.raises(DataError, match=f"tls://{address} needs certificates, .* set `ca-file`, `client.cert` and"):
+            cluster.identify(f"tls://{address}")
     with pytest.raises(DataError, match=f"No Dask scheduler answers at tcp://{address}"):  # nothing listens any more
         cluster.identify(f"tcp://{address}")
 

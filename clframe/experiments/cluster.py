@@ -189,10 +189,17 @@ def remote(address: str) -> Iterator[Cluster]:
 
 def identify(address: str) -> None:
     """Raise `DataError` unless a Dask scheduler answers at `address` soon."""
+    arguments = Security().get_connection_args("client")
+    if address.startswith("tls:") and arguments.get("ssl_context") is None:
+        raise DataError(
+            f"{address} needs certificates, and Dask's configuration names none: set `ca-file`, `client.cert` and "
+            "`client.key` of `distributed.comm.tls` there, or DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__CLIENT__CERT "
+            "and ...__CLIENT__KEY in the environment."
+        )
 
     async def ask() -> Any:
         async with asyncio.timeout(PATIENCE):
-            server = rpc(address, connection_args=Security().get_connection_args("client"), timeout=PATIENCE)
+            server = rpc(address, connection_args=arguments, timeout=PATIENCE)
             try:
                 return await server.identity()
             finally:
@@ -215,13 +222,8 @@ def identify(address: str) -> None:
         return
     if kind:
         raise DataError(f"At {address} there is a Dask {kind}, not a scheduler; give the scheduler's address.")
-    remedy = "start one there, or give its address"
-    if address.startswith("tls:"):
-        remedy += (
-            "; a `tls://` address needs the certificates that `distributed.comm.tls` of Dask's configuration names"
-        )
     reason = _reason(answer) if isinstance(answer, BaseException) else ""
-    raise DataError(f"No Dask scheduler answers at {address}{reason}: {remedy}.")
+    raise DataError(f"No Dask scheduler answers at {address}{reason}: start one there, or give its address.")
 
 
 def _reason(error: BaseException) -> str:

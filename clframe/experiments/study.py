@@ -274,6 +274,11 @@ class Study:
             sections.setdefault(section, {})[option] = value
         return sections
 
+    @property
+    def device(self) -> Any:
+        """Return the device of all cells, as the study names it; None if it does not."""
+        return {**self.run, **self.settings_by_section().get("run", {})}.get("device")
+
     def problems(self) -> list[str]:
         """Return one sentence for each mistake that shows before any configuration is resolved."""
         problems = []

@@ -109,6 +109,16 @@ def read_engine(engine: str) -> str | None:
     return f"{protocol}://{rest}"
 
 
+def check_device(device: object, engine: str) -> None:
+    """Raise `UsageError` if child processes of `engine`, each of which has one GPU, lack the GPU that cells name."""
+    found = re.fullmatch(r"cuda:0*([1-9]\d*)", str(device))
+    if found and engine != "inline":
+        raise UsageError(
+            f"`run.device` is `{device}`, and each worker of a study has one GPU of its own, which is `cuda` there: "
+            f"set `run.device=cuda`, and `CUDA_VISIBLE_DEVICES={found[1]}` before the command if it should be that GPU."
+        )
+
+
 class _Course:
     """Cells that are carried out on a cluster: as many at a time as it has threads, each of them until it ends.
 
