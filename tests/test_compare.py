@@ -18,6 +18,7 @@ from clframe import registry
 from clframe.cli.main import main
 from clframe.cli.study_live import StudyLive
 from clframe.config import resolve
+from clframe.errors import UsageError
 from clframe.experiments import cells, plan
 from clframe.experiments.folder import read_study
 from clframe.experiments.study import Study
@@ -268,6 +269,31 @@ def test_settings_of_a_method_win_over_those_of_the_study() -> None:
     assert (er["train"]["lr"], few["train"]["lr"]) == (0.25, 0.5)
     assert er["train"]["momentum"] == few["train"]["momentum"] == 0.75
     assert er["run"]["seed"] == few["run"]["seed"] == 3
+
+
+def test_a_method_may_have_options_of_the_network_or_another_one() -> None:
+    study = Study.from_data(
+        {
+            "scenarios": ["split-digits"],
+            "model": {"name": "mlp", "hidden": [32]},
+            "methods": [
+                "er",
+                {"plugins": "er", "name": "wide", "model": {"hidden": [16]}},
+                {"plugins": "er", "name": "conv", "model": "cnn-small"},
+                {"plugins": [], "model": {"hidden": [4]}, "name": "small"},
+            ],
+            "set": {"model.hidden": [8]},
+        }
+    )
+    networks = {}
+    for method in study.all_methods:
+        model = study.configure(study.scenarios[0], method, {}, 0).model
+        networks[method.name] = (model.name, model.options.get("hidden"))
+    usual = dict.fromkeys(["fine-tuning", "joint", "er"], ("mlp", [8]))
+    assert networks == usual | {"wide": ("mlp", [16]), "conv": ("cnn-small", None), "small": ("mlp", [4])}
+    assert Study.from_data(study.written()) == study
+    with pytest.raises(UsageError, match="`model` of the method `er` is 3; it must be a name or a mapping"):
+        Study.from_data({"scenarios": ["split-digits"], "methods": [{"plugins": "er", "model": 3}]})
 
 
 def test_class_orders_are_the_same_for_all_methods(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ DEFAULT_SEEDS = 5
 MOST_SEEDS = 10_000
 MOST_CELLS = 100_000
 SAMPLINGS = ("random", "extreme")
-METHOD_KEYS = ("plugins", "name", "train", "run", "grid", "tuned")
+METHOD_KEYS = ("plugins", "name", "model", "train", "run", "grid", "tuned")
 TUNING_KEYS = ("protocols", "trials", "seeds")
 NOT_OF_A_STUDY = {  # settings that a study has a place of its own for
     "run.seed": "`seeds` (`--seeds`) has the seeds",
@@ -46,6 +46,7 @@ class Method:
         tuned: how its options were chosen: protocol, trials, seeds and data; None if they were not tuned.
         run: settings of the run that are this method's own, such as what single experiences have of their own.
         scenarios: labels of the scenarios that it learns; None: all of the study.
+        model: options of the backbone that are this method's own, or with a ``name`` its own backbone.
     """
 
     name: str
@@ -54,11 +55,12 @@ class Method:
     tuned: Options | None = None
     run: Options = field(default_factory=dict)
     scenarios: tuple[str, ...] | None = None
+    model: Options = field(default_factory=dict)
 
     def written(self) -> Any:
         """Return the method as a study file holds it."""
         plain = FINE_TUNING if not self.plugins else "+".join(self.plugins)
-        parts: dict[str, Any] = {"train": self.train, "run": self.run, "tuned": self.tuned}
+        parts: dict[str, Any] = {"model": self.model, "train": self.train, "run": self.run, "tuned": self.tuned}
         if self.name == plain and not any(self.plugins.values()) and not any(parts.values()):
             return self.name
         parts = {"name": self.name, "plugins": self.plugins, **parts}
@@ -195,7 +197,11 @@ class Study:
     @property
     def all_methods(self) -> tuple[Method, ...]:
         """Return the baselines that are asked for, and the methods; a baseline that is named as a method comes once."""
-        given = [method.plugins for method in self.methods if not method.train and not any(method.plugins.values())]
+        given = [
+            method.plugins
+            for method in self.methods
+            if not method.train and not method.model and not any(method.plugins.values())
+        ]
         plain = [Method(FINE_TUNING), Method(JOINT, {JOINT: {}})] if self.baselines else []
         return (*(method for method in plain if method.plugins not in given), *self.methods)
 
@@ -255,9 +261,8 @@ class Study:
             "train": {"threads": 1, **self.train, **sets.get("train", {})},
             "run": {"tensorboard": False, **self.run, **sets.get("run", {})},
         }
-        model = {"name": self.model} if isinstance(self.model, str) else dict(self.model or {})
-        if model or "model" in sets:
-            base["model"] = {**model, **sets.get("model", {})}
+        if model := self.model_of(method):
+            base["model"] = model
         return resolve(
             scenario={**scenario, **order},
             plugins={name: {**sets.get(name, {}), **options} for name, options in method.plugins.items()},
@@ -265,6 +270,13 @@ class Study:
             train=method.train,
             run={**method.run, "seed": seed, **({"tuned": dict(method.tuned)} if method.tuned else {})},
         )
+
+    def model_of(self, method: Method) -> dict[str, Any]:
+        """Return name and options of the backbone that `method` learns with; {} for that of the scenario."""
+        if "name" in method.model:
+            return dict(method.model)
+        model = {"name": self.model} if isinstance(self.model, str) else dict(self.model or {})
+        return {**model, **self.settings_by_section().get("model", {}), **method.model}
 
     def settings_by_section(self) -> dict[str, dict[str, Any]]:
         """Return what `set` holds by section and option."""
@@ -399,15 +411,17 @@ def _read_method(given: Any) -> list[Method]:
     if not isinstance(name, str) or not name.strip():
         problems.append(f"`name` of a method is {quote(name)}; it must be a text.")
     train, grid, tuned = given.get("train") or {}, given.get("grid") or {}, given.get("tuned")
-    run = given.get("run") or {}
-    for key, value in (("train", train), ("run", run), ("grid", grid), ("tuned", tuned or {})):
+    run, model = given.get("run") or {}, given.get("model") or {}
+    model = {"name": model} if isinstance(model, str) else model
+    for key, value in (("model", model), ("train", train), ("run", run), ("grid", grid), ("tuned", tuned or {})):
         if not isinstance(value, Mapping):
-            problems.append(f"`{key}` of the method `{name}` is {quote(value)}; it must be a mapping.")
+            kinds = "a name or a mapping" if key == "model" else "a mapping"
+            problems.append(f"`{key}` of the method `{name}` is {quote(value)}; it must be {kinds}.")
     if not problems and grid:
         problems += _grid_problems(grid, name, plugins)
     if problems:
         raise UsageError(*problems)
-    method = Method(name, plugins, dict(train), tuned, dict(run))
+    method = Method(name, plugins, dict(train), tuned, dict(run), model=dict(model))
     return list(_variants(method, grid)) if grid else [method]
 
 

@@ -126,10 +126,10 @@ class Chosen:
         """Return a file that `clframe run --config` takes, and a study as one of its methods."""
         study, method = self.tuning.study, self.method
         sets = study.settings_by_section()
-        model = {"name": study.model} if isinstance(study.model, str) else dict(study.model or {})
+        model = study.model_of(method)
         parts = {
             "scenario": {**sets.get("scenario", {}), **self.tuning.scenario},
-            **({"model": {**model, **sets.get("model", {})}} if model or "model" in sets else {}),
+            **({"model": model} if model else {}),
             "plugins": {name: {**sets.get(name, {}), **options} for name, options in method.plugins.items()},
             "train": {"threads": 1, **study.train, **sets.get("train", {}), **method.train},
             "run": {**self._run, "tuned": dict(self.stamp)},
