@@ -43,6 +43,7 @@ class StudyLive:
             self.screen = Screen(console=self.console, auto_refresh=False, transient=True)
         self.n = len(cells)
         self.running: dict[Cell, str] = {}
+        self.experiences = 0  # of the cell that runs in this process
         self.failed = 0
         self.accuracy: dict[str, dict[str, list[float]]] = {}  # by scenario and method, of cells that are finished
         self.done = 0
@@ -87,14 +88,19 @@ class StudyLive:
         self._draw_soon(now=event.kind != "progress")
 
     def _note_progress(self, event: CellEvent) -> None:
-        """Keep where a running cell is, and say what its run says."""
+        """Keep how far a running cell is."""
         run, cell = event.event, event.cell
-        if run is None or cell is None:
+        if cell is None:
             return
-        if run["kind"] == "experience":
-            self.running[cell] = f"experience {run['index'] + 1}"
+        if run is None:
+            self.running[cell] = event.text
+        elif run["kind"] == "start":
+            self.experiences = run["n_experiences"]
+        elif run["kind"] == "experience":
+            self.running[cell] = f"experience {run['index'] + 1} of {self.experiences}"
         elif run["kind"] == "progress":
-            self.running[cell] = f"experience {run['experience'] + 1}, step {run['step']:,} of {run['steps']:,}"
+            place = f"experience {run['experience'] + 1} of {self.experiences}"
+            self.running[cell] = f"{place}, step {run['step']:,} of {run['steps']:,}"
 
     def _count(self, cell: Cell) -> float | None:
         """Count a finished cell, and return its average accuracy in the first evaluation mode."""
@@ -130,7 +136,8 @@ class StudyLive:
             left = (time.monotonic() - self.began) / took * (self.n - self.done - self.failed)
             counts.append(f"about {format_duration(left)} left")
         parts: list[Text | Table] = [Text(", ".join(counts), style="bold")]
-        parts += [Text(f"  {escape_unprintable(c.identity)}: {where}") for c, where in self.running.items()]
+        for cell, place in self.running.items():
+            parts.append(Text(f"  {escape_unprintable(cell.identity)}{f': {place}' if place else ''}"))
         parts += [self._rank(scenario) for scenario in self.accuracy]
         return Group(*parts)
 

@@ -14,19 +14,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 
 import filelock
 import psutil
 import pytest
+from rich.console import Console
 
 import clframe
 from clframe.cli.main import main
+from clframe.cli.study_live import StudyLive
 from clframe.config import resolve, to_yaml
 from clframe.errors import DataError, Interrupted, UsageError
 from clframe.experiments import children
 from clframe.experiments.cells import Cell, CellEvent, code_of, read_record, record_path, settings_of, state_of
-from clframe.experiments.child import Work, attempt
+from clframe.experiments.child import Place, Work, attempt
 from clframe.experiments.children import Share, environment_of_child, find_gpus
 from clframe.experiments.workers import check_device, read_engine, run_cells
 from clframe.system import writing
@@ -41,7 +44,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from clframe.experiments import child
 
-def attempt(work):
+def attempt(work, report):
     folder = Path(work.folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     deed = folder.name.partition("-")[0]
@@ -66,6 +69,10 @@ def attempt(work):
     elif deed == "advances" and before < 3:
         (folder / "checkpoints" / f"{before + 1:06}").mkdir()
         os.kill(os.getpid(), signal.SIGKILL)
+    elif deed == "reports":
+        report(child.Place("experience 1 of 2"))
+        while not (folder / "seen").exists():
+            time.sleep(0.01)
     elif deed == "saves" and not (folder / "saved").exists():
         asked = []
         signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -287,7 +294,9 @@ def test_an_attempt_waits_for_a_locked_folder_and_refuses_other_code(tmp_path: P
     lock.acquire()
     began = time.monotonic()
     threading.Timer(0.5, lock.release).start()
-    assert attempt(work).state == "finished"
+    places: list[Place] = []
+    assert attempt(work, places.append).state == "finished"
+    assert [place.place for place in places] == [f"experience {i} of 5" for i in range(1, 6)]
     assert time.monotonic() - began > 0.5
     other = Work(work.folder, work.config, {**work.code, "clframe.engine": "0" * 64})
     answer = attempt(other)
@@ -328,6 +337,28 @@ def test_threads_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.Mon
         ("2", "2", "GPU-aa"),
     ]
     assert environment_of_child(shares["tcp://10.0.0.2:4000"], 0, None)["OMP_NUM_THREADS"] == "9"
+
+
+def test_cells_tell_their_experience_while_they_run(deeds: Callable[..., list[Cell]]):
+    cells = deeds("reports", "reports", "reports")
+    told: list[tuple[Cell | None, str]] = []
+
+    def tell(event: CellEvent) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        if event.kind == "progress" and event.cell:
+            told.append((event.cell, event.text))
+            (event.cell.folder / "seen").touch()
+
+    run_cells(cells, "local", 2, tell)
+    assert sorted(cells.index(cell) for cell, _ in told if cell) == [0, 1, 2]
+    assert {text for _, text in told} == {"experience 1 of 2"}
+    (waiting,) = deeds("waits")
+    live = StudyLive([waiting])
+    live(CellEvent("began", waiting))
+    live(CellEvent("progress", waiting, "experience 1 of 2"))
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(live._draw())
+    assert f"{waiting.identity}: experience 1 of 2" in console.export_text()
 
 
 @pytest.mark.parametrize("command", ["compare", "tune"])
@@ -416,6 +447,8 @@ def test_a_cluster_started_by_hand_serves(by_hand: str, tmp_path: Path, monkeypa
     told: list[CellEvent] = []
     run_cells(cells, f"dask:{by_hand}", 1, told.append)
     assert [e.kind for e in told[:2]] == ["began", "began"]  # both workers
+    assert "experience 5 of 5" in {e.text for e in told if e.kind == "progress"}
+    told = [e for e in told if e.kind != "progress"]
     assert sorted(e.kind for e in told) == ["began"] * 3 + ["failed"] + ["finished"] * 2
     (failed,) = [e.text for e in told if e.kind == "failed"]
     assert "became infinite or not a number in experience 1 of 5" in failed

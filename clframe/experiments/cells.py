@@ -89,11 +89,12 @@ class CellEvent:
     """Something that happened to a cell while a study is carried out.
 
     Attributes:
-        kind: `began` or `went on`, from a checkpoint; `progress`, with the run's event; `finished`; `failed`, with the
-            sentence in `text`; `stopped`, saved on request; or a `message` to show, in `text`.
+        kind: `began` or `went on`, from a checkpoint; `progress`, with the run's event or, from another process, how
+            far the cell is in `text`; `finished`; `failed`, with the sentence in `text`; `stopped`, saved on request;
+            or a `message` to show, in `text`.
         cell: None of a message on the study.
-        text: a sentence.
-        event: of the run.
+        text: a sentence, or a phrase.
+        event: of a run in this process.
     """
 
     kind: Kind

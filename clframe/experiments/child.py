@@ -3,8 +3,8 @@
     python -P -m clframe.experiments.child PARENT
 
 PARENT is the process number of its parent. Requests come on standard input and answers go to standard output, one JSON
-document a line: `Work` in one direction, `Answer` in the other. Whatever else the process prints goes to standard
-error. A process whose parent is gone saves the run under way, and ends.
+document a line: `Work` in one direction; in the other each `Place` that the run reaches, and then an `Answer`. Whatever
+else the process prints goes to standard error. A process whose parent is gone saves the run under way, and ends.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from clframe.errors import ClframeError, DataError, Interrupted, out_of_memory
+
+if TYPE_CHECKING:
+    from clframe.events import Event, Listener
 
 IDLE = 60.0  # seconds without a request, after which the process ends
 LOOK = 0.3  # seconds between two looks at the parent
@@ -59,8 +62,20 @@ class Answer:
     full: bool = False
 
 
-def attempt(work: Work) -> Answer:
-    """Carry out a cell in this process, from its checkpoint if it has one; errors of the run are in the answer."""
+@dataclass(frozen=True)
+class Place:
+    """How far a cell is: `place` is a phrase, such as ``experience 2 of 5``."""
+
+    place: str
+
+
+def attempt(work: Work, report: Callable[[Place], None] = lambda place: None) -> Answer:
+    """Carry out a cell in this process, from its checkpoint if it has one; errors of the run are in the answer.
+
+    Args:
+        work: the cell.
+        report: called when an experience begins.
+    """
     from clframe.experiments.cells import carry_out, of_full_disk  # here, when the parent is watched already
 
     folder = Path(work.folder)
@@ -72,7 +87,7 @@ def attempt(work: Work) -> Answer:
             )
         _wait_for(folder)
         _check_code(work)
-        carry_out(folder, work.config)
+        carry_out(folder, work.config, [_report_experiences(report)])
     except Interrupted as error:
         return Answer("stopped", str(error))
     except ClframeError as error:
@@ -82,6 +97,20 @@ def attempt(work: Work) -> Answer:
         cause = "Out of memory before the run began" if out_of_memory(error) else "A bug of clframe, please report it"
         return Answer("failed", f"{cause}: {text}", of_full_disk(error))
     return Answer("finished")
+
+
+def _report_experiences(report: Callable[[Place], None]) -> Listener:
+    """Return a listener of a run that reports each experience that begins."""
+    count = 0
+
+    def listen(event: Event) -> None:
+        nonlocal count
+        if event["kind"] == "start":
+            count = event["n_experiences"]
+        elif event["kind"] == "experience":
+            report(Place(f"experience {event['index'] + 1} of {count}"))
+
+    return listen
 
 
 def _wait_for(folder: Path) -> None:
@@ -141,8 +170,8 @@ class Parent:
                 return None if self._gone else work
         return None
 
-    def answer(self, answer: Answer) -> None:
-        """Send the answer to the last request, unless the parent is gone."""
+    def answer(self, answer: Answer | Place) -> None:
+        """Send the answer to the last request, or how far it is, unless the parent is gone."""
         rest = (json.dumps(asdict(answer)) + "\n").encode()
         with suppress(OSError):
             while rest:
@@ -200,7 +229,7 @@ def main() -> None:
     parent = Parent(int(sys.argv[1]), *take_pipes())
     while work := parent.next_request():
         forget_print()
-        parent.answer(attempt(work))
+        parent.answer(attempt(work, parent.answer))
     os._exit(0)  # what a run writes is written; the interpreter would take seconds to free what torch holds
 
 

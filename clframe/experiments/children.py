@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clframe.experiments.cells import own_code
-from clframe.experiments.child import Answer, Work
+from clframe.experiments.child import Answer, Place, Work
 from clframe.system.texts import cut, escape_unprintable
 
 CHILD = [sys.executable, "-P", "-m", "clframe.experiments.child"]
@@ -78,12 +78,15 @@ class Child:
             start_new_session=True,  # Ctrl-C at a terminal reaches the parent alone
         )
 
-    def carry_out(self, work: Work, asked: Callable[[], bool]) -> Answer:
+    def carry_out(
+        self, work: Work, asked: Callable[[], bool], report: Callable[[Place], None] = lambda place: None
+    ) -> Answer:
         """Give the child a cell and return how that ended.
 
         Args:
             work: the cell.
             asked: called again and again; once it returns True, the child is asked to save and to stop.
+            report: called with how far the cell is.
         """
         pipes = self.process.stdin, self.process.stdout
         assert pipes[0] is not None
@@ -95,7 +98,13 @@ class Child:
         poll = select.poll()
         poll.register(pipes[1], select.POLLIN | select.POLLHUP)
         told, said = False, b""
-        while not said.endswith(b"\n"):
+        while True:
+            *lines, said = said.split(b"\n")
+            for line in lines:
+                document = json.loads(line)
+                if "state" in document:
+                    return Answer(**document)
+                report(Place(**document))
             if not told and asked():
                 self.process.send_signal(signal.SIGTERM)
                 told = True
@@ -109,8 +118,6 @@ class Child:
                 break
             if ended:  # a process that the child left behind holds the pipe
                 break
-        if said.endswith(b"\n"):
-            return Answer(**json.loads(said))
         return Answer("died", self._explain_end())
 
     def _explain_end(self) -> str:
@@ -153,8 +160,8 @@ class Children:
         self._there: dict[int, Child] = {}
         self._closed = False
 
-    def carry_out(self, work: Work, share: Share, asked: Callable[[], bool]) -> Answer:
-        """Carry out a cell in a child process, a new one if need be."""
+    def carry_out(self, work: Work, share: Share, asked: Callable[[], bool], report: Callable[[Place], None]) -> Answer:
+        """Carry out a cell in a child process, a new one if need be; arguments as of `Child.carry_out`."""
         with self._lock:
             slot = next(number for number in range(len(self._taken) + 1) if number not in self._taken)
             self._taken.add(slot)
@@ -168,7 +175,7 @@ class Children:
                 child = Child(environment_of_child(share, slot, self._errand.threads), folder)
             with self._lock:
                 self._there[slot] = child
-            return child.carry_out(work, asked)
+            return child.carry_out(work, asked, report)
         except OSError as error:
             return Answer("died", f"before it began: {error.strerror or error}")
         finally:
@@ -220,9 +227,12 @@ def serve(work: Work, key: str, errand: Errand, shares: Mapping[str, Share]) -> 
         task = worker.state.tasks.get(key)
         return errand.token in _stopping or task is None or task.state == "cancelled"
 
+    def report(place: Place) -> None:
+        worker.log_event(errand.token, [work.folder, place.place])
+
     if asked():
         return Answer("stopped")
-    return children.carry_out(work, share, asked)
+    return children.carry_out(work, share, asked, report)
 
 
 def stop_children(token: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import queue
 import threading
 import time
 import uuid
@@ -42,6 +43,11 @@ class Cluster:
         client: of the scheduler.
         errand: what the children of the study have in common.
         address: of the scheduler; None of one in this process.
+
+    Attributes:
+        client: as given.
+        errand: as given.
+        places: folders of cells, each with a phrase on how far the cell is, as children report it.
     """
 
     def __init__(self, client: Client, errand: Errand, address: str | None) -> None:
@@ -50,6 +56,8 @@ class Cluster:
         self._address = address
         self._shares: dict[str, Share] = {}
         self._counted = -RENEWAL
+        self.places: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        client.subscribe_topic(errand.token, lambda event: self.places.put(tuple(event[1])))
 
     def shares(self) -> dict[str, Share]:
         """Return what each worker has of its machine, by address. Raises `DataError` if the scheduler is gone."""

@@ -42,7 +42,7 @@ def run_cells(cells: Sequence[Cell], engine: str, workers: int, tell: Callable[[
         engine: `inline`, in this process; `local`, in `workers` child processes; `dask:ADDRESS`, on a cluster that
             was started by hand and shares this machine's file system.
         workers: number of child processes of the engine `local`.
-        tell: called in this thread with each event; there are no events `progress` from other processes.
+        tell: called in this thread with each event.
 
     Raises:
         UsageError: if there is no such engine.
@@ -151,6 +151,7 @@ class _Course:
                     self._begin_cells()
                     with contextlib.suppress(queue.Empty):
                         self._end_attempt(self._ended.get(timeout=LOOK))
+                    self._tell_places()
             except BaseException:
                 self._cluster.kill()
                 raise
@@ -188,6 +189,15 @@ class _Course:
         future = self._client.submit(serve, work, key, self._cluster.errand, self._cluster.shares(), key=key)
         self._running[future] = cell
         future.add_done_callback(self._ended.put)
+
+    def _tell_places(self) -> None:
+        """Tell how far cells are that are still under way."""
+        running = {str(cell.folder): cell for cell in self._running.values()}
+        with contextlib.suppress(queue.Empty):
+            while True:
+                folder, place = self._cluster.places.get_nowait()
+                if folder in running:
+                    self._tell(CellEvent("progress", running[folder], place))
 
     def _end_attempt(self, future: Future) -> None:
         """Record how an attempt at a cell ended; a cell whose process died is given to the cluster again."""
