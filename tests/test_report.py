@@ -28,6 +28,7 @@ from clframe.config import resolve, to_yaml
 from clframe.curve import Curve
 from clframe.curve import measures as curve_measures
 from clframe.errors import DataError, UsageError
+from clframe.experiments import plots
 from clframe.experiments.evaluations import Evaluations, average_seen, read_evaluations
 from clframe.experiments.folder import read_study
 from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, read_runs
@@ -643,6 +644,12 @@ def test_evaluations_that_do_not_compare_or_cannot_be_read_are_said(study: Path,
     assert found["statement"].endswith("Curves leave out 1 run whose metrics.jsonl is missing or damaged.")
     assert {point["count"] for point in found["curves"]["er"]} == {1}
     assert "Accuracy while learning: " in report_run(folder, "md")
+
+
+def test_an_axis_of_percent_shows_what_percent_can_be():
+    assert plots._limit((-80.0, 180.0), [20.0, 30.0]) == (-4.0, 104.0)  # intervals of two runs
+    assert plots._limit((10.0, 90.0), [20.0, 30.0]) == (10.0, 90.0)
+    assert plots._limit((-80.0, 50.0), [-10.0]) == (-14.0, 50.0)  # forgetting may be negative
 
 
 def test_runs_of_unequal_steps_count_with_their_latest_evaluation():

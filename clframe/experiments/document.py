@@ -312,7 +312,8 @@ def describe_protocol(cells: Sequence[FinishedCell]) -> str:
         parts.append("lengths of training as each run has them")
     for text, name in (("batches of {}", "batch_size"), ("{}", "optimizer"), ("learning rate {:g}", "lr")):
         value = common([getattr(config.train, name) for config in configs])
-        parts.append(f"{name.replace('_', ' ')} as each run has it" if value is None else text.format(value))
+        words = {"batch_size": "batch size", "lr": "learning rate"}.get(name, name)
+        parts.append(f"{words} as each run has it" if value is None else text.format(value))
     stamps = list(dict.fromkeys(cell.tuned for cell in cells if cell.tuned))
     parts.append("hyper-parameters as given" if not stamps else f"hyper-parameters: {'; '.join(stamps)}")
     return ", ".join(parts)

@@ -40,6 +40,7 @@ SHAPES = (
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 WIDTH = 4.0  # inches, of 72 pixels each
 HEIGHT = 2.9
+MARGIN = 4.0  # percent beyond 0 and 100 that an axis shows
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "clframe",
@@ -96,6 +97,8 @@ def draw_bars(bars: Sequence[Bar], xlabel: str, title: str, *, zero: bool = Fals
         axes.plot(value, place, MARKERS[bar.series % 8], color=color, markerfacecolor=face, markersize=5)
     if zero:
         axes.axvline(0, color=INK, linewidth=0.8)
+    else:
+        axes.set_xlim(*_limit(axes.get_xlim(), [100 * (bar.estimate.value or 0.0) for bar in shown]))
     axes.set_yticks(range(len(shown)), [_short(bar.label) for bar in shown])
     axes.set_ylim(max(2, len(shown)) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -149,6 +152,9 @@ def draw_lines(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axes.yaxis.set_minor_formatter("")
+    values = [scale * y for line in lines for _, y in line.points]
+    if percent and values:
+        axes.set_ylim(*_limit(axes.get_ylim(), values))
     axes.grid(axis="y")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -278,6 +284,14 @@ def _settings() -> Iterator[None]:
     settings.update(SETTINGS)
     with matplotlib.rc_context(settings):
         yield
+
+
+def _limit(ends: tuple[float, float], values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis of percent, cut to what percent can be and to `values`.
+
+    Intervals of two or three runs may reach far beyond, and would leave little room for what lies between.
+    """
+    return max(ends[0], min(0.0, *values) - MARGIN), min(ends[1], max(100.0, *values) + MARGIN)
 
 
 def _color(place: int) -> str:
