@@ -51,6 +51,8 @@ class Plugin(metaclass=_Validated):
       other plugin may change what is learned beside it.
     - ``replays``: it brings images of earlier classes back, kept or made, by ``extra_data`` or ``extra_batch``.
     - ``keeps_images``: it stores training images; a method that does not say so must not.
+    - ``memory_options``: its options that say how many images it keeps, of which a budget of bytes (``clframe compare
+      --budget``) sets the first, where the user gives none of them.
     - ``keeps_experiences``: it is an oracle that trains on earlier experiences again.
     - ``grows``: its state must grow with the experiences; that of a method that does not say so must not.
     - ``variants``: it is named ``name:VARIANT``, with one of these, and `of_variant` gives the class.
@@ -84,6 +86,7 @@ class Plugin(metaclass=_Validated):
     isolates: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
+    memory_options: ClassVar[tuple[str, ...]] = ()
     keeps_experiences: bool = False  # an instance may say so, where an option decides
     grows: ClassVar[bool] = False
     observer: ClassVar[bool] = False

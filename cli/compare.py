@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"  # the report of a study in its folder
 FAILED = 4  # exit code of a study with failed cells
+OF_BUDGET = ("kind", "limit", "settings", "uses", "reason")
 LISTED = 10  # names at most that a message has
 SPARE = ("cells", "seconds", "learning accuracy", "forgetting", "tuned by")  # that narrow terminals do without
 MEASURES = {"forgetting": "forgetting", "learning_accuracy": "learning accuracy"}  # columns beside the accuracy
@@ -78,6 +79,14 @@ def compare(
         ),
     ] = None,
     trials: Annotated[int | None, whole_number("Trials of each tuning, as of `clframe tune`.")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="bytes=SIZE|steps=N|macs=N",
+            help="Limit that each method keeps to, by its memory size or its iterations, such as bytes=4MB; "
+            "repeatable.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", metavar="STUDY.yaml", help="File of a study.")
     ] = None,
@@ -102,6 +111,7 @@ def compare(
 
     Each run is a cell of the study and has a run folder of its own; repeating the command goes on where it was stopped.
     """
+    from clframe.experiments.budget import parse_budgets
     from clframe.experiments.folder import check_new, check_same, lock_study
     from clframe.experiments.plan import make_plan
     from clframe.experiments.study import Study
@@ -109,6 +119,8 @@ def compare(
 
     problems = _problems_of_flags(folder, output, plugin, engine, workers)
     asked = _read_flags(scenario, method, model, seeds, orders, order_sampling, baselines, set_, problems)
+    if budget:
+        asked["budget"] = parse_budgets(budget, problems)
     if problems:
         raise UsageError(*problems)
     if tuned or trials is not None:
@@ -303,6 +315,11 @@ def _print_cells(plan: Plan, path: Path, json: bool, tunings: Sequence[tuple[Eff
                     for cell, state in zip(plan.cells, states, strict=True)
                 ],
                 "refused": [{"method": r.method, "scenario": r.scenario, "reasons": r.reasons} for r in plan.refused],
+                "budget": [
+                    {"method": method, "scenario": label, **{name: vars(one)[name] for name in OF_BUDGET}}
+                    for (method, label), held in plan.held.items()
+                    for one in held
+                ],
                 **({"tunings": [_describe_tuning(*one) for one in tunings]} if tunings else {}),
                 "seconds_left": seconds,
             }
@@ -318,6 +335,10 @@ def _print_cells(plan: Plan, path: Path, json: bool, tunings: Sequence[tuple[Eff
         ],
         numbers=True,
     )
+    for (method, label), held in plan.held.items():
+        for one in held:
+            reason = f": {one.reason}" if one.reason else ""
+            show.line(f"Budget: {method} on {label}: {one.describe()}{reason}.")
     for refused in plan.refused:
         show.line(f"Refused: {refused}")
     waiting = sum(state != "finished" for state in states)
@@ -437,6 +458,9 @@ def _print_table(outcome: StudyOutcome, scenario: str) -> None:
     for stamp in dict.fromkeys(tuned.values()):
         methods = [row.method for row in rows if tuned.get(row.method) == stamp]
         show.line(f"Tuned by {stamp}: {_list_names(methods)}.")
+    for row in rows:
+        if held := next((cell.budget for cell in outcome.cells(scenario, row.method) if cell.budget), None):
+            show.line(f"Budget of {row.method}: {held}.")
     if any(cell.stale for cell in outcome.cells(scenario)):
         stale = sorted({cell.method for cell in outcome.cells(scenario) if cell.stale})
         show.line(f"Some cells are of other code or data: {_list_names(stale)}.")
@@ -490,6 +514,7 @@ def _describe(outcome: StudyOutcome, path: Path) -> Mapping[str, Any]:
                 {
                     "method": row.method,
                     "tuned": next((cell.tuned for cell in outcome.cells(scenario, row.method) if cell.tuned), None),
+                    "budget": next((cell.budget for cell in outcome.cells(scenario, row.method) if cell.budget), None),
                     "cells": row.cells,
                     "mean": row.mean.value,
                     "interval": row.mean.interval,

@@ -89,6 +89,7 @@ class ChannelGating(Plugin):
     suited_train: ClassVar[dict[str, Any]] = {"optimizer": "adam", "lr": 0.01, "schedule": "cosine"}
     isolates = True
     keeps_images = True
+    memory_options = ("size", "per_class")
     citation = "Abati et al., Conditional channel gated networks for task-aware continual learning, CVPR 2020"
 
     def __init__(

@@ -48,6 +48,7 @@ class DER(Plugin):
     state = ("kept", "seen")
     replays = True
     keeps_images = True
+    memory_options = ("size",)
     citation = "Buzzega, Boschini, Porrello, Abati, Calderara, Dark experience for general continual learning, 2020"
 
     def __init__(

@@ -48,6 +48,7 @@ class ER(Plugin):
     state = ("kept", "seen")
     replays = True
     keeps_images = True
+    memory_options = ("size", "per_class")
     citation = "Chaudhry et al., On tiny episodic memories in continual learning, 2019"
 
     def __init__(

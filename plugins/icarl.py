@@ -63,6 +63,7 @@ class ICaRL(Plugin):
     serves = ("class",)
     replays = True
     keeps_images = True
+    memory_options = ("size", "per_class")
     citation = "Rebuffi, Kolesnikov, Sperl, Lampert, iCaRL: Incremental classifier and representation learning, 2017"
 
     def __init__(

@@ -117,6 +117,7 @@ IMPORTS_AVALANCHE = {"avalanche.adapter"}  # in the core; the plugin and the sce
 HOMONYMS = {
     "api": {"joint"},  # the setting `run.joint`
     "avalanche.benchmark": {"avalanche"},  # the name of a scenario
+    "experiments.budget": {"joint", "tensorboard"},  # the settings `run.joint` and `run.tensorboard`
     "experiments.cells": {"tensorboard"},  # the setting `run.tensorboard`
     "experiments.outcome": {"joint"},  # a baseline, by default
     "experiments.study": {"tensorboard"},  # the setting `run.tensorboard`

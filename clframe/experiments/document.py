@@ -236,6 +236,7 @@ def _describe_row(
         "finding": ("better" if (paired.mean or 0) > 0 else "worse") if claimed and paired else None,
         **{name: estimate(outcome.mean(scenario, row.method, name, mode, unit)) for name in shown},
         "tuned": next((cell.tuned for cell in cells if cell.tuned), None),
+        "budget": next((cell.budget for cell in cells if cell.budget), None),
         "stale": any(cell.stale for cell in cells),
     }
 
@@ -286,6 +287,7 @@ def _describe_cell(outcome: StudyOutcome, cell: FinishedCell, costs: bool) -> di
         "command": cell.command,
         "stale": cell.stale,
         "tuned": cell.tuned,
+        "budget": cell.budget,
         "measures": cell.results.measures,
         "calibration": {
             mode: {name: measure["value"] for name, measure in measures.items()}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
 
 from clframe.errors import DataError, UsageError
+from clframe.experiments.budget import Held
 from clframe.experiments.cells import CELLS, read_record, read_records, record_path, state_of
 from clframe.experiments.outcome import FinishedCell, StudyOutcome, UnfinishedCell, check_figures, describe_stamp
-from clframe.experiments.plan import read_plan
+from clframe.experiments.plan import read_held, read_plan
 from clframe.experiments.study import STUDY, Study
 from clframe.runs.files import LOCK, read_config
 from clframe.runs.results import read_results
@@ -82,6 +84,7 @@ def read_study(folder: Path) -> StudyOutcome:
     """
     Study.read(folder)  # which refuses a folder without a study
     plan = read_plan(folder)
+    held = read_held(plan)
     finished: list[FinishedCell] = []
     unfinished: list[UnfinishedCell] = []
     for cell in plan["cells"]:
@@ -96,13 +99,20 @@ def read_study(folder: Path) -> StudyOutcome:
         config = read_config(path)
         command = f"clframe run --config {CELLS}/{path.name}/config.yaml"
         how = describe_stamp(config.run.tuned)
-        finished.append(FinishedCell(*identity, path, results, config, command, bool(cell["stale"]), how))
+        done = FinishedCell(*identity, path, results, config, command, bool(cell["stale"]), how)
+        finished.append(replace(done, budget=_describe_budget(done, held.get(identity[:2], ()))))
     for refused in plan["refused"]:
         sentence = " ".join(refused["reasons"])
         unfinished.append(UnfinishedCell(refused["method"], refused["scenario"], -1, None, "refused", sentence))
     asked = {cell["name"] for cell in plan["cells"]}
     left_out = [record.folder.name for record in read_records(folder) if record.folder.name not in asked]
     return StudyOutcome(tuple(finished), tuple(unfinished), tuple(left_out), folder)
+
+
+def _describe_budget(cell: FinishedCell, held: Sequence[Held]) -> str | None:
+    """Return in a phrase what a finished cell has used of the study's budgets; None if it has none."""
+    kept = cell.measure("bytes_kept", "")
+    return "; ".join(one.describe(kept if one.kind == "bytes" else None) for one in held) or None
 
 
 def _explain(path: Path, state: str) -> str:

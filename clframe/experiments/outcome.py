@@ -57,6 +57,7 @@ class FinishedCell:
         command: command line that repeats the run.
         stale: whether the code has changed since the run.
         tuned: how the hyper-parameters were chosen; None if they were given.
+        budget: what it has used of the study's budgets, and by which settings; None: it has no budget.
     """
 
     method: str
@@ -69,6 +70,7 @@ class FinishedCell:
     command: str
     stale: bool = False
     tuned: str | None = None
+    budget: str | None = None
 
     @property
     def key(self) -> Key:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clframe.errors import DataError, UsageError
+from clframe.experiments.budget import Held, TooSmall, apply, format_amount, hold
 from clframe.experiments.cells import (
     CELLS,
     Cell,
@@ -66,12 +67,14 @@ class Plan:
         refused: methods that cannot learn a scenario.
         stale: finished cells with the settings of one in `cells`, but with other code or data.
         left_out: records of cells on the disk that the study does not ask for.
+        held: what budgets decide, by method and scenario.
     """
 
     cells: Sequence[Cell]
     refused: Sequence[Refused] = ()
     stale: Sequence[StaleCell] = ()
     left_out: Sequence[Record] = ()
+    held: Mapping[tuple[str, str], Sequence[Held]] = field(default_factory=dict)
 
     def waiting(self) -> list[Cell]:
         """Return the cells that are not finished."""
@@ -93,7 +96,9 @@ class Plan:
             for cell in self.cells
         ]
         refused = [{"method": r.method, "scenario": r.scenario, "reasons": list(r.reasons)} for r in self.refused]
-        write_text(folder / PLAN, to_json({"format": PLAN_FORMAT, "cells": cells, "refused": refused}))
+        held = [{"method": m, "scenario": s, **asdict(one)} for (m, s), of in self.held.items() for one in of]
+        plan = {"format": PLAN_FORMAT, "cells": cells, "refused": refused, "held": held}
+        write_text(folder / PLAN, to_json(plan))
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -101,6 +106,15 @@ def read_plan(folder: Path) -> dict[str, Any]:
     found = read_json(folder / PLAN)
     if not isinstance(found, dict) or found.get("format") != PLAN_FORMAT:
         raise DataError(f"{folder / PLAN} is not a plan that this clframe reads: repeat `clframe compare {folder}`.")
+    return found
+
+
+def read_held(plan: Mapping[str, Any]) -> dict[tuple[str, str], list[Held]]:
+    """Return what budgets decide, by method and scenario, from the content of the file of a plan."""
+    found: dict[tuple[str, str], list[Held]] = {}
+    for entry in plan.get("held", ()):
+        values = dict(entry)
+        found.setdefault((values.pop("method"), values.pop("scenario")), []).append(Held(**values))
     return found
 
 
@@ -142,6 +156,7 @@ def make_plan(study: Study, folder: Path, *, keep_stale: bool = False) -> Plan:
             problems += error.problems
     if problems:
         raise UsageError(*dict.fromkeys(problems))
+    held = _hold(study, rows, data, folder, refused)
     without = {(r.method, r.scenario) for r in refused}
     records = read_records(folder)
     cells = [
@@ -150,7 +165,49 @@ def make_plan(study: Study, folder: Path, *, keep_stale: bool = False) -> Plan:
         if (row.method.name, row.scenario) not in without
         for cell in _cells_of(row, study.seeds, data[row.scenario], folder, records)
     ]
-    return _with_records(cells, refused, records, keep_stale)
+    return replace(_with_records(cells, refused, records, keep_stale), held=held)
+
+
+def _hold(
+    study: Study, rows: Sequence[_Row], data: Mapping[str, str], folder: Path, refused: list[Refused]
+) -> dict[tuple[str, str], Sequence[Held]]:
+    """Solve settings of each row for the budget of `study`, put them into its configurations, and return them.
+
+    A row for which the budget is too small joins `refused`. The first class order of a row decides.
+
+    Raises:
+        UsageError: with one sentence for each setting that contradicts the budget.
+    """
+    if not study.budget:
+        return {}
+    before = read_held(read_plan(folder)) if (folder / PLAN).is_file() else {}
+    known = {one.key: one for of in before.values() for one in of}
+    found: dict[tuple[str, str], Sequence[Held]] = {}
+    without = {(r.method, r.scenario) for r in refused}
+    problems: list[str] = []
+    for row in rows:
+        place = (row.method.name, row.scenario)
+        if place in without:
+            continue
+        try:
+            held = hold(row.configs[0][1], study.budget, study.given_to(row.method), data[row.scenario], known)
+        except TooSmall as error:
+            refused.append(Refused(*place, error.problems))
+            continue
+        except UsageError as error:
+            problems += error.problems
+            continue
+        known |= {one.key: one for one in held}
+        for one in held:
+            row.configs = [(order, apply(config, one.settings)) for order, config in row.configs]
+        if reasons := problems_of(row.configs[0][1]):
+            limits = " and ".join(f"`{one.kind}` of {format_amount(one.kind, one.limit)}" for one in held)
+            refused.append(Refused(*place, tuple(f"Under the budget {limits}, {reason}" for reason in reasons)))
+        else:
+            found[place] = held
+    if problems:
+        raise UsageError(*dict.fromkeys(problems))
+    return found
 
 
 def _resolve(study: Study) -> list[_Row]:

@@ -118,7 +118,7 @@ def _to_csv(document: dict[str, Any]) -> str:
     headers = ["scenario", "mode", "method", "cells", "units", MEASURE, f"{MEASURE}_low", f"{MEASURE}_high"]
     headers += ["tenth_percentile", "baseline", "pairs", "difference", "difference_low", "difference_high"]
     headers += ["bca_low", "bca_high", "p", "p_holm", "claimed"]
-    headers += [name + end for name in shown for end in ("", "_low", "_high")] + ["tuned", "stale"]
+    headers += [name + end for name in shown for end in ("", "_low", "_high")] + ["tuned", "budget", "stale"]
     learning = [scenario.get("while_learning") for scenario in document["scenarios"]]
     measures = list(dict.fromkeys(name for within in learning if within for name in within["measures"]))
     headers += [name + end for name in measures for end in ("", "_low", "_high")]
@@ -134,7 +134,7 @@ def _to_csv(document: dict[str, Any]) -> str:
                 + [row["tenth_percentile"], document["baseline"] if difference else None]
                 + [difference.get(name) for name in names]
                 + [row[name][end] for name in shown for end in ends]
-                + [row["tuned"], row["stale"]]
+                + [row["tuned"], row["budget"], row["stale"]]
                 + [of_method.get(row["method"], {}).get(name, {}).get(end) for name in measures for end in ends]
             )
     return rendering.to_csv(headers, rows)

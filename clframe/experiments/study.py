@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clframe import registry
 from clframe.errors import DataError, UsageError, did_you_mean
+from clframe.experiments.budget import read_budget
 from clframe.experiments.outcome import FINE_TUNING, JOINT
 from clframe.strict_yaml import dump_yaml, parse_yaml
 from clframe.system.reading import Unreadable, expand_home, quote_path, read_bytes
@@ -85,6 +86,7 @@ class Study:
         set: further settings by full name, such as ``er.size``, which are those of every method with that plugin.
         search: ranges in which options are searched, by full name, beside those that options declare.
         tuning: how methods are tuned before they are compared: `protocols`, `trials` and `seeds`; empty: they are not.
+        budget: limits that every method keeps to, by kind: `bytes`, `steps` or `macs`.
     """
 
     scenarios: tuple[Options, ...]
@@ -99,6 +101,7 @@ class Study:
     set: Options = field(default_factory=dict)
     search: Options = field(default_factory=dict)
     tuning: Options = field(default_factory=dict)
+    budget: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Study:
@@ -154,7 +157,7 @@ class Study:
             found["methods"] = added
             if self.scenarios and "seeds" in found:
                 found["seeds"] = tuple(dict.fromkeys([*self.seeds, *found["seeds"]]))
-            for key in ("train", "run", "set", "search", "tuning"):
+            for key in ("train", "run", "set", "search", "tuning", "budget"):
                 found[key] = {**getattr(self, key), **found.get(key, {})}
         if problems:
             raise UsageError(*(where + problem for problem in problems))
@@ -175,6 +178,7 @@ class Study:
             "set": dict(self.set),
             **({"search": dict(self.search)} if self.search else {}),
             **({"tuning": dict(self.tuning)} if self.tuning else {}),
+            **({"budget": dict(self.budget)} if self.budget else {}),
         }
 
     def write(self, folder: Path) -> None:
@@ -278,6 +282,12 @@ class Study:
         model = {"name": self.model} if isinstance(self.model, str) else dict(self.model or {})
         return {**model, **self.settings_by_section().get("model", {}), **method.model}
 
+    def given_to(self, method: Method) -> frozenset[str]:
+        """Return the full names of the settings of plugins and training that the study sets itself for `method`."""
+        options = [f"{plugin}.{option}" for plugin, given in method.plugins.items() for option in given]
+        training = [f"train.{name}" for name in (*self.train, *method.train)]
+        return frozenset([*options, *self.set, *training])
+
     def settings_by_section(self) -> dict[str, dict[str, Any]]:
         """Return what `set` holds by section and option."""
         sections: dict[str, dict[str, Any]] = {}
@@ -314,6 +324,8 @@ class Study:
         given = {f"run.{name}" for name in self.run} | set(self.set)
         refused = [name for name in NOT_OF_A_STUDY if name in given]
         problems += [f"`{name}` cannot be set in a study: {NOT_OF_A_STUDY[name]}." for name in refused]
+        if {"steps", "macs"} <= set(self.budget):
+            problems.append("A budget limits `steps` or `macs`, which both decide `train.iterations`: leave out one.")
         count = len(self.scenarios) * len(methods) * len(self.seeds) * len(self.order_seeds)
         if count > MOST_CELLS:
             problems.append(f"The study asks for {count:,} cells, and {MOST_CELLS:,} are the most that one can have.")
@@ -579,5 +591,6 @@ KEYS = {  # of a study file, each with what reads it
     "set": _read_set,
     "search": _read_set,
     "tuning": _read_tuning,
+    "budget": read_budget,
 }
 assert set(KEYS) == {part.name for part in fields(Study)}
