@@ -41,7 +41,7 @@ EXAMPLES = {"bytes": "4MB", "steps": "500", "macs": "20G"}
 EACH = 4  # images of each class in a short run: more than the memories of two sizes take that are measured
 STEPS = 4  # of each experience in a short run: an exemplar memory is empty in the first one
 NOUNS = {"bytes": "", "steps": " steps", "macs": " multiply-adds"}
-ORACLE = "it keeps all training images"
+ORACLE = "it keeps all images"
 BATCHES = 8  # of images in each experience of a short run that counts multiply-adds, from which memories are filled
 
 
@@ -270,7 +270,7 @@ def _solve_bytes(config: Config, limit: int) -> Held:
         return Held("bytes", limit, {}, reason=ORACLE)
     options = [names[0] for names in find_memories(config).values()]
     if not options:
-        return Held("bytes", limit, {}, reason="no option of it says how many images it keeps")
+        return Held("bytes", limit, {}, reason="no option of it sizes a memory")
     scenario = registry.build_scenario(config.scenario, config.run)
     if config.run.experiences is not None:
         scenario = scenario.cut(config.run.experiences)
