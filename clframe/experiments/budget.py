@@ -270,7 +270,7 @@ def _solve_bytes(config: Config, limit: int) -> Held:
         return Held("bytes", limit, {}, reason=ORACLE)
     options = [names[0] for names in find_memories(config).values()]
     if not options:
-        return Held("bytes", limit, {}, reason="no option of it sizes a memory")
+        return Held("bytes", limit, {}, reason="no option sizes a memory")
     scenario = registry.build_scenario(config.scenario, config.run)
     if config.run.experiences is not None:
         scenario = scenario.cut(config.run.experiences)
