@@ -26,7 +26,8 @@ REPORT = "report.html"  # the report of a study in its folder
 FAILED = 4  # exit code of a study with failed cells
 OF_BUDGET = ("kind", "limit", "settings", "uses", "reason")
 LISTED = 10  # names at most that a message has
-SPARE = ("cells", "seconds", "learning accuracy", "forgetting", "tuned by")  # that narrow terminals do without
+# Columns that a narrow terminal does without, the first of them first.
+SPARE = ("cells", "seconds", "learning accuracy", "forgetting", "tuned by", "95 % interval")
 MEASURES = {"forgetting": "forgetting", "learning_accuracy": "learning accuracy"}  # columns beside the accuracy
 
 
