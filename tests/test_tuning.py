@@ -515,7 +515,8 @@ def test_what_was_chosen_is_run_and_compared_with_its_stamp(
         *("--quiet", "--output", str(tmp_path / "study"), "--set", "scenario.limit=10"),
     )
     (row,) = (line for line in out.splitlines() if line.startswith("ewc"))
-    assert "first-2; 5 trials; seeds 0; split-digits" in row
+    assert row.split()[-1] == "first-2"
+    assert "Tuned by first-2; 5 trials; seeds 0; split-digits" in out
     ours = json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
     (cell,) = (tmp_path / "study" / "cells").glob("*/results.json")
     assert json.loads(cell.read_text())["accuracy"] == ours

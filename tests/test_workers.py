@@ -457,56 +457,44 @@ def test_a_cluster_started_by_hand_serves(by_hand: str, tmp_path: Path, monkeypa
     assert (cells[1].folder / "results.json").read_bytes() == (tmp_path / "alone" / "results.json").read_bytes()
 
 
-# A process that carries out a study as `clframe compare` does, cells that failed included.
-STUDY = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_workers import study_of
-from clframe.errors import ClframeError
-from clframe.experiments.cells import state_of
-from clframe.experiments.workers import run_cells
-cells = [cell for cell in study_of(Path(sys.argv[2])) if state_of(cell.folder) != "finished"]
-try:
-    run_cells(cells, "local", 2, lambda event: print(event.kind, event.cell and event.cell.identity, event.text))
-except ClframeError as error:
-    sys.exit(error.code)
-"""
-
-
-def study_of(folder: Path) -> list[Cell]:
-    """40 cells of two methods, some of which write many checkpoints."""
-    return [
-        cell(folder / "cells" / f"{plugin}-{seed}", seed=seed, plugins=(plugin,), iterations=60 + 20 * (seed % 3))
-        for seed in range(20)
-        for plugin in ("ewc", "er")
-    ]
+STUDY = {  # 40 cells, each of which writes a checkpoint after each experience
+    "scenarios": [{"name": "split-digits", "limit": 10}],
+    "methods": ["ewc", "er"],
+    "baselines": False,
+    "seeds": 20,
+    "train": {"iterations": 60, "threads": 1},
+    "run": {"tensorboard": False, "device": "cpu"},
+}
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_study_killed_at_random_has_every_cell_once_with_the_same_figures(tmp_path: Path):
-    whole = study_of(tmp_path / "whole")
-    run_cells(whole, "inline", 1, lambda event: None)
-    killed = study_of(tmp_path / "killed")
+def test_a_study_killed_at_random_has_every_cell_once_and_the_same_report(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(json.dumps(STUDY))
+    clframe_ = [sys.executable, "-m", "clframe"]
+
+    def call(name: str, *words: str) -> list[str]:
+        begun = (tmp_path / name / "study.yaml").exists()
+        given = [str(tmp_path / name)] if begun else ["--config", str(tmp_path / "study.yaml")]
+        return [*clframe_, "compare", *given, "--quiet", *words, *([] if begun else ["--output", str(tmp_path / name)])]
+
+    subprocess.run(call("whole", "--engine", "inline"), check=True)
+    killed = tmp_path / "killed"
     dice = random.Random(0)
-    call = [sys.executable, "-c", STUDY, str(Path(__file__).parent), str(tmp_path / "killed")]
     ended: dict[Path, tuple[int, int]] = {}
 
     def look() -> None:
         """Check that no results are written a second time."""
-        for one in killed:
-            results = one.folder / "results.json"
-            if results.exists():
-                found = (results.stat().st_ino, results.stat().st_mtime_ns)
-                assert ended.setdefault(results, found) == found
+        for results in killed.glob("cells/*/results.json"):
+            found = (results.stat().st_ino, results.stat().st_mtime_ns)
+            assert ended.setdefault(results, found) == found
 
     def progress() -> int:
-        return sum(1 for _ in (tmp_path / "killed").glob("cells/*/checkpoints/*")) + len(ended)
+        return sum(1 for _ in killed.glob("cells/*/checkpoints/*")) + len(ended)
 
     kills = {"child": 0, "parent": 0}
     with (tmp_path / "log").open("w") as log:
-        parent = subprocess.Popen(call, stdout=log, stderr=log)
+        parent = subprocess.Popen(call("killed", "--workers", "2"), stdout=log, stderr=log)
         while sum(kills.values()) < 20:
             before = progress()
             if dice.random() < 0.8:  # else the kill may meet the start of a process
@@ -516,8 +504,8 @@ def test_a_study_killed_at_random_has_every_cell_once_with_the_same_figures(tmp_
             look()
             if parent.poll() is not None:
                 assert parent.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
-                assert len(ended) < len(killed), f"the study ended after {kills}: make its cells longer"
-                parent = subprocess.Popen(call, stdout=log, stderr=log)
+                assert len(ended) < 40, f"the study ended after {kills}: make its cells longer"
+                parent = subprocess.Popen(call("killed", "--workers", "2"), stdout=log, stderr=log)
                 continue
             running = psutil.Process(parent.pid).children()
             if running and dice.random() < 0.6:
@@ -528,9 +516,17 @@ def test_a_study_killed_at_random_has_every_cell_once_with_the_same_figures(tmp_
                 parent.wait()
                 kills["parent"] += 1
         parent.wait()
-        subprocess.run(call, stdout=log, stderr=log, check=True)
+        subprocess.run(call("killed"), stdout=log, stderr=log, check=True)
         look()
     assert min(kills.values()) >= 4, kills
     assert len(ended) == 40
-    for one, other in zip(whole, killed, strict=True):
-        assert (one.folder / "results.json").read_bytes() == (other.folder / "results.json").read_bytes()
+    for results in ended:
+        assert (tmp_path / "whole" / results.relative_to(killed)).read_bytes() == results.read_bytes()
+    for form in ("html", "json", "latex"):
+        words = [*clframe_, "report", "--without-costs", "--format", form]
+        whole, other = (
+            subprocess.run([*words, str(tmp_path / name)], check=True, capture_output=True).stdout
+            for name in ("whole", "killed")
+        )
+        assert len(whole) > 1000
+        assert whole == other
