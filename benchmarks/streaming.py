@@ -42,8 +42,10 @@ def make_folder(root: Path, count: int, width: int, height: int) -> None:
     for name in ("china", "flower"):
         photograph = Image.open(Path(spec.origin).parent / "datasets" / "images" / f"{name}.jpg").convert("RGB")
         (root / name).mkdir(parents=True)
-        for i in range(count // 2):
-            left, top = int(rng.integers(641 - width)), int(rng.integers(428 - height))
+        wide, high = 641 - width, 428 - height
+        places = rng.choice(wide * high, count // 2, replace=False)  # of the upper left corner: no image comes twice
+        for i, place in enumerate(places):
+            left, top = int(place) % wide, int(place) // wide
             cut = photograph.crop((left, top, left + width, top + height))
             cut.save(root / name / f"{i:05}.jpg", quality=90)
 
