@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from clframe.system.memory import read_peak_memory, reset_peak_memory
 
 EXPERIENCES = 50
 PER_CLASS = 50  # 500 images of ten classes
@@ -44,23 +45,6 @@ EARLY, LATE = slice(2, 10), slice(EXPERIENCES - 8, EXPERIENCES)
 FLAT = 1.1  # the most that the last experiences may take, in times of the first ones
 
 
-def peak_mib() -> float:
-    """Highest resident memory since `reset_peak`, where the system can reset it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def reset_peak() -> None:
-    """Let `peak_mib` begin again."""
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")
-
-
 def one(method: str, data_root: Path) -> dict[str, list[float]]:
     """Seconds and MiB of each experience."""
     import clframe
@@ -79,13 +63,13 @@ def one(method: str, data_root: Path) -> dict[str, list[float]]:
 
         @hookimpl
         def grow(self) -> None:
-            reset_peak()
+            reset_peak_memory()
             self.start = time.process_time()
 
         @hookimpl
         def after_experience(self) -> None:
             seconds.append(time.process_time() - self.start)
-            memory.append(peak_mib())
+            memory.append(read_peak_memory() / 2**20)
 
     digits = sources.load("mnist", data_root).limited(PER_CLASS)
     # 2,550 evaluations, which are not measured, of few images each

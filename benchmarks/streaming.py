@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from growth import peak_mib, reset_peak
+from clframe.system.memory import read_peak_memory, reset_peak_memory
 
 SIZE, BATCH, WORKERS = 64, 64, 2
 PHOTOGRAPHS = {"500x375": (500, 375), "96x96": (96, 96)}
@@ -152,9 +152,9 @@ def main() -> None:
         import clframe.scenarios.folder  # noqa: F401 - its own memory is not what is measured
 
         torch.set_num_threads(1)
-        reset_peak()
+        reset_peak_memory()
         ours(Path(given.memory[0]), int(given.memory[1]))()
-        print(peak_mib())
+        print(read_peak_memory() / 2**20)
         return
     import report
 

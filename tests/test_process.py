@@ -1,4 +1,4 @@
-"""Real processes: Ctrl-C, and a second process on one folder."""
+"""Real processes: Ctrl-C, a second process on one folder, and the peak of memory."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_refused(
     assert "Traceback" not in said
     assert len(list((folder / "checkpoints").iterdir())) == 2
     assert not (folder / "results.json").exists()
+
+
+def test_a_peak_of_memory_is_the_process_s_own_and_begins_again():
+    """A process that another one with much memory started, and a second cell in a process after a large one."""
+    code = (
+        "from clframe.system.memory import read_peak_memory, reset_peak_memory; first = read_peak_memory();"
+        "many = bytearray(300_000_000); most = read_peak_memory(); del many; reset_peak_memory();"
+        "print(first, most, read_peak_memory())"
+    )
+    large = bytearray(500_000_000)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, most, after = map(int, done.stdout.split())
+    assert len(large) == 500_000_000
+    assert first < 200_000_000
+    assert 300_000_000 <= most - first + 1_000_000 < 320_000_000
+    assert after < 200_000_000

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clframe.errors import ClframeError, DataError, Interrupted, out_of_memory
+from clframe.system.memory import reset_peak_memory
 
 if TYPE_CHECKING:
     from clframe.events import Event, Listener
@@ -229,6 +230,7 @@ def main() -> None:
     parent = Parent(int(sys.argv[1]), *take_pipes())
     while work := parent.next_request():
         forget_print()
+        reset_peak_memory()
         parent.answer(attempt(work, parent.answer))
     os._exit(0)  # what a run writes is written; the interpreter would take seconds to free what torch holds
 

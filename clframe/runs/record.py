@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from clframe.model import class_mask, masked
 from clframe.renamed import update_mode
 from clframe.runs import checkpoint, state
 from clframe.runs.results import RESULTS_FORMAT, Results, read_results
+from clframe.system.memory import read_peak_memory
 from clframe.system.reading import blame_file, expand_home
 
 if TYPE_CHECKING:
@@ -81,13 +80,12 @@ def collect_results(engine: Engine) -> Results:
         "model": _measure_size(dict(run.model.state_dict())),
         "storage": {plugin.name: _measure_size(state.read_plugin_state(plugin, plugin.state)) for plugin in methods},
     }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timings = {
         "experiences": [
             {**timing, "images_per_second": timing["images"] / timing["seconds"] if timing["seconds"] else None}
             for timing in engine.timings.rows
         ],
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": read_peak_memory(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
     }
     results = Results(data, timings, run.folder)

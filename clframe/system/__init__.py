@@ -1,1 +1,1 @@
-"""Surroundings of a run: untrusted files and texts, safe writing, signals, and torch's global switches."""
+"""Surroundings of a run: untrusted files and texts, safe writing, signals, memory, and torch's global switches."""
