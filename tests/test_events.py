@@ -17,8 +17,8 @@ def test_every_class_of_events_has_a_kind_and_documents_its_fields() -> None:
     assert classes - {events.Event} == set(events.EVENTS.values())
     assert all(cls.kind == kind for kind, cls in events.EVENTS.items())
     for cls in events.EVENTS.values():
-        documented = "".join(vars(base).get("__doc__") or "" for base in cls.__mro__)
-        assert [field.name for field in fields(cls) if f"        {field.name}: " not in documented] == []
+        documented = "\n".join(inspect.cleandoc(vars(base).get("__doc__") or "") for base in cls.__mro__)
+        assert [field.name for field in fields(cls) if f"\n    {field.name}: " not in documented] == []
 
 
 def test_an_event_is_read_as_a_mapping() -> None:

@@ -40,7 +40,7 @@ RUN = {"tensorboard": False, "device": "cpu"}
 # A child with the real pipes and the real watch of its parent, and a stand-in for the run: what a cell does is in the
 # name of its folder. The stand-in imports no torch, so that a test can start many.
 CHILD = """
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, warnings
 from pathlib import Path
 from clframe.experiments import child
 
@@ -61,6 +61,7 @@ def attempt(work, report):
     elif deed == "full":
         return child.Answer("failed", "No space left on device.", True)
     elif deed == "dies":
+        warnings.simplefilter("ignore")  # Python 3.12 says that a process with threads forks
         print("its last words", file=sys.stderr, flush=True)
         if os.fork() == 0:  # a process that holds the pipe longer than the child
             time.sleep(5)
