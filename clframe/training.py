@@ -219,6 +219,8 @@ class Trainer:
         self._kept: torch.optim.Optimizer | None = None  # aside while another phase than `train` has its own
         self._trainable: list[str] | None = None  # as it was before a phase froze what it does not train
         self._resumed: dict[str, Any] | None = None  # the order of images that waits for the phase of a resume
+        # The first optimizer of a process imports much of torch: here, as those seconds are not seconds of learning.
+        torch.optim.SGD([torch.zeros(1)], lr=0.1)
 
     @contextmanager
     def training(self, phase: Phase, data: ImageData) -> Iterator[Iterator[Batch]]:

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clframe import __version__, compose, registry
-from clframe.cli import advice, compare, report, runs, show, streams, tune
-from clframe.cli.parameters import Json, Model, Quiet, complete, read_interval, whole_number
+from clframe.cli import advice, compare, installed, report, runs, show, streams, tune
+from clframe.cli.parameters import DataRoot, Json, Model, Quiet, complete, read_interval, whole_number
 from clframe.errors import ClframeError, DataError, of_the_system, out_of_memory
 from clframe.system.reading import expand_home, reason
 from clframe.system.texts import SENTENCE, cut
@@ -37,29 +37,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: it reads the same in a pipe, and in a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plugins_app = typer.Typer(help="Methods that a run can name with --plugin.")
-scenarios_app = typer.Typer(help="Scenarios that a run can name with --scenario.")
-app.add_typer(plugins_app, name="plugins")
-app.add_typer(scenarios_app, name="scenarios")
+app.add_typer(installed.plugins_app, name="plugins")
+app.add_typer(installed.scenarios_app, name="scenarios")
 app.add_typer(runs.app, name="runs")
-
-
-DataRoot = Annotated[
-    str | None,
-    typer.Option(metavar="FOLDER", help="Folder of the data sets [default: CLFRAME_DATA, or the user's cache]."),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="A.B=VALUE", help="One option to check with, such as NAME.size=20; repeatable."),
-]
-NewName = Annotated[str, typer.Argument(metavar="NAME", help="Name in a run: small letters, digits, hyphens.")]
-NewFolder = Annotated[
-    Path | None, typer.Option("--output", metavar="FOLDER", help="Folder to write [default: NAME, here].")
-]
-OfPlugins = Annotated[
-    Literal["plugin", "backbone"],
-    typer.Option(metavar="plugin|backbone", help="Kind of the component [default: plugin].", show_default=False),
-]
 
 
 RunFolderArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
@@ -321,98 +301,6 @@ def doctor(data_root: DataRoot = None, json: Json = False) -> None:
         report(found)
 
 
-@plugins_app.command("list")
-def list_plugins(json: Json = False) -> None:
-    """List all plugins, without importing them."""
-    _list("plugin", json)
-
-
-@plugins_app.command("show")
-def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("plugin"))], json: Json = False
-) -> None:
-    """Show a plugin, its options and its hooks."""
-    from clframe.cli import about
-
-    about.show_plugin(name, json)
-
-
-@plugins_app.command("check")
-def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("plugin"))],
-    set_: Sets = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="NAME", help="Backbone to check the plugin with [default: cnn-small]."),
-    ] = None,
-    kind: OfPlugins = "plugin",
-    json: Json = False,
-) -> int:
-    """Check a plugin against the contract, and print what fails and why."""
-    from clframe.cli.contract import check_backbone, check_plugin
-
-    if kind == "plugin":
-        return check_plugin(name, set_ or (), model, json)
-    return check_backbone(name, set_ or (), model, json)
-
-
-@plugins_app.command("new")
-def new_plugin(name: NewName, output: NewFolder = None, kind: OfPlugins = "plugin") -> None:
-    """Write a package with a working plugin, as a start for your own."""
-    from clframe.cli.new import write
-
-    write("plugin" if kind == "plugin" else "model", name, output)
-
-
-@scenarios_app.command("check")
-def check_scenario(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("scenario"))],
-    set_: Sets = None,
-    json: Json = False,
-) -> int:
-    """Check a scenario against the contract, and print what fails and why."""
-    from clframe.cli.contract import check_scenario
-
-    return check_scenario(name, set_ or (), json)
-
-
-@scenarios_app.command("new")
-def new_scenario(name: NewName, output: NewFolder = None) -> None:
-    """Write a package with a working scenario, as a start for your own."""
-    from clframe.cli.new import write
-
-    write("scenario", name, output)
-
-
-@scenarios_app.command("list")
-def list_scenarios(json: Json = False) -> None:
-    """List all scenarios, without importing them."""
-    _list("scenario", json)
-
-
-@scenarios_app.command("show")
-def show_scenario(
-    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete("scenario"))],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="One setting, as in `clframe run`; repeatable."),
-    ] = None,
-    save: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Write the split to a file for --scenario FILE.json."),
-    ] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw some training images of each experience.")
-    ] = None,
-    data_root: DataRoot = None,
-    json: Json = False,
-) -> None:
-    """Show a scenario and its options; nothing is downloaded."""
-    from clframe.cli import about
-
-    about.show_scenario(name, set_ or (), data_root, save, sheet, json)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every error is printed here, as a sentence."""
     # GNU's OpenMP, which torch uses on Linux, lets idle threads spin: where another program wants their cores too, a
@@ -461,7 +349,9 @@ def _dispatch(given: list[str]) -> int:
         show.line(f"clframe {__version__}")
         return 0
     if given[:2] in (["plugins", "list"], ["scenarios", "list"]) and set(given[2:]) <= {"--json"}:
-        _list("plugin" if given[0] == "plugins" else "scenario", "--json" in given)  # typer takes twice the time
+        installed.list_all(
+            "plugin" if given[0] == "plugins" else "scenario", "--json" in given
+        )  # typer takes twice the time
         return 0
     try:
         os.getcwd()
@@ -557,14 +447,3 @@ def _show_run(work: Callable[[Sequence[Listener]], Results], quiet: bool, json: 
     with Live(quiet) as live:
         finished = work([live])
     show.results(finished, json)
-
-
-def _list(kind: registry.Kind, json: bool) -> None:
-    """Print the name, package and description of everything of this kind that is installed."""
-    found = registry.offers(kind)
-    if json:
-        show.document(
-            [{"name": o.name, "package": o.package, "version": o.version, "description": o.description} for o in found]
-        )
-    else:
-        show.table(["name", "package", "description"], [[o.name, o.package, o.description] for o in found])

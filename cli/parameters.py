@@ -49,6 +49,12 @@ def whole_number(help: str) -> Any:
     return typer.Option(metavar="N", parser=read_whole, help=help)
 
 
+DataRoot = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="Folder of the data sets [default: CLFRAME_DATA, or the user's cache]."),
+]
+
+
 # Parameters of commands on many runs; their defaults stand in the commands.
 Methods = Annotated[
     list[str] | None,

@@ -14,7 +14,8 @@ from clframe.errors import DataError
 from clframe.system.reading import blame_file, expand_home
 
 if TYPE_CHECKING:
-    from clframe.runs.listing import Comparison, Difference, RunSummary
+    from clframe.runs.comparison import Comparison, Difference
+    from clframe.runs.listing import RunSummary
 
 app = typer.Typer(help="Runs that were made: list them, look at one, compare two.")
 
@@ -152,9 +153,9 @@ def diff_runs(
 
     Runs are the same to the bit if all of their figures and the tensors of their models are equal.
     """
-    from clframe.runs import listing
+    from clframe.runs import comparison
 
-    found = listing.compare(expand_home(first), expand_home(second))
+    found = comparison.compare(expand_home(first), expand_home(second))
     if json:
         show.document(
             {
@@ -344,7 +345,7 @@ def _conclude(found: Comparison) -> str:
 
 def _as_document(one: Difference, change: bool = True) -> dict[str, Any]:
     """Return a difference as the JSON documents hold it; the value of a run that has none is left out."""
-    from clframe.runs.listing import ABSENT
+    from clframe.runs.comparison import ABSENT
 
     values = {key: value for key, value in (("a", one.first), ("b", one.second)) if value is not ABSENT}
     return {"name": one.name, **values, **({"difference": one.change} if change else {})}
@@ -352,7 +353,7 @@ def _as_document(one: Difference, change: bool = True) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """Return one of two values that differ; a dash if the run has none."""
-    from clframe.runs.listing import ABSENT
+    from clframe.runs.comparison import ABSENT
 
     if value is ABSENT:
         return "-"

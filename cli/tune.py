@@ -18,7 +18,8 @@ from clframe.system.reading import expand_home, quote_path
 if TYPE_CHECKING:
     from clframe.experiments.plan import Refused
     from clframe.experiments.study import Study
-    from clframe.experiments.tuning import Chosen, Effort, Tuning
+    from clframe.experiments.trials import Chosen, Tuning
+    from clframe.experiments.tuning import Effort
 
 TUNING = "tuning.yaml"  # the file of a tuning in its folder
 FOLDER = "tuning"  # the folder of the tunings of a study, in that of the study

@@ -270,7 +270,9 @@ def tiny_studies(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return command.compare(words[1], engine="inline", quiet=True)
 
     monkeypatch.setattr(run, "run_clframe", carry_out)
-    monkeypatch.setattr(command, "_write_report", lambda path: None)  # plots take most of the time, and nothing is read
+    monkeypatch.setattr(
+        command, "_write_report", lambda outcome, path: None
+    )  # plots take most of the time, and nothing is read
     return commands
 
 

@@ -23,8 +23,9 @@ import clframe
 from clframe.cli.main import main
 from clframe.config import list_defaults, list_settings, resolve
 from clframe.errors import DataError
+from clframe.runs.comparison import compare
 from clframe.runs.folder import RunFolder
-from clframe.runs.listing import arrange, compare, find_runs, is_locked, summarize
+from clframe.runs.listing import arrange, find_runs, is_locked, summarize
 
 FORMATS = Path(__file__).parent / "formats" / "1"  # run folders of an earlier clframe, one finished and one stopped
 SHORT = {"iterations": 2, "batch_size": 8}

@@ -28,7 +28,8 @@ from clframe.experiments.journal import ROUND, Journal
 from clframe.experiments.outcome import describe_stamp
 from clframe.experiments.search import Range
 from clframe.experiments.study import Study
-from clframe.experiments.tuning import Bench, Chosen, Trial, _adapt, choose, estimate_effort, tunings_of, with_tuned
+from clframe.experiments.trials import Bench, Chosen, Trial
+from clframe.experiments.tuning import _adapt, choose, estimate_effort, tunings_of, with_tuned
 from clframe.experiments.workers import open_engine
 from clframe.options import Search, fields_of, options_of, searched, validated
 from clframe.runs.files import read_config
@@ -491,7 +492,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """No HTML is drawn, which takes longer than the cells of these studies."""
-    monkeypatch.setattr(compare, "_write_report", lambda path: None)
+    monkeypatch.setattr(compare, "_write_report", lambda outcome, path: None)
 
 
 SETS = [part for name, value in FAST.items() for part in ("--set", f"{name}={value}")]

@@ -171,9 +171,9 @@ class Parent:
                 return None if self._gone else work
         return None
 
-    def answer(self, answer: Answer | Place) -> None:
-        """Send the answer to the last request, or how far it is, unless the parent is gone."""
-        rest = (json.dumps(asdict(answer)) + "\n").encode()
+    def send(self, message: Answer | Place) -> None:
+        """Send the answer to the last request, or how far its cell is, unless the parent is gone."""
+        rest = (json.dumps(asdict(message)) + "\n").encode()
         with suppress(OSError):
             while rest:
                 rest = rest[os.write(self._to, rest) :]
@@ -231,7 +231,7 @@ def main() -> None:
     while work := parent.next_request():
         forget_print()
         reset_peak_memory()
-        parent.answer(attempt(work, parent.answer))
+        parent.send(attempt(work, parent.send))
     os._exit(0)  # what a run writes is written; the interpreter would take seconds to free what torch holds
 
 

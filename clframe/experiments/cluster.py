@@ -45,8 +45,6 @@ class Cluster:
         address: of the scheduler; None of one in this process.
 
     Attributes:
-        client: as given.
-        errand: as given.
         places: folders of cells, each with a phrase on how far the cell is, as children report it.
     """
 

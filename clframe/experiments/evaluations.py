@@ -103,10 +103,9 @@ def read_evaluations(cell: FinishedCell, mode: str) -> Evaluations | None:
             during[step] = int(record["experience"])
             if at_end:
                 ends[during[step]] = step
-            if not (
-                at_end and asked["images_per_class"] is not None and step in rows
-            ):  # the end is there, on few images
-                rows[step] = [None if accuracy is None else float(accuracy) for accuracy in row]
+            if at_end and step in rows and asked["images_per_class"] is not None:
+                continue  # the step was evaluated on the images of a run's other evaluations
+            rows[step] = [None if accuracy is None else float(accuracy) for accuracy in row]
     steps = list(rows)
     numbers = {experience: steps.index(step) for experience, step in ends.items()}
     return Evaluations(steps, Curve(list(during.values()), numbers, list(rows.values()), asked["test_images"]))

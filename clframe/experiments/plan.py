@@ -27,7 +27,9 @@ from clframe.experiments.cells import (
     settings_of,
     state_of,
 )
-from clframe.experiments.study import Method, Options, Study
+from clframe.experiments.methods import Method
+from clframe.experiments.study import Study
+from clframe.experiments.values import Options
 from clframe.system.reading import read_json
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from clframe import registry
 from clframe.errors import UsageError, did_you_mean
-from clframe.experiments.study import Method, Options, Study
+from clframe.experiments.methods import Method
+from clframe.experiments.study import Study
+from clframe.experiments.values import Options
 from clframe.options import Option, Search, fields_of, options_of
 from clframe.settings import TrainSettings
 from clframe.system.texts import cut, quote

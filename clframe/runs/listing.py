@@ -1,4 +1,4 @@
-"""Many run folders: which there are, in what state, how two of them differ, and which was learned on from which.
+"""Many run folders: which there are, in what state, with what figures, and which was learned on from which.
 
 Folders are only read, and without torch. They may come from an untrusted source: nothing in them is executed or written
 to, pipes and devices are not opened, and links below the folder that is searched are not followed.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,6 @@ from clframe.system.texts import by_name
 
 DEPTH = 8  # levels of folders below the one that is searched
 OF_THE_MACHINE = ("run.device", "train.threads")  # settings that environment.json has, as they were found at the start
-OF_THE_START = ("seed", "command")  # what environment.json has beside the environment
 State = Literal["finished", "running", "stopped", "damaged"]
 
 
@@ -197,7 +195,7 @@ def summarize(path: Path) -> RunSummary:
             with blame_file(path / RESULTS_FILE):
                 _check_figures(results)
             with blame_file(path / "timings.json"):
-                known["seconds"] = _list_costs(results)["seconds"]
+                known["seconds"] = list_costs(results)["seconds"]
             known |= {"results": results, "experiences": len(results.data["classes"])}
         else:
             known |= _read_progress(path)
@@ -210,12 +208,71 @@ def summarize(path: Path) -> RunSummary:
 
 def _check_figures(results: Results) -> None:
     """Raise an error if a figure is not a number that tables can show, which no run writes."""
-    for name, value in {**_list_entries(results), **_list_figures(results), **_list_sizes(results)}.items():
+    for name, value in {**list_entries(results), **list_figures(results), **list_sizes(results)}.items():
         if value is not None and not math.isfinite(float(value)):
             raise ValueError(f"{name} is {value}")
     for note in results.notes():
         if not isinstance(note, str):
             raise TypeError("a note is not a text")
+
+
+def open_run(path: Path) -> RunSummary:
+    """Return what the run folder `path` says of its run, as `summarize`. Raises `DataError` if `path` is not one."""
+    try:
+        os.scandir(path).close()
+        is_run = _is_run_folder(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"There is no folder {quote_path(path)}; name the folder of a run.") from error
+        raise DataError(f"{quote_path(path)} cannot be opened: {reason(error)}; name the folder of a run.") from error
+    if not is_run:
+        raise DataError(
+            f"{quote_path(path)} is not a run folder: it has no config.yaml with environment.json beside it "
+            f"(`clframe runs list` finds run folders)."
+        )
+    return summarize(path)
+
+
+def list_figures(results: Results) -> dict[str, float | None]:
+    """Return measures and calibration by evaluation mode and name."""
+    measures = {f"{mode}.{name}": value for mode, of in results.measures.items() for name, value in of.items()}
+    calibration = {
+        f"{mode}.{name}": measure["value"]
+        for mode, of in results.data.get("calibration", {}).items()
+        for name, measure in of.items()
+    }
+    return measures | calibration
+
+
+def list_entries(results: Results) -> dict[str, float | None]:
+    """Return the entries of all accuracy matrices by name; experiences count from 1."""
+    untrained = results.data.get("baseline", {})
+    matrices = {
+        **results.accuracy,
+        **{f"{mode}, held out": matrix for mode, matrix in results.validation.items()},
+        **{f"{mode}, untrained": [row] for mode, row in untrained.items()},
+    }
+    return {
+        f"{mode}[{after}][{on}]": value
+        for mode, matrix in matrices.items()
+        for after, row in enumerate(matrix, start=1)
+        for on, value in enumerate(row, start=1)
+    }
+
+
+def list_costs(results: Results) -> dict[str, float]:
+    """Return the seconds of learning, and the peaks of memory in bytes, by name."""
+    peaks = {key: value for key, value in results.timings.items() if key.endswith("_bytes") and value is not None}
+    return {
+        "seconds": float(sum(one["seconds"] for one in results.timings["experiences"])),
+        **{key: int(value) for key, value in peaks.items()},
+    }
+
+
+def list_sizes(results: Results) -> dict[str, int]:
+    """Return the bytes of the model, and of what each method keeps between experiences, by name."""
+    sizes = {name: results.data[name] for name in ("model",) if name in results.data} | results.data.get("storage", {})
+    return {f"{owner}_bytes": int(size["bytes"]) for owner, size in sizes.items()}
 
 
 def is_locked(path: Path) -> bool:
@@ -269,157 +326,6 @@ def find_damage(path: Path) -> list[str]:
         except DataError as error:
             problems.append(str(error))
     return problems
-
-
-# ------------------------------------------------------------------------------------------ two runs
-
-
-ABSENT: Any = object()  # in place of the value of a setting that a run does not have
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A value that differs between two runs, by name; `ABSENT` where a run does not have it."""
-
-    name: str
-    first: Any
-    second: Any
-
-    @property
-    def change(self) -> float | None:
-        """Return how much larger the second number is; None if they are not two numbers."""
-        numbers = [v for v in (self.first, self.second) if isinstance(v, int | float) and not isinstance(v, bool)]
-        return numbers[1] - numbers[0] if len(numbers) == 2 else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How two runs differ.
-
-    Attributes:
-        runs: the two.
-        settings: settings that differ, by the names that ``--set`` takes.
-        figures: measures and calibration that differ, such as ``class.average_accuracy``, as shares of 1; empty unless
-            both runs are finished.
-        entries: entries of the accuracy matrices that differ, such as ``class[2][1]``: on experience 1 after 2, counted
-            from 1.
-        environment: what differs between the environments: versions, device, threads, data.
-        costs: seconds and bytes that differ.
-        same_model: whether the tensors of the trained models are equal; None if a run is not finished.
-    """
-
-    runs: tuple[RunSummary, RunSummary]
-    settings: list[Difference]
-    figures: list[Difference] = field(default_factory=list)
-    entries: list[Difference] = field(default_factory=list)
-    environment: list[Difference] = field(default_factory=list)
-    costs: list[Difference] = field(default_factory=list)
-    same_model: bool | None = None
-
-    @property
-    def identical(self) -> bool | None:
-        """Return whether all figures and the tensors of the models are equal; None if a run is not finished."""
-        return None if self.same_model is None else self.same_model and not self.figures and not self.entries
-
-
-def compare(first: Path, second: Path) -> Comparison:
-    """Return how the runs in two folders differ. Raises `DataError` if one is not a run folder, or is damaged."""
-    runs = (open_run(first), open_run(second))
-    for run in runs:
-        if run.problem is not None:
-            raise DataError(run.problem)
-    settings = [list_settings(run.config) if run.config else {} for run in runs]
-    found: dict[str, Any] = {
-        "settings": [one for one in _differences(*settings) if one.name not in OF_THE_MACHINE],
-        "environment": [
-            one for one in _differences(*map(_read_environment, (first, second))) if one.name not in OF_THE_START
-        ],
-    }
-    results = [run.results for run in runs if run.results is not None]
-    if len(results) == 2:
-        for path in (first, second):
-            sums.check(path, MODEL)
-        found |= {
-            "figures": _differences(*map(_list_figures, results)),
-            "entries": _differences(*map(_list_entries, results)),
-            "costs": _differences(*({**_list_costs(one), **_list_sizes(one)} for one in results)),
-            "same_model": sums.digest(first / MODEL) == sums.digest(second / MODEL),
-        }
-    return Comparison(runs, **found)
-
-
-def open_run(path: Path) -> RunSummary:
-    """Return what the run folder `path` says of its run, as `summarize`. Raises `DataError` if `path` is not one."""
-    try:
-        os.scandir(path).close()
-        is_run = _is_run_folder(path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"There is no folder {quote_path(path)}; name the folder of a run.") from error
-        raise DataError(f"{quote_path(path)} cannot be opened: {reason(error)}; name the folder of a run.") from error
-    if not is_run:
-        raise DataError(
-            f"{quote_path(path)} is not a run folder: it has no config.yaml with environment.json beside it "
-            f"(`clframe runs list` finds run folders)."
-        )
-    return summarize(path)
-
-
-def _read_environment(path: Path) -> dict[str, Any]:
-    """Return the environment of a run; what is neither text nor number is JSON."""
-    found = read_json(path / ENVIRONMENT)
-    with blame_file(path / ENVIRONMENT):
-        return {name: v if isinstance(v, str | int | float) else json.dumps(v) for name, v in found.items()}
-
-
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """Return what differs between two mappings, in the order of the first, then of the second."""
-    pairs = [
-        Difference(name, first.get(name, ABSENT), second.get(name, ABSENT)) for name in dict.fromkeys([*first, *second])
-    ]
-    return [pair for pair in pairs if pair.first != pair.second]
-
-
-def _list_figures(results: Results) -> dict[str, float | None]:
-    """Return measures and calibration by evaluation mode and name."""
-    measures = {f"{mode}.{name}": value for mode, of in results.measures.items() for name, value in of.items()}
-    calibration = {
-        f"{mode}.{name}": measure["value"]
-        for mode, of in results.data.get("calibration", {}).items()
-        for name, measure in of.items()
-    }
-    return measures | calibration
-
-
-def _list_entries(results: Results) -> dict[str, float | None]:
-    """Return the entries of all accuracy matrices by name; experiences count from 1."""
-    untrained = results.data.get("baseline", {})
-    matrices = {
-        **results.accuracy,
-        **{f"{mode}, held out": matrix for mode, matrix in results.validation.items()},
-        **{f"{mode}, untrained": [row] for mode, row in untrained.items()},
-    }
-    return {
-        f"{mode}[{after}][{on}]": value
-        for mode, matrix in matrices.items()
-        for after, row in enumerate(matrix, start=1)
-        for on, value in enumerate(row, start=1)
-    }
-
-
-def _list_costs(results: Results) -> dict[str, float]:
-    """Return the seconds of learning, and the peaks of memory in bytes, by name."""
-    peaks = {key: value for key, value in results.timings.items() if key.endswith("_bytes") and value is not None}
-    return {
-        "seconds": float(sum(one["seconds"] for one in results.timings["experiences"])),
-        **{key: int(value) for key, value in peaks.items()},
-    }
-
-
-def _list_sizes(results: Results) -> dict[str, int]:
-    """Return the bytes of the model, and of what each method keeps between experiences, by name."""
-    sizes = {name: results.data[name] for name in ("model",) if name in results.data} | results.data.get("storage", {})
-    return {f"{owner}_bytes": int(size["bytes"]) for owner, size in sizes.items()}
 
 
 # ------------------------------------------------------------------------------------------ ancestry
