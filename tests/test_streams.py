@@ -16,8 +16,8 @@ import torch
 
 from clframe import DataError, Plugin, RunError, errors, hookimpl, testing
 from clframe.api import run as learn
+from clframe.cli import installed, show
 from clframe.cli import main as cli
-from clframe.cli import show
 from clframe.cli.main import main
 from clframe.engine import Engine
 
@@ -99,7 +99,7 @@ def test_a_pipe_that_is_closed_and_closed_descriptors(tmp_path: Path):
 def test_characters_that_the_stream_lacks_are_escaped(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
-    monkeypatch.setattr(cli, "_list", lambda kind, json: show.line("naïve"))
+    monkeypatch.setattr(installed, "list_all", lambda kind, json: show.line("naïve"))
     assert main(["plugins", "list"]) == 0
     assert raw.getvalue() == b"na\\xefve\n"
 
@@ -117,7 +117,7 @@ def test_a_command_that_is_stopped_says_so(monkeypatch, capsys, name: str):
 def test_an_ignored_hang_up_stays_ignored(monkeypatch, capsys):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(cli, "_list", lambda kind, json: signal.raise_signal(signal.SIGHUP))
+        monkeypatch.setattr(installed, "list_all", lambda kind, json: signal.raise_signal(signal.SIGHUP))
         assert main(["plugins", "list"]) == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -152,7 +152,7 @@ def test_out_of_memory_has_many_words_and_is_no_bug(tiny, monkeypatch, capsys, s
     def fails(*arguments):
         raise RuntimeError(said)
 
-    monkeypatch.setattr(cli, "_list", fails)
+    monkeypatch.setattr(installed, "list_all", fails)
     assert main(["plugins", "list"]) == 1
     assert capsys.readouterr().err.startswith("clframe: Out of memory: ")
     monkeypatch.setattr("clframe.engine.step", fails)
@@ -173,7 +173,7 @@ def test_no_error_of_the_system_is_a_bug(tiny, monkeypatch, capsys, number: int)
         raise OSError(number, os.strerror(number), "a/file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_list", fails)
+        patch.setattr(installed, "list_all", fails)
         assert main(["plugins", "list"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -182,7 +182,7 @@ def test_no_error_of_the_system_is_a_bug(tiny, monkeypatch, capsys, number: int)
 
 def test_what_libraries_say_of_files_is_no_bug(monkeypatch, capsys):
     for said in ("unable to open file </x/model.safetensors> in read-only mode: Too many open files (24)", "no error"):
-        monkeypatch.setattr(cli, "_list", lambda kind, json, said=said: raises(RuntimeError(said)))
+        monkeypatch.setattr(installed, "list_all", lambda kind, json, said=said: raises(RuntimeError(said)))
         assert main(["plugins", "list"]) == (70 if said == "no error" else 1)
     assert "model.safetensors" in capsys.readouterr().err
 
