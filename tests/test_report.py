@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clframe
 from clframe.cli.main import main
 from clframe.config import resolve, to_yaml
 from clframe.curve import Curve
@@ -574,6 +575,21 @@ def test_the_command_reports_studies_and_runs(
     ):
         assert main(["report", *arguments]) == code
         assert words in capsys.readouterr().err
+
+
+def test_a_curve_is_of_test_images_and_of_those_of_the_run_s_evaluations(tmp_path: Path):
+    """Images that are held out have rows of their own, and the end of an experience is evaluated on all images, too."""
+    run = {"eval_every": 2, "eval_images": 3, "output": str(tmp_path), "tensorboard": False}
+    scenario = {"name": "split-digits", "limit": 20}
+    theirs = clframe.run(scenario, train={"iterations": 5, "val": 0.3, "threads": 1}, run=run).measures["class"]
+    (cell,) = read_runs([tmp_path]).finished
+    found = read_evaluations(cell, "class")
+    assert found is not None
+    assert found.steps == [2, 4, 5, 7, 9, 10, 12, 14, 15, 17, 19, 20, 22, 24, 25]
+    assert list(found.curve.counts) == [6] * 5
+    assert all((6 * value).is_integer() for row in found.curve.rows for value in row if value is not None)
+    again = curve_measures(found.curve, 2, 3)
+    assert {name: measure.value for name, measure in again.items()} == {name: theirs[name] for name in again}
 
 
 @pytest.mark.xdist_group("a real study")
